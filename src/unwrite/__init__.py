@@ -1,0 +1,45 @@
+"""What each part of a transformer writes into the residual stream, who erases it, and which attributions to believe."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unwrite import errors as errors
+    from unwrite.audit import audit as audit
+    from unwrite.doctor import doctor as doctor
+    from unwrite.methods.scan import scan as scan
+    from unwrite.model.load import load as load
+    from unwrite.model.planted import planted as planted
+    from unwrite.result import Result as Result
+    from unwrite.result import read as read
+    from unwrite.tokens import Tokens as Tokens
+    from unwrite.tokens import text as text
+
+# Public name -> the module that has it; imported on first use, so that `import unwrite` loads neither torch nor xarray.
+_PUBLIC = {
+    "Result": "unwrite.result",
+    "Tokens": "unwrite.tokens",
+    "audit": "unwrite.audit",
+    "doctor": "unwrite.doctor",
+    "load": "unwrite.model.load",
+    "planted": "unwrite.model.planted",
+    "read": "unwrite.result",
+    "scan": "unwrite.methods.scan",
+    "text": "unwrite.tokens",
+}
+
+__all__ = [*_PUBLIC, "errors"]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return importlib.import_module("unwrite.errors")
+    if name not in _PUBLIC:
+        raise AttributeError(f"unwrite has no {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

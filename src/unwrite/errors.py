@@ -1,0 +1,57 @@
+"""What can go wrong, in words a user can act on: what happened, what was got, what was expected, what to do next."""
+
+from __future__ import annotations
+
+import unicodedata
+
+
+class UnwriteError(Exception):
+    """Base of every error that a user can cause.
+
+    Arguments: `what` happened (a sentence without full stop), and where they help, what was `got`, what was
+    `expected` and how to `fix` it. The message is plain text on one line, safe to print in a terminal.
+    """
+
+    def __init__(self, what: str, *, got: object = None, expected: object = None, fix: str | None = None):
+        parts = [what]
+        if got is not None:
+            parts.append(f"Got: {got}")
+        if expected is not None:
+            parts.append(f"Expected: {expected}")
+        if fix is not None:
+            parts.append(f"Next: {fix}")
+        super().__init__(". ".join(plain(part).rstrip(".") for part in parts) + ".")
+
+
+class ModelError(UnwriteError):
+    """A model that cannot be loaded, is not supported, or whose decomposition is not exact."""
+
+
+class NodeError(UnwriteError):
+    """A node, location or site that cannot be parsed or that this model does not have."""
+
+
+class TokensError(UnwriteError):
+    """Text or token ids that cannot be used with this model."""
+
+
+class NumericError(UnwriteError):
+    """A number that is not finite, or that cannot be computed from what was given."""
+
+
+class ResultError(UnwriteError):
+    """A result that cannot be written, read or combined."""
+
+
+def plain(text: object) -> str:
+    """`text` as one printable line: control, format and surrogate characters become their escapes.
+
+    Names of files, models and tokens are written by strangers; a terminal obeys ESC and right-to-left overrides.
+    """
+    return "".join(_visible(character) for character in str(text))
+
+
+def _visible(character: str) -> str:
+    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
+        return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+    return character

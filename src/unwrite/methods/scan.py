@@ -1,0 +1,240 @@
+"""Who writes, how does the level along each write change, and who writes against it? All writers, nodes and locations
+in one pass.
+
+PR(a, b) = ⟨a, b⟩ / ‖b‖² per position (Dao, Lau, Rager, Janiak 2023, arXiv 2310.07325, eq. 2); share = Σ⟨a, b⟩ / Σ‖b‖²
+adds up where medians do not. A level counts all that lies along a write, whoever wrote it: scan says that it rises,
+falls or reverses; whether a write was erased only an executed run without it can say (`uw.verify`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Bool, Float
+from scipy import stats
+
+from unwrite.errors import NumericError
+from unwrite.model.load import provenance
+from unwrite.model.view import Model
+from unwrite.nodes import Node, choose, reads
+from unwrite.result import Result, build, quantity
+from unwrite.run.gram import GramTally
+from unwrite.run.stream import Listener, batch_size, stream
+from unwrite.tokens import Tokens, from_ids
+
+QUANTILES = (0.125, 0.25, 0.5, 0.75, 0.875)
+# A candidate eraser's share is below −ERASES with a false discovery rate of FDR over all pairs that can read.
+ERASES = 0.02
+FDR = 0.05
+# A write is material if its norm is at least this fraction of the stream's, right after it, in the median.
+MATERIAL = 0.05
+# A level has changed if the 95 % interval of its energy-weighted change lies beyond this.
+CHANGES = 0.1
+
+
+def scan(
+    lm: Model,
+    tokens: Any,
+    writers: Iterable[object] | None = None,
+    skip: int = 1,
+    floor: float = 1e-4,
+    *,
+    mask: Any = None,
+    batch: int | None = None,
+    listener: Listener | None = None,
+) -> Result:
+    """What every node writes, the level along every write at every later location, and who writes against it.
+
+    Arguments: `tokens` from `uw.text`, a mapping from names to them (several texts side by side), or a LongTensor
+    [prompt, position] with `mask` for its padding; `writers` names of nodes, all by default; `skip` positions at the
+    start of each prompt (attention sinks) are reported apart; where a write's norm is below `floor` times the largest
+    norm of the stream at that position its ratios are left out and counted; `batch` prompts at a time; `listener` is
+    told the progress.
+    Returns a Result (axes writer, node, location, quantile; text first where there are several):
+    `pr`, `level`, `change`, `norm`, `relative_norm`, `dilution` as quantiles over positions; `share` (= `share_position`
+    + `share_token`), `share_se`, `level_share`, `level_share_se`, `change_share`, `change_share_se` energy-weighted,
+    standard errors clustered by prompt; `moved`, the energy moved along the write by later nodes relative to that of
+    the final stream; `eraser`, candidate erasers; `material`; `reading` in words; `n_positions`, `n_below_floor`,
+    `n_beyond_grid`; `skipped_share`, the level shares at the skipped positions.
+    Raises TokensError, NodeError, NumericError (an activation that is not finite, a named writer that never writes).
+
+    Example: `uw.scan(lm, uw.text("book.txt", lm.tokenizer)).table()`
+    """
+    texts = tokens if isinstance(tokens, Mapping) else {"": tokens}
+    texts = {name: part if isinstance(part, Tokens) else from_ids(part, mask) for name, part in texts.items()}
+    chosen = choose(writers, lm.parts)
+    for part in texts.values():
+        part.check(lm.vocabulary, lm.context)
+        if skip < 0 or skip >= part.lengths.max():
+            raise NumericError("skip leaves no position to count", got=skip, expected=f"0 to {part.lengths.max() - 1}")
+    data = [_scan(lm, part, chosen, skip, floor, batch, listener, name) for name, part in texts.items()]
+    if writers is not None:
+        _require_writes(data[0])
+    names = xr.Variable("text", list(texts))
+    whole = data[0] if list(texts) == [""] else xr.concat(data, names)
+    settings = {"writers": [str(node) for node in chosen], "skip": skip, "floor": floor, "batch": batch}
+    about = {name: _about(part) for name, part in texts.items()}
+    return build("scan", whole, settings, provenance(lm), about)
+
+
+def _scan(
+    lm: Model, tokens: Tokens, writers: tuple[Node, ...], skip: int, floor: float, batch: int | None,
+    listener: Listener | None, name: str,
+) -> xr.Dataset:  # fmt: skip
+    size = min(batch or batch_size(lm, tokens), len(tokens))
+    tally = GramTally(lm, tokens, writers, skip, floor, n_batches=-(-len(tokens) // size))
+    stream(lm, tokens, tally.step, size, f"scan {name}".strip(), listener)
+    data = xr.Dataset({**_quantiles(tally), **_shares(tally), **_counts(tally)}, _coordinates(lm, writers))
+    return _judge(data.assign_attrs(n_prompts=len(tokens)), lm, writers)
+
+
+def _coordinates(lm: Model, writers: tuple[Node, ...]) -> dict[str, Any]:
+    return {
+        "writer": [str(node) for node in writers],
+        "node": list(lm.nodes),
+        "location": list(lm.locations),
+        "quantile": list(QUANTILES),
+    }
+
+
+def _quantiles(tally: GramTally) -> dict[str, xr.Variable]:
+    """The paper's view: quantiles over positions, every position alike."""
+    width = len(tally.plan.writers)
+    ratios = tally.ratios.quantiles(QUANTILES).reshape(tally.plan.rows, width, -1).swapaxes(0, 1)
+    locations, nodes = tally.plan.holds.shape
+    norm, relative = np.split(tally.sizes.quantiles(QUANTILES), 2)
+    per_writer = ("writer", "quantile")
+    return {
+        "pr": quantity(("writer", "node", "quantile"), ratios[:, :nodes], "1", "⟨o_e, o_w⟩ / ‖o_w‖²"),
+        "level": quantity(("writer", "location", "quantile"), ratios[:, nodes:-1], "1", "⟨x, o_w⟩ / ‖o_w‖²"),
+        "change": quantity(per_writer, ratios[:, -1], "1", "level at the end − level right after the write"),
+        "norm": quantity(per_writer, norm, "activation", "‖o_w‖"),
+        "relative_norm": quantity(per_writer, relative, "1", "‖o_w‖ / ‖x right after‖"),
+        "dilution": quantity(per_writer, tally.dilution.quantiles(QUANTILES), "1", "log(‖x right after‖ / ‖x end‖)"),
+    }
+
+
+def _shares(tally: GramTally) -> dict[str, xr.Variable]:
+    """The additive view: sums over positions, every position weighted by the write's energy there."""
+    share, error, clusters = (np.swapaxes(part, 0, 1) if np.ndim(part) else part for part in tally.sums.total().share())
+    locations, nodes = tally.plan.holds.shape
+    columns = np.arange(len(share))
+    sums = tally.sums.total()
+    energy = (sums.x + sum((x for _, _, x in sums.open), start=0 * sums.x)).cpu().numpy()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        position = tally.positions.split().cpu().numpy().T / energy[:, None]
+        skipped = tally.skipped.total()
+        skipped_energy = skipped.cpu().numpy().T[columns, tally.plan.writers.cpu()]
+        skipped_share = tally.plan.complete(skipped).cpu().numpy().T[:, nodes:-1] / skipped_energy[:, None]
+    moved = np.abs(share[:, -1]) * energy / float(tally.stream_energy.total())
+    pair, place, alone = ("writer", "node"), ("writer", "location"), ("writer",)
+    equation = "Σ⟨o_e, o_w⟩ / Σ‖o_w‖²"
+    return {
+        "share": quantity(pair, share[:, :nodes], "1", equation),
+        "share_se": quantity(pair, error[:, :nodes], "1", "delta-method standard error over clusters of prompts"),
+        "share_position": quantity(pair, position, "1", "share with the same position of other prompts"),
+        "share_token": quantity(pair, share[:, :nodes] - position, "1", "share − share_position"),
+        "level_share": quantity(place, share[:, nodes:-1], "1", "Σ⟨x, o_w⟩ / Σ‖o_w‖²"),
+        "level_share_se": quantity(place, error[:, nodes:-1], "1", "as share_se"),
+        "change_share": quantity(alone, share[:, -1], "1", "level_share at the end − right after the write"),
+        "change_share_se": quantity(alone, error[:, -1], "1", "as share_se"),
+        "moved": quantity(alone, moved, "1", "|Σ⟨x_end − x_after, o_w⟩| / Σ‖x_end‖²"),
+        "skipped_share": quantity(place, skipped_share, "1", "level_share over the skipped positions"),
+        "n_clusters": quantity((), np.asarray(clusters), "1", "independent prompts or documents"),
+    }
+
+
+def _counts(tally: GramTally) -> dict[str, xr.Variable]:
+    width = len(tally.plan.writers)
+    counts = tally.ratios.counts.reshape(-1, width, 2 * tally.ratios.grid.reach + 1)
+    left_out = tally.dilution.left_out
+    beyond = (counts[..., 0] + counts[..., -1]).sum(0)
+    return {
+        "n_positions": quantity(("writer",), tally.dilution.counts.sum(1).astype(np.int64), "1", "positions counted"),
+        "n_below_floor": quantity(("writer",), left_out.astype(np.int64), "1", "‖o_w‖ below floor · largest ‖x‖"),
+        "n_beyond_grid": quantity(("writer",), beyond.astype(np.int64), "1", "ratios beyond ±100, reported as ±inf"),
+    }
+
+
+def _judge(data: xr.Dataset, lm: Model, writers: tuple[Node, ...]) -> xr.Dataset:
+    """Candidate erasers, materiality and a reading in words."""
+    can_read = np.array([[reads(node, writer, lm.parallel) for node in lm.parts] for writer in writers])
+    after = [next(i for i, state in enumerate(lm.states) if state.holds(writer, lm.parallel)) for writer in writers]
+    index = xr.DataArray(after, dims="writer")
+    start, end = data["level_share"].isel(location=index), data["level_share"].isel(location=-1)
+    end_error = data["level_share_se"].isel(location=-1)
+    dilution = data["dilution"].sel(quantile=0.5)
+    material = data["relative_norm"].sel(quantile=0.5) >= MATERIAL
+    degrees = int(data["n_clusters"]) - 1
+    words = [
+        _reading(*row)
+        for row in zip(
+            *(part.values for part in (start, end, end_error, data["change_share"], data["change_share_se"], dilution)),
+            [stats.t.ppf(0.975, degrees) if degrees > 0 else np.nan] * len(writers),
+            strict=True,
+        )
+    ]
+    return data.assign(
+        eraser=(("writer", "node"), candidates(data["share"].values, data["share_se"].values, can_read, degrees)),
+        material=("writer", material.values),
+        reading=("writer", np.array(words, dtype=object)),
+        right_after=("writer", np.array([lm.locations[i] for i in after], dtype=object)),
+    )
+
+
+def candidates(
+    share: Float[np.ndarray, "writer node"],
+    error: Float[np.ndarray, "writer node"],
+    can_read: Bool[np.ndarray, "writer node"],
+    degrees: int,
+) -> Bool[np.ndarray, "writer node"]:
+    """Pairs whose share has a Benjamini–Hochberg upper bound below −ERASES, among those that can read.
+
+    One-sided t tests of share ≥ −ERASES, rate FDR: the rejected pairs are those whose upper bound at the level that
+    the procedure allots them lies below −ERASES. Significance of share < 0 alone is no finding: nearly every pair has it.
+    """
+    found = np.zeros_like(can_read)
+    testable = can_read & np.isfinite(share) & np.isfinite(error)
+    if degrees < 1 or not testable.any():
+        return found
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = np.where(error > 0, (share + ERASES) / error, np.copysign(np.inf, share + ERASES))
+    found[testable] = stats.false_discovery_control(stats.t.cdf(t[testable], degrees)) <= FDR
+    return found & (share < -ERASES)
+
+
+def _reading(
+    start: float, end: float, end_se: float, change: float, change_se: float, dilution: float, t: float
+) -> str:
+    """One line about a writer. Never "kept" or "erased": a level does not say whose doing it is."""
+    if np.isnan(change):
+        return "never writes"
+    arrow = f"{start:.2f} → {end:.2f}"
+    if np.isnan(t):
+        return f"{arrow}, from one prompt: no interval"
+    if change + t * change_se < -CHANGES:
+        reverses = start > 0 and end + t * end_se < 0
+        return f"{'reverses' if reverses else 'falls'} {arrow}"
+    if change - t * change_se > CHANGES:
+        return f"rises {arrow}"
+    diluted = dilution < -np.log(2)
+    return f"level {arrow}" + (f", diluted ×{np.exp(-dilution):.1f}" if diluted else "")
+
+
+def _require_writes(data: xr.Dataset) -> None:
+    silent = [str(name) for name in data["writer"].values[data["n_positions"].values == 0]]
+    if silent:
+        raise NumericError(
+            f"{', '.join(silent)} never writes on this text: no position is above the floor",
+            fix="leave it out of writers, or lower floor",
+        )
+
+
+def _about(tokens: Tokens) -> dict[str, Any]:
+    return {
+        "source": tokens.source, "digest": tokens.digest, "hash": tokens.hash, "prompts": len(tokens),
+        "length": tokens.length, "tokens": int(tokens.lengths.sum()), "notes": list(tokens.notes),
+    }  # fmt: skip

@@ -1,0 +1,154 @@
+"""What did every node write in one forward pass? The factors of all writes, seen by hooks that are gone afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from unwrite.model.view import Folded, Layer, Model, Writes, centre, norm_scale
+from unwrite.nodes import Location, Node
+
+Hook = Callable[[Tensor], None]
+
+
+@dataclass
+class Recording:
+    """What one forward pass showed. `writes` always; the rest, by which the certificate judges it, on request."""
+
+    z: dict[int, Tensor] = field(default_factory=dict)
+    gain: dict[int, Tensor] = field(default_factory=dict)
+    vectors: dict[Node, Tensor] = field(default_factory=dict)
+    stream: dict[Location, Tensor] = field(default_factory=dict)
+    attention: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def writes(self) -> Writes:
+        """The nodes' writes with rows [prompt, position]."""
+        layers = range(len(self.z))
+        return Writes(tuple(self.z[i] for i in layers), tuple(self.gain.get(i) for i in layers), self.vectors)
+
+
+@contextmanager
+def recording(lm: Model, folded: Sequence[Folded], truth: bool = False) -> Iterator[Recording]:
+    """Inside the `with`, a forward pass of `lm.decoder` or `lm.hf` fills the recording (each pass anew).
+
+    With `truth`, also the stream at every location and what each attention block really added. The hooks copy what
+    they keep: some blocks (Falcon's) go on to add into the very tensor that a module returned.
+    """
+    record = Recording()
+    with ExitStack() as stack:
+        stack.enter_context(_evaluating(lm.hf))
+        for module, before, hook in _hooks(lm, folded, record, truth):
+            stack.callback(_attach(module, before, hook).remove)
+        yield record
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _attach(module: nn.Module, before: bool, hook: Hook) -> Any:
+    if not before:
+        return module.register_forward_hook(lambda _, args, output: hook(_first(output)))
+    return module.register_forward_pre_hook(
+        lambda _, args, kwargs: hook(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+
+
+def _first(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _hooks(
+    lm: Model, folded: Sequence[Folded], record: Recording, truth: bool
+) -> Iterator[tuple[nn.Module, bool, Hook]]:
+    embed_scale = lm.row.embed_scale(lm.config)
+    yield _module(lm, lm.row.embed), False, _keep(record.vectors, Node("embed"), lm, embed_scale)
+    if lm.row.pos_embed:
+        yield _module(lm, lm.row.pos_embed), False, _keep(record.vectors, Node("pos_embed"), lm)
+    for layer, fold in zip(lm.layers, folded, strict=True):
+        yield from _layer_hooks(lm, layer, fold, record)
+        if truth:
+            yield from _truth_hooks(lm, layer, record)
+
+
+def _module(lm: Model, path: str) -> nn.Module:
+    return lm.decoder.get_submodule(path)
+
+
+def _layer_hooks(lm: Model, layer: Layer, fold: Folded, record: Recording) -> Iterator[tuple[nn.Module, bool, Hook]]:
+    def keep_z(z: Tensor) -> None:
+        z = z.detach().to(lm.compute_dtype).unflatten(-1, (lm.n_heads, lm.head_dim))
+        record.z[layer.index] = z.clone() if fold.constant is None else z - fold.constant
+
+    def keep_gain(attention: Tensor) -> None:
+        assert layer.post_attention_norm is not None
+        scale = norm_scale(attention.detach().to(lm.compute_dtype), layer.post_attention_norm, lm.row.layer_norm)
+        record.gain[layer.index] = scale
+        record.z[layer.index] *= scale[..., None, None]
+
+    residual = lm.row.residual_scale(lm.config)
+    yield layer.out_proj, True, keep_z
+    if layer.post_attention_norm is not None:
+        yield layer.post_attention_norm, True, keep_gain
+    written = layer.post_mlp_norm or layer.mlp
+    keep_mlp = _keep(record.vectors, Node("mlp", layer.index), lm, residual)
+    # OPT flattens prompts and positions before its MLP.
+    yield written, False, lambda output: keep_mlp(_like(output, record.z[layer.index]))
+
+
+def _truth_hooks(lm: Model, layer: Layer, record: Recording) -> Iterator[tuple[nn.Module, bool, Hook]]:
+    residual = lm.row.residual_scale(lm.config)
+    start = Location("pre", 0) if layer.index == 0 else Location("post", layer.index - 1)
+    yield layer.block, True, _keep(record.stream, start, lm)
+    if not lm.parallel:
+        assert layer.mid is not None
+        keep_mid = _keep(record.stream, Location("mid", layer.index), lm)
+        yield layer.mid, True, lambda x: keep_mid(_like(x, record.z[layer.index]))
+    if layer.index == len(lm.layers) - 1:
+        yield _module(lm, lm.row.final_norm), True, _keep(record.stream, Location("post", layer.index), lm)
+    keep_attention = _keep(record.attention, layer.index, lm, residual)
+    yield layer.post_attention_norm or layer.out_proj, False, keep_attention
+
+
+def _keep(store: dict[Any, Tensor], key: Any, lm: Model, scale: float = 1.0) -> Hook:
+    def hook(output: Tensor) -> None:
+        write = output.detach().to(lm.compute_dtype)
+        write = centre(write if scale == 1.0 else write * scale, lm)
+        store[key] = write.clone() if write.data_ptr() == output.data_ptr() else write
+
+    return hook
+
+
+def _like(output: Tensor, z: Tensor) -> Tensor:
+    return output.reshape(*z.shape[:2], -1)
+
+
+@torch.no_grad()
+def run(
+    lm: Model, ids: Int[Tensor, "prompt position"], folded: Sequence[Folded], device: torch.device | None = None
+) -> Writes:
+    """All writes of one pass of the base model over left-aligned prompts; logits are never computed."""
+    with recording(lm, folded) as record:
+        lm.decoder(input_ids=ids.to(device or lm.device), use_cache=False)
+    return _rows(record.writes, ids)
+
+
+def _rows(writes: Writes, ids: Tensor) -> Writes:
+    """Position embeddings come out once for all prompts: give every prompt its view."""
+    return writes.map(lambda factor: factor.expand(len(ids), *factor.shape[1:]))
+

@@ -1,0 +1,185 @@
+"""How does a hub name, a folder or a model in memory become a Model? Refuses what it cannot read exactly or safely."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from unwrite.errors import ModelError, UnwriteError
+from unwrite.model.certificate import certify
+from unwrite.model.families import FAMILIES, REFUSED, Family
+from unwrite.model.view import CONVENTIONS, Model
+
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def load(
+    source: Any,
+    tokenizer: Any = None,
+    revision: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    device_map: Any = None,
+    trust_remote_code: bool = False,
+    convention: str = "paper",
+) -> Model:
+    """A `Model` from a hub name, a folder, or a Hugging Face causal language model already in memory.
+
+    Arguments: `tokenizer`, by default the one that comes with the model; `revision` a hub commit; `dtype` by default
+    that of the weights; `device` or `device_map` where to put it (not for a model in memory, which stays as and where
+    it is); `convention` "paper" (Dao et al. 2023: heads without constant part, LayerNorm streams centred) or "raw".
+    Raises ModelError for an unknown architecture, an encoder–decoder, weights that are missing or pickled, remote code
+    (unless `trust_remote_code`), a tokenizer whose ids the embedding does not have, or a decomposition whose
+    certificate fails, with the failing identity.
+
+    Example: `lm = uw.load("gpt2")`; `print(lm.certificate.explain())`
+    """
+    if convention not in CONVENTIONS:
+        raise ModelError("unknown convention", got=repr(convention), expected=" or ".join(map(repr, CONVENTIONS)))
+    if isinstance(source, (str, Path)):
+        options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        hf = _from_disk(str(source), {"dtype": dtype or "auto", "device_map": device_map, **options})
+        hf = hf if device is None else hf.to(device)
+        tokenizer = tokenizer or _tokenizer(str(source), hf.config, options)
+    elif isinstance(source, PreTrainedModel):
+        if any(option is not None for option in (revision, dtype, device, device_map)):
+            raise ModelError("a model in memory stays as it is", fix="leave revision, dtype, device and device_map out")
+        hf = source
+    else:
+        raise ModelError("cannot load this", got=type(source).__name__, expected="a hub name, a folder or a HF model")
+    _check_tokenizer(tokenizer, hf)
+    return view(hf, tokenizer, convention, name=str(source) if hf is not source else hf.name_or_path)
+
+
+def view(hf: PreTrainedModel, tokenizer: Any = None, convention: str = "paper", name: str = "") -> Model:
+    """A certified `Model` on a Hugging Face model in memory. Raises ModelError as `load` does."""
+    family = hf.config.model_type
+    row = _row(hf.config)
+    about = {"name": name or type(hf).__name__, "commit": getattr(hf.config, "_commit_hash", None)}
+    lm = Model(hf, tokenizer, family, row, convention, about)
+    try:
+        certificate = certify(lm)
+    except (RuntimeError, AttributeError, ValueError, TypeError) as error:
+        raise ModelError(
+            f"{about['name']} ({family}) could not be run on short random prompts", got=f"{type(error).__name__}: {error}"
+        ) from error
+    certificate.require(str(about["name"]))
+    return replace(lm, certificate=certificate)
+
+
+def provenance(lm: Model) -> dict[str, Any]:
+    """What identifies the model in a result: name, commit, weights, shape, convention and certificate."""
+    return {
+        **lm.about,
+        "family": lm.family,
+        "weights": weights_hash(lm.hf),
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "device": str(lm.device),
+        "attention": lm.config._attn_implementation,
+        "layers": len(lm.layers),
+        "heads": lm.n_heads,
+        "d_model": lm.d_model,
+        "convention": lm.convention,
+        "centred": lm.centred,
+        "certificate": dict(lm.certificate.errors),
+        "certificate_limit": lm.certificate.limit,
+    }
+
+
+def weights_hash(hf: PreTrainedModel) -> str:
+    """BLAKE2b of all parameters, name by name: two models with equal hashes have equal weights."""
+    total = hashlib.blake2b(digest_size=16)
+    for name, parameter in sorted(hf.named_parameters()):
+        total.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        total.update(memoryview(parameter.detach().cpu().contiguous().view(torch.uint8).numpy()))  # pyright: ignore
+    return total.hexdigest()
+
+
+def _row(config: Any) -> Family:
+    family = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{family} is an encoder–decoder", expected="a decoder with one residual stream")
+    if family in REFUSED:
+        raise ModelError(f"{family} cannot be decomposed exactly: {REFUSED[family]}")
+    if family not in FAMILIES:
+        near = ", ".join(difflib.get_close_matches(family, FAMILIES, n=3, cutoff=0.3))
+        raise ModelError(
+            f"unknown architecture {family}",
+            expected=f"one of {', '.join(FAMILIES)}",
+            fix=f"see 'How to add a family' in CONTRIBUTING.md{f'; nearest: {near}' if near else ''}",
+        )
+    row = FAMILIES[family]
+    if why := row.refuse(config):
+        raise ModelError(f"this {family} configuration cannot be decomposed exactly: {why}")
+    return row
+
+
+def _from_disk(source: str, options: dict[str, Any]) -> PreTrainedModel:
+    _check_folder(Path(source))
+    hub = {key: options[key] for key in ("revision", "trust_remote_code")}
+    try:
+        _row(AutoConfig.from_pretrained(source, **hub))
+        return AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, **options)
+    except UnwriteError:
+        raise
+    except Exception as error:  # noqa: BLE001 - transformers and the hub raise many kinds; each means: not loaded
+        raise ModelError(f"cannot load {source}", got=_first_line(error), fix=_advice(error)) from error
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        return
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} has no config.json", expected="a folder as save_pretrained writes it")
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(file.name for pattern in _PICKLED for file in folder.glob(pattern))
+    if pickled:
+        raise ModelError(
+            f"{folder} has only pickled weights, which can run any code when opened",
+            got=pickled[0],
+            expected="*.safetensors",
+            fix="if you trust them, load them yourself, save_pretrained() them, and load that folder",
+        )
+    raise ModelError(f"{folder} has no weights", expected="*.safetensors")
+
+
+def _advice(error: Exception) -> str | None:
+    if "trust_remote_code" in str(error):
+        return "the model brings its own code; read it, then pass trust_remote_code=True with a revision"
+    if "model_type" in str(error) or "Unrecognized" in str(error):
+        return f"this is not an architecture of transformers {transformers.__version__}"
+    return "check the name, the folder and the network"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+def _tokenizer(source: str, config: Any, options: dict[str, Any]) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except Exception:  # noqa: BLE001 - a model without a tokenizer is complete: token ids can be given
+        return None
+    # A tokenizer that names no limit reports an astronomical one; windows need the model's.
+    context = getattr(config, "max_position_embeddings", None)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, context or tokenizer.model_max_length)
+    return tokenizer
+
+
+def _check_tokenizer(tokenizer: Any, hf: PreTrainedModel) -> None:
+    if tokenizer is None:
+        return
+    rows, highest = hf.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise ModelError(
+            "the tokenizer can emit ids that the model has no embedding for",
+            got=f"ids up to {highest}", expected=f"up to {rows - 1}", fix="use the tokenizer that belongs to the model",
+        )  # fmt: skip

@@ -1,0 +1,336 @@
+"""What does each part of a decoder write? A read-only view on the user's own, unmodified Hugging Face model.
+
+Every write is linear in a small factor that a forward pass shows: a head's write is its z (attention output before
+W_O) times its slice of W_O, times a post-norm's gain where there is one. `fold` computes those matrices, copies them
+where it must, and never changes a weight of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from unwrite.model.families import Family
+from unwrite.nodes import Location, Node
+
+CONVENTIONS = ("paper", "raw")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The modules of one block that read or write the stream."""
+
+    index: int
+    block: nn.Module
+    attention: nn.Module
+    out_proj: nn.Module
+    value: nn.Module
+    input_norm: nn.Module | None
+    mid: nn.Module | None
+    mlp: nn.Module
+    post_attention_norm: nn.Module | None
+    post_mlp_norm: nn.Module | None
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A decoder as nodes that write into its residual stream. Made by `uw.load`.
+
+    `convention` "paper": heads carry no constant part, and where every reader is a LayerNorm all writes are centred
+    (the mean over d_model, which no reader sees, removed). "raw": writes as they are.
+    """
+
+    hf: Any
+    tokenizer: Any
+    family: str
+    row: Family
+    convention: str
+    about: Mapping[str, Any] = field(default_factory=dict)
+    certificate: Any = None
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face configuration."""
+        return self.hf.config
+
+    @cached_property
+    def decoder(self) -> nn.Module:
+        """The model without its unembedding."""
+        return find(self.hf, self.row.decoder)
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """The blocks, first to last."""
+        return tuple(_layer(self.row, i, block) for i, block in enumerate(find(self.decoder, self.row.blocks)))
+
+    @cached_property
+    def parts(self) -> tuple[Node, ...]:
+        """The nodes in write order; one that is zero by construction is not listed."""
+        start = [Node("embed")] + ([Node("pos_embed")] if self.row.pos_embed else [])
+        return tuple(start + [node for layer in self.layers for node in self._written(layer)])
+
+    def _written(self, layer: Layer) -> list[Node]:
+        heads = [Node("head", layer.index, head) for head in range(self.n_heads)]
+        bias = [Node("bias", layer.index)] if _has_constant(layer, self.convention) else []
+        return [*heads, *bias, Node("mlp", layer.index)]
+
+    @cached_property
+    def states(self) -> tuple[Location, ...]:
+        """The states of the stream that this model has, first to last."""
+        between = [] if self.parallel else ["mid"]
+        states = [Location(state, layer.index) for layer in self.layers for state in [*between, "post"]]
+        return (Location("pre", 0), *states)
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Node names in write order. Their writes sum to the stream."""
+        return tuple(map(str, self.parts))
+
+    @property
+    def locations(self) -> tuple[str, ...]:
+        """Names of the states of the stream, first to last."""
+        return tuple(map(str, self.states))
+
+    @property
+    def parallel(self) -> bool:
+        """Do attention and MLP of a block read the same state of the stream?"""
+        return bool(self.row.parallel(self.config))
+
+    @property
+    def centred(self) -> bool:
+        """Is the mean over d_model removed from every write?"""
+        return self.convention == "paper" and self.row.layer_norm
+
+    @property
+    def n_heads(self) -> int:
+        """Query heads of a layer."""
+        return self.config.num_attention_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads of a layer."""
+        return self.row.kv_heads(self.config)
+
+    @cached_property
+    def head_dim(self) -> int:
+        """Width of a head's values."""
+        return matrix(self.layers[0].out_proj).shape[0] // self.n_heads
+
+    @cached_property
+    def d_model(self) -> int:
+        """Width of the stream."""
+        return matrix(self.layers[0].out_proj).shape[1]
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of embedding rows: ids from 0 to this minus 1 can be read."""
+        return self.hf.get_input_embeddings().weight.shape[0]
+
+    @property
+    def context(self) -> int | None:
+        """Number of positions the model was built for; None where the configuration names no limit."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype."""
+        return self.hf.get_input_embeddings().weight.dtype
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype in which writes and their products are computed: float32 or better."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return self.hf.get_input_embeddings().weight.device
+
+    def holds(self) -> Bool[Tensor, "location node"]:
+        """Which nodes have written when the stream is in each state."""
+        return torch.tensor([[state.holds(node, self.parallel) for node in self.parts] for state in self.states])
+
+    def __repr__(self) -> str:
+        return (
+            f"Model({self.about.get('name', self.family)!r}: {self.family}, {len(self.layers)} layers × "
+            f"{self.n_heads} heads, d_model {self.d_model}, {len(self.parts)} nodes, convention {self.convention!r})"
+        )
+
+
+def _layer(row: Family, index: int, block: nn.Module) -> Layer:
+    attention = find(block, row.attention)
+    return Layer(
+        index,
+        block,
+        attention,
+        out_proj=find(attention, row.out_proj),
+        value=find(attention, row.value),
+        input_norm=_maybe(block, row.input_norm),
+        mid=_maybe(block, row.mid),
+        mlp=find(block, row.mlp),
+        post_attention_norm=_maybe(block, row.post_attention_norm),
+        post_mlp_norm=_maybe(block, row.post_mlp_norm),
+    )
+
+
+def find(root: nn.Module, path: str) -> nn.Module:
+    """The submodule at `path` ("a|b": the first that exists). Raises AttributeError if there is none."""
+    for option in path.split("|")[:-1]:
+        try:
+            return root.get_submodule(option)
+        except AttributeError:
+            continue
+    return root.get_submodule(path.split("|")[-1])
+
+
+def _maybe(root: nn.Module, path: str | None) -> nn.Module | None:
+    if path is None:
+        return None
+    try:
+        return find(root, path)
+    except AttributeError:  # a parallel block may have no norm of its own for its MLP
+        return None
+
+
+def matrix(projection: nn.Module) -> Float[Tensor, "input output"]:
+    """A projection's weight as [input, output]: torch's Linear stores the transpose, transformers' Conv1D does not."""
+    weight: Tensor = projection.weight  # pyright: ignore[reportAssignmentType]
+    return weight.t() if isinstance(projection, nn.Linear) else weight
+
+
+def _bias(module: nn.Module | None) -> Tensor | None:
+    return getattr(module, "bias", None)
+
+
+def _has_constant(layer: Layer, convention: str) -> bool:
+    inside = (layer.value, layer.input_norm) if convention == "paper" else ()
+    return any(_bias(module) is not None for module in (layer.out_proj, *inside))
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What turns the factors of one layer's attention into writes.
+
+    `w_o` includes the residual scale and a post-norm's gain, and is centred under the convention; `constant` is the
+    part of z that the convention moves to the bias node, whose write is `bias` (times a post-norm's frozen scale).
+    """
+
+    w_o: Float[Tensor, "head d_head d_model"]
+    constant: Float[Tensor, "head d_head"] | None
+    bias: Float[Tensor, " d_model"] | None
+
+
+def fold(lm: Model) -> tuple[Folded, ...]:
+    """`Folded` of every layer, from the weights as they are now."""
+    return tuple(_fold(lm, layer) for layer in lm.layers)
+
+
+def _fold(lm: Model, layer: Layer) -> Folded:
+    scale = lm.row.residual_scale(lm.config)
+    gain = gain_of(layer.post_attention_norm, lm)
+    shape: Callable[[Tensor], Tensor] = lambda write: centre(write if gain is None else write * gain, lm)  # noqa: E731
+    weight = matrix(layer.out_proj).detach().to(lm.compute_dtype).view(lm.n_heads, lm.head_dim, lm.d_model)
+    w_o = shape(weight if scale == 1.0 else weight * scale)
+    constant = value_constant(lm, layer) if lm.convention == "paper" else None
+    parts = [] if constant is None else [torch.einsum("hk,hkd->d", constant, w_o)]
+    if (bias := _bias(layer.out_proj)) is not None:
+        parts.append(shape(bias.detach().to(lm.compute_dtype) * scale))
+    return Folded(w_o, constant, sum(parts[1:], parts[0]) if parts else None)
+
+
+def centre(write: Float[Tensor, "*rows d_model"], lm: Model) -> Float[Tensor, "*rows d_model"]:
+    """Remove the mean over d_model if the model's convention does."""
+    return write - write.mean(-1, keepdim=True) if lm.centred else write
+
+
+def gain_of(norm: nn.Module | None, lm: Model) -> Float[Tensor, " d_model"] | None:
+    """A norm's multiplicative gain; None without a norm, or for a norm without one."""
+    weight = getattr(norm, "weight", None)
+    return None if weight is None else weight.detach().to(lm.compute_dtype) + lm.row.norm_gain_offset
+
+
+def norm_scale(x: Float[Tensor, "*rows d_model"], norm: nn.Module, centred: bool) -> Float[Tensor, "*rows"]:
+    """1 / sqrt(mean(x²) + eps), x centred first for a LayerNorm: what a norm multiplies its input by, beside its gain."""
+    eps = next(getattr(norm, name) for name in ("eps", "variance_epsilon", "epsilon") if hasattr(norm, name))
+    if centred:
+        x = x - x.mean(-1, keepdim=True)
+    return torch.rsqrt(x.pow(2).mean(-1) + eps)
+
+
+def value_weights(lm: Model, layer: Layer) -> tuple[Float[Tensor, "head d_model d_head"], Float[Tensor, "head d_head"]]:
+    """W_V and its bias for every query head (a group's heads share theirs)."""
+    weight, bias = matrix(layer.value).detach().to(lm.compute_dtype), _bias(layer.value)
+    both = weight if bias is None else torch.cat([weight, bias.detach().to(lm.compute_dtype)[None]])
+    kv, width = lm.kv_heads, lm.head_dim
+    if lm.row.grouped_values:
+        values = both.unflatten(1, (kv, lm.n_heads // kv + 2, width))[:, :, -1]
+    else:
+        values = both[:, -kv * width :].unflatten(1, (kv, width))
+    heads = values.transpose(0, 1).repeat_interleave(lm.n_heads // kv, dim=0)
+    if bias is None:
+        return heads, heads.new_zeros(lm.n_heads, width)
+    return heads[:, :-1], heads[:, -1]
+
+
+def value_constant(lm: Model, layer: Layer) -> Float[Tensor, "head d_head"] | None:
+    """What the value bias and the norm's bias put into every head's z: rows of a pattern sum to 1, so it is constant.
+
+    None where there is neither. (Facts: o_h without constant = o_h − (β W_V + b_V) W_O.)
+    """
+    beta = _bias(layer.input_norm)
+    if beta is None and _bias(layer.value) is None:
+        return None
+    weight, bias = value_weights(lm, layer)
+    return bias if beta is None else bias + torch.einsum("d,hdk->hk", beta.detach().to(lm.compute_dtype), weight)
+
+
+@dataclass(frozen=True)
+class Writes:
+    """What every node adds to the stream at some rows (prompts × positions, or sums over them), as factors.
+
+    `z[layer]` is already multiplied by a post-norm's frozen scale, `gain[layer]` is that scale (None: 1), by which the
+    bias is multiplied; `vectors` are embed, pos_embed and the MLPs.
+    """
+
+    z: tuple[Float[Tensor, "*rows head d_head"], ...]
+    gain: tuple[Float[Tensor, "*rows"] | None, ...]
+    vectors: Mapping[Node, Float[Tensor, "*rows d_model"]]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Writes:
+        """Apply a function of the leading row axes (a slice, a sum) to every factor."""
+        return Writes(
+            tuple(map(change, self.z)),
+            tuple(None if gain is None else change(gain) for gain in self.gain),
+            {node: change(vector) for node, vector in self.vectors.items()},
+        )
+
+
+def expand(
+    lm: Model, folded: tuple[Folded, ...], writes: Writes, count: Float[Tensor, " row"] | float = 1.0
+) -> Float[Tensor, "node row d_model"]:
+    """The nodes' writes in full, in write order, from factors with one row axis.
+
+    `count`: how many rows each row sums up; a bias without post-norm is written once per row.
+    """
+    row = writes.z[0]
+    out = row.new_empty(len(lm.parts), row.shape[0], lm.d_model)
+    at = 0
+    while at < len(lm.parts):
+        node = lm.parts[at]
+        step = lm.n_heads if node.kind == "head" else 1
+        if node.kind == "head":
+            torch.bmm(writes.z[node.layer].transpose(0, 1), folded[node.layer].w_o, out=out[at : at + step])
+        elif node.kind == "bias":
+            gain = writes.gain[node.layer]
+            times = torch.as_tensor(count if gain is None else gain, dtype=out.dtype, device=out.device)
+            out[at] = times.reshape(-1, 1) * folded[node.layer].bias
+        else:
+            out[at] = writes.vectors[node]
+        at += step
+    return out

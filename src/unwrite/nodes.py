@@ -1,0 +1,128 @@
+"""What are the parts of a decoder called? The only place where "L2H3", "MLP2" or "resid_mid2" is parsed, printed or ordered."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from unwrite.errors import NodeError
+
+# Write order inside a layer: the heads, then the attention's constant part, then the MLP.
+_KINDS = ("embed", "pos_embed", "head", "bias", "mlp")
+_STATES = ("pre", "mid", "post")
+
+_NODE_FORMS = (
+    ("head", re.compile(r"L(\d+)H(\d+)")),
+    ("head", re.compile(r"\(\s*(\d+)\s*,\s*(\d+)\s*\)")),
+    ("bias", re.compile(r"L(\d+)\.bias")),
+    ("mlp", re.compile(r"MLP(\d+)")),
+    ("mlp", re.compile(r"blocks\.(\d+)\.hook_mlp_out")),
+    ("embed", re.compile(r"(?:hook_)?embed")),
+    ("pos_embed", re.compile(r"(?:hook_)?pos_embed")),
+)
+_LOCATION_FORMS = (re.compile(r"resid_(pre|mid|post)(\d+)"), re.compile(r"blocks\.(\d+)\.hook_resid_(pre|mid|post)"))
+
+
+@dataclass(frozen=True)
+class Node:
+    """Anything that adds a vector to the residual stream. `str(node)` is its printed name."""
+
+    kind: str
+    layer: int = -1
+    head: int = -1
+
+    def __str__(self) -> str:
+        return {
+            "head": f"L{self.layer}H{self.head}",
+            "bias": f"L{self.layer}.bias",
+            "mlp": f"MLP{self.layer}",
+        }.get(self.kind, self.kind)
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Sort key: write order."""
+        return (self.layer, _KINDS.index(self.kind), self.head)
+
+
+@dataclass(frozen=True)
+class Location:
+    """A state of the residual stream: before a layer, between its attention and MLP, or after it."""
+
+    state: str
+    layer: int
+
+    def __str__(self) -> str:
+        return f"resid_{self.state}{self.layer}"
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sort key: the order in which a forward pass reaches the states."""
+        return (self.layer, _STATES.index(self.state))
+
+    def holds(self, node: Node, parallel: bool) -> bool:
+        """Has `node` written before the stream is in this state?
+
+        In a parallel block attention and MLP write at one time step, so there is no state between them.
+        """
+        if node.layer != self.layer:
+            return node.layer < self.layer
+        return self.state == "post" or (self.state == "mid" and not parallel and node.kind != "mlp")
+
+
+def parse_node(name: object) -> Node:
+    """A `Node` from "L2H3", "(2, 3)", (2, 3), "L2.bias", "MLP2", "blocks.2.hook_mlp_out", "embed" or "pos_embed".
+
+    Raises NodeError for anything else.
+    """
+    if isinstance(name, Node):
+        return name
+    for kind, form in _NODE_FORMS:
+        if found := form.fullmatch(str(name)):
+            return Node(kind, *(int(number) for number in found.groups()))
+    raise NodeError("not a node name", got=repr(name), expected="L2H3, L2.bias, MLP2, embed or pos_embed")
+
+
+def parse_location(name: object) -> Location:
+    """A `Location` from "resid_mid2" or "blocks.2.hook_resid_mid". Raises NodeError for anything else."""
+    if isinstance(name, Location):
+        return name
+    for form in _LOCATION_FORMS:
+        if found := form.fullmatch(str(name)):
+            state, layer = sorted(found.groups(), key=str.isdigit)
+            return Location(state, int(layer))
+    raise NodeError("not a location", got=repr(name), expected="resid_pre0, resid_mid2 or resid_post2")
+
+
+def reads(reader: Node, writer: Node, parallel: bool) -> bool:
+    """Can `reader`'s input contain what `writer` wrote?
+
+    Only a head or MLP reads; it reads earlier layers, and in a sequential block the MLP reads its layer's attention.
+    """
+    if reader.kind not in ("head", "mlp"):
+        return False
+    if writer.layer < reader.layer:
+        return True
+    return not parallel and reader.kind == "mlp" and writer.layer == reader.layer and writer.kind in ("head", "bias")
+
+
+def choose(names: Iterable[object] | None, available: Sequence[Node]) -> tuple[Node, ...]:
+    """The nodes called `names`, in write order; all of `available` for None.
+
+    Raises NodeError for a name that this model does not have, with the nearest ones.
+    """
+    if names is None:
+        return tuple(available)
+    chosen = {parse_node(name) for name in names}
+    if not chosen:
+        raise NodeError("no node was named", expected="at least one node name", fix="leave the argument out for all")
+    for node in sorted(chosen - set(available), key=lambda node: node.order):
+        near = difflib.get_close_matches(str(node), [str(other) for other in available], n=4, cutoff=0.3)
+        hint = f"nearest: {', '.join(near)}" if near else None
+        raise NodeError(f"this model has no node {node}", expected=_span(available), fix=hint)
+    return tuple(sorted(chosen, key=lambda node: node.order))
+
+
+def _span(available: Sequence[Node]) -> str:
+    return f"one of {len(available)} nodes from {available[0]} to {available[-1]}"

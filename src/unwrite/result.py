@@ -1,0 +1,176 @@
+"""What did a method find, and how can it be checked and repeated? Named numbers with provenance; knows no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Iterator
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from unwrite.errors import ResultError, plain
+
+if TYPE_CHECKING:
+    import altair as alt
+
+SCHEMA = 1
+_FILE = "result.nc"
+_VERSIONS = ("unwrite", "torch", "transformers", "numpy", "xarray")
+# A spreadsheet takes a cell that begins with one of these for a formula.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """Numbers with named axes (`data`, an xarray.Dataset); every variable says its unit and equation.
+
+    `provenance` holds what is needed to repeat the run: method and settings, model, tokens, versions.
+    """
+
+    data: xr.Dataset
+
+    @property
+    def method(self) -> str:
+        """Name of the method that made this result."""
+        return str(self.provenance["method"])
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Method, settings, model, certificate, tokens and versions, as plain values."""
+        return json.loads(self.data.attrs["provenance"])
+
+    def __getitem__(self, name: str) -> xr.DataArray:
+        return self.data[name]
+
+    def table(self) -> pd.DataFrame:
+        """One row per writer (and text), sorted by energy moved: the variables with no further axis, and quantiles."""
+        rows = [axis for axis in ("text", "writer") if axis in self.data.dims]
+        flat = {name: part.transpose(*rows) for name, part in self.data.items() if set(part.dims) == set(rows)}
+        for name, part in self.data.items():
+            if set(part.dims) == {*rows, "quantile"}:
+                middle = part.sel(quantile=0.5, drop=True)
+                flat[f"{name}_median"] = middle.transpose(*rows)
+        frame = xr.Dataset(flat).to_dataframe().reset_index()
+        return frame.sort_values("moved", ascending=False, kind="stable") if "moved" in frame else frame
+
+    def figure(self) -> alt.Chart | alt.LayerChart:
+        """The result's main picture as an altair chart."""
+        from unwrite.report import figures
+
+        return figures.main(self)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the result as netCDF to `path` (a folder gets `result.nc`), whole or not at all; returns the file.
+
+        Raises ResultError where the place cannot be written.
+        """
+        return write(_file(path), lambda place: self.data.to_netcdf(place, engine="h5netcdf"))
+
+    def save_table(self, path: str | Path) -> Path:
+        """Write `table()` as CSV, text cells made harmless for spreadsheets. Raises ResultError as `save` does."""
+        frame = self.table()
+        for name in frame.columns:
+            if not pd.api.types.is_numeric_dtype(frame[name]):
+                frame[name] = [_cell(value) for value in frame[name]]
+        return write(Path(path), lambda place: frame.to_csv(place, index=False))
+
+
+def read(path: str | Path) -> Result:
+    """A result saved at `path`, a file or a folder with a `result.nc`.
+
+    Raises ResultError if there is none, if it is not a result of unwrite, is damaged, or was written by a newer
+    version.
+    """
+    file = _file(path)
+    if not file.is_file():
+        raise ResultError(f"no result at {path}", expected="a result.nc or a folder that holds one")
+    try:
+        # Everything is read at once: an open file would fail later, far from here, where it is damaged.
+        with xr.open_dataset(file, engine="h5netcdf") as opened:
+            data = opened.load()
+        schema = int(data.attrs["schema"])
+        json.loads(data.attrs["provenance"])["method"]
+    except Exception as error:  # noqa: BLE001 - whatever HDF5 raises on a damaged file means the same to the user
+        raise ResultError(f"{file} is not a readable result of unwrite", got=f"{type(error).__name__}: {error}") from None
+    if schema > SCHEMA:
+        raise ResultError(f"{file} was written by a newer unwrite", got=f"schema {schema}", expected=f"up to {SCHEMA}")
+    return Result(data)
+
+
+def build(
+    method: str, data: xr.Dataset, settings: Mapping[str, Any], model: Mapping[str, Any], tokens: Mapping[str, Any]
+) -> Result:
+    """A `Result` of `method`, with provenance added to `data`."""
+    provenance = {
+        "method": method,
+        "settings": dict(settings),
+        "model": dict(model),
+        "tokens": dict(tokens),
+        "versions": {name: _version(name) for name in _VERSIONS},
+    }
+    return Result(data.assign_attrs(schema=SCHEMA, provenance=json.dumps(provenance, sort_keys=True)))
+
+
+def writable(folder: str | Path) -> Path:
+    """`folder`, made if need be. Raises ResultError unless files can be written into it: asked before a long run."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise ResultError(f"cannot write into {folder}", got=error.strerror, fix="choose another --out") from None
+
+
+def write(file: Path, make: Callable[[Path], object]) -> Path:
+    """Let `make` write a file beside `file`, then put it in place at once: never half a file."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with _beside(file) as place:
+            make(place)
+            os.replace(place, file)
+    except OSError as error:
+        raise ResultError(f"cannot write {file}", got=error.strerror or error, fix="choose another place") from None
+    return file
+
+
+@contextmanager
+def _beside(file: Path) -> Iterator[Path]:
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=file.suffix)
+    os.close(handle)
+    place = Path(name)
+    try:
+        place.chmod(0o644)
+        yield place
+    finally:
+        place.unlink(missing_ok=True)
+
+
+def _file(path: str | Path) -> Path:
+    path = Path(path)
+    return path / _FILE if path.is_dir() or path.suffix != ".nc" else path
+
+
+def _cell(value: object) -> str:
+    text = plain(value)
+    return f"'{text}" if text.startswith(_FORMULA) else text
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def quantity(axes: tuple[str, ...], values: np.ndarray, unit: str, equation: str) -> xr.Variable:
+    """A variable of a result: values on named axes, with its unit and equation."""
+    return xr.Variable(axes, values, {"units": unit, "equation": equation})

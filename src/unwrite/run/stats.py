@@ -1,0 +1,248 @@
+"""How are quantiles, sums and intervals kept so that any order, any sharding and any resume give the same bits?
+
+Quantiles come from integer counts on a fixed grid: integers add in any order. Float sums are added pairwise along a
+fixed binary tree over the batch index, so the tree, not the order of arrival, decides every rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+# A float32 keeps 23 bits of mantissa; with 17 dropped, every octave of |x| + offset has 2^6 equal bins.
+_DROPPED_BITS = 17
+_STASH_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A fixed grid of bins on the real line, symmetric about 0, finest near 0.
+
+    The bin of x is read off the bits of the float32 |x| + offset: 64 bins to the octave, so a bin is never wider than
+    (|x| + offset) / 64. Beyond `limit` there is one bin to either side, whose value is ±inf.
+    """
+
+    offset: float
+    limit: float
+
+    @property
+    def reach(self) -> int:
+        """Number of bins from 0 to one end; the grid has 2 * reach + 1 of them."""
+        return _code(self.offset + self.limit) - _code(self.offset) + 1
+
+    @property
+    def values(self) -> Float[np.ndarray, " bins"]:
+        """The middle of every bin, in float64; -inf and inf at the ends."""
+        codes = np.arange(1, self.reach, dtype=np.int32) + _code(self.offset)
+        low = (codes << _DROPPED_BITS).view(np.float32).astype(np.float64)
+        high = ((codes + 1) << _DROPPED_BITS).view(np.float32).astype(np.float64)
+        side = np.append((low + high) / 2 - self.offset, np.inf)
+        return np.concatenate([-side[::-1], [0.0], side])
+
+    def index(self, x: Float[Tensor, "..."]) -> Int[Tensor, "..."]:
+        """The bin of every x: 0 … 2 * reach, int32. NaN lands beyond the limit: count it before, not here."""
+        bits = x.float().view(torch.int32)
+        sign = bits.bitwise_right_shift(31)
+        code = x.abs().float().add_(self.offset).view(torch.int32).bitwise_right_shift_(_DROPPED_BITS)
+        code.sub_(_code(self.offset)).clamp_(max=self.reach)
+        return code.bitwise_xor_(sign).sub_(sign).add_(self.reach)
+
+
+def _code(value: float) -> int:
+    return int(np.float32(value).view(np.int32) >> _DROPPED_BITS)
+
+
+# Half a bin is at most 0.01 · max(1, |x|) (a test walks over every bin). The offset keeps 0, ±1 and ±1/2, where exact
+# cancellation or a lone writer puts many values, away from bin edges, which rounding would cross.
+RATIO = Grid(offset=0.4355, limit=100.0)
+# Lengths of vectors: relative error at most 1/128 from 2^-40 to 2^40.
+LENGTH = Grid(offset=2.0**-40, limit=2.0**40)
+
+
+class Histogram:
+    """Counts of many channels on one grid; memory does not depend on how many values are counted."""
+
+    def __init__(self, channels: int, grid: Grid, rows: int, device: torch.device | str = "cpu"):
+        """`rows`: an upper bound of the values per channel, which decides whether 32 bits can hold a count."""
+        self.grid = grid
+        self._bins = 2 * grid.reach + 1
+        width = torch.int32 if rows < 2**31 else torch.int64
+        # The extra bin takes what is left out: counted, never mixed in.
+        self._counts = torch.zeros(channels, self._bins + 1, dtype=width, device=device)
+        self._stash = torch.empty(channels, min(rows, _STASH_ROWS), dtype=torch.int16, device=device)
+        self._stashed = 0
+
+    def add(self, values: Float[Tensor, "rows channels"], keep: Bool[Tensor, "rows channels"] | None = None) -> None:
+        """Count `values`; those where `keep` is False go to the left-out bin."""
+        index = self.grid.index(values)
+        if keep is not None:
+            index.masked_fill_(~keep, self._bins)
+        for part in index.split(self._stash.shape[1]):
+            if self._stashed + len(part) > self._stash.shape[1]:
+                self._flush()
+            self._stash[:, self._stashed : self._stashed + len(part)].copy_(part.t())
+            self._stashed += len(part)
+
+    @property
+    def counts(self) -> Int[np.ndarray, "channels bins"]:
+        """Counts in every bin of the grid."""
+        self._flush()
+        return self._counts[:, : self._bins].cpu().numpy()
+
+    @property
+    def left_out(self) -> Int[np.ndarray, " channels"]:
+        """How many values of every channel were left out."""
+        self._flush()
+        return self._counts[:, self._bins].cpu().numpy()
+
+    def merge(self, other: Histogram) -> None:
+        """Add the counts of `other`, a histogram of the same channels and grid."""
+        other._flush()
+        self._counts += other._counts
+
+    def quantiles(self, q: tuple[float, ...]) -> Float[np.ndarray, "channels q"]:
+        """Quantiles of every channel, interpolated between neighbouring order statistics; NaN where nothing counts.
+
+        An order statistic beyond the grid's limit is ±inf.
+        """
+        counts = self.counts
+        # Blocks keep the cumulative sums, twice as wide as the counts, from doubling the memory.
+        blocks = np.array_split(counts, max(1, counts.size >> 22))
+        return np.concatenate([_quantiles(block, self.grid.values, q) for block in blocks])
+
+    def _flush(self) -> None:
+        if self._stashed:
+            # 2^20 indices at a time: scatter wants them as int64, four times as wide as the stash.
+            for block in torch.arange(len(self._counts)).split(max(1, 2**20 // self._stashed)):
+                rows = slice(int(block[0]), int(block[-1]) + 1)
+                index = self._stash[rows, : self._stashed].long()
+                self._counts[rows].scatter_add_(1, index, torch.ones_like(index, dtype=self._counts.dtype))
+            self._stashed = 0
+
+
+def _quantiles(
+    counts: Int[np.ndarray, "channels bins"], values: Float[np.ndarray, " bins"], q: tuple[float, ...]
+) -> Float[np.ndarray, "channels q"]:
+    below = counts.cumsum(axis=1, dtype=np.int64)
+    n = below[:, -1]
+    result = np.full((len(counts), len(q)), np.nan)
+    some = n > 0
+    for column, fraction in enumerate(q):
+        rank = (n[some] - 1) * fraction
+        low, high = (_order_statistic(below[some], values, ends) for ends in (np.floor(rank), np.ceil(rank)))
+        weight = rank - np.floor(rank)
+        with np.errstate(invalid="ignore"):  # inf - inf, where both neighbours lie beyond the limit
+            mixed = low + weight * (high - low)
+        result[some, column] = np.where((weight == 0) | (low == high), low, mixed)
+    return result
+
+
+def _order_statistic(
+    below: Int[np.ndarray, "channels bins"], values: Float[np.ndarray, " bins"], rank: Float[np.ndarray, " channels"]
+) -> Float[np.ndarray, " channels"]:
+    return values[(below <= rank[:, None]).sum(axis=1)]
+
+
+V = TypeVar("V")
+
+
+class Tree(Generic[V]):
+    """A fold over batches 0, 1, 2, … whose association is fixed: batches 2i and 2i+1 are combined, then their parents.
+
+    Parts may arrive in any order and in several trees that are merged; the total has the same bits. In order, at most
+    log2(n) parts are alive.
+    """
+
+    def __init__(self, combine: Callable[[V, V], V]):
+        self._combine = combine
+        self._parts: dict[tuple[int, int], V] = {}
+
+    def add(self, batch: int, value: V, level: int = 0) -> None:
+        """Put in the value of one batch (or, at a higher level, of 2^level batches)."""
+        sibling = self._parts.pop((level, batch ^ 1), None)
+        if sibling is None:
+            self._parts[level, batch] = value
+        else:
+            pair = (sibling, value) if batch & 1 else (value, sibling)
+            self.add(batch >> 1, self._combine(*pair), level + 1)
+
+    def merge(self, other: Tree[V]) -> None:
+        """Put in all parts of another tree over other batches."""
+        for (level, batch), value in other._parts.items():
+            self.add(batch, value, level)
+
+    def total(self) -> V:
+        """The fold over everything put in. Raises KeyError on an empty tree."""
+        parts: Iterator[V] = (self._parts[key] for key in sorted(self._parts, key=lambda key: key[1] << key[0]))
+        try:
+            total = next(parts)
+        except StopIteration:
+            raise KeyError("an empty tree has no total") from None
+        for part in parts:
+            total = self._combine(total, part)
+        return total
+
+
+@dataclass(frozen=True)
+class ClusterSums:
+    """Sums over clusters (prompts, or documents of several prompts) from which a ratio gets its standard error.
+
+    For pairs (e, w) with per-cluster sums Y = Σ⟨o_e, o_w⟩ and X = Σ‖o_w‖²: n, ΣY, ΣX, ΣY², ΣXY, ΣX² over clusters that
+    are complete, and the first and last cluster of the range apart, since a neighbouring range may continue them.
+    """
+
+    n: int
+    y: Float[Tensor, "node writer"]
+    yy: Float[Tensor, "node writer"]
+    xy: Float[Tensor, "node writer"]
+    x: Float[Tensor, " writer"]
+    xx: Float[Tensor, " writer"]
+    open: tuple[tuple[int, Tensor, Tensor], ...]
+
+    @staticmethod
+    def of(cluster: int, y: Float[Tensor, "node writer"], x: Float[Tensor, " writer"]) -> ClusterSums:
+        """The sums of one prompt of `cluster`."""
+        zero, none = torch.zeros_like(y), torch.zeros_like(x)
+        return ClusterSums(0, zero, zero, zero, none, none, ((cluster, y, x),))
+
+    def __add__(self, other: ClusterSums) -> ClusterSums:
+        """Sums of two neighbouring ranges of prompts, `self` first."""
+        runs = list(self.open)
+        for cluster, y, x in other.open:
+            if runs[-1][0] == cluster:
+                runs[-1] = (cluster, runs[-1][1] + y, runs[-1][2] + x)
+            else:
+                runs.append((cluster, y, x))
+        closed, ends = runs[1:-1], runs[:1] + runs[1:][-1:]
+        return ClusterSums(
+            self.n + other.n, self.y + other.y, self.yy + other.yy, self.xy + other.xy,
+            self.x + other.x, self.xx + other.xx, tuple(ends),
+        )._close(closed)  # fmt: skip
+
+    def _close(self, runs: list[tuple[int, Tensor, Tensor]]) -> ClusterSums:
+        n, y, yy, xy, x, xx = self.n, self.y, self.yy, self.xy, self.x, self.xx
+        for _, run_y, run_x in runs:
+            n, y, yy, xy = n + 1, y + run_y, yy + run_y * run_y, xy + run_y * run_x
+            x, xx = x + run_x, xx + run_x * run_x
+        return ClusterSums(n, y, yy, xy, x, xx, self.open)
+
+    def share(self) -> tuple[np.ndarray, np.ndarray, int]:
+        """ΣY / ΣX, its standard error and the number of clusters; NaN where ΣX is 0, no error below two clusters.
+
+        SE² = n/(n-1) · (ΣY² - 2β ΣXY + β² ΣX²) / (ΣX)², the delta-method error of a ratio of sums over independent
+        clusters.
+        """
+        done = ClusterSums(self.n, self.y, self.yy, self.xy, self.x, self.xx, ())._close(list(self.open))
+        x, y, yy, xy, xx = (part.double().cpu().numpy() for part in (done.x, done.y, done.yy, done.xy, done.xx))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share = np.where(x > 0, y / x, np.nan)
+            spread = np.maximum(yy - 2 * share * xy + share**2 * xx, 0.0)
+            correction = done.n / (done.n - 1) if done.n > 1 else math.nan
+            return share, np.sqrt(correction * spread) / x, done.n

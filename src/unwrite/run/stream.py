@@ -1,0 +1,116 @@
+"""How does a method see its prompts? The one loop over batches: fixed batches, memory back-off, progress."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from unwrite.errors import NumericError
+from unwrite.model.capture import run
+from unwrite.model.view import Folded, Model, Writes
+from unwrite.tokens import Tokens
+
+_BATCH_TOKENS = 4096
+_BATCH_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts [first, first + len(counted)) of the tokens, filled up with repeats so that every batch has one shape.
+
+    `ids` [prompt, position] as the model sees them; `counted` says which rows are real tokens and not a repeat.
+    """
+
+    index: int
+    first: int
+    real: int
+    ids: Int[Tensor, "prompt position"]
+    counted: Bool[Tensor, "prompt position"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a method is: `done` of `total` prompts, tokens so far, seconds since the start."""
+
+    stage: str
+    done: int
+    total: int
+    tokens: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second so far."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def left(self) -> float:
+        """Seconds to go at the rate so far."""
+        return self.seconds * (self.total - self.done) / self.done if self.done else float("inf")
+
+
+Listener = Callable[[Progress], None]
+
+
+def batch_size(lm: Model, tokens: Tokens) -> int:
+    """Prompts per batch: about 4,096 tokens, fewer where the factors of all writes would take over 256 MiB."""
+    factors = (2 * len(lm.layers) + 2) * lm.d_model * torch.finfo(lm.compute_dtype).bits // 8
+    return max(1, min(len(tokens), min(_BATCH_TOKENS, _BATCH_BYTES // factors) // tokens.length))
+
+
+def batches(tokens: Tokens, size: int) -> Iterator[Batch]:
+    """The batches of `tokens`, fixed by the prompts' global index: batch i holds prompts i·size … (i+1)·size − 1."""
+    position = torch.arange(tokens.length)
+    for index, first in enumerate(range(0, len(tokens), size)):
+        real = min(size, len(tokens) - first)
+        prompts = [first + min(i, real - 1) for i in range(size)]
+        counted = position < torch.from_numpy(tokens.lengths[prompts])[:, None]
+        counted[real:] = False
+        yield Batch(index, first, real, torch.from_numpy(tokens.ids[prompts]), counted)
+
+
+def stream(
+    lm: Model, tokens: Tokens, step: Callable[[Batch], None], size: int, stage: str, listener: Listener | None = None
+) -> None:
+    """Give every batch to `step` in order and tell the listener how far it is."""
+    start, seen = time.monotonic(), 0
+    for batch in batches(tokens, size):
+        step(batch)
+        seen += int(batch.counted.sum())
+        if listener is not None:
+            done = batch.first + batch.real
+            listener(Progress(stage, done, len(tokens), seen, time.monotonic() - start))
+
+
+def forward(lm: Model, batch: Batch, folded: tuple[Folded, ...]) -> Iterator[tuple[slice, Writes]]:
+    """The writes of a batch, in as many parts as memory asks for: out of memory halves the part and repeats it.
+
+    Raises NumericError when even one prompt does not fit.
+    """
+    at, part = 0, len(batch.ids)
+    while at < len(batch.ids):
+        rows = slice(at, min(at + part, len(batch.ids)))
+        try:
+            writes = run(lm, batch.ids[rows], folded)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            if part == 1:
+                raise NumericError(
+                    f"prompt {batch.first + at} does not fit into memory",
+                    got=f"{batch.ids.shape[1]} tokens", fix="use a smaller length, or a device with more memory",
+                ) from error  # fmt: skip
+            part = -(-part // 2)
+            continue
+        yield rows, writes
+        at = rows.stop
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    # The CPU allocator raises a plain RuntimeError.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

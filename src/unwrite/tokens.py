@@ -1,0 +1,197 @@
+"""Which token ids does a method see, and what were they read from?"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from unwrite.errors import TokensError, plain
+
+_LONGEST_DEFAULT = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Prompts as token ids, aligned left: row p holds `lengths[p]` ids, then padding that no method counts.
+
+    A causal model never lets a position see what comes after it, so left-aligned rows need no attention mask.
+    `cluster[p]` says which prompts belong together (windows of one document) and are not independent evidence.
+    """
+
+    ids: Int[np.ndarray, "prompt position"]
+    lengths: Int[np.ndarray, " prompt"]
+    cluster: Int[np.ndarray, " prompt"]
+    source: str = "token ids"
+    digest: str = ""
+    notes: tuple[str, ...] = field(default=())
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def length(self) -> int:
+        """Number of positions of the longest prompt."""
+        return self.ids.shape[1]
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of the ids, lengths and clusters: what a method's numbers depend on."""
+        sha = hashlib.sha256(str(self.ids.shape).encode())
+        for part in (self.ids, self.lengths, self.cluster):
+            sha.update(np.ascontiguousarray(part, dtype=np.int64).tobytes())
+        return sha.hexdigest()
+
+    def check(self, vocabulary: int, context: int | None) -> None:
+        """Raise TokensError unless a model with this many embedding rows and positions can read the ids."""
+        low, high = int(self.ids.min()), int(self.ids.max())
+        if low < 0 or high >= vocabulary:
+            raise TokensError(
+                f"token ids of {self.source} lie outside the model's vocabulary",
+                got=f"ids {low} to {high}", expected=f"0 to {vocabulary - 1}",
+                fix="tokenise with this model's own tokenizer",
+            )  # fmt: skip
+        if context is not None and self.length > context:
+            raise TokensError(
+                f"prompts of {self.source} are longer than the model's context",
+                got=f"{self.length} tokens", expected=f"at most {context}", fix=f"pass length={context} or less",
+            )  # fmt: skip
+
+
+def from_ids(ids: Any, mask: Any = None) -> Tokens:
+    """`Tokens` from an integer array or LongTensor [prompt, position]; `mask` is 0 at padding on either side.
+
+    Raises TokensError for anything that is not a non-empty matrix of integers, or a mask that leaves a prompt empty or
+    has a hole in it.
+    """
+    ids = _matrix(ids, "token ids")
+    kept = np.ones_like(ids, dtype=bool) if mask is None else _matrix(mask, "the mask").astype(bool)
+    if kept.shape != ids.shape:
+        raise TokensError("the mask has another shape than the token ids", got=kept.shape, expected=ids.shape)
+    lengths = kept.sum(axis=1)
+    start = kept.argmax(axis=1)
+    if not lengths.all():
+        raise TokensError(f"the mask leaves nothing of prompt {int(lengths.argmin())}", expected="one token or more")
+    position = np.arange(ids.shape[1])
+    if not (kept == ((position >= start[:, None]) & (position < (start + lengths)[:, None]))).all():
+        raise TokensError("the mask has a hole", expected="each prompt's tokens to be neighbours")
+    # Padding repeats a real id, so that it is inside every vocabulary.
+    source = np.minimum(start[:, None] + position[: lengths.max()], (start + lengths - 1)[:, None])
+    return Tokens(np.take_along_axis(ids, source, axis=1), lengths, np.arange(len(ids)))
+
+
+def _matrix(values: Any, name: str) -> np.ndarray:
+    array = np.asarray(values.cpu() if hasattr(values, "cpu") else values)
+    if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in "iub":
+        raise TokensError(
+            f"{name} must be a matrix of integers", got=f"{array.dtype} {array.shape}", expected="[prompt, position]"
+        )
+    return array.astype(np.int64)
+
+
+def text(
+    source: Any, tokenizer: Any, n: int = 300, length: int | None = None, bos: int | bool | None = None
+) -> Tokens | dict[str, Tokens]:
+    """Text as consecutive windows of token ids.
+
+    Arguments: `source` a string of text, a Path (or a string that names an existing file or folder; of a folder every
+    *.txt), a list of strings (each a document of its own), or a mapping from names to any of these; `tokenizer` as
+    transformers has it; at most `n` windows (spread evenly over the documents, consecutive in each); `length` in
+    tokens, by default min(1024, the tokenizer's model_max_length); `bos` the id that begins every window: by default
+    the tokenizer's, none for False.
+    Returns Tokens, or a dict of Tokens for a mapping. A rest that does not fill a window is left out and noted.
+    Windows of one document share a cluster where there are several documents; else each window is its own.
+    Raises TokensError for an empty text, a text shorter than one window, or a file that is not UTF-8.
+
+    Example: `uw.text("book.txt", lm.tokenizer, n=100, length=256)`
+    """
+    if tokenizer is None:
+        raise TokensError("text needs a tokenizer, and this model came without one", fix="pass tokenizer=… to uw.load")
+    if isinstance(source, Mapping):
+        return {_name(name): _windows(part, tokenizer, n, length, bos) for name, part in source.items()}
+    return _windows(source, tokenizer, n, length, bos)
+
+
+def _windows(source: Any, tokenizer: Any, n: int, length: int | None, bos: int | bool | None) -> Tokens:
+    first = tokenizer.bos_token_id if bos is None else None if bos is False else int(bos)
+    prefix = [] if first is None else [first]
+    length = length or min(_LONGEST_DEFAULT, tokenizer.model_max_length)
+    if n < 1 or length <= len(prefix):
+        raise TokensError("no window can be cut", got=f"n={n}, length={length}", expected="both large enough for text")
+    name, documents = _documents(source)
+    step = length - len(prefix)
+    cut = [_cut(document, tokenizer, step) for document in documents]
+    taken = _spread([len(windows) for windows in cut], n)
+    if not sum(taken):
+        longest = max(map(len, documents))
+        raise TokensError(
+            f"{name} is shorter than one window of {length} tokens",
+            got=f"{len(documents)} document(s), the longest of {longest} characters", fix="pass a smaller length",
+        )  # fmt: skip
+    rows = [prefix + window for windows, k in zip(cut, taken, strict=True) for window in windows[:k]]
+    owner = np.repeat(np.arange(len(cut)), taken)
+    ids = np.array(rows, dtype=np.int64)
+    digest = hashlib.sha256("\0".join(documents).encode("utf-8", "surrogatepass")).hexdigest()
+    notes = (f"{sum(map(len, cut)) - len(rows)} further windows of {length} tokens were not used",)
+    cluster = owner if len(documents) > 1 else np.arange(len(rows))
+    return Tokens(ids, np.full(len(rows), length), cluster, name, digest, notes)
+
+
+def _cut(document: str, tokenizer: Any, step: int) -> list[list[int]]:
+    ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+    return [ids[start : start + step] for start in range(0, len(ids) - step + 1, step)]
+
+
+def _spread(available: Sequence[int], n: int) -> list[int]:
+    """How many windows to take of each document: as even as the documents allow, `n` in all."""
+    taken = [0] * len(available)
+    while sum(taken) < min(n, sum(available)):
+        open_ = [i for i, have in enumerate(available) if taken[i] < have]
+        each, rest = divmod(n - sum(taken), len(open_))
+        for rank, i in enumerate(open_):
+            taken[i] = min(available[i], taken[i] + each + (rank < rest))
+    return taken
+
+
+def _documents(source: Any) -> tuple[str, list[str]]:
+    if isinstance(source, str) and not _exists(source):
+        return "text", _not_empty("the text", [source])
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        files = sorted(path.glob("**/*.txt")) if path.is_dir() else [path]
+        return _name(path.name), _not_empty(str(path), [_read(file) for file in files])
+    if isinstance(source, Iterable):
+        documents = list(source)
+        if all(isinstance(document, str) for document in documents):
+            return f"{len(documents)} texts", _not_empty("the list of texts", documents)
+    raise TokensError("not a text", got=type(source).__name__, expected="a string, file, folder, list of strings, dict")
+
+
+def _exists(name: str) -> bool:
+    try:
+        return len(name) < 4096 and Path(name).exists()
+    except (OSError, ValueError):  # a long text, or one with NUL, is not a file name
+        return False
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokensError(f"cannot read {file} as UTF-8 text", got=error, fix="check the path") from None
+
+
+def _not_empty(name: str, documents: list[str]) -> list[str]:
+    if not any(document.strip() for document in documents):
+        raise TokensError(f"{name} is empty", expected="some text")
+    return documents
+
+
+def _name(name: object) -> str:
+    return plain(name)[:80]
