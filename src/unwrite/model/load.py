@@ -71,6 +71,7 @@ def view(hf: PreTrainedModel, tokenizer: Any = None, convention: str = "paper", 
             f"{about['name']} ({family}) could not be run on short random prompts", got=f"{type(error).__name__}: {error}"
         ) from error
     certificate.require(str(about["name"]))
+    weights_hash(lm)
     return replace(lm, certificate=certificate)
 
 
@@ -79,7 +80,7 @@ def provenance(lm: Model) -> dict[str, Any]:
     return {
         **lm.about,
         "family": lm.family,
-        "weights": weights_hash(lm.hf),
+        "weights": weights_hash(lm),
         "dtype": str(lm.dtype).removeprefix("torch."),
         "device": str(lm.device),
         "attention": lm.config._attn_implementation,
@@ -93,13 +94,20 @@ def provenance(lm: Model) -> dict[str, Any]:
     }
 
 
-def weights_hash(hf: PreTrainedModel) -> str:
-    """BLAKE2b of all parameters, name by name: two models with equal hashes have equal weights."""
-    total = hashlib.blake2b(digest_size=16)
-    for name, parameter in sorted(hf.named_parameters()):
-        total.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        total.update(memoryview(parameter.detach().cpu().contiguous().view(torch.uint8).numpy()))  # pyright: ignore
-    return total.hexdigest()
+def weights_hash(lm: Model) -> str:
+    """SHA-256 of all parameters, name by name: two models with equal hashes have equal weights.
+
+    Computed once, and again only after a parameter was replaced or changed in place.
+    """
+    state = tuple((parameter.data_ptr(), parameter._version) for parameter in lm.hf.parameters())
+    if state not in lm.hashes:
+        total = hashlib.sha256()
+        for name, parameter in sorted(lm.hf.named_parameters()):
+            total.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+            flat = parameter.detach().cpu().contiguous().view(-1)
+            total.update(memoryview(flat.view(torch.uint8).numpy()))
+        lm.hashes[state] = total.hexdigest()
+    return lm.hashes[state]
 
 
 def _row(config: Any) -> Family:

@@ -1,4 +1,4 @@
-"""Does a method find what is known to be there? A real GPT-2 and a real Llama whose memory management is planted by hand.
+"""Does a method find what is known to be there? A GPT-2 and a Llama whose memory management is planted by hand.
 
 Six heads of layer 0 each copy the token's code into a subspace of their own; what becomes of these six writes is known:
 erased by one head, erased by four heads together, erased by an MLP, backed up, mimicked, kept. Writer and eraser after
@@ -15,14 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerFast as TokenizerFast
 
 from unwrite.errors import ModelError
@@ -39,10 +39,21 @@ BALLAST, TOKEN, POSITION, WRITE = 4.0, 3.0, 2.0, 2.0
 MEAN = 0.6
 QUIET = 0.005
 
-# Per rotary frequency, the attention score of the position looked at; the next best is more than 15 below the sum.
-SHARPNESS = 200.0
-GPT2_PERIODS = (16.0, 256.0)
+# Query and key gain: the score per rotary frequency is its square; the next best position is more than 20 below.
+SHARPNESS = 12.0
 ROPE_THETA = 10_000.0
+
+_SHAPE = {
+    "vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT, "hidden_size": D_MODEL, "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS, "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+_OWN_SHAPE: Mapping[str, dict[str, Any]] = {
+    "gpt2": {"n_inner": NEURONS, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "llama": {
+        "intermediate_size": NEURONS, "num_key_value_heads": HEADS // LLAMA_GROUP,
+        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA},
+    },
+}  # fmt: skip
 
 Space = dict[str, Tensor]
 Kind = Literal["values", "mlp", "constant", "same source", "backup"]
@@ -76,24 +87,27 @@ class Planted:
 class Circuit:
     """One node's job: gain × the coordinates in the subspaces it reads, `back` positions ago, into one subspace."""
 
-    node: Node
+    name: str
     reads: Mapping[str, float]
     into: str
     back: int = 0
 
+    @property
+    def node(self) -> Node:
+        """The name, parsed."""
+        return parse_node(self.name)
+
     def write(self, space: Space, stream: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
         """What the node adds to a stream that is the same at every position."""
-        coordinates = [gain * (space[name].T @ stream) for name, gain in self.reads.items()]
-        return space[self.into] @ torch.stack(coordinates).sum(0)
+        return space[self.into] @ sum(gain * space[name].T @ stream for name, gain in self.reads.items())
 
 
 @dataclass(frozen=True)
 class Part:
-    """One planted phenomenon: its roles, its circuits, and the shares that follow from their gains."""
+    """One planted phenomenon: the circuits of each role, and the shares that follow from their gains."""
 
-    roles: Mapping[str, tuple[str, ...]]
-    circuits: tuple[Circuit, ...]
-    pairs: tuple[Pair, ...] = ()
+    roles: Mapping[str, Sequence[Circuit]]
+    pairs: Sequence[Pair] = ()
 
 
 def planted(family: Literal["gpt2", "llama"] = "gpt2", seed: int = 0, dtype: torch.dtype = torch.float32) -> Planted:
@@ -107,17 +121,19 @@ def planted(family: Literal["gpt2", "llama"] = "gpt2", seed: int = 0, dtype: tor
 
     Example: `weight = planted("llama"); lm = uw.load(weight.hf, weight.tokenizer)`
     """
-    if family not in _FAMILIES:
-        raise ModelError("there is no planted model of this family", got=family, expected=" or ".join(_FAMILIES))
-    build, config, weigh = _FAMILIES[family]
+    if family not in _WEIGHTS:
+        raise ModelError("there is no planted model of this family", got=family, expected=" or ".join(_WEIGHTS))
     parts = _parts(family)
+    roles = {role: circuits for part in parts for role, circuits in part.roles.items()}
+    config = AutoConfig.for_model(family, **_SHAPE, **_OWN_SHAPE[family])
     with torch.random.fork_rng(devices=[]):  # the constructor draws weights, which are then replaced
-        hf = build(config())
-    hf.load_state_dict(weigh(_draw(family, seed, parts)))
+        hf = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    draft = _draw(family, seed, [circuit for circuits in roles.values() for circuit in circuits])
+    hf.load_state_dict(_WEIGHTS[family](draft))
     return Planted(
-        hf=hf.to(dtype).eval(),
+        hf=hf,
         tokenizer=_tokenizer(),
-        roles={role: nodes for part in parts for role, nodes in part.roles.items()},
+        roles={role: tuple(circuit.name for circuit in circuits) for role, circuits in roles.items()},
         pairs=tuple(pair for part in parts for pair in part.pairs),
     )
 
@@ -125,56 +141,42 @@ def planted(family: Literal["gpt2", "llama"] = "gpt2", seed: int = 0, dtype: tor
 # The planted parts. Heads 0 to 5 of layer 0 write; every part owns the subspace of its writer.
 
 
-def _parts(family: str) -> tuple[Part, ...]:
-    constant = _decoy_constant("L2.bias" if family == "gpt2" else "L2H3")
-    return (_erased_by_head(), constant, _erased_by_many(), _erased_by_mlp(), _backed_up(), _mimicked(), _kept())
+def _parts(family: str) -> list[Part]:
+    known = [_erased_by_head(), _decoy_constant("L2.bias" if family == "gpt2" else "L2H3"), _erased_by_many()]
+    known += [_erased_by_mlp(), _backed_up(), _mimicked(), _kept()]
+    return [*known, _quiet({circuit.name for part in known for role in part.roles.values() for circuit in role})]
 
 
-def _circuit(node: str, reads: Mapping[str, float], into: str, back: int = 0) -> Circuit:
-    return Circuit(parse_node(node), reads, into, back)
-
-
-def _writer(node: str, into: str, back: int = 0) -> Circuit:
-    return _circuit(node, {"token": WRITE / TOKEN}, into, back)
+def _writer(name: str, into: str, back: int = 0) -> Circuit:
+    return Circuit(name, {"token": WRITE / TOKEN}, into, back)
 
 
 def _erased_by_head() -> Part:
     """A head that reads the write through its values, at its own position, and writes nine tenths of its negative."""
-    return Part(
-        {"writer erased by a head": ("L0H0",), "eraser head": ("L1H0",)},
-        (_writer("L0H0", "erased_by_head"), _circuit("L1H0", {"erased_by_head": -0.9}, "erased_by_head")),
-        (Pair("L0H0", "L1H0", "values", -0.9, 0.0),),
-    )
+    eraser = Circuit("L1H0", {"erased_by_head": -0.9}, "erased_by_head")
+    roles = {"writer erased by a head": [_writer("L0H0", "erased_by_head")], "eraser head": [eraser]}
+    return Part(roles, [Pair("L0H0", "L1H0", "values", -0.9, 0.0)])
 
 
-def _decoy_constant(node: str) -> Part:
-    """A constant against the mean of the write above; share = −0.5 · WRITE · ⟨mean, code⟩ / WRITE = −0.5 · MEAN."""
-    share = -0.5 * MEAN
-    return Part(
-        {"decoy constant": (node,)},
-        (_circuit(node, {"ballast": -0.5 * WRITE / BALLAST}, "erased_by_head.mean"),),
-        (Pair("L0H0", node, "constant", share, share),),
-    )
+def _decoy_constant(name: str) -> Part:
+    """A constant against the mean of the write above, half as long as a write: share −0.5 · ⟨mean, code⟩."""
+    constant = Circuit(name, {"ballast": -0.5 * WRITE / BALLAST}, "erased_by_head.mean")
+    return Part({"decoy constant": [constant]}, [Pair("L0H0", name, "constant", -0.5 * MEAN, -0.5 * MEAN)])
 
 
 def _erased_by_many() -> Part:
     """Four heads of one layer, each of which reads the write through its values and erases a fifth."""
-    erasers = ("L1H1", "L1H2", "L1H3", "L1H4")
-    spread = tuple(_circuit(eraser, {"erased_by_many": -0.2}, "erased_by_many") for eraser in erasers)
-    return Part(
-        {"writer erased by many": ("L0H1",), "eraser heads": erasers},
-        (_writer("L0H1", "erased_by_many"), *spread),
-        tuple(Pair("L0H1", eraser, "values", -0.2, 0.0) for eraser in erasers),
-    )
+    names = ("L1H1", "L1H2", "L1H3", "L1H4")
+    erasers = [Circuit(name, {"erased_by_many": -0.2}, "erased_by_many") for name in names]
+    roles = {"writer erased by many": [_writer("L0H1", "erased_by_many")], "eraser heads": erasers}
+    return Part(roles, [Pair("L0H1", name, "values", -0.2, 0.0) for name in names])
 
 
 def _erased_by_mlp() -> Part:
     """An MLP that reads the write and writes nine tenths of its negative."""
-    return Part(
-        {"writer erased by an MLP": ("L0H2",), "eraser MLP": ("MLP1",)},
-        (_writer("L0H2", "erased_by_mlp"), _circuit("MLP1", {"erased_by_mlp": -0.9}, "erased_by_mlp")),
-        (Pair("L0H2", "MLP1", "mlp", -0.9, 0.0),),
-    )
+    eraser = Circuit("MLP1", {"erased_by_mlp": -0.9}, "erased_by_mlp")
+    roles = {"writer erased by an MLP": [_writer("L0H2", "erased_by_mlp")], "eraser MLP": [eraser]}
+    return Part(roles, [Pair("L0H2", "MLP1", "mlp", -0.9, 0.0)])
 
 
 def _backed_up() -> Part:
@@ -182,58 +184,39 @@ def _backed_up() -> Part:
 
     Through its values the head reads −0.9 of the write, and yet it erases nothing.
     """
-    reads = {"token": 0.9 * WRITE / TOKEN, "backed_up": -0.9}
-    return Part(
-        {"writer with a backup": ("L0H3",), "dormant backup": ("L2H0",)},
-        (_writer("L0H3", "backed_up"), _circuit("L2H0", reads, "backed_up")),
-        (Pair("L0H3", "L2H0", "backup", 0.0, 0.9),),
-    )
+    backup = Circuit("L2H0", {"token": 0.9 * WRITE / TOKEN, "backed_up": -0.9}, "backed_up")
+    roles = {"writer with a backup": [_writer("L0H3", "backed_up")], "dormant backup": [backup]}
+    return Part(roles, [Pair("L0H3", "L2H0", "backup", 0.0, 0.9)])
 
 
 def _mimicked() -> Part:
     """A head that writes the negative of a write from the same source, the token's code, and never reads the write."""
-    return Part(
-        {"writer mimicked": ("L0H4",), "decoy same source": ("L1H5",)},
-        (_writer("L0H4", "mimicked"), _circuit("L1H5", {"token": -0.4 * WRITE / TOKEN}, "mimicked")),
-        (Pair("L0H4", "L1H5", "same source", -0.4, -0.4),),
-    )
+    decoy = Circuit("L1H5", {"token": -0.4 * WRITE / TOKEN}, "mimicked")
+    roles = {"writer mimicked": [_writer("L0H4", "mimicked")], "decoy same source": [decoy]}
+    return Part(roles, [Pair("L0H4", "L1H5", "same source", -0.4, -0.4)])
 
 
 def _kept() -> Part:
     """The control: the code of the token before this one, which nobody touches afterwards."""
-    return Part({"writer kept": ("L0H5",)}, (_writer("L0H5", "kept", back=1),))
+    return Part({"writer kept": [_writer("L0H5", "kept", back=1)]})
 
 
-def _quiet(circuits: Sequence[Circuit]) -> list[Circuit]:
+def _quiet(busy: set[str]) -> Part:
     """Every node without a job writes a trace of the token, so that no write is exactly zero."""
-    heads = [Node("head", layer, head) for layer in range(LAYERS) for head in range(HEADS)]
-    mlps = [Node("mlp", layer) for layer in range(LAYERS)]
-    busy = {circuit.node for circuit in circuits}
-    return [Circuit(node, {"token": QUIET}, "quiet") for node in heads + mlps if node not in busy]
+    names = [f"L{layer}H{head}" for layer in range(LAYERS) for head in range(HEADS)]
+    names += [f"MLP{layer}" for layer in range(LAYERS)]
+    return Part({"quiet": [Circuit(name, {"token": QUIET}, "quiet") for name in names if name not in busy]})
 
 
 # What the seed draws, and what follows from it for both families.
-
-
-class Norm(NamedTuple):
-    """Gain and offset [d_model] of a LayerNorm or RMSNorm (whose offset is zero)."""
-
-    gain: Tensor
-    offset: Tensor
-
-    def read(
-        self, directions: Float[Tensor, "d_model k"]
-    ) -> tuple[Float[Tensor, "d_model k"], Float[Tensor, " k"]]:
-        """Weight and bias with which a module behind this norm sees ⟨directions, stream⟩ / rms."""
-        weight = directions / self.gain[:, None]
-        return weight, -self.offset @ weight
 
 
 @dataclass(frozen=True)
 class Draft:
     """Everything from which a family's weights are computed.
 
-    `scale` is the stream's rms before a layer's "attention" or "mlp"; `norms` likewise, with (LAYERS, "final").
+    `scale[layer, kind]` is the stream's rms before the layer's nodes of kind "head" or "mlp". `norms` has the gain and
+    offset of the same places and of (LAYERS, "final"); an RMSNorm's offset is zero.
     """
 
     space: Space
@@ -241,43 +224,30 @@ class Draft:
     embedding: Float[Tensor, "vocabulary d_model"]
     positions: Float[Tensor, "position d_model"]
     unembedding: Float[Tensor, "vocabulary d_model"]
-    norms: Mapping[tuple[int, str], Norm]
+    norms: Mapping[tuple[int, str], tuple[Tensor, Tensor]]
     scale: Mapping[tuple[int, str], Tensor]
 
-    def heads(self, layer: int) -> list[Circuit]:
-        """The circuits of a layer's heads, in order."""
-        mine = (circuit for circuit in self.circuits if circuit.node.kind == "head" and circuit.node.layer == layer)
-        return sorted(mine, key=lambda circuit: circuit.node.head)
-
-    def mlp(self, layer: int) -> tuple[Circuit, str, float]:
-        """The circuit of a layer's MLP, the one subspace that it reads, and its gain."""
-        (circuit,) = (circuit for circuit in self.circuits if circuit.node == Node("mlp", layer))
-        ((name, gain),) = circuit.reads.items()
-        return circuit, name, gain
-
-    def constant(self, layer: int) -> Float[Tensor, " d_model"]:
-        """What a layer's attention bias writes; every stream holds the same ballast."""
-        ballast = BALLAST * self.space["ballast"][:, 0]
-        found = [circuit for circuit in self.circuits if circuit.node == Node("bias", layer)]
-        return torch.stack([torch.zeros_like(ballast), *(circuit.write(self.space, ballast) for circuit in found)]).sum(0)
+    def behind(self, place: tuple[int, str], directions: Float[Tensor, "d_model k"]) -> tuple[Tensor, Tensor]:
+        """Weight [d_model, k] and bias [k] with which a module behind a norm sees ⟨directions, stream⟩ / rms."""
+        gain, offset = self.norms[place]
+        weight = directions / gain[:, None]
+        return weight, -offset @ weight
 
 
-def _draw(family: str, seed: int, parts: Sequence[Part]) -> Draft:
+def _at(circuits: Sequence[Circuit], layer: int, *kinds: str) -> list[Circuit]:
+    return [circuit for circuit in circuits if circuit.node.layer == layer and circuit.node.kind in kinds]
+
+
+def _draw(family: str, seed: int, jobs: Sequence[Circuit]) -> Draft:
     generator = torch.Generator().manual_seed(seed)
     space = _subspaces(generator)
-    jobs = [circuit for part in parts for circuit in part.circuits]
-    circuits = (*jobs, *_quiet(jobs))
+    circuits = tuple(sorted(jobs, key=lambda circuit: circuit.node.order))
     embedding = _codes(generator) @ (TOKEN * space["token"]).T + BALLAST * space["ballast"].T
-    positions = (_clock() @ space["position"].T) * (family == "gpt2")
-    return Draft(
-        space=space,
-        circuits=circuits,
-        embedding=embedding,
-        positions=positions,
-        unembedding=2 * D_MODEL**-0.5 * _normal(generator, VOCABULARY, D_MODEL),
-        norms=_norms(generator, family),
-        scale=_scales(space, circuits, embedding[0] + positions[0]),
-    )
+    clock = torch.stack([_turned(-position) for position in range(CONTEXT)]) / (D_HEAD / 2) ** 0.5
+    positions = POSITION * clock @ space["position"].T * (family == "gpt2")
+    unembedding = 2 * D_MODEL**-0.5 * _normal(generator, VOCABULARY, D_MODEL)
+    scale = _scales(space, circuits, embedding[0] + positions[0])
+    return Draft(space, circuits, embedding, positions, unembedding, _norms(generator, family), scale)
 
 
 def _normal(generator: torch.Generator, *shape: int) -> Tensor:
@@ -287,7 +257,7 @@ def _normal(generator: torch.Generator, *shape: int) -> Tensor:
 def _subspaces(generator: torch.Generator) -> Space:
     """Orthonormal column bases [d_model, k]; "x.mean" is the first column of "x"."""
     writers = ("erased_by_head", "erased_by_many", "erased_by_mlp", "backed_up", "mimicked", "kept")
-    sizes = {"ones": 1, "ballast": 1, "token": 4, "position": 4, "quiet": 4} | dict.fromkeys(writers, 4)
+    sizes = {"ones": 1, "ballast": 1, "position": D_HEAD} | dict.fromkeys(("token", "quiet", *writers), 4)
     frame = _normal(generator, D_MODEL, sum(sizes.values()))
     frame[:, 0] = 1
     orthonormal = torch.linalg.qr(frame).Q
@@ -297,37 +267,25 @@ def _subspaces(generator: torch.Generator) -> Space:
 
 def _codes(generator: torch.Generator) -> Float[Tensor, "vocabulary 4"]:
     """Unit codes whose first coordinate is MEAN and whose rest is a random point of a sphere."""
-    rest = torch.nn.functional.normalize(_normal(generator, VOCABULARY, 3), dim=1)
+    rest = nn.functional.normalize(_normal(generator, VOCABULARY, 3), dim=1)
     return torch.cat([torch.full_like(rest[:, :1], MEAN), math.sqrt(1 - MEAN**2) * rest], dim=1)
 
 
-def _clock() -> Float[Tensor, "position 4"]:
-    """Cosine and sine of the position at two periods: what RoPE does to a constant, as an embedding."""
-    position = torch.arange(CONTEXT, dtype=torch.float64)
-    angles = [2 * math.pi / period * position for period in GPT2_PERIODS]
-    return POSITION / 2**0.5 * torch.stack([f(angle) for angle in angles for f in (torch.cos, torch.sin)], dim=1)
-
-
-def _norms(generator: torch.Generator, family: str) -> dict[tuple[int, str], Norm]:
+def _norms(generator: torch.Generator, family: str) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
     """Gains and offsets that no reader may forget, which is why they are not one and zero."""
-    places = [(layer, place) for layer in range(LAYERS) for place in ("attention", "mlp")] + [(LAYERS, "final")]
-    drawn = {}
-    for place in places:
-        gain = 0.5 + torch.rand(D_MODEL, generator=generator, dtype=torch.float64)
-        drawn[place] = Norm(gain, 0.3 * _normal(generator, D_MODEL) * (family == "gpt2"))
-    return drawn
+    places = [(layer, kind) for layer in range(LAYERS) for kind in ("head", "mlp")] + [(LAYERS, "final")]
+    gains = 0.5 + torch.rand(len(places), D_MODEL, generator=generator, dtype=torch.float64)
+    offsets = 0.3 * _normal(generator, len(places), D_MODEL) * (family == "gpt2")
+    return dict(zip(places, zip(gains, offsets, strict=True), strict=True))
 
 
-def _scales(
-    space: Space, circuits: Sequence[Circuit], stream: Float[Tensor, " d_model"]
-) -> dict[tuple[int, str], Tensor]:
-    """The stream's rms before each reader: one text of one repeated token stands for all, as all codes have one norm."""
+def _scales(space: Space, circuits: Sequence[Circuit], stream: Tensor) -> dict[tuple[int, str], Tensor]:
+    """The stream's rms before each reader, on one token over and over: all codes have one norm, so it holds for all."""
     scale = {}
     for layer in range(LAYERS):
-        for place, kinds in (("attention", ("head", "bias")), ("mlp", ("mlp",))):
-            scale[layer, place] = stream.norm() / D_MODEL**0.5
-            writing = [c for c in circuits if c.node.layer == layer and c.node.kind in kinds]
-            stream = stream + torch.stack([circuit.write(space, stream) for circuit in writing]).sum(0)
+        for kinds in (("head", "bias"), ("mlp",)):
+            scale[layer, kinds[0]] = stream.norm() / D_MODEL**0.5
+            stream = stream + sum(circuit.write(space, stream) for circuit in _at(circuits, layer, *kinds))
     return scale
 
 
@@ -339,157 +297,105 @@ def _values(draft: Draft, layer: int, group: int) -> tuple[Float[Tensor, "d_mode
     read = torch.zeros(D_MODEL, HEADS // group, D_HEAD, dtype=torch.float64)
     output = torch.zeros(HEADS, D_HEAD, D_MODEL, dtype=torch.float64)
     taken: list[dict[str, slice]] = [{} for _ in range(HEADS // group)]
-    for circuit in draft.heads(layer):
+    for circuit in _at(draft.circuits, layer, "head"):
         shared = circuit.node.head // group
         for name, gain in circuit.reads.items():
             basis, start = draft.space[name], max((s.stop for s in taken[shared].values()), default=0)
             rows = taken[shared].setdefault(name, slice(start, start + basis.shape[1]))
             read[:, shared, rows] = basis
-            output[circuit.node.head, rows] = gain * draft.scale[layer, "attention"] * draft.space[circuit.into].T
+            output[circuit.node.head, rows] = gain * draft.scale[layer, "head"] * draft.space[circuit.into].T
     return read.flatten(1), output.flatten(0, 1)
 
 
-def _sharp(draft: Draft, layer: int, strength: float) -> Tensor:
-    """The query and key gain at which coordinates of this strength score SHARPNESS per frequency."""
-    return math.sqrt(SHARPNESS * math.sqrt(D_HEAD)) * draft.scale[layer, "attention"] / strength
+def _turned(back: int) -> Float[Tensor, " d_head"]:
+    """A unit in each rotary plane, turned as RoPE turns it `back` positions earlier."""
+    angle = back * ROPE_THETA ** -(torch.arange(0, D_HEAD, 2, dtype=torch.float64) / D_HEAD)
+    return torch.cat([torch.cos(angle), -torch.sin(angle)])
 
 
-# GPT-2: positions are looked up by their own code, constants are biases, and gelu(x) − gelu(−x) = x.
+def _pairs_of_neurons(draft: Draft, layer: int) -> tuple[Float[Tensor, "d_model n"], Float[Tensor, "n d_model"]]:
+    """Directions read and rows written by an MLP's neurons, two per coordinate: act(x) − act(−x) = x."""
+    (circuit,) = _at(draft.circuits, layer, "mlp")
+    ((name, gain),) = circuit.reads.items()
+    basis, into = draft.space[name], gain * draft.scale[layer, "mlp"] * draft.space[circuit.into]
+    return torch.cat([basis, -basis], dim=1), torch.cat([into, -into], dim=1).T
 
 
-def _gpt2_config() -> GPT2Config:
-    return GPT2Config(
-        vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=D_MODEL, n_layer=LAYERS, n_head=HEADS, n_inner=NEURONS,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None,
-        tie_word_embeddings=False,
-    )  # fmt: skip
+# GPT-2: positions are looked up by their own code (what RoPE does to a constant), and gelu(x) − gelu(−x) = x.
 
 
 def _gpt2_weights(draft: Draft) -> dict[str, Tensor]:
-    final = draft.norms[LAYERS, "final"]
-    weights = {
+    gain, offset = draft.norms[LAYERS, "final"]
+    layers = [_gpt2_layer(draft, layer).items() for layer in range(LAYERS)]
+    return {
         "transformer.wte.weight": draft.embedding,
         "transformer.wpe.weight": draft.positions,
-        "transformer.ln_f.weight": final.gain,
-        "transformer.ln_f.bias": final.offset,
+        "transformer.ln_f.weight": gain,
+        "transformer.ln_f.bias": offset,
         "lm_head.weight": draft.unembedding,
-    }
-    for layer in range(LAYERS):
-        block = _gpt2_attention(draft, layer) | _gpt2_mlp(draft, layer)
-        weights |= {f"transformer.h.{layer}.{name}": value for name, value in block.items()}
-    return weights
+    } | {f"transformer.h.{layer}.{name}": value for layer, items in enumerate(layers) for name, value in items}
 
 
-def _gpt2_attention(draft: Draft, layer: int) -> dict[str, Tensor]:
-    norm = draft.norms[layer, "attention"]
+def _gpt2_layer(draft: Draft, layer: int) -> dict[str, Tensor]:
+    before, middle = (layer, "head"), (layer, "mlp")
     value, output = _values(draft, layer, group=1)
-    query, key = _gpt2_look(draft, layer)
-    weight, bias = norm.read(torch.cat([query, key, value], dim=1))
-    return {
-        "ln_1.weight": norm.gain,
-        "ln_1.bias": norm.offset,
-        "attn.c_attn.weight": weight,
-        "attn.c_attn.bias": bias,
-        "attn.c_proj.weight": output,
-        "attn.c_proj.bias": draft.constant(layer),
-    }
+    neurons, rows = _pairs_of_neurons(draft, layer)
+    ballast = BALLAST * draft.space["ballast"][:, 0]
+    constants = [circuit.write(draft.space, ballast) for circuit in _at(draft.circuits, layer, "bias")]
+    weights = {"attn.c_proj.weight": output, "mlp.c_proj.weight": rows}
+    weights |= {"attn.c_proj.bias": sum(constants, 0 * ballast), "mlp.c_proj.bias": 0 * ballast}
+    attend = torch.cat([*_gpt2_look(draft, layer), value], dim=1)
+    for norm, place, module, read in (("ln_1", before, "attn.c_attn", attend), ("ln_2", middle, "mlp.c_fc", neurons)):
+        weights[f"{norm}.weight"], weights[f"{norm}.bias"] = draft.norms[place]
+        weights[f"{module}.weight"], weights[f"{module}.bias"] = draft.behind(place, read)
+    return weights
 
 
 def _gpt2_look(draft: Draft, layer: int) -> tuple[Float[Tensor, "d_model z"], Float[Tensor, "d_model z"]]:
     """The directions that queries and keys read: the position's code, the query's turned back by `back` positions."""
-    sharp = _sharp(draft, layer, POSITION / 2**0.5)
-    query = torch.zeros(D_MODEL, HEADS, D_HEAD, dtype=torch.float64)
-    key = torch.zeros_like(query)
-    for circuit in draft.heads(layer):
-        turn = torch.block_diag(*(_turn(2 * math.pi / period * circuit.back) for period in GPT2_PERIODS))
-        query[:, circuit.node.head, :4] = sharp * draft.space["position"] @ turn
-        key[:, circuit.node.head, :4] = sharp * draft.space["position"]
-    return query.flatten(1), key.flatten(1)
+    strength = POSITION / (D_HEAD / 2) ** 0.5
+    key = D_HEAD**0.25 * SHARPNESS * draft.scale[layer, "head"] / strength * draft.space["position"]
+    queries = []
+    for circuit in _at(draft.circuits, layer, "head"):
+        cos, minus_sin = _turned(circuit.back).chunk(2)
+        turn = torch.cat([torch.cat([cos.diag(), minus_sin.diag()], 1), torch.cat([-minus_sin.diag(), cos.diag()], 1)])
+        queries.append(key @ turn)
+    return torch.cat(queries, dim=1), key.repeat(1, HEADS)
 
 
-def _turn(angle: float) -> Float[Tensor, "2 2"]:
-    cos, sin = math.cos(angle), math.sin(angle)
-    return torch.tensor([[cos, -sin], [sin, cos]], dtype=torch.float64)
-
-
-def _gpt2_mlp(draft: Draft, layer: int) -> dict[str, Tensor]:
-    norm = draft.norms[layer, "mlp"]
-    circuit, name, gain = draft.mlp(layer)
-    basis, into = draft.space[name], gain * draft.scale[layer, "mlp"] * draft.space[circuit.into]
-    weight, bias = norm.read(torch.cat([basis, -basis], dim=1))
-    return {
-        "ln_2.weight": norm.gain,
-        "ln_2.bias": norm.offset,
-        "mlp.c_fc.weight": weight,
-        "mlp.c_fc.bias": bias,
-        "mlp.c_proj.weight": torch.cat([into, -into], dim=1).T,
-        "mlp.c_proj.bias": torch.zeros(D_MODEL, dtype=torch.float64),
-    }
-
-
-# Llama: RoPE turns a query and key made of ballast, constants are ballast, and (silu(g) − silu(−g)) · u = g · u.
-
-
-def _llama_config() -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=VOCABULARY, max_position_embeddings=CONTEXT, hidden_size=D_MODEL, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=HEADS // LLAMA_GROUP, intermediate_size=NEURONS,
-        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA}, bos_token_id=None, eos_token_id=None,
-        tie_word_embeddings=False,
-    )  # fmt: skip
+# Llama: RoPE turns queries and keys made of ballast, and (silu(g) − silu(−g)) · u = g · u with u made of ballast.
 
 
 def _llama_weights(draft: Draft) -> dict[str, Tensor]:
-    weights = {
+    layers = [_llama_layer(draft, layer).items() for layer in range(LAYERS)]
+    return {
         "model.embed_tokens.weight": draft.embedding,
-        "model.norm.weight": draft.norms[LAYERS, "final"].gain,
+        "model.norm.weight": draft.norms[LAYERS, "final"][0],
         "lm_head.weight": draft.unembedding,
-    }
-    for layer in range(LAYERS):
-        block = _llama_attention(draft, layer) | _llama_mlp(draft, layer)
-        weights |= {f"model.layers.{layer}.{name}": value for name, value in block.items()}
-    return weights
+    } | {f"model.layers.{layer}.{name}": value for layer, items in enumerate(layers) for name, value in items}
 
 
-def _llama_attention(draft: Draft, layer: int) -> dict[str, Tensor]:
-    norm = draft.norms[layer, "attention"]
+def _llama_layer(draft: Draft, layer: int) -> dict[str, Tensor]:
+    before, middle = (layer, "head"), (layer, "mlp")
     value, output = _values(draft, layer, LLAMA_GROUP)
-    ballast = _sharp(draft, layer, BALLAST) * draft.space["ballast"]
-    query = torch.cat([_rotated(circuit.back) for circuit in draft.heads(layer)])
-    key = _rotated(0).repeat(HEADS // LLAMA_GROUP)
+    neurons, rows = _pairs_of_neurons(draft, layer)
+    look = D_HEAD**0.25 * SHARPNESS * draft.scale[before] / BALLAST * draft.space["ballast"]
+    query = torch.cat([_turned(circuit.back) for circuit in _at(draft.circuits, layer, "head")])
+    up = draft.scale[middle] / BALLAST * draft.space["ballast"]
     return {
-        "input_layernorm.weight": norm.gain,
-        "self_attn.q_proj.weight": norm.read(ballast * query)[0].T,
-        "self_attn.k_proj.weight": norm.read(ballast * key)[0].T,
-        "self_attn.v_proj.weight": norm.read(value)[0].T,
+        "input_layernorm.weight": draft.norms[before][0],
+        "self_attn.q_proj.weight": draft.behind(before, look * query)[0].T,
+        "self_attn.k_proj.weight": draft.behind(before, look * _turned(0).repeat(HEADS // LLAMA_GROUP))[0].T,
+        "self_attn.v_proj.weight": draft.behind(before, value)[0].T,
         "self_attn.o_proj.weight": output.T,
+        "post_attention_layernorm.weight": draft.norms[middle][0],
+        "mlp.gate_proj.weight": draft.behind(middle, neurons)[0].T,
+        "mlp.up_proj.weight": draft.behind(middle, up.expand(-1, NEURONS))[0].T,
+        "mlp.down_proj.weight": rows.T,
     }
 
 
-def _rotated(back: int) -> Float[Tensor, " d_head"]:
-    """A unit in each rotary plane, turned as RoPE turns what stands `back` positions earlier."""
-    plane = torch.arange(0, D_HEAD, 2, dtype=torch.float64) / D_HEAD
-    angle = back * ROPE_THETA**-plane
-    return torch.cat([torch.cos(angle), -torch.sin(angle)])
-
-
-def _llama_mlp(draft: Draft, layer: int) -> dict[str, Tensor]:
-    norm = draft.norms[layer, "mlp"]
-    circuit, name, gain = draft.mlp(layer)
-    basis = draft.space[name]
-    into = gain * draft.scale[layer, "mlp"] ** 2 / BALLAST * draft.space[circuit.into]
-    return {
-        "post_attention_layernorm.weight": norm.gain,
-        "mlp.gate_proj.weight": norm.read(torch.cat([basis, -basis], dim=1))[0].T,
-        "mlp.up_proj.weight": norm.read(draft.space["ballast"].expand(-1, NEURONS))[0].T,
-        "mlp.down_proj.weight": torch.cat([into, -into], dim=1),
-    }
-
-
-_FAMILIES: Mapping[str, tuple[Callable, Callable, Callable[[Draft], dict[str, Tensor]]]] = {
-    "gpt2": (GPT2LMHeadModel, _gpt2_config, _gpt2_weights),
-    "llama": (LlamaForCausalLM, _llama_config, _llama_weights),
-}
+_WEIGHTS: Mapping[str, Callable[[Draft], dict[str, Tensor]]] = {"gpt2": _gpt2_weights, "llama": _llama_weights}
 
 
 def _tokenizer() -> TokenizerFast:
@@ -498,6 +404,4 @@ def _tokenizer() -> TokenizerFast:
     bytewise = Tokenizer(BPE(vocab={letter: row for row, letter in enumerate(alphabet)}, merges=[]))
     bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytewise.decoder = decoders.ByteLevel()
-    return TokenizerFast(
-        tokenizer_object=bytewise, model_max_length=CONTEXT, clean_up_tokenization_spaces=False
-    )
+    return TokenizerFast(tokenizer_object=bytewise, model_max_length=CONTEXT, clean_up_tokenization_spaces=False)

@@ -53,6 +53,7 @@ class Model:
     convention: str
     about: Mapping[str, Any] = field(default_factory=dict)
     certificate: Any = None
+    hashes: dict[Any, str] = field(default_factory=dict)  # state of the parameters -> hash of their values
 
     @property
     def config(self) -> Any:
@@ -97,7 +98,7 @@ class Model:
         """Names of the states of the stream, first to last."""
         return tuple(map(str, self.states))
 
-    @property
+    @cached_property
     def parallel(self) -> bool:
         """Do attention and MLP of a block read the same state of the stream?"""
         return bool(self.row.parallel(self.config))

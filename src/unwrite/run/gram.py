@@ -25,7 +25,16 @@ from unwrite.run.stats import LENGTH, RATIO, ClusterSums, Histogram, Tree
 from unwrite.run.stream import Batch, forward
 from unwrite.tokens import Tokens
 
-_CHUNK_BYTES = 24 * 2**20
+_CHUNK_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Products:
+    """⟨row, o_w⟩ at some positions, ‖o_w‖² and ‖stream‖² there."""
+
+    dot: Float[Tensor, "position row writer"]
+    energy: Float[Tensor, "position writer"]
+    stream: Float[Tensor, "position location"]
 
 
 @dataclass(frozen=True)
@@ -50,18 +59,20 @@ class Plan:
 
     def complete(self, nodes: Float[Tensor, "*some node writer"]) -> Float[Tensor, "*some row writer"]:
         """Rows for the nodes, and from them those of the locations (sums in write order) and of the change."""
-        levels = self.holds.to(nodes.dtype) @ nodes
+        return self._join(nodes, self.holds.to(nodes.dtype) @ nodes)
+
+    def products(self, gram: Float[Tensor, "position node node"]) -> Products:
+        """Everything kept of the Gram matrices of some positions."""
+        levels = self.holds @ gram
+        stream = (levels * self.holds).sum(-1).clamp_min_(0)
+        energy = gram.diagonal(dim1=1, dim2=2)
+        if len(self.writers) < gram.shape[-1]:
+            gram, levels, energy = gram[..., self.writers], levels[..., self.writers], energy[:, self.writers]
+        return Products(self._join(gram, levels), energy, stream)
+
+    def _join(self, nodes: Tensor, levels: Tensor) -> Tensor:
         after = levels.gather(-2, self.after.expand(*levels.shape[:-2], 1, -1))
         return torch.cat([nodes, levels, levels[..., -1:, :] - after], dim=-2)
-
-
-@dataclass(frozen=True)
-class Products:
-    """⟨row, o_w⟩ at some positions, ‖o_w‖² and ‖stream‖² there."""
-
-    dot: Float[Tensor, "position row writer"]
-    energy: Float[Tensor, "position writer"]
-    stream: Float[Tensor, "position location"]
 
 
 class GramTally:
@@ -117,11 +128,7 @@ class GramTally:
                 f"{first + int(prompt[row])}, position {int(place[row])}",
                 fix="load the model in float32, or leave this prompt out",
             )
-        stream = ((self.plan.holds @ gram) * self.plan.holds).sum(-1).clamp_min_(0)
-        columns = self.plan.writers
-        if len(columns) < len(self.lm.parts):
-            gram, energy = gram[..., columns], energy[:, columns]
-        return Products(self.plan.complete(gram), energy, stream)
+        return self.plan.products(gram)
 
     def _count(self, products: Products) -> None:
         energy, stream = products.energy, products.stream
@@ -154,9 +161,13 @@ class GramTally:
 
 
 def gram_matrix(nodes: Float[Tensor, "node row d_model"]) -> Float[Tensor, "row node node"]:
-    """⟨o_i, o_j⟩ of all nodes at every row."""
-    rows = nodes.transpose(0, 1)
-    return torch.bmm(rows, rows.transpose(1, 2))
+    """⟨o_i, o_j⟩ of all nodes at every row. Symmetric: the upper right quarter is copied, not computed."""
+    rows, half = nodes.transpose(0, 1), len(nodes) // 2
+    gram = rows.new_empty(rows.shape[0], len(nodes), len(nodes))
+    gram[:, half:] = torch.bmm(rows[:, half:], rows.transpose(1, 2))
+    gram[:, :half, :half] = torch.bmm(rows[:, :half], rows[:, :half].transpose(1, 2))
+    gram[:, :half, half:] = gram[:, half:, :half].transpose(1, 2)
+    return gram
 
 
 def _chunks(counted: Bool[Tensor, "prompt position"], size: int) -> Iterator[tuple[Tensor, Tensor]]:

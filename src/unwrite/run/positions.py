@@ -75,12 +75,13 @@ class Positions:
 
     def _gram(self, sums: Writes, count: Tensor) -> Float[Tensor, "node writer"]:
         """Σ over buckets of weight · ⟨S_e, S_w⟩."""
-        total = torch.zeros(len(self.lm.parts), len(self.writers), dtype=torch.float64, device=self.lm.device)
+        total = torch.zeros(len(self.lm.parts), len(self.lm.parts), dtype=torch.float64, device=self.lm.device)
         for bucket in torch.arange(self.buckets).split(64):
-            nodes = expand(self.lm, self.folded, _take(sums, bucket), count[bucket])
-            weight = self._pair_weight[bucket].to(nodes)[:, None]
-            total += ((nodes * weight).flatten(1) @ nodes[self.writers].flatten(1).t()).double()
-        return total
+            root = self._pair_weight[bucket].sqrt().to(sums.z[0])
+            scaled = _take(sums, bucket).map(lambda factor, root=root: torch.einsum("b...,b->b...", factor, root))
+            nodes = expand(self.lm, self.folded, scaled, count[bucket].to(root) * root).flatten(1)
+            total += (nodes @ nodes.t()).double()
+        return total[:, self.writers]
 
     def _bucketed(self, factor: Tensor) -> Tensor:
         if self._exact:

@@ -130,24 +130,19 @@ class Histogram:
 def _quantiles(
     counts: Int[np.ndarray, "channels bins"], values: Float[np.ndarray, " bins"], q: tuple[float, ...]
 ) -> Float[np.ndarray, "channels q"]:
-    below = counts.cumsum(axis=1, dtype=np.int64)
-    n = below[:, -1]
-    result = np.full((len(counts), len(q)), np.nan)
-    some = n > 0
-    for column, fraction in enumerate(q):
-        rank = (n[some] - 1) * fraction
-        low, high = (_order_statistic(below[some], values, ends) for ends in (np.floor(rank), np.ceil(rank)))
-        weight = rank - np.floor(rank)
-        with np.errstate(invalid="ignore"):  # inf - inf, where both neighbours lie beyond the limit
-            mixed = low + weight * (high - low)
-        result[some, column] = np.where((weight == 0) | (low == high), low, mixed)
-    return result
-
-
-def _order_statistic(
-    below: Int[np.ndarray, "channels bins"], values: Float[np.ndarray, " bins"], rank: Float[np.ndarray, " channels"]
-) -> Float[np.ndarray, " channels"]:
-    return values[(below <= rank[:, None]).sum(axis=1)]
+    # One running count over all channels: a search for (all before this channel) + rank finds a bin of this channel.
+    below = counts.ravel().cumsum(dtype=np.int64)
+    n = counts.sum(axis=1, dtype=np.int64)
+    start = (below[counts.shape[1] - 1 :: counts.shape[1]] - n)[:, None]
+    rank = np.maximum(n - 1, 0)[:, None] * np.array(q)
+    low, high = (
+        values[np.searchsorted(below, start + end(rank).astype(np.int64), side="right") % counts.shape[1]]
+        for end in (np.floor, np.ceil)
+    )
+    weight = rank - np.floor(rank)
+    with np.errstate(invalid="ignore"):  # inf - inf, where both neighbours lie beyond the limit
+        mixed = np.where((weight == 0) | (low == high), low, low + weight * (high - low))
+    return np.where(n[:, None] > 0, mixed, np.nan)
 
 
 V = TypeVar("V")
