@@ -75,7 +75,9 @@ def time_ratio(shape: Shape, rounds: int) -> float:
     model, ids = build(shape)
     baseline, ours = forward(model, ids), scan(model, ids)
     pairs = [(seconds(baseline), seconds(ours)) for _ in range(rounds + 1)][1:]
-    print(f"  forward {statistics.median(a for a, _ in pairs):.2f} s, scan {statistics.median(b for _, b in pairs):.2f} s")
+    print(
+        f"  forward {statistics.median(a for a, _ in pairs):.2f} s, scan {statistics.median(b for _, b in pairs):.2f} s"
+    )
     return statistics.median(b / a for a, b in pairs)
 
 
@@ -107,7 +109,9 @@ def main() -> None:
         ratio = time_ratio(shape, rounds)
         print(f"  time    scan / forward = {ratio:.2f}  (limit {shape.time_limit})")
         plain, ours = peak(shape, "forward"), peak(shape, "scan")
-        print(f"  memory  scan / forward = {ours / plain:.2f}  (limit {shape.memory_limit}; {ours:.0f} / {plain:.0f} MiB)")
+        print(
+            f"  memory  scan / forward = {ours / plain:.2f}  (limit {shape.memory_limit}; {ours:.0f} / {plain:.0f} MiB)"
+        )
 
 
 if __name__ == "__main__":

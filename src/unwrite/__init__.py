@@ -30,16 +30,14 @@ _PUBLIC = {
     "text": "unwrite.tokens",
 }
 
-__all__ = [*_PUBLIC, "errors"]  # pyright: ignore[reportUnsupportedDunderAll]
-
 
 def __getattr__(name: str) -> Any:
     if name == "errors":
         return importlib.import_module("unwrite.errors")
     if name not in _PUBLIC:
-        raise AttributeError(f"unwrite has no {name!r}; it has {', '.join(__all__)}")
+        raise AttributeError(f"unwrite has no {name!r}; it has {', '.join(__dir__())}")
     return getattr(importlib.import_module(_PUBLIC[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*_PUBLIC, "errors"])

@@ -1,4 +1,7 @@
-"""What are the parts of a decoder called? The only place where "L2H3", "MLP2" or "resid_mid2" is parsed, printed or ordered."""
+"""What are the parts of a decoder called?
+
+The only place where "L2H3", "MLP2" or "resid_mid2" is parsed, printed or ordered.
+"""
 
 from __future__ import annotations
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -61,7 +61,7 @@ class Result:
         frame = xr.Dataset(flat).to_dataframe().reset_index()
         return frame.sort_values("moved", ascending=False, kind="stable") if "moved" in frame else frame
 
-    def figure(self) -> alt.Chart | alt.LayerChart:
+    def figure(self) -> alt.TopLevelMixin:
         """The result's main picture as an altair chart."""
         from unwrite.report import figures
 
@@ -99,7 +99,9 @@ def read(path: str | Path) -> Result:
         schema = int(data.attrs["schema"])
         json.loads(data.attrs["provenance"])["method"]
     except Exception as error:  # noqa: BLE001 - whatever HDF5 raises on a damaged file means the same to the user
-        raise ResultError(f"{file} is not a readable result of unwrite", got=f"{type(error).__name__}: {error}") from None
+        raise ResultError(
+            f"{file} is not a readable result of unwrite", got=f"{type(error).__name__}: {error}"
+        ) from None
     if schema > SCHEMA:
         raise ResultError(f"{file} was written by a newer unwrite", got=f"schema {schema}", expected=f"up to {SCHEMA}")
     return Result(data)
@@ -119,15 +121,24 @@ def build(
     return Result(data.assign_attrs(schema=SCHEMA, provenance=json.dumps(provenance, sort_keys=True)))
 
 
-def writable(folder: str | Path) -> Path:
-    """`folder`, made if need be. Raises ResultError unless files can be written into it: asked before a long run."""
-    folder = Path(folder)
+@contextmanager
+def folder(path: str | Path) -> Iterator[Path]:
+    """A folder that can be written, asked before a long run; made if need be, and gone again if the run fails empty.
+
+    Raises ResultError where files cannot be written.
+    """
+    place, made = Path(path), not Path(path).exists()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            pass
     except OSError as error:
-        raise ResultError(f"cannot write into {folder}", got=error.strerror, fix="choose another --out") from None
+        raise ResultError(f"cannot write into {place}", got=error.strerror, fix="choose another folder") from None
+    try:
+        yield place
+    finally:
+        if made and not any(place.iterdir()):
+            place.rmdir()
 
 
 def write(file: Path, make: Callable[[Path], object]) -> Path:
@@ -136,7 +147,7 @@ def write(file: Path, make: Callable[[Path], object]) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         with _beside(file) as place:
             make(place)
-            os.replace(place, file)
+            place.replace(file)
     except OSError as error:
         raise ResultError(f"cannot write {file}", got=error.strerror or error, fix="choose another place") from None
     return file

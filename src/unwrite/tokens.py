@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,10 @@ class Tokens:
         for part in (self.ids, self.lengths, self.cluster):
             sha.update(np.ascontiguousarray(part, dtype=np.int64).tobytes())
         return sha.hexdigest()
+
+    def named(self, source: str) -> Tokens:
+        """The same tokens, called `source` in results."""
+        return replace(self, source=_name(source))
 
     def check(self, vocabulary: int, context: int | None) -> None:
         """Raise TokensError unless a model with this many embedding rows and positions can read the ids."""
@@ -114,11 +118,14 @@ def text(
     if tokenizer is None:
         raise TokensError("text needs a tokenizer, and this model came without one", fix="pass tokenizer=… to uw.load")
     if isinstance(source, Mapping):
-        return {_name(name): _windows(part, tokenizer, n, length, bos) for name, part in source.items()}
-    return _windows(source, tokenizer, n, length, bos)
+        return {_name(name): windows(part, tokenizer, n, length, bos) for name, part in source.items()}
+    return windows(source, tokenizer, n, length, bos)
 
 
-def _windows(source: Any, tokenizer: Any, n: int, length: int | None, bos: int | bool | None) -> Tokens:
+def windows(
+    source: Any, tokenizer: Any, n: int = 300, length: int | None = None, bos: int | bool | None = None
+) -> Tokens:
+    """`text` for one source that is not a mapping."""
     first = tokenizer.bos_token_id if bos is None else None if bos is False else int(bos)
     prefix = [] if first is None else [first]
     length = length or min(_LONGEST_DEFAULT, tokenizer.model_max_length)

@@ -54,11 +54,12 @@ def scan(
     norm of the stream at that position its ratios are left out and counted; `batch` prompts at a time; `listener` is
     told the progress.
     Returns a Result (axes writer, node, location, quantile; text first where there are several):
-    `pr`, `level`, `change`, `norm`, `relative_norm`, `dilution` as quantiles over positions; `share` (= `share_position`
-    + `share_token`), `share_se`, `level_share`, `level_share_se`, `change_share`, `change_share_se` energy-weighted,
-    standard errors clustered by prompt; `moved`, the energy moved along the write by later nodes relative to that of
-    the final stream; `eraser`, candidate erasers; `material`; `reading` in words; `n_positions`, `n_below_floor`,
-    `n_beyond_grid`; `skipped_share`, the level shares at the skipped positions.
+    `pr`, `level`, `change`, `norm`, `relative_norm`, `dilution` as quantiles over positions; energy-weighted, with
+    standard errors clustered by prompt, `share` (= `share_position` + `share_token`), `share_se`, `level_share`,
+    `level_share_se`, `change_share`, `change_share_se`; `moved`, the energy that later nodes moved along the write,
+    relative to that of the final stream; `eraser`, candidate erasers (named, strongest first, in `opposed_by`);
+    `material`; `reading` in words; `n_positions`, `n_below_floor`, `n_beyond_grid`; `skipped_share`, level shares at
+    the skipped positions.
     Raises TokensError, NodeError, NumericError (an activation that is not finite, a named writer that never writes).
 
     Example: `uw.scan(lm, uw.text("book.txt", lm.tokenizer)).table()`
@@ -104,7 +105,7 @@ def _quantiles(tally: GramTally) -> dict[str, xr.Variable]:
     """The paper's view: quantiles over positions, every position alike."""
     width = len(tally.plan.writers)
     ratios = tally.ratios.quantiles(QUANTILES).reshape(tally.plan.rows, width, -1).swapaxes(0, 1)
-    locations, nodes = tally.plan.holds.shape
+    nodes = tally.plan.holds.shape[1]
     norm, relative = np.split(tally.sizes.quantiles(QUANTILES), 2)
     per_writer = ("writer", "quantile")
     return {
@@ -119,11 +120,9 @@ def _quantiles(tally: GramTally) -> dict[str, xr.Variable]:
 
 def _shares(tally: GramTally) -> dict[str, xr.Variable]:
     """The additive view: sums over positions, every position weighted by the write's energy there."""
-    share, error, clusters = (np.swapaxes(part, 0, 1) if np.ndim(part) else part for part in tally.sums.total().share())
-    locations, nodes = tally.plan.holds.shape
-    columns = np.arange(len(share))
-    sums = tally.sums.total()
-    energy = (sums.x + sum((x for _, _, x in sums.open), start=0 * sums.x)).cpu().numpy()
+    sums, nodes = tally.sums.total().closed(), tally.plan.holds.shape[1]
+    share, error = (part.T for part in sums.share())
+    columns, energy = np.arange(len(share)), sums.x.cpu().numpy()
     with np.errstate(divide="ignore", invalid="ignore"):
         position = tally.positions.split().cpu().numpy().T / energy[:, None]
         skipped = tally.skipped.total()
@@ -143,7 +142,7 @@ def _shares(tally: GramTally) -> dict[str, xr.Variable]:
         "change_share_se": quantity(alone, error[:, -1], "1", "as share_se"),
         "moved": quantity(alone, moved, "1", "|Σ⟨x_end − x_after, o_w⟩| / Σ‖x_end‖²"),
         "skipped_share": quantity(place, skipped_share, "1", "level_share over the skipped positions"),
-        "n_clusters": quantity((), np.asarray(clusters), "1", "independent prompts or documents"),
+        "n_clusters": quantity((), np.asarray(sums.n), "1", "independent prompts or documents"),
     }
 
 
@@ -178,12 +177,23 @@ def _judge(data: xr.Dataset, lm: Model, writers: tuple[Node, ...]) -> xr.Dataset
             strict=True,
         )
     ]
+    found = candidates(data["share"].values, data["share_se"].values, can_read, degrees)
     return data.assign(
-        eraser=(("writer", "node"), candidates(data["share"].values, data["share_se"].values, can_read, degrees)),
+        level_after=data["level"].isel(location=index).drop_vars("location").assign_attrs(equation="level right after"),
+        level_end=data["level"].isel(location=-1, drop=True).assign_attrs(equation="level at the end"),
+        eraser=(("writer", "node"), found),
+        opposed_by=(
+            "writer",
+            np.array([_opponents(lm, *pair) for pair in zip(data["share"].values, found, strict=True)], object),
+        ),
         material=("writer", material.values),
         reading=("writer", np.array(words, dtype=object)),
         right_after=("writer", np.array([lm.locations[i] for i in after], dtype=object)),
     )
+
+
+def _opponents(lm: Model, share: np.ndarray, found: np.ndarray) -> str:
+    return " ".join(lm.nodes[i] for i in np.argsort(share) if found[i])
 
 
 def candidates(
@@ -195,7 +205,7 @@ def candidates(
     """Pairs whose share has a Benjamini–Hochberg upper bound below −ERASES, among those that can read.
 
     One-sided t tests of share ≥ −ERASES, rate FDR: the rejected pairs are those whose upper bound at the level that
-    the procedure allots them lies below −ERASES. Significance of share < 0 alone is no finding: nearly every pair has it.
+    the procedure allots them lies below −ERASES. To be significantly below 0 is no finding: nearly every pair is.
     """
     found = np.zeros_like(can_read)
     testable = can_read & np.isfinite(share) & np.isfinite(error)

@@ -59,7 +59,7 @@ def _pattern(
     query: Tensor, key: Tensor, mask: Tensor, scaling: float | None = None, softcap: float | None = None, **rest: Any
 ) -> Float[Tensor, "prompt head query key"]:
     if rest.get("s_aux") is not None:
-        raise ModelError("attention rows that sum below 1 (learned sinks) have no constant part", fix="convention='raw'")
+        raise ModelError("attention has learned sinks: rows of its pattern sum below 1, so heads have no constant part")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = query @ _per_query_head(key, query).transpose(2, 3) * scale
     if softcap is not None:

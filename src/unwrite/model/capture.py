@@ -95,16 +95,15 @@ def _layer_hooks(lm: Model, layer: Layer, fold: Folded, record: Recording) -> It
         z = z.detach().to(lm.compute_dtype).unflatten(-1, (lm.n_heads, lm.head_dim))
         record.z[layer.index] = z.clone() if fold.constant is None else z - fold.constant
 
-    def keep_gain(attention: Tensor) -> None:
-        assert layer.post_attention_norm is not None
-        scale = norm_scale(attention.detach().to(lm.compute_dtype), layer.post_attention_norm, lm.row.layer_norm)
+    def keep_gain(attention: Tensor, norm: nn.Module) -> None:
+        scale = norm_scale(attention.detach().to(lm.compute_dtype), norm, lm.row.layer_norm)
         record.gain[layer.index] = scale
         record.z[layer.index] *= scale[..., None, None]
 
     residual = lm.row.residual_scale(lm.config)
     yield layer.out_proj, True, keep_z
-    if layer.post_attention_norm is not None:
-        yield layer.post_attention_norm, True, keep_gain
+    if (norm := layer.post_attention_norm) is not None:
+        yield norm, True, lambda attention: keep_gain(attention, norm)
     written = layer.post_mlp_norm or layer.mlp
     keep_mlp = _keep(record.vectors, Node("mlp", layer.index), lm, residual)
     # OPT flattens prompts and positions before its MLP.
@@ -115,8 +114,7 @@ def _truth_hooks(lm: Model, layer: Layer, record: Recording) -> Iterator[tuple[n
     residual = lm.row.residual_scale(lm.config)
     start = Location("pre", 0) if layer.index == 0 else Location("post", layer.index - 1)
     yield layer.block, True, _keep(record.stream, start, lm)
-    if not lm.parallel:
-        assert layer.mid is not None
+    if layer.mid is not None and not lm.parallel:
         keep_mid = _keep(record.stream, Location("mid", layer.index), lm)
         yield layer.mid, True, lambda x: keep_mid(_like(x, record.z[layer.index]))
     if layer.index == len(lm.layers) - 1:
@@ -151,4 +149,3 @@ def run(
 def _rows(writes: Writes, ids: Tensor) -> Writes:
     """Position embeddings come out once for all prompts: give every prompt its view."""
     return writes.map(lambda factor: factor.expand(len(ids), *factor.shape[1:]))
-

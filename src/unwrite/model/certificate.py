@@ -17,9 +17,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from unwrite.errors import ModelError
-from unwrite.model.attention import Patterns, patterns
+from unwrite.model.attention import patterns
 from unwrite.model.capture import Recording, recording
-from unwrite.model.view import Folded, Layer, Model, Writes, expand, fold, gain_of, norm_scale, value_constant, value_weights
+from unwrite.model.view import (
+    Folded,
+    Layer,
+    Model,
+    Writes,
+    expand,
+    fold,
+    gain_of,
+    norm_scale,
+    value_constant,
+    value_weights,
+)
 
 IDENTITIES = ("heads", "stream", "locations", "logits", "values")
 _LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
@@ -63,14 +74,15 @@ class Certificate(Mapping[str, float]):
         if failing:
             raise ModelError(
                 f"the decomposition of {model} is not exact, so per-node numbers would be wrong",
-                got=f"relative error of {', '.join(failing)}", expected=f"at most {self.limit:.0e} in {self.dtype}",
+                got=f"relative error of {', '.join(failing)}",
+                expected=f"at most {self.limit:.0e} in {self.dtype}",
                 fix="see 'How to add a family' in CONTRIBUTING.md; load in float32 if this is half precision",
             )  # fmt: skip
 
 
 def certify(lm: Model) -> Certificate:
-    """Measure the five identities on two batches of random prompts of different length, the second padded as methods pad."""
-    worst = dict.fromkeys(IDENTITIES, 0.0)
+    """Measure the five identities on two batches of random prompts of two lengths, the second padded as methods pad."""
+    worst: dict[str, float] = dict.fromkeys(map(str, IDENTITIES), 0.0)
     for ids, mask in _prompts(lm):
         for identity, error in _errors(lm, ids, mask):
             # max() would drop a NaN.
@@ -85,7 +97,9 @@ def _limit(lm: Model) -> float:
     return max(limit, _FLOAT32_INSIDE) if inexact else limit
 
 
-def _prompts(lm: Model) -> Iterator[tuple[Int[Tensor, "prompt position"], Bool[Tensor, "prompt position"]]]:
+def _prompts(
+    lm: Model,
+) -> Iterator[tuple[Int[Tensor, "prompt position"], Bool[Tensor, "prompt position"]]]:
     generator = torch.Generator().manual_seed(0)
     for length, padding in zip(_LENGTHS, (0, _PADDING), strict=True):
         length = min(length, lm.context or length)
@@ -147,42 +161,38 @@ def _values_error(lm: Model, ids: Tensor, mask: Tensor, folded: tuple[Folded, ..
         _run(lm, ids, mask)
     everywhere = expand(lm, folded, _per_prompt(record, mask).map(lambda part: part.flatten(0, 1)))
     worst = 0.0
-    for layer, fold_ in zip(lm.layers, folded, strict=True):
+    for layer, folds in zip(lm.layers, folded, strict=True):
         earlier = [i for i, node in enumerate(lm.parts) if node.layer < layer.index]
-        stream = everywhere[earlier].sum(0).unflatten(0, mask.shape)
-        through = _through_values(lm, layer, stream, found[layer.index]) * _post_scale(record, layer)
-        written = record.z[layer.index]
-        if fold_.constant is None and (constant := value_constant(lm, layer)) is not None:
-            through = through + constant * _post_scale(record, layer)
-        error = _relative_heads(through[mask], written[mask], fold_)
+        normed = _normed(lm, layer, everywhere[earlier].sum(0).unflatten(0, mask.shape))
+        gain = record.gain.get(layer.index)
+        z = record.z[layer.index] if gain is None else record.z[layer.index] / gain[..., None, None]
+        constant = value_constant(lm, layer)
+        if constant is not None and folds.constant is None:
+            z = z - constant
+        error = _head_error(lm, layer, normed, found[layer.index], z, constant, mask)
         worst = error if not error <= worst else worst
     return worst
 
 
-def _through_values(
-    lm: Model, layer: Layer, stream: Float[Tensor, "prompt position d_model"], pattern: Tensor
-) -> Float[Tensor, "prompt position head d_head"]:
-    """Σ over earlier nodes of A · (their part of the normed stream) · W_V: linear, so their sum goes through at once."""
-    normed = stream
-    if layer.input_norm is not None:
-        gain, centred = gain_of(layer.input_norm, lm), lm.row.layer_norm
-        normed = stream - stream.mean(-1, keepdim=True) if centred else stream
-        normed = normed * norm_scale(stream, layer.input_norm, centred)[..., None]
-        normed = normed if gain is None else normed * gain
+def _normed(lm: Model, layer: Layer, stream: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+    """What a sum of nodes becomes in the values' input: the norm without its bias, its scale that of this sum."""
+    if layer.input_norm is None:
+        return stream
+    gain, centred = gain_of(layer.input_norm, lm), lm.row.layer_norm
+    x = stream - stream.mean(-1, keepdim=True) if centred else stream
+    x = x * norm_scale(stream, layer.input_norm, centred)[..., None]
+    return x if gain is None else x * gain
+
+
+def _head_error(
+    lm: Model, layer: Layer, normed: Tensor, pattern: Tensor, z: Tensor, constant: Tensor | None, mask: Tensor
+) -> float:
+    """Worst ‖A · normed · W_V − z‖ of a head, relative to A · |normed| · |W_V|, what is summed there."""
     weight, _ = value_weights(lm, layer)
-    values = torch.einsum("btd,hdk->bhtk", normed, weight)
-    return (pattern.to(values.dtype) @ values).transpose(1, 2)
-
-
-def _post_scale(record: Recording, layer: Layer) -> Tensor | float:
-    gain = record.gain.get(layer.index)
-    return 1.0 if gain is None else gain[..., None, None]
-
-
-
-def _relative_heads(through: Tensor, written: Tensor, folded: Folded) -> float:
-    parts = torch.einsum("rhk,hkd->hrd", through, folded.w_o)
-    truth = torch.einsum("rhk,hkd->hrd", written, folded.w_o)
-    size = truth.norm(dim=-1).amax(0).clamp_min(torch.finfo(parts.dtype).tiny)
-    error = (parts - truth).norm(dim=-1) / size
+    through, summed = (
+        (pattern.to(x.dtype) @ torch.einsum("btd,hdk->bhtk", x, w)).transpose(1, 2)[mask]
+        for x, w in ((normed, weight), (normed.abs(), weight.abs()))
+    )
+    size = summed.norm(dim=-1) + (0.0 if constant is None else constant.norm(dim=-1))
+    error = (through - z[mask]).norm(dim=-1) / size.clamp_min(torch.finfo(z.dtype).tiny)
     return float(error.amax()) if error.isfinite().all() else float("nan")

@@ -127,9 +127,7 @@ _NEOX = replace(
 
 FAMILIES: dict[str, Family] = {
     "gpt2": _GPT2,
-    "gpt_neo": replace(
-        _GPT2, attention="attn.attention", out_proj="out_proj", value="v_proj", interface=False
-    ),
+    "gpt_neo": replace(_GPT2, attention="attn.attention", out_proj="out_proj", value="v_proj", interface=False),
     "gpt_neox": _NEOX,
     "gptj": replace(
         _GPT2,

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from unwrite.errors import ModelError, UnwriteError
 from unwrite.model.certificate import certify
 from unwrite.model.families import FAMILIES, REFUSED, Family
-from unwrite.model.view import CONVENTIONS, Model
+from unwrite.model.view import CONVENTIONS, Model, embedding_rows
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -46,7 +46,7 @@ def load(
     if isinstance(source, (str, Path)):
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
         hf = _from_disk(str(source), {"dtype": dtype or "auto", "device_map": device_map, **options})
-        hf = hf if device is None else hf.to(device)
+        hf = hf if device is None else hf.to(torch.device(device))  # pyright: ignore[reportArgumentType]
         tokenizer = tokenizer or _tokenizer(str(source), hf.config, options)
     elif isinstance(source, PreTrainedModel):
         if any(option is not None for option in (revision, dtype, device, device_map)):
@@ -55,7 +55,7 @@ def load(
     else:
         raise ModelError("cannot load this", got=type(source).__name__, expected="a hub name, a folder or a HF model")
     _check_tokenizer(tokenizer, hf)
-    return view(hf, tokenizer, convention, name=str(source) if hf is not source else hf.name_or_path)
+    return view(hf, tokenizer, convention, name=_called(source))
 
 
 def view(hf: PreTrainedModel, tokenizer: Any = None, convention: str = "paper", name: str = "") -> Model:
@@ -68,7 +68,8 @@ def view(hf: PreTrainedModel, tokenizer: Any = None, convention: str = "paper", 
         certificate = certify(lm)
     except (RuntimeError, AttributeError, ValueError, TypeError) as error:
         raise ModelError(
-            f"{about['name']} ({family}) could not be run on short random prompts", got=f"{type(error).__name__}: {error}"
+            f"{about['name']} ({family}) could not be run on short random prompts",
+            got=f"{type(error).__name__}: {error}",
         ) from error
     certificate.require(str(about["name"]))
     weights_hash(lm)
@@ -137,8 +138,14 @@ def _from_disk(source: str, options: dict[str, Any]) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, **options)
     except UnwriteError:
         raise
-    except Exception as error:  # noqa: BLE001 - transformers and the hub raise many kinds; each means: not loaded
+    except Exception as error:
         raise ModelError(f"cannot load {source}", got=_first_line(error), fix=_advice(error)) from error
+
+
+def _called(source: Any) -> str:
+    """A hub name as it is; of a folder its last part: results travel, and a path tells about a machine."""
+    name = str(getattr(source, "name_or_path", source))
+    return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 def _check_folder(folder: Path) -> None:
@@ -185,7 +192,7 @@ def _tokenizer(source: str, config: Any, options: dict[str, Any]) -> Any:
 def _check_tokenizer(tokenizer: Any, hf: PreTrainedModel) -> None:
     if tokenizer is None:
         return
-    rows, highest = hf.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values())
+    rows, highest = embedding_rows(hf), max(tokenizer.get_vocab().values())
     if highest >= rows:
         raise ModelError(
             "the tokenizer can emit ids that the model has no embedding for",

@@ -31,8 +31,7 @@ from unwrite.nodes import Node, parse_node
 LAYERS, HEADS, D_HEAD = 3, 6, 8
 D_MODEL = HEADS * D_HEAD
 LLAMA_GROUP = 3  # query heads that share one key and value head
-NEURONS = 8
-CONTEXT, VOCABULARY = 256, 256
+NEURONS, CONTEXT, VOCABULARY = 8, 256, 256
 
 # What the stream holds of each subspace, as norms. MEAN is the part of a unit code that every token shares.
 BALLAST, TOKEN, POSITION, WRITE = 4.0, 3.0, 2.0, 2.0
@@ -56,7 +55,6 @@ _OWN_SHAPE: Mapping[str, dict[str, Any]] = {
 }  # fmt: skip
 
 Space = dict[str, Tensor]
-Kind = Literal["values", "mlp", "constant", "same source", "backup"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Pair:
 
     writer: str
     eraser: str
-    kind: Kind
+    kind: Literal["values", "mlp", "constant", "same source", "backup"]
     share: float
     share_without: float
 
@@ -114,8 +112,7 @@ def planted(family: Literal["gpt2", "llama"] = "gpt2", seed: int = 0, dtype: tor
     """A Hugging Face model with a planted writer, eraser, decoy and backup of every kind, and a byte tokenizer.
 
     Arguments: `family` "gpt2" (LayerNorm, GELU, biases, learned positions) or "llama" (RMSNorm, SwiGLU, RoPE, grouped
-    key and value heads); `seed` draws subspaces, codes, norm gains and unembedding, and nothing else matters;
-    `dtype` of the parameters.
+    key and value heads); `seed` of subspaces, codes, norms and unembedding; `dtype` of the parameters.
     Returns Planted. share[w, e] = Σ⟨o_e, o_w⟩ / Σ‖o_w‖² of `pairs` holds on any text, to about the change of the norm.
     Raises ModelError for another family.
 
@@ -202,9 +199,8 @@ def _kept() -> Part:
 
 
 def _quiet(busy: set[str]) -> Part:
-    """Every node without a job writes a trace of the token, so that no write is exactly zero."""
-    names = [f"L{layer}H{head}" for layer in range(LAYERS) for head in range(HEADS)]
-    names += [f"MLP{layer}" for layer in range(LAYERS)]
+    """Every head and MLP without a job writes a trace of the token, so that no ratio onto it divides by zero."""
+    names = [f"L{i}H{head}" for i in range(LAYERS) for head in range(HEADS)] + [f"MLP{i}" for i in range(LAYERS)]
     return Part({"quiet": [Circuit(name, {"token": QUIET}, "quiet") for name in names if name not in busy]})
 
 
@@ -245,20 +241,16 @@ def _draw(family: str, seed: int, jobs: Sequence[Circuit]) -> Draft:
     embedding = _codes(generator) @ (TOKEN * space["token"]).T + BALLAST * space["ballast"].T
     clock = torch.stack([_turned(-position) for position in range(CONTEXT)]) / (D_HEAD / 2) ** 0.5
     positions = POSITION * clock @ space["position"].T * (family == "gpt2")
-    unembedding = 2 * D_MODEL**-0.5 * _normal(generator, VOCABULARY, D_MODEL)
+    unembedding = 2 * D_MODEL**-0.5 * torch.randn(VOCABULARY, D_MODEL, generator=generator, dtype=torch.float64)
     scale = _scales(space, circuits, embedding[0] + positions[0])
     return Draft(space, circuits, embedding, positions, unembedding, _norms(generator, family), scale)
-
-
-def _normal(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def _subspaces(generator: torch.Generator) -> Space:
     """Orthonormal column bases [d_model, k]; "x.mean" is the first column of "x"."""
     writers = ("erased_by_head", "erased_by_many", "erased_by_mlp", "backed_up", "mimicked", "kept")
     sizes = {"ones": 1, "ballast": 1, "position": D_HEAD} | dict.fromkeys(("token", "quiet", *writers), 4)
-    frame = _normal(generator, D_MODEL, sum(sizes.values()))
+    frame = torch.randn(D_MODEL, sum(sizes.values()), generator=generator, dtype=torch.float64)
     frame[:, 0] = 1
     orthonormal = torch.linalg.qr(frame).Q
     space = dict(zip(sizes, orthonormal.split(list(sizes.values()), dim=1), strict=True))
@@ -267,7 +259,7 @@ def _subspaces(generator: torch.Generator) -> Space:
 
 def _codes(generator: torch.Generator) -> Float[Tensor, "vocabulary 4"]:
     """Unit codes whose first coordinate is MEAN and whose rest is a random point of a sphere."""
-    rest = nn.functional.normalize(_normal(generator, VOCABULARY, 3), dim=1)
+    rest = nn.functional.normalize(torch.randn(VOCABULARY, 3, generator=generator, dtype=torch.float64), dim=1)
     return torch.cat([torch.full_like(rest[:, :1], MEAN), math.sqrt(1 - MEAN**2) * rest], dim=1)
 
 
@@ -275,7 +267,7 @@ def _norms(generator: torch.Generator, family: str) -> dict[tuple[int, str], tup
     """Gains and offsets that no reader may forget, which is why they are not one and zero."""
     places = [(layer, kind) for layer in range(LAYERS) for kind in ("head", "mlp")] + [(LAYERS, "final")]
     gains = 0.5 + torch.rand(len(places), D_MODEL, generator=generator, dtype=torch.float64)
-    offsets = 0.3 * _normal(generator, len(places), D_MODEL) * (family == "gpt2")
+    offsets = 0.3 * torch.randn(len(places), D_MODEL, generator=generator, dtype=torch.float64) * (family == "gpt2")
     return dict(zip(places, zip(gains, offsets, strict=True), strict=True))
 
 
@@ -353,7 +345,7 @@ def _gpt2_layer(draft: Draft, layer: int) -> dict[str, Tensor]:
 
 def _gpt2_look(draft: Draft, layer: int) -> tuple[Float[Tensor, "d_model z"], Float[Tensor, "d_model z"]]:
     """The directions that queries and keys read: the position's code, the query's turned back by `back` positions."""
-    strength = POSITION / (D_HEAD / 2) ** 0.5
+    strength = POSITION / (D_HEAD / 2) ** 0.5  # of one coordinate pair
     key = D_HEAD**0.25 * SHARPNESS * draft.scale[layer, "head"] / strength * draft.space["position"]
     queries = []
     for circuit in _at(draft.circuits, layer, "head"):

@@ -68,7 +68,9 @@ class Model:
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
         """The blocks, first to last."""
-        return tuple(_layer(self.row, i, block) for i, block in enumerate(find(self.decoder, self.row.blocks)))
+        return tuple(
+            _layer(self.row, i, block) for i, block in enumerate(find(self.decoder, self.row.blocks).children())
+        )
 
     @cached_property
     def parts(self) -> tuple[Node, ...]:
@@ -131,7 +133,7 @@ class Model:
     @property
     def vocabulary(self) -> int:
         """Number of embedding rows: ids from 0 to this minus 1 can be read."""
-        return self.hf.get_input_embeddings().weight.shape[0]
+        return embedding_rows(self.hf)
 
     @property
     def context(self) -> int | None:
@@ -162,6 +164,11 @@ class Model:
             f"Model({self.about.get('name', self.family)!r}: {self.family}, {len(self.layers)} layers × "
             f"{self.n_heads} heads, d_model {self.d_model}, {len(self.parts)} nodes, convention {self.convention!r})"
         )
+
+
+def embedding_rows(hf: Any) -> int:
+    """Number of token ids that a Hugging Face model can embed."""
+    return hf.get_input_embeddings().weight.shape[0]
 
 
 def _layer(row: Family, index: int, block: nn.Module) -> Layer:
@@ -224,7 +231,7 @@ class Folded:
 
     w_o: Float[Tensor, "head d_head d_model"]
     constant: Float[Tensor, "head d_head"] | None
-    bias: Float[Tensor, " d_model"] | None
+    bias: Float[Tensor, " d_model"]
 
 
 def fold(lm: Model) -> tuple[Folded, ...]:
@@ -242,7 +249,7 @@ def _fold(lm: Model, layer: Layer) -> Folded:
     parts = [] if constant is None else [torch.einsum("hk,hkd->d", constant, w_o)]
     if (bias := _bias(layer.out_proj)) is not None:
         parts.append(shape(bias.detach().to(lm.compute_dtype) * scale))
-    return Folded(w_o, constant, sum(parts[1:], parts[0]) if parts else None)
+    return Folded(w_o, constant, sum(parts, w_o.new_zeros(lm.d_model)))
 
 
 def centre(write: Float[Tensor, "*rows d_model"], lm: Model) -> Float[Tensor, "*rows d_model"]:
@@ -257,7 +264,7 @@ def gain_of(norm: nn.Module | None, lm: Model) -> Float[Tensor, " d_model"] | No
 
 
 def norm_scale(x: Float[Tensor, "*rows d_model"], norm: nn.Module, centred: bool) -> Float[Tensor, "*rows"]:
-    """1 / sqrt(mean(x²) + eps), x centred first for a LayerNorm: what a norm multiplies its input by, beside its gain."""
+    """1 / sqrt(mean(x²) + eps), x centred first for a LayerNorm: what a norm multiplies by, beside its gain."""
     eps = next(getattr(norm, name) for name in ("eps", "variance_epsilon", "epsilon") if hasattr(norm, name))
     if centred:
         x = x - x.mean(-1, keepdim=True)
@@ -321,17 +328,13 @@ def expand(
     """
     row = writes.z[0]
     out = row.new_empty(len(lm.parts), row.shape[0], lm.d_model)
-    at = 0
-    while at < len(lm.parts):
-        node = lm.parts[at]
-        step = lm.n_heads if node.kind == "head" else 1
-        if node.kind == "head":
-            torch.bmm(writes.z[node.layer].transpose(0, 1), folded[node.layer].w_o, out=out[at : at + step])
+    for at, node in enumerate(lm.parts):
+        if node.kind == "head" and node.head == 0:
+            torch.bmm(writes.z[node.layer].transpose(0, 1), folded[node.layer].w_o, out=out[at : at + lm.n_heads])
         elif node.kind == "bias":
-            gain = writes.gain[node.layer]
+            gain, bias = writes.gain[node.layer], folded[node.layer].bias
             times = torch.as_tensor(count if gain is None else gain, dtype=out.dtype, device=out.device)
-            out[at] = times.reshape(-1, 1) * folded[node.layer].bias
-        else:
+            out[at] = times.reshape(-1, 1) * bias
+        elif node.kind != "head":
             out[at] = writes.vectors[node]
-        at += step
     return out

@@ -26,7 +26,7 @@ class Grid:
     """A fixed grid of bins on the real line, symmetric about 0, finest near 0.
 
     The bin of x is read off the bits of the float32 |x| + offset: 64 bins to the octave, so a bin is never wider than
-    (|x| + offset) / 64. Beyond `limit` there is one bin to either side, whose value is ±inf.
+    (|x| + offset) / 64. Beyond the bin that holds `limit` there is one to either side, whose value is ±inf.
     """
 
     offset: float
@@ -62,7 +62,7 @@ def _code(value: float) -> int:
 # Half a bin is at most 0.01 · max(1, |x|) (a test walks over every bin). The offset keeps 0, ±1 and ±1/2, where exact
 # cancellation or a lone writer puts many values, away from bin edges, which rounding would cross.
 RATIO = Grid(offset=0.4355, limit=100.0)
-# Lengths of vectors: relative error at most 1/128 from 2^-40 to 2^40.
+# Lengths of vectors up to 2^40: relative error at most (1 + 2^-40/x) / 128, so 1/128 for all but the tiniest.
 LENGTH = Grid(offset=2.0**-40, limit=2.0**40)
 
 
@@ -110,7 +110,7 @@ class Histogram:
     def quantiles(self, q: tuple[float, ...]) -> Float[np.ndarray, "channels q"]:
         """Quantiles of every channel, interpolated between neighbouring order statistics; NaN where nothing counts.
 
-        An order statistic beyond the grid's limit is ±inf.
+        An order statistic beyond the grid's limit is ±inf, and so is what is interpolated with it.
         """
         counts = self.counts
         # Blocks keep the cumulative sums, twice as wide as the counts, from doubling the memory.
@@ -140,8 +140,8 @@ def _quantiles(
         for end in (np.floor, np.ceil)
     )
     weight = rank - np.floor(rank)
-    with np.errstate(invalid="ignore"):  # inf - inf, where both neighbours lie beyond the limit
-        mixed = np.where((weight == 0) | (low == high), low, low + weight * (high - low))
+    with np.errstate(invalid="ignore"):  # 0 · inf, and -inf + inf, where the neighbours lie beyond opposite limits
+        mixed = np.where((weight == 0) | (low == high), low, (1 - weight) * low + weight * high)
     return np.where(n[:, None] > 0, mixed, np.nan)
 
 
@@ -228,16 +228,20 @@ class ClusterSums:
             x, xx = x + run_x, xx + run_x * run_x
         return ClusterSums(n, y, yy, xy, x, xx, self.open)
 
-    def share(self) -> tuple[np.ndarray, np.ndarray, int]:
-        """ΣY / ΣX, its standard error and the number of clusters; NaN where ΣX is 0, no error below two clusters.
+    def closed(self) -> ClusterSums:
+        """The same sums when no prompt is to follow: every cluster is complete."""
+        return ClusterSums(self.n, self.y, self.yy, self.xy, self.x, self.xx, ())._close(list(self.open))
+
+    def share(self) -> tuple[Float[np.ndarray, "node writer"], Float[np.ndarray, "node writer"]]:
+        """ΣY / ΣX and its standard error; NaN where ΣX is 0, no error below two clusters.
 
         SE² = n/(n-1) · (ΣY² - 2β ΣXY + β² ΣX²) / (ΣX)², the delta-method error of a ratio of sums over independent
         clusters.
         """
-        done = ClusterSums(self.n, self.y, self.yy, self.xy, self.x, self.xx, ())._close(list(self.open))
+        done = self.closed()
         x, y, yy, xy, xx = (part.double().cpu().numpy() for part in (done.x, done.y, done.yy, done.xy, done.xx))
         with np.errstate(divide="ignore", invalid="ignore"):
             share = np.where(x > 0, y / x, np.nan)
             spread = np.maximum(yy - 2 * share * xy + share**2 * xx, 0.0)
             correction = done.n / (done.n - 1) if done.n > 1 else math.nan
-            return share, np.sqrt(correction * spread) / x, done.n
+            return share, np.sqrt(correction * spread) / x

@@ -1,0 +1,47 @@
+# make audit and make test work in a bare clone: each makes .venv and installs what it needs, as pinned in constraints.txt.
+PYTHON ?= python3
+PIN = .venv/bin/python -m pip install -qq -c constraints.txt --build-constraint constraints.txt
+
+.PHONY: audit test lint bench clean
+.DELETE_ON_ERROR:
+
+# MODEL: a hub name or folder, by default a planted model; TEXT: a file or folder. Writes the folder audit/.
+audit: .venv/.runtime
+	@.venv/bin/python -m unwrite audit $${MODEL:+"$$MODEL"} $${TEXT:+--text "$$TEXT"} --out audit
+
+test: .venv/.test
+	@.venv/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+lint: .venv/.lint
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/pyright
+
+# Each file in benchmarks/ is a script that prints one table.
+bench: .venv/.runtime
+	@set -e; for script in benchmarks/*.py; do .venv/bin/python "$$script"; done
+
+# Results in audit/ are yours and stay.
+clean:
+	rm -rf .venv dist .pytest_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps below are touched when an installation is complete, so that it is done once.
+.venv/.pip: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("unwrite needs Python 3.11: make PYTHON=python3.11 …")'
+	@$(PYTHON) -m venv .venv
+	@.venv/bin/python -m pip install -qq -c constraints.txt --upgrade pip
+	@touch $@
+
+.venv/.runtime: .venv/.pip pyproject.toml
+	@echo "Installing unwrite into .venv; the first time this takes a minute or two"
+	@$(PIN) -e .
+	@touch $@
+
+.venv/.test: .venv/.runtime
+	@$(PIN) --group test --group oracle
+	@touch $@
+
+.venv/.lint: .venv/.runtime
+	@$(PIN) --group lint
+	@touch $@

@@ -1,0 +1,6 @@
+"""`python -m unwrite`"""
+
+from unwrite.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""What can be done from a shell? Thin: parses, calls one method, prints, saves."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unwrite.errors import UnwriteError, plain
+
+if TYPE_CHECKING:
+    from unwrite.model.view import Model
+    from unwrite.result import Result
+    from unwrite.run.stream import Listener, Progress
+    from unwrite.tokens import Tokens
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="What each part of a transformer writes into the residual stream, and who writes against it.",
+)
+
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A hub name, or a folder with safetensors weights.")]
+TextPath = Annotated[
+    list[str], typer.Option("--text", metavar="[NAME=]PATH", help="A text file or folder; several are compared.")
+]
+Prompts = Annotated[int, typer.Option("-n", min=1, help="At most this many prompts of each text.")]
+Length = Annotated[int | None, typer.Option("--length", min=2, help="Tokens of a prompt [default: min(1024, context)]")]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for result.nc, table.csv, report.html.")]
+Device = Annotated[str | None, typer.Option("--device", help="Where the model goes, such as cuda.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, … [default: that of the weights].")]
+Convention = Annotated[str, typer.Option("--convention", help="paper or raw.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print the verdict alone.")]
+
+
+@app.callback()
+def _app(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    """Options of every command."""
+
+
+@app.command()
+def audit(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Hub name or folder; a planted model.")] = None,
+    text: TextPath = [],  # noqa: B006 - typer copies it
+    n: Prompts = 300,
+    length: Length = None,
+    out: Out = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    convention: Convention = "paper",
+    quiet: Quiet = False,
+) -> None:
+    """Certificate, scan and a verdict in one paragraph, saved as result.nc, table.csv and report.html."""
+    from unwrite.audit import audit as run
+    from unwrite.audit import demonstration
+
+    if model is None:
+        if text:
+            raise typer.BadParameter("a text needs a MODEL to read it", param_hint="--text")
+        lm, tokens = demonstration(n, length)
+    else:
+        lm = _load(model, device, dtype, convention)
+        tokens = _read(lm, text, n, length)
+    _certified(lm, quiet)
+    _finish(run(lm, tokens, out, _listener(quiet)), out, quiet)
+
+
+@app.command()
+def scan(
+    model: ModelName,
+    text: TextPath,
+    writers: Annotated[str | None, typer.Option("--writers", help="Nodes, such as L0H1,MLP2 [default: all].")] = None,
+    n: Prompts = 300,
+    length: Length = None,
+    out: Out = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    convention: Convention = "paper",
+    skip: Annotated[int, typer.Option("--skip", min=0, help="Positions at the start of a prompt, apart.")] = 1,
+    quiet: Quiet = False,
+) -> None:
+    """Who writes, how the level along each write changes, and who writes against it."""
+    from contextlib import nullcontext
+
+    from unwrite import result as results
+    from unwrite.methods.scan import scan as run
+    from unwrite.report import page
+
+    lm = _load(model, device, dtype, convention)
+    tokens = _read(lm, text, n, length)
+    _certified(lm, quiet)
+    with nullcontext() if out is None else results.folder(out):
+        found = run(lm, tokens, writers.split(",") if writers else None, skip, listener=_listener(quiet))
+        if out is not None:
+            page.save_all(found, out)
+    _finish(found, out, quiet)
+
+
+@app.command()
+def show(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder with a result.nc.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="FILE", help="Save the picture: .png, .svg, .pdf or .html.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Print a saved result again, or save its picture."""
+    from unwrite.result import read, write
+
+    found = read(folder)
+    if out is None:
+        _finish(found, None, quiet)
+        return
+    if out.suffix not in (".png", ".svg", ".pdf", ".html"):
+        raise typer.BadParameter("the picture's name must end in .png, .svg, .pdf or .html", param_hint="--out")
+    chart = found.figure()
+    write(out, lambda place: chart.save(str(place), scale_factor=2))
+
+
+@app.command()
+def doctor(
+    model: ModelName,
+    n: Prompts = 300,
+    length: Length = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    convention: Convention = "paper",
+) -> None:
+    """Is the decomposition exact, will a scan fit, and how long will it take?"""
+    from unwrite.doctor import doctor as run
+    from unwrite.report import terminal
+
+    lm = _load(model, device, dtype, convention)
+    diagnosis, screen = run(lm, n, length), terminal.console()
+    screen.print(plain(repr(lm)), markup=False)
+    for check in diagnosis.checks:
+        line = f"{'✓' if check.ok else '✗'} {check.name}: {check.found}"
+        screen.print(line + ("" if check.ok or not check.fix else f". Next: {check.fix}"), markup=False)
+    screen.print(
+        f"a scan of {diagnosis.n} × {diagnosis.length} tokens: about {diagnosis.memory / 2**30:.2f} GiB, "
+        f"{_duration(diagnosis.seconds)}",
+        markup=False,
+    )
+    if not diagnosis.ok:
+        raise typer.Exit(1)
+
+
+def _load(model: str, device: str | None, dtype: str | None, convention: str) -> Model:
+    import transformers
+
+    from unwrite.errors import ModelError
+    from unwrite.model.load import load
+
+    # The progress bars and warnings of a loader are not the user's; what matters is raised.
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if dtype is not None and dtype not in ("float64", "float32", "float16", "bfloat16"):
+        raise ModelError("unknown dtype", got=dtype, expected="float64, float32, float16 or bfloat16")
+    return load(model, device=device, dtype=dtype, convention=convention)
+
+
+def _read(lm: Model, paths: list[str], n: int, length: int | None) -> Tokens | dict[str, Tokens]:
+    from unwrite.tokens import text
+
+    if not paths:
+        raise typer.BadParameter("name the text that the model should read", param_hint="--text")
+    named = [path.split("=", 1) if "=" in path and not Path(path).exists() else [path, path] for path in paths]
+    length = length or min(1024, lm.context or 1024)
+    if len(named) == 1:
+        return text(Path(named[0][1]), lm.tokenizer, n, length)
+    sources: dict[str, Any] = {name: Path(path) for name, path in named}
+    if len(sources) < len(named):
+        raise typer.BadParameter("two texts have the same name; write NAME=PATH", param_hint="--text")
+    return text(sources, lm.tokenizer, n, length)  # pyright: ignore[reportReturnType]
+
+
+def _certified(lm: Model, quiet: bool) -> None:
+    if not quiet:
+        from unwrite.report import terminal
+
+        terminal.console(stderr=True).print(f"certificate: {plain(lm.certificate.explain())}", markup=False)
+
+
+def _listener(quiet: bool) -> Listener | None:
+    """Live progress in a terminal; a plain line every tenth of the way elsewhere."""
+    if quiet:
+        return None
+    from unwrite.report import terminal
+
+    screen = terminal.console(stderr=True)
+    shown: dict[str, int] = {}
+
+    def line(progress: Progress) -> None:
+        tenth = 10 * progress.done // progress.total
+        if screen.is_terminal:
+            screen.print(_progress(progress), end="\n" if progress.done == progress.total else "\r", markup=False)
+        elif shown.get(progress.stage) != tenth:
+            screen.print(_progress(progress), markup=False)
+        shown[progress.stage] = tenth
+
+    return line
+
+
+def _progress(progress: Progress) -> str:
+    filled = 30 * progress.done // progress.total
+    bar = "█" * filled + "·" * (30 - filled)
+    left = f"left {_duration(progress.left)}" if progress.done < progress.total else f"in {_duration(progress.seconds)}"
+    return (
+        f"{plain(progress.stage)} {bar} {progress.done}/{progress.total} prompts  {progress.rate:,.0f} tok/s  {left}   "
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _finish(found: Result, out: Path | None, quiet: bool) -> None:
+    from unwrite.report import terminal
+    from unwrite.report.verdict import verdict
+
+    screen = terminal.console()
+    if quiet:
+        screen.print(plain(found.data.attrs.get("verdict") or verdict(found)), markup=False)
+    else:
+        terminal.show(found, screen)
+    if out is not None:
+        screen.print(f"\nwritten: {plain(out)}/result.nc, table.csv, report.html", markup=False)
+
+
+def main() -> None:
+    """Entry point: one clear message and exit code 1 for what a user can cause, 130 for Ctrl-C."""
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except UnwriteError as error:
+        _fail(str(error), debug)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)  # noqa: T201
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+def _fail(message: str, debug: bool) -> None:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr)  # noqa: T201
+    sys.exit(1)

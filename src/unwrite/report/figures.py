@@ -1,0 +1,54 @@
+"""What does a result look like? Altair charts, drawn from a saved result alone."""
+
+from __future__ import annotations
+
+import altair as alt
+import numpy as np
+import pandas as pd
+
+from unwrite.report.rows import rows, texts
+from unwrite.result import Result
+
+_MOST = 40
+# Orange below, white at 0, blue above: told apart by colour-blind readers too.
+DIVERGING = ("#d95f02", "#ffffff", "#2166ac")
+
+
+def main(result: Result) -> alt.TopLevelMixin:
+    """The median level of every state of the stream along every material write (the first text of several).
+
+    Rows are writers, most energy moved first; columns are locations. White is 0, blue a level that rises, orange one
+    that reverses; a box marks the location right after the write.
+    """
+    _, data, _ = next(texts(result))
+    writers = [row.writer for row in rows(data)[0][:_MOST]]
+    level = data["level"].sel(quantile=0.5, writer=writers).to_dataframe().reset_index()
+    limit = max(2.0, float(np.nanquantile(np.abs(level["level"]), 0.9)))
+    after = pd.DataFrame({"writer": writers, "location": data["right_after"].sel(writer=writers).values})
+    x = alt.X("location:N", sort=list(data["location"].values), title=None, axis=alt.Axis(labelAngle=-40, orient="top"))
+    y = alt.Y("writer:N", sort=writers, title="writer (most energy moved first)")
+    colour = alt.Color(
+        "level:Q",
+        title="median level",
+        scale=alt.Scale(domain=[-limit, 0, limit], range=list(DIVERGING), clamp=True),
+    )
+    base = alt.Chart(level).encode(x=x, y=y)
+    cells = base.mark_rect().encode(color=colour, tooltip=["writer", "location", alt.Tooltip("level:Q", format=".2f")])
+    dark = alt.condition(f"abs(datum.level) > {0.6 * limit}", alt.value("white"), alt.value("black"))
+    numbers = base.mark_text(fontSize=9).encode(text=alt.Text("level:Q", format=".1f"), color=dark)
+    boxes = alt.Chart(after).mark_rect(filled=False, stroke="black", strokeWidth=1.2).encode(x=x, y=y)
+    title = alt.Title(
+        "How much of the stream lies along each write",
+        subtitle=[
+            _caption(result),
+            "box: right after the write; a level counts all that lies along it, whoever wrote it",
+        ],
+        anchor="start",
+    )
+    return alt.layer(cells, numbers, boxes, title=title).properties(width=alt.Step(46), height=alt.Step(15))
+
+
+def _caption(result: Result) -> str:
+    name, _, read = next(texts(result))
+    model = result.provenance["model"]["name"]
+    return f"{model} on {name or read['source']}, {read['prompts']} × {read['length']} tokens"

@@ -1,0 +1,108 @@
+"""What does a scan say about each writer, in one row? What the terminal and the page show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from unwrite.result import Result
+
+_OPPONENTS = 2
+
+
+@dataclass(frozen=True)
+class Opponent:
+    """A candidate eraser of a writer: additive share with standard error, and the median ratio."""
+
+    node: str
+    share: float
+    error: float
+    median: float
+
+    def __str__(self) -> str:
+        return f"{self.node} {self.share:+.3f} ± {self.error:.3f} (median {self.median:+.2f})"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A writer: how large it writes, its median levels, who opposes it and what that amounts to."""
+
+    writer: str
+    relative_norm: float
+    moved: float
+    start: float
+    end: float
+    opponents: tuple[Opponent, ...]
+    more_opponents: int
+    reading: str
+    n: int
+
+    @property
+    def against(self) -> str:
+        """The strongest opponents in words."""
+        if not self.opponents:
+            return "–"
+        return ", ".join(map(str, self.opponents)) + (f", +{self.more_opponents} more" if self.more_opponents else "")
+
+
+def texts(result: Result) -> Iterator[tuple[str, xr.Dataset, Mapping[str, Any]]]:
+    """(name, data, what was read) for every text of a scan; the name is empty where there is only one."""
+    tokens = result.provenance["tokens"]
+    if "text" not in result.data.dims:
+        yield "", result.data, tokens[""]
+        return
+    for name in result.data["text"].values:
+        yield str(name), result.data.sel(text=name), tokens[str(name)]
+
+
+def rows(data: xr.Dataset) -> tuple[list[Row], list[str]]:
+    """Rows of the material writers, most energy moved first, and the names of the others (which stay in the result)."""
+    order = np.argsort(-data["moved"].fillna(-1).values, kind="stable")
+    material = data["material"].values.astype(bool)
+    shown = [_row(data.isel(writer=i)) for i in order if material[i]]
+    return shown, [str(data["writer"].values[i]) for i in order if not material[i]]
+
+
+def _row(data: xr.Dataset) -> Row:
+    median = data.sel(quantile=0.5)
+    opponents = sorted(_opponents(data), key=lambda opponent: opponent.share)
+    return Row(
+        writer=str(data["writer"].item()),
+        relative_norm=float(median["relative_norm"]),
+        moved=float(data["moved"]),
+        start=float(median["level_after"]),
+        end=float(median["level_end"]),
+        opponents=tuple(opponents[:_OPPONENTS]),
+        more_opponents=len(opponents[_OPPONENTS:]),
+        reading=str(data["reading"].item()),
+        n=int(data["n_positions"]),
+    )
+
+
+def _opponents(data: xr.Dataset) -> Iterator[Opponent]:
+    for node in data["node"].values[data["eraser"].values.astype(bool)]:
+        pair = data.sel(node=node)
+        yield Opponent(str(node), float(pair["share"]), float(pair["share_se"]), float(pair["pr"].sel(quantile=0.5)))
+
+
+def disagreements(result: Result) -> list[str]:
+    """Writers whose reading differs in kind between the texts of a scan, in words."""
+    if "text" not in result.data.dims:
+        return []
+    found = []
+    for i, writer in enumerate(result.data["writer"].values):
+        here = result.data.isel(writer=i)
+        readings = {str(name): str(here.sel(text=name)["reading"].item()) for name in result.data["text"].values}
+        if here["material"].any() and len({reading.split()[0] for reading in readings.values()}) > 1:
+            found.append(f"{writer}: " + "; ".join(f"{reading} on {name}" for name, reading in readings.items()))
+    return found
+
+
+def folded_line(folded: list[str]) -> str:
+    """The immaterial writers in one line."""
+    writers = "1 writer" if len(folded) == 1 else f"{len(folded)} writers"
+    return f"{writers} below 5 % of the stream's norm in the median: {', '.join(folded)} (in the result)"

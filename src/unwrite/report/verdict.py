@@ -1,0 +1,42 @@
+"""What does a scan amount to, in one paragraph?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from unwrite.report.rows import Row, rows, texts
+from unwrite.result import Result
+
+_NAMED = 3
+
+
+def verdict(result: Result) -> str:
+    """The finding in words, text by text, with what it does not say."""
+    model = result.provenance["model"]
+    parts = [_of_text(model["name"], name, *rows(data), read=read) for name, data, read in texts(result)]
+    worst = max(model["certificate"].values())
+    caveat = (
+        "These are levels: all that lies along a write, whoever wrote it. Whether a write was erased, and by whom, "
+        f"only an executed run without it can say. The decomposition is exact to {worst:.0e}."
+    )
+    return " ".join([*parts, caveat])
+
+
+def _of_text(model: str, name: str, shown: Sequence[Row], folded: Sequence[str], read: Mapping[str, Any]) -> str:
+    source = name or read["source"]
+    kinds = {kind: [row for row in shown if row.reading.startswith(kind)] for kind in ("rises", "falls", "reverses")}
+    counts = ", ".join(f"{kind} along {len(found)}" for kind, found in kinds.items())
+    opposed = [row for row in shown if row.opponents]
+    sentence = (
+        f"{model} on {source} ({read['prompts']} × {read['length']} tokens): {len(shown)} of "
+        f"{len(shown) + len(folded)} nodes write materially. The level {counts} of them"
+    )
+    losing = kinds["reverses"] + kinds["falls"]
+    if losing:
+        sentence += f" (most energy: {'; '.join(f'{row.writer} {row.reading}' for row in losing[:_NAMED])})"
+    sentence += f"; nodes write against {len(opposed)}"
+    if opposed:
+        strongest = min(opposed, key=lambda row: row.opponents[0].share)
+        sentence += f", the strongest pair being {strongest.opponents[0]} along {strongest.writer}"
+    return sentence + "."

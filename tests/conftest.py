@@ -1,0 +1,48 @@
+"""Which tests run where? Markers, the optional neighbour folder, one thread, no network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+# Set before torch is loaded: xdist runs one worker for each core, and one thread gives the same sums everywhere.
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+# A slow machine must not fail a property; in CI the same examples are drawn every time.
+hypothesis.settings.register_profile("unwrite", deadline=None, derandomize="CI" in os.environ, print_blob=True)
+hypothesis.settings.load_profile("unwrite")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if "shared" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.shared)
+        for marker in ("slow", "gpu", "shared"):
+            if item.get_closest_marker(marker) and (reason := _missing(marker, config)):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _missing(marker: str, config: pytest.Config) -> str | None:
+    """Why tests with this marker cannot run here; None where they can."""
+    if marker == "slow":
+        return None if config.getoption("--slow") else "slow: runs with --slow"
+    if marker == "shared":
+        return None if SHARED.is_dir() else "shared: there is no folder ../shared beside the project"
+    import torch
+
+    return None if torch.cuda.is_available() else "gpu: torch sees no CUDA device"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The neighbour folder with real models and corpora; a test that asks for it is marked `shared`."""
+    return SHARED
