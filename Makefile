@@ -28,7 +28,7 @@ clean:
 
 # The stamps below are touched when an installation is complete, so that it is done once.
 .venv/.pip: constraints.txt
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("unwrite needs Python 3.11: make PYTHON=python3.11 …")'
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("unwrite needs Python 3.11 or newer: make PYTHON=python3.11 …")'
 	@$(PYTHON) -m venv .venv
 	@.venv/bin/python -m pip install -qq -c constraints.txt --upgrade pip
 	@touch $@

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unwrite import errors as errors
-    from unwrite.audit import audit as audit
-    from unwrite.doctor import doctor as doctor
+    from unwrite.combined.audit import audit as audit
+    from unwrite.combined.doctor import doctor as doctor
     from unwrite.methods.scan import scan as scan
     from unwrite.model.load import load as load
     from unwrite.model.planted import planted as planted
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "Result": "unwrite.result",
     "Tokens": "unwrite.tokens",
-    "audit": "unwrite.audit",
-    "doctor": "unwrite.doctor",
+    "audit": "unwrite.combined.audit",
+    "doctor": "unwrite.combined.doctor",
     "load": "unwrite.model.load",
     "planted": "unwrite.model.planted",
     "read": "unwrite.result",

@@ -54,8 +54,8 @@ def audit(
     quiet: Quiet = False,
 ) -> None:
     """Certificate, scan and a verdict in one paragraph, saved as result.nc, table.csv and report.html."""
-    from unwrite.audit import audit as run
-    from unwrite.audit import demonstration
+    from unwrite.combined.audit import audit as run
+    from unwrite.combined.audit import demonstration
 
     if model is None:
         if text:
@@ -130,7 +130,7 @@ def doctor(
     convention: Convention = "paper",
 ) -> None:
     """Is the decomposition exact, will a scan fit, and how long will it take?"""
-    from unwrite.doctor import doctor as run
+    from unwrite.combined.doctor import doctor as run
     from unwrite.report import terminal
 
     lm = _load(model, device, dtype, convention)
@@ -149,14 +149,10 @@ def doctor(
 
 
 def _load(model: str, device: str | None, dtype: str | None, convention: str) -> Model:
-    import transformers
-
     from unwrite.errors import ModelError
-    from unwrite.model.load import load
+    from unwrite.model.load import load, quieten
 
-    # The progress bars and warnings of a loader are not the user's; what matters is raised.
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quieten()
     if dtype is not None and dtype not in ("float64", "float32", "float16", "bfloat16"):
         raise ModelError("unknown dtype", got=dtype, expected="float64, float32, float16 or bfloat16")
     return load(model, device=device, dtype=dtype, convention=convention)

@@ -110,14 +110,14 @@ def reads(reader: Node, writer: Node, parallel: bool) -> bool:
     return not parallel and reader.kind == "mlp" and writer.layer == reader.layer and writer.kind in ("head", "bias")
 
 
-def choose(names: Iterable[object] | None, available: Sequence[Node]) -> tuple[Node, ...]:
-    """The nodes called `names`, in write order; all of `available` for None.
+def choose(names: Iterable[object] | Node | None, available: Sequence[Node]) -> tuple[Node, ...]:
+    """The nodes called `names` (or the one), in write order; all of `available` for None.
 
     Raises NodeError for a name that this model does not have, with the nearest ones.
     """
     if names is None:
         return tuple(available)
-    chosen = {parse_node(name) for name in names}
+    chosen = {parse_node(name) for name in ([names] if isinstance(names, (str, Node)) else names)}
     if not chosen:
         raise NodeError("no node was named", expected="at least one node name", fix="leave the argument out for all")
     for node in sorted(chosen - set(available), key=lambda node: node.order):

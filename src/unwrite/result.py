@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 _FILE = "result.nc"
 _VERSIONS = ("unwrite", "torch", "transformers", "numpy", "xarray")
-# A spreadsheet takes a cell that begins with one of these for a formula.
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+# A spreadsheet takes a cell that begins with one of these for a formula, some also the full-width forms.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "＝", "＋", "－", "＠")
 
 
 @dataclass(frozen=True, eq=False)

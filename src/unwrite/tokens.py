@@ -74,8 +74,8 @@ def from_ids(ids: Any, mask: Any = None) -> Tokens:
     Raises TokensError for anything that is not a non-empty matrix of integers, or a mask that leaves a prompt empty or
     has a hole in it.
     """
-    ids = _matrix(ids, "token ids")
-    kept = np.ones_like(ids, dtype=bool) if mask is None else _matrix(mask, "the mask").astype(bool)
+    ids = _matrix(ids, "token ids", "iu")
+    kept = np.ones_like(ids, dtype=bool) if mask is None else _matrix(mask, "the mask", "iub").astype(bool)
     if kept.shape != ids.shape:
         raise TokensError("the mask has another shape than the token ids", got=kept.shape, expected=ids.shape)
     lengths = kept.sum(axis=1)
@@ -90,9 +90,12 @@ def from_ids(ids: Any, mask: Any = None) -> Tokens:
     return Tokens(np.take_along_axis(ids, source, axis=1), lengths, np.arange(len(ids)))
 
 
-def _matrix(values: Any, name: str) -> np.ndarray:
-    array = np.asarray(values.cpu() if hasattr(values, "cpu") else values)
-    if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in "iub":
+def _matrix(values: Any, name: str, kinds: str) -> np.ndarray:
+    try:
+        array = np.asarray(values.cpu() if hasattr(values, "cpu") else values)
+    except (ValueError, TypeError, RuntimeError) as error:  # rows of unequal length, bfloat16, a tensor with a gradient
+        raise TokensError(f"{name} must be a matrix of integers", got=error, expected="[prompt, position]") from None
+    if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in kinds:
         raise TokensError(
             f"{name} must be a matrix of integers", got=f"{array.dtype} {array.shape}", expected="[prompt, position]"
         )
@@ -108,7 +111,7 @@ def text(
     *.txt), a list of strings (each a document of its own), or a mapping from names to any of these; `tokenizer` as
     transformers has it; at most `n` windows (spread evenly over the documents, consecutive in each); `length` in
     tokens, by default min(1024, the tokenizer's model_max_length); `bos` the id that begins every window: by default
-    the tokenizer's, none for False.
+    the tokenizer's if it has one (an error for True if not), none for False.
     Returns Tokens, or a dict of Tokens for a mapping. A rest that does not fill a window is left out and noted.
     Windows of one document share a cluster where there are several documents; else each window is its own.
     Raises TokensError for an empty text, a text shorter than one window, or a file that is not UTF-8.
@@ -118,6 +121,8 @@ def text(
     if tokenizer is None:
         raise TokensError("text needs a tokenizer, and this model came without one", fix="pass tokenizer=… to uw.load")
     if isinstance(source, Mapping):
+        if not source or len({_name(name) for name in source}) < len(source):
+            raise TokensError("texts need names that differ", got=f"{len(source)} texts", expected="one name for each")
         return {_name(name): windows(part, tokenizer, n, length, bos) for name, part in source.items()}
     return windows(source, tokenizer, n, length, bos)
 
@@ -126,12 +131,12 @@ def windows(
     source: Any, tokenizer: Any, n: int = 300, length: int | None = None, bos: int | bool | None = None
 ) -> Tokens:
     """`text` for one source that is not a mapping."""
-    first = tokenizer.bos_token_id if bos is None else None if bos is False else int(bos)
-    prefix = [] if first is None else [first]
-    length = length or min(_LONGEST_DEFAULT, tokenizer.model_max_length)
+    prefix = _prefix(tokenizer, bos)
+    length = min(_LONGEST_DEFAULT, tokenizer.model_max_length) if length is None else length
     if n < 1 or length <= len(prefix):
         raise TokensError("no window can be cut", got=f"n={n}, length={length}", expected="both large enough for text")
     name, documents = _documents(source)
+    digest = _digest(name, documents)
     step = length - len(prefix)
     cut = [_cut(document, tokenizer, step) for document in documents]
     taken = _spread([len(windows) for windows in cut], n)
@@ -144,10 +149,23 @@ def windows(
     rows = [prefix + window for windows, k in zip(cut, taken, strict=True) for window in windows[:k]]
     owner = np.repeat(np.arange(len(cut)), taken)
     ids = np.array(rows, dtype=np.int64)
-    digest = hashlib.sha256("\0".join(documents).encode("utf-8", "surrogatepass")).hexdigest()
     notes = (f"{sum(map(len, cut)) - len(rows)} further windows of {length} tokens were not used",)
     cluster = owner if len(documents) > 1 else np.arange(len(rows))
     return Tokens(ids, np.full(len(rows), length), cluster, name, digest, notes)
+
+
+def _prefix(tokenizer: Any, bos: int | bool | None) -> list[int]:
+    if bos is True and tokenizer.bos_token_id is None:
+        raise TokensError("the tokenizer has no token that begins a text", fix="pass its id as bos, or bos=False")
+    first = tokenizer.bos_token_id if bos is None or bos is True else None if bos is False else int(bos)
+    return [] if first is None else [first]
+
+
+def _digest(name: str, documents: list[str]) -> str:
+    try:
+        return hashlib.sha256("\0".join(documents).encode()).hexdigest()
+    except UnicodeEncodeError as error:
+        raise TokensError(f"{name} is not Unicode text", got=error.reason, expected="no lone surrogates") from None
 
 
 def _cut(document: str, tokenizer: Any, step: int) -> list[list[int]]:
@@ -157,40 +175,41 @@ def _cut(document: str, tokenizer: Any, step: int) -> list[list[int]]:
 
 def _spread(available: Sequence[int], n: int) -> list[int]:
     """How many windows to take of each document: as even as the documents allow, `n` in all."""
-    taken = [0] * len(available)
-    while sum(taken) < min(n, sum(available)):
-        open_ = [i for i, have in enumerate(available) if taken[i] < have]
-        each, rest = divmod(n - sum(taken), len(open_))
-        for rank, i in enumerate(open_):
-            taken[i] = min(available[i], taken[i] + each + (rank < rest))
+    taken, left = [0] * len(available), min(n, sum(available))
+    # The shortest first: what it cannot give is shared by those that come after it.
+    for rank, i in enumerate(sorted(range(len(available)), key=lambda i: (available[i], -i))):
+        taken[i] = min(available[i], left // (len(available) - rank))
+        left -= taken[i]
     return taken
 
 
 def _documents(source: Any) -> tuple[str, list[str]]:
-    if isinstance(source, str) and not _exists(source):
+    if isinstance(source, str) and not _names_a_file(source):
         return "text", _not_empty("the text", [source])
     if isinstance(source, (str, Path)):
         path = Path(source)
         files = sorted(path.glob("**/*.txt")) if path.is_dir() else [path]
-        return _name(path.name), _not_empty(str(path), [_read(file) for file in files])
-    if isinstance(source, Iterable):
+        return _name(path.absolute().name), _not_empty(str(path), [_read(file) for file in files])
+    if isinstance(source, Iterable) and not isinstance(source, Mapping):
         documents = list(source)
         if all(isinstance(document, str) for document in documents):
             return f"{len(documents)} texts", _not_empty("the list of texts", documents)
     raise TokensError("not a text", got=type(source).__name__, expected="a string, file, folder, list of strings, dict")
 
 
-def _exists(name: str) -> bool:
+def _names_a_file(name: str) -> bool:
+    if name.endswith(".txt") and "\n" not in name:  # that there is none by this name should be said
+        return True
     try:
-        return len(name) < 4096 and Path(name).exists()
+        return 0 < len(name) < 4096 and Path(name).exists()
     except (OSError, ValueError):  # a long text, or one with NUL, is not a file name
         return False
 
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return file.read_text(encoding="utf-8-sig")  # a byte order mark is no text
+    except (OSError, ValueError) as error:
         raise TokensError(f"cannot read {file} as UTF-8 text", got=error, fix="check the path") from None
 
 

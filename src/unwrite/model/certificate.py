@@ -80,6 +80,7 @@ class Certificate(Mapping[str, float]):
             )  # fmt: skip
 
 
+@torch.no_grad()
 def certify(lm: Model) -> Certificate:
     """Measure the five identities on two batches of random prompts of two lengths, the second padded as methods pad."""
     worst: dict[str, float] = dict.fromkeys(map(str, IDENTITIES), 0.0)
@@ -109,7 +110,6 @@ def _prompts(
         yield ids.to(lm.device), mask.to(lm.device)
 
 
-@torch.no_grad()
 def _errors(lm: Model, ids: Tensor, mask: Tensor) -> Iterator[tuple[str, float]]:
     folded = fold(lm)
     with recording(lm, folded, truth=True) as record:

@@ -76,6 +76,12 @@ def view(hf: PreTrainedModel, tokenizer: Any = None, convention: str = "paper", 
     return replace(lm, certificate=certificate)
 
 
+def quieten() -> None:
+    """Switch off the progress bars and warnings of transformers for this process: what matters is raised."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
 def provenance(lm: Model) -> dict[str, Any]:
     """What identifies the model in a result: name, commit, weights, shape, convention and certificate."""
     return {

@@ -28,9 +28,8 @@ from transformers import PreTrainedTokenizerFast as TokenizerFast
 from unwrite.errors import ModelError
 from unwrite.nodes import Node, parse_node
 
-LAYERS, HEADS, D_HEAD = 3, 6, 8
+LAYERS, HEADS, D_HEAD, LLAMA_GROUP = 3, 6, 8, 3  # a group is the query heads that share one key and value head
 D_MODEL = HEADS * D_HEAD
-LLAMA_GROUP = 3  # query heads that share one key and value head
 NEURONS, CONTEXT, VOCABULARY = 8, 256, 256
 
 # What the stream holds of each subspace, as norms. MEAN is the part of a unit code that every token shares.
@@ -111,9 +110,10 @@ class Part:
 def planted(family: Literal["gpt2", "llama"] = "gpt2", seed: int = 0, dtype: torch.dtype = torch.float32) -> Planted:
     """A Hugging Face model with a planted writer, eraser, decoy and backup of every kind, and a byte tokenizer.
 
-    Arguments: `family` "gpt2" (LayerNorm, GELU, biases, learned positions) or "llama" (RMSNorm, SwiGLU, RoPE, grouped
-    key and value heads); `seed` of subspaces, codes, norms and unembedding; `dtype` of the parameters.
-    Returns Planted. share[w, e] = Σ⟨o_e, o_w⟩ / Σ‖o_w‖² of `pairs` holds on any text, to about the change of the norm.
+    Arguments: `family` "gpt2" (LayerNorm, GELU, biases, learned positions) or "llama" (RMSNorm, SwiGLU, RoPE, shared
+    values); `seed` of subspaces, codes, norms and unembedding; `dtype` of the parameters.
+    Returns Planted. share[w, e] = Σ⟨o_e, o_w⟩ / Σ‖o_w‖² of `pairs` is exact on any text; without the write to about
+    0.06, as the norm of the stream falls by some percent.
     Raises ModelError for another family.
 
     Example: `weight = planted("llama"); lm = uw.load(weight.hf, weight.tokenizer)`

@@ -30,7 +30,7 @@ def main(result: Result) -> alt.TopLevelMixin:
     colour = alt.Color(
         "level:Q",
         title="median level",
-        scale=alt.Scale(domain=[-limit, 0, limit], range=list(DIVERGING), clamp=True),
+        scale=alt.Scale(domain=[-limit, 0, limit], range=list(DIVERGING), interpolate="rgb", clamp=True),
     )
     base = alt.Chart(level).encode(x=x, y=y)
     cells = base.mark_rect().encode(color=colour, tooltip=["writer", "location", alt.Tooltip("level:Q", format=".2f")])
