@@ -16,7 +16,7 @@ import xarray as xr
 from jaxtyping import Bool, Float
 from scipy import stats
 
-from unwrite.errors import NumericError
+from unwrite.errors import NumericError, plain
 from unwrite.model.load import provenance
 from unwrite.model.view import Model
 from unwrite.nodes import Node, choose, reads
@@ -65,7 +65,7 @@ def scan(
     Example: `uw.scan(lm, uw.text("book.txt", lm.tokenizer)).table()`
     """
     texts = tokens if isinstance(tokens, Mapping) else {"": tokens}
-    texts = {name: part if isinstance(part, Tokens) else from_ids(part, mask) for name, part in texts.items()}
+    texts = {plain(name): part if isinstance(part, Tokens) else from_ids(part, mask) for name, part in texts.items()}
     chosen = choose(writers, lm.parts)
     for part in texts.values():
         part.check(lm.vocabulary, lm.context)

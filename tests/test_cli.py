@@ -1,0 +1,231 @@
+"""Does a command do what it says, and does every bad input end in one clear line, exit code 1 and nothing written?"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import T5Config
+
+import tiny
+import unwrite as uw
+from unwrite import cli
+from unwrite.model.planted import planted
+
+TEXT = "A man may write at any time, if he will set himself doggedly to it. " * 100
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A planted model on disk and a text beside it."""
+    place = tmp_path_factory.mktemp("cli")
+    model = planted("llama")
+    model.hf.save_pretrained(place / "model")
+    model.tokenizer.save_pretrained(place / "model")
+    (place / "text.txt").write_text(TEXT)
+    return place
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """The exit code of `unwrite …`."""
+    monkeypatch.setattr(sys, "argv", ["unwrite", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return int(stopped.value.code or 0)
+
+
+def test_scan_show_and_picture(folder, monkeypatch, capsys, tmp_path) -> None:
+    out = tmp_path / "run"
+    scan = ("scan", folder / "model", "--text", folder / "text.txt", "-n", 4, "--length", 64, "--out", out)
+    assert run(monkeypatch, *scan) == 0
+    first = capsys.readouterr().out
+    assert "L0H0" in first
+    assert "writes against it" in first
+    assert sorted(file.name for file in out.iterdir()) == ["report.html", "result.nc", "table.csv"]
+    assert run(monkeypatch, "show", out) == 0
+    shown = capsys.readouterr().out
+    assert shown.strip() in first
+    assert run(monkeypatch, "show", out, "-o", tmp_path / "levels.svg") == 0
+    assert (tmp_path / "levels.svg").read_text().startswith("<svg")
+
+
+def test_audit_ends_in_a_verdict(folder, monkeypatch, capsys, tmp_path) -> None:
+    arguments = ("audit", folder / "model", "--text", folder / "text.txt", "-n", 4, "--length", 64, "-q")
+    assert run(monkeypatch, *arguments, "--out", tmp_path / "run") == 0
+    assert "L0H0 reverses" in " ".join(capsys.readouterr().out.split())
+
+
+def test_audit_without_arguments_reads_the_planted_model(monkeypatch, capsys) -> None:
+    assert run(monkeypatch, "audit", "-n", 2, "--length", 64) == 0
+    assert "planted gpt2" in capsys.readouterr().out
+
+
+def test_two_texts_are_compared(folder, monkeypatch, capsys, tmp_path) -> None:
+    (tmp_path / "digits.txt").write_text("0123456789 " * 300)
+    texts = ("--text", f"prose={folder / 'text.txt'}", "--text", f"digits={tmp_path / 'digits.txt'}")
+    assert run(monkeypatch, "scan", folder / "model", *texts, "-n", 3, "--length", 64) == 0
+    shown = capsys.readouterr().out
+    assert "prose: 3 × 64 tokens" in shown
+    assert "digits: 3 × 64 tokens" in shown
+
+
+def test_writers_can_be_named(folder, monkeypatch, capsys) -> None:
+    arguments = ("scan", folder / "model", "--text", folder / "text.txt", "-n", 2, "--length", 64)
+    assert run(monkeypatch, *arguments, "--writers", "L0H1,MLP1") == 0
+    first_words = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert {"L0H0", "L0H1", "MLP1"} & first_words == {"L0H1", "MLP1"}
+
+
+def test_doctor_names_every_identity(folder, monkeypatch, capsys) -> None:
+    assert run(monkeypatch, "doctor", folder / "model", "-n", 10) == 0
+    shown = capsys.readouterr().out
+    assert all(f"✓ identity {name}" in shown for name in ("heads", "stream", "locations", "logits", "values"))
+
+
+def broken(folder: Path, place: Path, kind: str) -> Path:
+    """A model folder with one thing wrong."""
+    model = place / "broken"
+    model.mkdir()
+    good = folder / "model"
+    config = json.loads((good / "config.json").read_text())
+    if kind == "unknown":
+        config["model_type"] = "never_heard_of"
+    if kind == "encoder":
+        config = T5Config(num_layers=1, d_model=8).to_dict() | {"model_type": "t5"}
+    if kind == "remote":
+        config |= {"model_type": "stranger", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+        (model / "code.py").write_text("open('ran', 'w')")
+    (model / "config.json").write_text(json.dumps(config))
+    if kind == "pickled":
+        (model / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    elif kind != "empty":
+        (model / "model.safetensors").write_bytes((good / "model.safetensors").read_bytes())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("unknown", "never_heard_of"),
+        ("encoder", "encoder–decoder"),
+        ("remote", "trust_remote_code"),
+        ("empty", "no weights"),
+        ("pickled", "pickled"),
+    ],
+)
+def test_a_model_that_cannot_be_read(kind, said, folder, monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = broken(folder, tmp_path, kind)
+    arguments = ("audit", model, "--text", folder / "text.txt", "--out", tmp_path / "out")
+    assert run(monkeypatch, *arguments) == 1
+    refused(capsys, said)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--length", "999"), "context"),
+        (("--writers", "L9H9"), "L9H9"),
+        (("--writers", "nonsense"), "nonsense"),
+        (("--text", "missing.txt"), "missing.txt"),
+        (("--text", "empty.txt"), "empty"),
+        (("--text", "short.txt"), "shorter than one window"),
+        (("--dtype", "int3"), "int3"),
+        (("--convention", "mine"), "mine"),
+        (("--skip", "64"), "skip"),
+    ],
+)
+def test_a_bad_argument(arguments, said, folder, monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "short.txt").write_text("short")
+    text = () if "--text" in arguments else ("--text", folder / "text.txt")
+    length = () if "--length" in arguments else ("--length", 64)
+    command = ("scan", folder / "model", *text, *length, "-n", 2, "--out", tmp_path / "out", *arguments)
+    assert run(monkeypatch, *command) == 1
+    refused(capsys, said)
+    assert not (tmp_path / "out").exists()
+
+
+def refused(capsys: pytest.CaptureFixture[str], said: str) -> None:
+    error = capsys.readouterr().err
+    line = error.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    assert said in line
+    assert "Traceback" not in error
+
+
+def test_a_folder_that_cannot_be_written(folder, monkeypatch, capsys, tmp_path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    command = (
+        "scan",
+        folder / "model",
+        "--text",
+        folder / "text.txt",
+        "--length",
+        64,
+        "--out",
+        tmp_path / "file" / "out",
+    )
+    assert run(monkeypatch, *command) == 1
+    refused(capsys, "cannot write")
+
+
+def test_a_result_that_is_none(monkeypatch, capsys, tmp_path) -> None:
+    assert run(monkeypatch, "show", tmp_path) == 1
+    refused(capsys, "no result")
+
+
+def test_usage_errors_exit_with_2(folder, monkeypatch, capsys) -> None:
+    assert run(monkeypatch, "audit", folder / "model") == 2
+    assert run(monkeypatch, "audit", "--text", folder / "text.txt") == 2
+    assert run(monkeypatch, "no-such-command") == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_ctrl_c_exits_with_130(folder, monkeypatch, capsys) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("unwrite.methods.scan.stream", interrupt)
+    assert run(monkeypatch, "scan", folder / "model", "--text", folder / "text.txt", "--length", 64) == 130
+
+
+def test_debug_shows_the_traceback(monkeypatch, capsys, tmp_path) -> None:
+    assert run(monkeypatch, "--debug", "show", tmp_path) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_hostile_names_reach_no_terminal(folder, monkeypatch, capsys, tmp_path) -> None:
+    hostile = tmp_path / "a\x1b[2J\u202eb.txt"
+    hostile.write_text(TEXT)
+    assert run(monkeypatch, "scan", folder / "model", "--text", hostile, "-n", 2, "--length", 64) == 0
+    shown = capsys.readouterr()
+    assert "\x1b[2J" not in shown.out + shown.err
+    assert "\u202e" not in shown.out + shown.err
+    assert "\\x1b[2J" in shown.out
+
+
+def test_the_module_runs_as_a_program() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "unwrite", "--help"], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert all(command in shown.stdout for command in ("audit", "scan", "show", "doctor"))
+
+
+def test_tiny_models_have_no_tokenizer_and_say_so(monkeypatch, capsys, tmp_path, folder) -> None:
+    tiny.model("llama").save_pretrained(tmp_path / "model")
+    assert run(monkeypatch, "scan", tmp_path / "model", "--text", folder / "text.txt") == 1
+    refused(capsys, "tokenizer")
+
+
+def test_the_public_names_are_there() -> None:
+    for name in dir(uw):
+        assert getattr(uw, name) is not None
+    with pytest.raises(AttributeError, match="audit"):
+        _ = uw.no_such_name
