@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from unwrite.combined.audit import audit as audit
     from unwrite.combined.doctor import doctor as doctor
     from unwrite.methods.scan import scan as scan
+    from unwrite.methods.verify import verify as verify
     from unwrite.model.load import load as load
     from unwrite.model.planted import planted as planted
     from unwrite.result import Result as Result
@@ -28,6 +29,7 @@ _PUBLIC = {
     "read": "unwrite.result",
     "scan": "unwrite.methods.scan",
     "text": "unwrite.tokens",
+    "verify": "unwrite.methods.verify",
 }
 
 

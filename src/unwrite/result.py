@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import altair as alt
 
 SCHEMA = 1
+QUANTILES = (0.125, 0.25, 0.5, 0.75, 0.875)
 _FILE = "result.nc"
 _VERSIONS = ("unwrite", "torch", "transformers", "numpy", "xarray")
 # A spreadsheet takes a cell that begins with one of these for a formula, some also the full-width forms.

@@ -52,6 +52,13 @@ class Tokens:
         """The same tokens, called `source` in results."""
         return replace(self, source=_name(source))
 
+    def about(self) -> dict[str, Any]:
+        """What a result says about the prompts it was made from."""
+        return {
+            "source": self.source, "digest": self.digest, "hash": self.hash, "prompts": len(self),
+            "length": self.length, "tokens": int(self.lengths.sum()), "notes": list(self.notes),
+        }  # fmt: skip
+
     def check(self, vocabulary: int, context: int | None) -> None:
         """Raise TokensError unless a model with this many embedding rows and positions can read the ids."""
         low, high = int(self.ids.min()), int(self.ids.max())

@@ -20,12 +20,11 @@ from unwrite.errors import NumericError, plain
 from unwrite.model.load import provenance
 from unwrite.model.view import Model
 from unwrite.nodes import Node, choose, reads
-from unwrite.result import Result, build, quantity
+from unwrite.result import QUANTILES, Result, build, quantity
 from unwrite.run.gram import GramTally
 from unwrite.run.stream import Listener, batch_size, stream
 from unwrite.tokens import Tokens, from_ids
 
-QUANTILES = (0.125, 0.25, 0.5, 0.75, 0.875)
 # A candidate eraser's share is below −ERASES with a false discovery rate of FDR over all pairs that can read.
 ERASES = 0.02
 FDR = 0.05
@@ -58,8 +57,8 @@ def scan(
     standard errors clustered by prompt, `share` (= `share_position` + `share_token`), `share_se`, `level_share`,
     `level_share_se`, `change_share`, `change_share_se`; `moved`, the energy that later nodes moved along the write,
     relative to that of the final stream; `eraser`, candidate erasers (named, strongest first, in `opposed_by`);
-    `material`; `reading` in words; `n_positions`, `n_below_floor`, `n_beyond_grid`; `skipped_share`, level shares at
-    the skipped positions.
+    `material`; `reading` in words; `n_positions`, `n_below_floor`, `n_beyond_grid`; `skipped_share` and
+    `skipped_norm`, level shares and root mean square of ‖o_w‖ at the skipped positions.
     Raises TokensError, NodeError, NumericError (an activation that is not finite, a named writer that never writes).
 
     Example: `uw.scan(lm, uw.text("book.txt", lm.tokenizer)).table()`
@@ -77,7 +76,7 @@ def scan(
     names = xr.Variable("text", list(texts))
     whole = data[0] if list(texts) == [""] else xr.concat(data, names)
     settings = {"writers": [str(node) for node in chosen], "skip": skip, "floor": floor, "batch": batch}
-    about = {name: _about(part) for name, part in texts.items()}
+    about = {name: part.about() for name, part in texts.items()}
     return build("scan", whole, settings, provenance(lm), about)
 
 
@@ -127,6 +126,7 @@ def _shares(tally: GramTally) -> dict[str, xr.Variable]:
         position = tally.positions.split().cpu().numpy().T / energy[:, None]
         skipped = tally.skipped.total()
         skipped_energy = skipped.cpu().numpy().T[columns, tally.plan.writers.cpu()]
+        skipped_norm = np.sqrt(skipped_energy / tally.n_skipped)
         skipped_share = tally.plan.complete(skipped).cpu().numpy().T[:, nodes:-1] / skipped_energy[:, None]
     moved = np.abs(share[:, -1]) * energy / float(tally.stream_energy.total())
     pair, place, alone = ("writer", "node"), ("writer", "location"), ("writer",)
@@ -141,6 +141,7 @@ def _shares(tally: GramTally) -> dict[str, xr.Variable]:
         "change_share": quantity(alone, share[:, -1], "1", "level_share at the end − right after the write"),
         "change_share_se": quantity(alone, error[:, -1], "1", "as share_se"),
         "moved": quantity(alone, moved, "1", "|Σ⟨x_end − x_after, o_w⟩| / Σ‖x_end‖²"),
+        "skipped_norm": quantity(alone, skipped_norm, "activation", "root mean square of ‖o_w‖ there"),
         "skipped_share": quantity(place, skipped_share, "1", "level_share over the skipped positions"),
         "n_clusters": quantity((), np.asarray(sums.n), "1", "independent prompts or documents"),
     }
@@ -242,10 +243,3 @@ def _require_writes(data: xr.Dataset) -> None:
             f"{', '.join(silent)} never writes on this text: no position is above the floor",
             fix="leave it out of writers, or lower floor",
         )
-
-
-def _about(tokens: Tokens) -> dict[str, Any]:
-    return {
-        "source": tokens.source, "digest": tokens.digest, "hash": tokens.hash, "prompts": len(tokens),
-        "length": tokens.length, "tokens": int(tokens.lengths.sum()), "notes": list(tokens.notes),
-    }  # fmt: skip

@@ -19,6 +19,7 @@ from torch import Tensor
 from unwrite.errors import ModelError
 from unwrite.model.attention import patterns
 from unwrite.model.capture import Recording, recording
+from unwrite.model.values import carry, into_values, value_scale
 from unwrite.model.view import (
     Folded,
     Layer,
@@ -26,8 +27,6 @@ from unwrite.model.view import (
     Writes,
     expand,
     fold,
-    gain_of,
-    norm_scale,
     value_constant,
     value_weights,
 )
@@ -163,7 +162,8 @@ def _values_error(lm: Model, ids: Tensor, mask: Tensor, folded: tuple[Folded, ..
     worst = 0.0
     for layer, folds in zip(lm.layers, folded, strict=True):
         earlier = [i for i, node in enumerate(lm.parts) if node.layer < layer.index]
-        normed = _normed(lm, layer, everywhere[earlier].sum(0).unflatten(0, mask.shape))
+        stream = everywhere[earlier].sum(0).unflatten(0, mask.shape)
+        normed = into_values(lm, layer, stream, value_scale(lm, layer, stream))
         gain = record.gain.get(layer.index)
         z = record.z[layer.index] if gain is None else record.z[layer.index] / gain[..., None, None]
         constant = value_constant(lm, layer)
@@ -174,25 +174,12 @@ def _values_error(lm: Model, ids: Tensor, mask: Tensor, folded: tuple[Folded, ..
     return worst
 
 
-def _normed(lm: Model, layer: Layer, stream: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
-    """What a sum of nodes becomes in the values' input: the norm without its bias, its scale that of this sum."""
-    if layer.input_norm is None:
-        return stream
-    gain, centred = gain_of(layer.input_norm, lm), lm.row.layer_norm
-    x = stream - stream.mean(-1, keepdim=True) if centred else stream
-    x = x * norm_scale(stream, layer.input_norm, centred)[..., None]
-    return x if gain is None else x * gain
-
-
 def _head_error(
     lm: Model, layer: Layer, normed: Tensor, pattern: Tensor, z: Tensor, constant: Tensor | None, mask: Tensor
 ) -> float:
     """Worst ‖A · normed · W_V − z‖ of a head, relative to A · |normed| · |W_V|, what is summed there."""
     weight, _ = value_weights(lm, layer)
-    through, summed = (
-        (pattern.to(x.dtype) @ torch.einsum("btd,hdk->bhtk", x, w)).transpose(1, 2)[mask]
-        for x, w in ((normed, weight), (normed.abs(), weight.abs()))
-    )
+    through, summed = carry(pattern, normed, weight)[mask], carry(pattern, normed.abs(), weight.abs())[mask]
     size = summed.norm(dim=-1) + (0.0 if constant is None else constant.norm(dim=-1))
     error = (through - z[mask]).norm(dim=-1) / size.clamp_min(torch.finfo(z.dtype).tiny)
     return float(error.amax()) if error.isfinite().all() else float("nan")

@@ -175,7 +175,7 @@ def _check_folder(folder: Path) -> None:
 def _advice(error: Exception) -> str | None:
     if "trust_remote_code" in str(error):
         return "the model brings its own code; read it, then pass trust_remote_code=True with a revision"
-    if "model_type" in str(error) or "Unrecognized" in str(error):
+    if any(sign in str(error) for sign in ("model_type", "Unrecognized", "does not recognize this architecture")):
         return f"this is not an architecture of transformers {transformers.__version__}"
     return "check the name, the folder and the network"
 

@@ -83,6 +83,7 @@ class GramTally:
         self.folded, self.plan = fold(lm), Plan.of(lm, writers)
         self.positions = Positions(lm, self.folded, self.plan.writers, tokens, skip, n_batches)
         counted, width = int(np.maximum(tokens.lengths - skip, 0).sum()), len(writers)
+        self.n_skipped = int(np.minimum(tokens.lengths, skip).sum())
         self.ratios = Histogram(self.plan.rows * width, RATIO, counted, lm.device)
         self.dilution = Histogram(width, RATIO, counted, lm.device)
         self.sizes = Histogram(2 * width, LENGTH, counted, lm.device)

@@ -1,0 +1,214 @@
+"""What survives of a write, and who removes it because of it? Answered by executed runs without the write.
+
+level = background + survival, survival_k = Σ⟨x_k − x_k^{−w}, o_w⟩ / Σ‖o_w‖², x^{−w} the run in which o_w is subtracted
+right after it is written. Any vector decays, so survival is compared with that of randomly rotated writes (generic).
+erased_e = min(a, 0) − min(b, 0) and filled_in_e = max(a, 0) − max(b, 0), with a, b the share of e onto the clean o_w
+with and without the write; they sum to survival − 1. Beside it the algebra of eq. 3 and the paper's intervention
+(Fig. 3) of Dao, Lau, Rager and Janiak 2023 (arXiv 2310.07325).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from scipy import stats
+
+from unwrite.errors import NodeError, NumericError
+from unwrite.model.load import provenance
+from unwrite.model.view import Model
+from unwrite.nodes import Node, choose, parse_node
+from unwrite.result import QUANTILES, Result, build, quantity
+from unwrite.run.stream import Listener, batch_size, stream
+from unwrite.run.without import CONDITIONS, ROTATIONS, WithoutTally
+from unwrite.tokens import Tokens, from_ids
+
+BOUNDS = ("low", "mean", "high")
+# The paper's erasers: later nodes whose median PR is at most this.
+OPPOSES = -0.05
+_FEWEST = 3
+# A share below this is no finding, however significant.
+MATERIAL_SHARE = 0.02
+
+
+def verify(
+    lm: Model,
+    tokens: Any,
+    writer: object,
+    erasers: Iterable[object] | None = None,
+    skip: int = 1,
+    floor: float = 1e-4,
+    *,
+    mask: Any = None,
+    batch: int | None = None,
+    listener: Listener | None = None,
+) -> Result:
+    """What survives of one node's write, from executed runs without it, and which later nodes act because of it.
+
+    Arguments: as `uw.scan`; `writer` one node; `erasers` the nodes whose layers the writer is hidden from in the
+    paper's view, by default later nodes with a median PR of at most −0.05 (if none, the three lowest). Use prompts that
+    were not used to choose the writer.
+    Returns a Result: `survival`, `background`, `generic` (low, mean, high over rotations) and `gap` = survival −
+    generic, by location; `erased`, `filled_in`, `share`, `share_without`, `class` by later node; `verdict`: erased,
+    filled in, kept, decays like anything or amplified; through values (pattern and norm frozen) `v_pr`, `v_share`,
+    `v_survival` and `causal_share` = `caused` / `opposed`; the paper's view `pr`, `level`, clean and patched; `space`,
+    the stream's energy in the head's own output space, `into_space` that of every node's write, and `read`, the
+    energy ratio ‖C‖² / ‖o‖² of readers.
+    Raises NodeError for an unknown writer or eraser, or an eraser that writes before it could read the writer;
+    NumericError for a writer that never writes.
+
+    Example: `uw.verify(lm, tokens, "L0H2")["survival"]`
+    """
+    tokens = tokens if isinstance(tokens, Tokens) else from_ids(tokens, mask)
+    tokens.check(lm.vocabulary, lm.context)
+    node = choose([parse_node(writer)], lm.parts)[0]
+    named = None if erasers is None else _named(lm, node, erasers)
+    size = min(batch or max(1, batch_size(lm, tokens) // 2), len(tokens))
+    tally = WithoutTally(lm, tokens, node, skip, floor)
+    stream(lm, tokens, tally.step, size, f"verify {node}", listener)
+    if not tally.n_positions:
+        raise NumericError(f"{node} never writes on this text: no position is above the floor")
+    chosen = named or _default(tally)
+    stream(lm, tokens, lambda part: tally.hide(part, chosen), size, f"verify {node}, hidden", listener)
+    data = _judged(_dataset(tally), tally, chosen)
+    settings = {"writer": str(node), "erasers": [str(e) for e in chosen], "skip": skip, "floor": floor, "batch": batch}
+    return build("verify", data, settings, provenance(lm), {"": tokens.about()})
+
+
+def _named(lm: Model, writer: Node, erasers: Iterable[object]) -> tuple[Node, ...]:
+    found = choose(erasers, lm.parts)
+    early = [str(node) for node in found if node.kind != "head" or node.layer <= writer.layer]
+    if early:
+        raise NodeError(
+            f"{', '.join(early)} cannot read {writer} through values",
+            expected=f"heads of layers {writer.layer + 1} to {len(lm.layers) - 1}",
+        )
+    return found
+
+
+def _default(tally: WithoutTally) -> tuple[Node, ...]:
+    median = tally.ratios["clean"].quantiles((0.5,))[: len(tally.lm.parts), 0]
+    later = [(median[i], node) for i, node in enumerate(tally.lm.parts) if node.kind == "head" and tally.later(node)]
+    ranked = sorted(later, key=lambda pair: pair[0])
+    return tuple(node for value, node in ranked if value <= OPPOSES) or tuple(node for _, node in ranked[:_FEWEST])
+
+
+def _dataset(tally: WithoutTally) -> xr.Dataset:
+    value, error = tally.shares()
+    lm = tally.lm
+    after = np.array([state.holds(tally.writer, lm.parallel) for state in lm.states])
+    later = np.array([tally.later(node) for node in lm.parts])
+    at, by = ("location",), ("node",)
+    survival, generic = value["survival"], np.stack([value[f"rotation {k}"] for k in range(ROTATIONS)])
+    spread = np.quantile(generic, (0.025, 0.975), axis=0)
+    with_, without = value["share"], value["share_without"]
+    own = {
+        "survival": quantity(at, np.where(after, survival, np.nan), "1", "Σ⟨x − x^{−w}, o_w⟩ / Σ‖o_w‖²"),
+        "survival_se": quantity(at, np.where(after, error["survival"], np.nan), "1", "clustered by prompt"),
+        "background": quantity(at, value["level"] - np.where(after, survival, 0), "1", "level − survival"),
+        "level_share": quantity(at, value["level"], "1", "Σ⟨x, o_w⟩ / Σ‖o_w‖²"),
+        "generic": quantity(
+            ("location", "bound"),
+            np.where(after[:, None], np.stack([spread[0], generic.mean(0), spread[1]], 1), np.nan),
+            "1",
+            "survival of the write under 20 fixed random rotations: 2.5 %, mean, 97.5 %",
+        ),
+        "gap": quantity(at, np.where(after, survival - generic.mean(0), np.nan), "1", "survival − generic"),
+        "gap_se": quantity(at, np.where(after, tally.gap_error(generic, error), np.nan), "1", "of a new draw"),
+        "share": quantity(by, with_, "1", "a = Σ⟨o_e, o_w⟩ / Σ‖o_w‖²"),
+        "share_without": quantity(by, np.where(later, without, with_), "1", "b = the same without the write"),
+        "erased": quantity(
+            by, np.where(later, np.minimum(with_, 0) - np.minimum(without, 0), 0.0), "1", "min a − min b"
+        ),
+        "filled_in": quantity(
+            by, np.where(later, np.maximum(with_, 0) - np.maximum(without, 0), 0.0), "1", "max a − max b"
+        ),
+        "acts": quantity(by, np.where(later, with_ - without, 0.0), "1", "a − b"),
+        "acts_se": quantity(by, error["acts"], "1", "clustered by prompt"),
+        "v_share": quantity(by, value["v_share"], "1", "Σ⟨C, o_w⟩ / Σ‖o_w‖², C of eq. 3"),
+        "v_share_se": quantity(by, error["v_share"], "1", "clustered by prompt"),
+        "v_survival": quantity(at, np.where(after, value["v_survival"], np.nan), "1", "1 + Σ v_net up to here"),
+    }
+    return xr.Dataset({**own, **tally.spaces(), **_quantiles(tally)}, _coordinates(tally))
+
+
+def _quantiles(tally: WithoutTally) -> dict[str, xr.Variable]:
+    n = len(tally.lm.parts)
+    both = np.stack([tally.ratios[condition].quantiles(QUANTILES) for condition in CONDITIONS])
+    return {
+        "v_pr": quantity(("node", "quantile"), tally.v_ratios.quantiles(QUANTILES), "1", "⟨C, o_w⟩ / ‖o_w‖²"),
+        "pr": quantity(("condition", "node", "quantile"), both[:, :n], "1", "⟨o_e, clean o_w⟩ / ‖o_w‖²"),
+        "level": quantity(("condition", "location", "quantile"), both[:, n:], "1", "⟨x, clean o_w⟩ / ‖o_w‖²"),
+    }
+
+
+def _coordinates(tally: WithoutTally) -> dict[str, Any]:
+    return {
+        "node": list(tally.lm.nodes),
+        "location": list(tally.lm.locations),
+        "bound": list(BOUNDS),
+        "condition": list(CONDITIONS),
+        "quantile": list(QUANTILES),
+    }
+
+
+def _judged(data: xr.Dataset, tally: WithoutTally, erasers: tuple[Node, ...]) -> xr.Dataset:
+    names = [str(node) for node in erasers]
+    t = float(stats.t.ppf(0.975, max(tally.n_clusters - 1, 1)))
+    value, error = tally.eraser_sums()
+    settled = abs(value["opposed"]) > max(t * error["opposed"], MATERIAL_SHARE)
+    causal_share = value["caused"] / value["opposed"] if settled else np.nan
+    return data.assign(
+        {
+            "opposed": quantity((), np.asarray(value["opposed"]), "1", "Σ over erasers of share"),
+            "opposed_se": quantity((), np.asarray(error["opposed"]), "1", "clustered by prompt"),
+            "caused": quantity((), np.asarray(value["caused"]), "1", "Σ over erasers of v_share"),
+            "caused_se": quantity((), np.asarray(error["caused"]), "1", "clustered by prompt"),
+            "causal_share": quantity((), np.asarray(causal_share), "1", "caused / opposed"),
+            "class": ("node", np.array(list(_classes(data, tally, t)), dtype=object)),
+        }
+    ).assign_attrs(
+        writer=str(tally.writer),
+        erasers=" ".join(names),
+        verdict=_verdict(data, tally.n_clusters),
+        n_positions=tally.n_positions,
+        n_clusters=tally.n_clusters,
+        causal_share_note=""
+        if settled
+        else f"the erasers' summed share is below {MATERIAL_SHARE} or its interval touches 0",
+    )
+
+
+def _verdict(data: xr.Dataset, clusters: int) -> str:
+    """One word about the whole write at the end of the stream."""
+    end = data.isel(location=-1)
+    if clusters < 2:
+        return "undecided: one prompt has no interval"
+    prompts, draws = stats.t.ppf(0.975, clusters - 1), stats.t.ppf(0.975, min(clusters, ROTATIONS) - 1)
+    gap, reach = float(end["gap"]), draws * float(end["gap_se"])
+    if gap + reach < 0:
+        # A dormant backup also keeps a removed write's place taken: no negative was ever written.
+        return "erased" if float(data["erased"].sum()) <= float(data["filled_in"].sum()) else "filled in"
+    if float(end["survival"]) - prompts * float(end["survival_se"]) > 1 + MATERIAL_SHARE and gap - reach > 0:
+        return "amplified"
+    return "kept" if gap - reach > 0 else "decays like anything"
+
+
+def _classes(data: xr.Dataset, tally: WithoutTally, t: float) -> Iterator[str]:
+    """How each later node comes to act on the write. Below MATERIAL_SHARE nothing is said."""
+
+    def is_there(name: str, i: int) -> bool:
+        size = abs(data[name].values[i])
+        return bool(size >= MATERIAL_SHARE and size > t * data[f"{name}_se"].values[i])
+
+    for i, node in enumerate(tally.lm.parts):
+        if not tally.later(node):
+            yield ""
+        elif is_there("v_share", i):
+            yield "reads it through values"
+        elif is_there("acts", i):
+            yield "reads it another way"
+        else:
+            yield "acts without it" if abs(data["share"].values[i]) >= MATERIAL_SHARE else ""
