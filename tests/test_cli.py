@@ -229,3 +229,21 @@ def test_the_public_names_are_there() -> None:
         assert getattr(uw, name) is not None
     with pytest.raises(AttributeError, match="audit"):
         _ = uw.no_such_name
+
+
+def test_verify_says_what_survives(folder, monkeypatch, capsys, tmp_path) -> None:
+    command = ("verify", folder / "model", "L0H0", "--text", folder / "text.txt", "-n", 3, "--length", 64)
+    assert run(monkeypatch, *command, "--out", tmp_path / "run") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ": erased. Of the write 0.10" in shown
+    assert "L1H0 -0.90 +0.00 -0.90" in shown
+    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["result.nc", "table.csv"]
+    assert run(monkeypatch, "show", tmp_path / "run", "-o", tmp_path / "survival.svg") == 0
+    assert "L0H0: erased" in (tmp_path / "survival.svg").read_text()
+
+
+def test_an_eraser_that_cannot_read_is_refused(folder, monkeypatch, capsys, tmp_path) -> None:
+    command = ("verify", folder / "model", "L1H0", "--text", folder / "text.txt", "--length", 64)
+    assert run(monkeypatch, *command, "--erasers", "L0H1", "--out", tmp_path / "run") == 1
+    refused(capsys, "cannot read L1H0")
+    assert not (tmp_path / "run").exists()

@@ -29,7 +29,7 @@ TextPath = Annotated[
 ]
 Prompts = Annotated[int, typer.Option("-n", min=1, help="At most this many prompts of each text.")]
 Length = Annotated[int | None, typer.Option("--length", min=2, help="Tokens of a prompt [default: min(1024, context)]")]
-Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for result.nc, table.csv, report.html.")]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for the result and its table.")]
 Device = Annotated[str | None, typer.Option("--device", help="Where the model goes, such as cuda.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, … [default: that of the weights].")]
 Convention = Annotated[str, typer.Option("--convention", help="paper or raw.")]
@@ -65,7 +65,8 @@ def audit(
         lm = _load(model, device, dtype, convention)
         tokens = _read(lm, text, n, length)
     _certified(lm, quiet)
-    _finish(run(lm, tokens, out, _listener(quiet)), out, quiet)
+    _finish(run(lm, tokens, out, _listener(quiet)), quiet)
+    _written(out, "result.nc, table.csv, report.html")
 
 
 @app.command()
@@ -96,7 +97,44 @@ def scan(
         found = run(lm, tokens, writers.split(",") if writers else None, skip, listener=_listener(quiet))
         if out is not None:
             page.save_all(found, out)
-    _finish(found, out, quiet)
+    _finish(found, quiet)
+    _written(out, "result.nc, table.csv, report.html")
+
+
+@app.command()
+def verify(
+    model: ModelName,
+    writer: Annotated[str, typer.Argument(metavar="WRITER", help="One node, such as L0H2.")],
+    text: TextPath,
+    erasers: Annotated[str | None, typer.Option("--erasers", help="Heads to hide it from, such as L2H3,L2H4.")] = None,
+    n: Prompts = 100,
+    length: Length = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder for result.nc and table.csv.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    convention: Convention = "paper",
+    quiet: Quiet = False,
+) -> None:
+    """What survives of one node's write, and who removes it because of it? By executed runs without the write."""
+    from contextlib import nullcontext
+
+    from unwrite import result as results
+    from unwrite.methods.verify import verify as run
+
+    lm = _load(model, device, dtype, convention)
+    tokens = _read(lm, text, n, length)
+    if isinstance(tokens, dict):
+        raise typer.BadParameter("verify reads one text at a time", param_hint="--text")
+    _certified(lm, quiet)
+    with nullcontext() if out is None else results.folder(out):
+        found = run(lm, tokens, writer, erasers.split(",") if erasers else None, listener=_listener(quiet))
+        if out is not None:
+            found.save(out)
+            found.save_table(out / "table.csv")
+    _finish(found, quiet)
+    _written(out, "result.nc, table.csv")
 
 
 @app.command()
@@ -112,7 +150,7 @@ def show(
 
     found = read(folder)
     if out is None:
-        _finish(found, None, quiet)
+        _finish(found, quiet)
         return
     if out.suffix not in (".png", ".svg", ".pdf", ".html"):
         raise typer.BadParameter("the picture's name must end in .png, .svg, .pdf or .html", param_hint="--out")
@@ -215,17 +253,21 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def _finish(found: Result, out: Path | None, quiet: bool) -> None:
+def _finish(found: Result, quiet: bool) -> None:
     from unwrite.report import terminal
-    from unwrite.report.verdict import verdict
 
     screen = terminal.console()
     if quiet:
-        screen.print(plain(found.data.attrs.get("verdict") or verdict(found)), markup=False)
+        screen.print(plain(terminal.last_word(found)), markup=False)
     else:
         terminal.show(found, screen)
+
+
+def _written(out: Path | None, files: str) -> None:
     if out is not None:
-        screen.print(f"\nwritten: {plain(out)}/result.nc, table.csv, report.html", markup=False)
+        from unwrite.report import terminal
+
+        terminal.console().print(f"\nwritten: {plain(out)}/{files}", markup=False)
 
 
 def main() -> None:

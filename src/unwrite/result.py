@@ -52,8 +52,11 @@ class Result:
         return self.data[name]
 
     def table(self) -> pd.DataFrame:
-        """One row per writer (and text), sorted by energy moved: the variables with no further axis, and quantiles."""
-        rows = [axis for axis in ("text", "writer") if axis in self.data.dims]
+        """One row per writer (and text), most energy moved first; of one writer's verification, one per node.
+
+        Columns are the variables with no further axis, and medians of those with quantiles.
+        """
+        rows = [axis for axis in ("text", "writer") if axis in self.data.dims] or ["node"]
         flat = {name: part.transpose(*rows) for name, part in self.data.items() if set(part.dims) == set(rows)}
         for name, part in self.data.items():
             if set(part.dims) == {*rows, "quantile"}:

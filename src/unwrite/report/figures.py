@@ -15,6 +15,26 @@ DIVERGING = ("#d95f02", "#ffffff", "#2166ac")
 
 
 def main(result: Result) -> alt.TopLevelMixin:
+    """The picture of a result: of a scan the map of levels, of a verification what survives."""
+    return survival(result) if result.method == "verify" else levels(result)
+
+
+def survival(result: Result) -> alt.TopLevelMixin:
+    """What survives of a write at every later location, beside randomly turned writes (band: 95 % of them)."""
+    data = result.data
+    places = list(data["location"].values)
+    lines = data[["survival", "background", "level_share"]].to_dataframe().reset_index()
+    lines = lines.rename(columns={"level_share": "level"}).melt("location", var_name="what").dropna()
+    band = data["generic"].to_dataframe()["generic"].unstack("bound").reset_index().dropna()
+    x = alt.X("location:N", sort=places, title=None, axis=alt.Axis(labelAngle=-40))
+    low = alt.Y("low:Q", title="along the write, as a share of it")
+    generic = alt.Chart(band).mark_area(opacity=0.3, color="gray").encode(x=x, y=low, y2="high:Q")
+    kept = alt.Chart(lines).mark_line(point=True).encode(x=x, y="value:Q", color=alt.Color("what:N", title=None))
+    title = f"{data.attrs['writer']}: {data.attrs['verdict']} (grey: randomly turned writes)"
+    return alt.layer(generic, kept, title=alt.Title(title, anchor="start")).properties(width=480, height=260)
+
+
+def levels(result: Result) -> alt.TopLevelMixin:
     """The median level of every state of the stream along every material write (the first text of several).
 
     Rows are writers, most energy moved first; columns are locations. White is 0, blue a level that rises, orange one

@@ -11,6 +11,7 @@ from rich.text import Text
 from unwrite.errors import plain
 from unwrite.report.rows import Row, disagreements, folded_line, rows, texts
 from unwrite.report.verdict import verdict
+from unwrite.report.verified import actors, sentence, trajectory
 from unwrite.result import Result
 
 _WIDE = 160
@@ -23,14 +24,32 @@ def console(stderr: bool = False) -> Console:
 
 
 def show(result: Result, screen: Console) -> None:
-    """Print the certificate, the table of every text, where texts disagree, and the verdict."""
-    for part in _parts(result):
+    """Print what a result says: model and certificate, its tables, and the verdict."""
+    screen.print(Text(plain(headline(result)), style="bold"))
+    screen.print(Text(plain(certificate(result))))
+    for part in _verify(result) if result.method == "verify" else _scan(result):
         screen.print(part)
 
 
-def _parts(result: Result) -> Iterator[RenderableType]:
-    yield Text(plain(headline(result)), style="bold")
-    yield Text(plain(certificate(result)))
+def _verify(result: Result) -> Iterator[RenderableType]:
+    yield _grid("", ("location", "level", "background", "survival ± SE", "generic"), trajectory(result))
+    yield Text("")
+    header = ("node", "share", "without", "erased", "filled in", "through values", "how")
+    yield _grid("later nodes that act on it", header, actors(result))
+    yield Text("")
+    yield Text(plain(last_word(result)))
+
+
+def _grid(title: str, header: tuple[str, ...], lines: list[tuple[str, ...]]) -> Table:
+    table = Table(title=Text(title) if title else None, title_justify="left", box=None, pad_edge=False)
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i in (0, 6) else "right", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def _scan(result: Result) -> Iterator[RenderableType]:
     for name, data, read in texts(result):
         shown, folded = rows(data)
         yield _table(f"{name or read['source']}: {read['prompts']} × {read['length']} tokens", shown)
@@ -39,7 +58,12 @@ def _parts(result: Result) -> Iterator[RenderableType]:
     for line in disagreements(result):
         yield Text(plain(f"texts disagree: {line}"), style="yellow")
     yield Text("")
-    yield Text(plain(result.data.attrs.get("verdict") or verdict(result)))
+    yield Text(plain(last_word(result)))
+
+
+def last_word(result: Result) -> str:
+    """What the result amounts to: of a scan its paragraph, of a verification its sentence."""
+    return sentence(result) if result.method == "verify" else result.data.attrs.get("verdict") or verdict(result)
 
 
 def headline(result: Result) -> str:
