@@ -22,8 +22,8 @@ from unwrite.model.view import Model
 from unwrite.nodes import Node, choose, reads
 from unwrite.result import QUANTILES, Result, build, quantity
 from unwrite.run.gram import GramTally
-from unwrite.run.stream import Listener, batch_size, stream
-from unwrite.tokens import Tokens, from_ids
+from unwrite.run.stream import Listener, admit, batch_size, stream
+from unwrite.tokens import Tokens
 
 # A candidate eraser's share is below −ERASES with a false discovery rate of FDR over all pairs that can read.
 ERASES = 0.02
@@ -64,12 +64,8 @@ def scan(
     Example: `uw.scan(lm, uw.text("book.txt", lm.tokenizer)).table()`
     """
     texts = tokens if isinstance(tokens, Mapping) else {"": tokens}
-    texts = {plain(name): part if isinstance(part, Tokens) else from_ids(part, mask) for name, part in texts.items()}
+    texts = {plain(name): admit(lm, part, mask, skip) for name, part in texts.items()}
     chosen = choose(writers, lm.parts)
-    for part in texts.values():
-        part.check(lm.vocabulary, lm.context)
-        if skip < 0 or skip >= part.lengths.max():
-            raise NumericError("skip leaves no position to count", got=skip, expected=f"0 to {part.lengths.max() - 1}")
     data = [_scan(lm, part, chosen, skip, floor, batch, listener, name) for name, part in texts.items()]
     if writers is not None:
         _require_writes(data[0])

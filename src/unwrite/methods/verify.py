@@ -21,9 +21,8 @@ from unwrite.model.load import provenance
 from unwrite.model.view import Model
 from unwrite.nodes import Node, choose, parse_node
 from unwrite.result import QUANTILES, Result, build, quantity
-from unwrite.run.stream import Listener, batch_size, stream
+from unwrite.run.stream import Listener, admit, batch_size, stream
 from unwrite.run.without import CONDITIONS, ROTATIONS, WithoutTally
-from unwrite.tokens import Tokens, from_ids
 
 BOUNDS = ("low", "mean", "high")
 # The paper's erasers: later nodes whose median PR is at most this.
@@ -61,8 +60,7 @@ def verify(
 
     Example: `uw.verify(lm, tokens, "L0H2")["survival"]`
     """
-    tokens = tokens if isinstance(tokens, Tokens) else from_ids(tokens, mask)
-    tokens.check(lm.vocabulary, lm.context)
+    tokens = admit(lm, tokens, mask, skip)
     node = choose([parse_node(writer)], lm.parts)[0]
     named = None if erasers is None else _named(lm, node, erasers)
     size = min(batch or max(1, batch_size(lm, tokens) // 2), len(tokens))

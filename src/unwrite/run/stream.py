@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -13,7 +14,7 @@ from torch import Tensor
 from unwrite.errors import NumericError
 from unwrite.model.capture import run
 from unwrite.model.view import Folded, Model, Writes
-from unwrite.tokens import Tokens
+from unwrite.tokens import Tokens, from_ids
 
 _BATCH_TOKENS = 4096
 _BATCH_BYTES = 2**28
@@ -61,6 +62,19 @@ def batch_size(lm: Model, tokens: Tokens) -> int:
     """Prompts per batch: about 4,096 tokens, fewer where the factors of all writes would take over 256 MiB."""
     factors = (2 * len(lm.layers) + 2) * lm.d_model * torch.finfo(lm.compute_dtype).bits // 8
     return max(1, min(len(tokens), min(_BATCH_TOKENS, _BATCH_BYTES // factors) // tokens.length))
+
+
+def admit(lm: Model, tokens: Any, mask: Any, skip: int) -> Tokens:
+    """`tokens`, or a matrix of ids with its mask, as Tokens that this model can read with positions left to count.
+
+    Raises TokensError for ids or lengths that the model does not have, NumericError if `skip` leaves nothing.
+    """
+    tokens = tokens if isinstance(tokens, Tokens) else from_ids(tokens, mask)
+    tokens.check(lm.vocabulary, lm.context)
+    longest = int(tokens.lengths.max())
+    if not 0 <= skip < longest:
+        raise NumericError("skip leaves no position to count", got=skip, expected=f"0 to {longest - 1}")
+    return tokens
 
 
 def batches(tokens: Tokens, size: int) -> Iterator[Batch]:
