@@ -28,10 +28,12 @@ TextPath = Annotated[
     list[str], typer.Option("--text", metavar="[NAME=]PATH", help="A text file or folder; several are compared.")
 ]
 Prompts = Annotated[int, typer.Option("-n", min=1, help="At most this many prompts of each text.")]
-Length = Annotated[int | None, typer.Option("--length", min=2, help="Tokens of a prompt [default: min(1024, context)]")]
+Length = Annotated[
+    int | None, typer.Option("--length", min=2, help="Tokens of a prompt, by default min(1024, context).")
+]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for the result and its table.")]
 Device = Annotated[str | None, typer.Option("--device", help="Where the model goes, such as cuda.")]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, … [default: that of the weights].")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, …; by default that of the weights.")]
 Convention = Annotated[str, typer.Option("--convention", help="paper or raw.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print the verdict alone.")]
 
@@ -43,7 +45,9 @@ def _app(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback
 
 @app.command()
 def audit(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Hub name or folder; a planted model.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Hub name or folder, by default a planted model.")
+    ] = None,
     text: TextPath = [],  # noqa: B006 - typer copies it
     n: Prompts = 300,
     length: Length = None,
@@ -73,7 +77,7 @@ def audit(
 def scan(
     model: ModelName,
     text: TextPath,
-    writers: Annotated[str | None, typer.Option("--writers", help="Nodes, such as L0H1,MLP2 [default: all].")] = None,
+    writers: Annotated[str | None, typer.Option("--writers", help="Nodes, such as L0H1,MLP2; by default all.")] = None,
     n: Prompts = 300,
     length: Length = None,
     out: Out = None,

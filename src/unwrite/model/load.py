@@ -66,7 +66,7 @@ def view(hf: PreTrainedModel, tokenizer: Any = None, convention: str = "paper", 
     lm = Model(hf, tokenizer, family, row, convention, about)
     try:
         certificate = certify(lm)
-    except (RuntimeError, AttributeError, ValueError, TypeError) as error:
+    except (RuntimeError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ModelError(
             f"{about['name']} ({family}) could not be run on short random prompts",
             got=f"{type(error).__name__}: {error}",
@@ -156,6 +156,11 @@ def _called(source: Any) -> str:
 
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
+        # A hub name is "name" or "owner/name"; anything longer or anchored was meant as a path.
+        if folder.is_absolute() or len(folder.parts) > 2 or folder.parts[:1] in (("..",), ("~",)):
+            raise ModelError(
+                f"cannot load {folder}: there is no such folder", expected="a folder as save_pretrained writes it"
+            )
         return
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json", expected="a folder as save_pretrained writes it")

@@ -10,7 +10,7 @@ import numpy as np
 
 from unwrite.errors import plain
 from unwrite.report.figures import DIVERGING
-from unwrite.report.rows import disagreements, folded_line, rows, texts
+from unwrite.report.rows import disagreements, folded_line, rows, soundness, texts
 from unwrite.report.terminal import certificate, headline
 from unwrite.report.verdict import verdict
 from unwrite.result import Result, write
@@ -19,13 +19,14 @@ from unwrite.result import Result, write
 def page(result: Result) -> str:
     """The result as one HTML document without scripts or network; every text in it is escaped."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    settings = result.provenance["settings"]
     template = environment.from_string(resources.files("unwrite.report").joinpath("page.html.j2").read_text("utf-8"))
     return template.render(
         headline=plain(headline(result)),
         certificate=plain(certificate(result)),
         verdict=plain(result.data.attrs.get("verdict") or verdict(result)),
         disagreements=[plain(line) for line in disagreements(result)],
-        panels=[_panel(name, data, read) for name, data, read in texts(result)],
+        panels=[_panel(name, data, read) | {"sound": soundness(data, settings)} for name, data, read in texts(result)],
         provenance=_flat(result.provenance),
     )
 

@@ -102,6 +102,24 @@ def disagreements(result: Result) -> list[str]:
     return found
 
 
+def soundness(data: xr.Dataset, settings: Mapping[str, Any]) -> str:
+    """What was counted and what was not, in one line."""
+    skip, middle = settings["skip"], data["norm"].sel(quantile=0.5)
+    line = (
+        f"{int(data['n_positions'].max()):,} positions from {int(data['n_clusters'])} independent prompts; left out "
+        f"below the floor {int(data['n_below_floor'].sum()):,}, ratios beyond ±100 {int(data['n_beyond_grid'].sum()):,}"
+    )
+    if not skip:
+        return line
+    with np.errstate(divide="ignore", invalid="ignore"):
+        times = np.where(data["material"].values, data["skipped_norm"].values / middle.values, 0.0)
+    largest = int(times.argmax())
+    return (
+        f"{line}; the first {skip} of each prompt counted apart: there {data['writer'].values[largest]} writes "
+        f"{float(times[largest]):.1f} × its usual norm"
+    )
+
+
 def folded_line(folded: list[str]) -> str:
     """The immaterial writers in one line."""
     writers = "1 writer" if len(folded) == 1 else f"{len(folded)} writers"

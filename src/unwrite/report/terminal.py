@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from unwrite.errors import plain
-from unwrite.report.rows import Row, disagreements, folded_line, rows, texts
+from unwrite.report.rows import Row, disagreements, folded_line, rows, soundness, texts
 from unwrite.report.verdict import verdict
 from unwrite.report.verified import actors, sentence, trajectory
 from unwrite.result import Result
@@ -55,6 +55,7 @@ def _scan(result: Result) -> Iterator[RenderableType]:
         yield _table(f"{name or read['source']}: {read['prompts']} × {read['length']} tokens", shown)
         if folded:
             yield Text(folded_line(folded), "dim")
+        yield Text(soundness(data, result.provenance["settings"]), "dim")
     for line in disagreements(result):
         yield Text(plain(f"texts disagree: {line}"), style="yellow")
     yield Text("")
