@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from twin import Truth
 
+import tiny
+from twin import Truth
 from unwrite.errors import ModelError
 from unwrite.model import capture
+from unwrite.model.certificate import Certificate
 from unwrite.model.families import FAMILIES
 from unwrite.model.load import view
 from unwrite.model.view import Model, expand, fold
@@ -26,6 +28,7 @@ NATIVE = {"gpt2", "gpt_neox", "opt", "falcon", "phi", "stablelm", "starcoder2"}
 # The view refuses OPT's other forms, in which writes do not add up (see test_load).
 ADDITIVE = {"opt": {"do_layer_norm_before": True, "word_embed_proj_dim": None}}
 
+IDENTITIES = ("heads", "stream", "locations", "logits", "values")
 CONVENTIONS = ("paper", "raw")
 
 
@@ -52,12 +55,13 @@ def error(got: Mapping[str, Tensor], want: Mapping[str, Tensor], stream: Mapping
 
 
 def limit(family: str) -> float:
-    return 1e-10 if family in NATIVE else 1e-6
+    # GPT-Neo's scores are float32 and not scaled down: their rounding, which follows the batch's shape, grows large.
+    return 1e-10 if family in NATIVE else 1e-5 if family == "gpt_neo" else 1e-6
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @given(seed=st.integers(0, 2**20))
-@settings(max_examples=4, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=3, suppress_health_check=[HealthCheck.too_slow])
 def test_every_node_writes_what_removing_it_takes_away_and_all_sum_to_the_stream(family: str, seed: int) -> None:
     hf = model(family, seed)
     truth = Truth(hf, some_ids(hf, seed))
@@ -93,8 +97,19 @@ def test_padding_after_a_prompt_changes_nothing(family: str) -> None:
 def test_the_certificate_is_exact_and_its_limit_tight(family: str) -> None:
     certificate = view(model(family, 2)).certificate
     assert certificate.ok
-    assert set(certificate) == {"heads", "stream", "locations", "logits", "values"}
+    assert set(certificate) == set(IDENTITIES)
+    assert certificate.explain().startswith("exact to rounding")
     assert certificate.limit <= (1e-9 if family in NATIVE else 1e-6)
+
+
+@pytest.mark.parametrize("wrong", [1e-3, math.inf, math.nan])
+@pytest.mark.parametrize("identity", IDENTITIES)
+def test_one_identity_that_fails_is_enough(identity: str, wrong: float) -> None:
+    certificate = Certificate({**dict.fromkeys(IDENTITIES, 1e-12), identity: wrong}, 1e-9, "float64")
+    assert not certificate.ok
+    assert "NOT exact" in certificate.explain()
+    with pytest.raises(ModelError, match=rf"Got: relative error of {identity} [^,]*\. Expected"):
+        certificate.require("this model")
 
 
 # What is changed in a family's row, the model that shows it, and the identities that must fail.
@@ -105,7 +120,7 @@ FALSE_ROWS: list[tuple[str, dict[str, Any], dict[str, Any], set[str]]] = [
     ("phi3", {"grouped_values": True}, {"num_attention_heads": 4, "num_key_value_heads": 4}, {"values"}),
     ("llama", {"value": "k_proj"}, {}, {"values"}),
     ("llama", {"kv_heads": lambda config: 1}, {"num_attention_heads": 4, "num_key_value_heads": 2}, {"values"}),
-    ("falcon", {"kv_heads": lambda config: 1}, {"layout": 2}, {"values"}),
+    ("falcon", {"grouped_values": False}, {"layout": 2}, {"values"}),
     # scales and caps
     ("granite", {"embed_scale": lambda config: 1.0}, {}, {"stream", "locations"}),
     ("granite", {"residual_scale": lambda config: 1.0}, {}, {"stream", "locations"}),
@@ -144,6 +159,23 @@ def test_a_false_row_is_refused_with_the_identity_named(
     with pytest.raises(ModelError, match="not exact") as refused:
         view(hf, convention="paper")
     assert failing <= set(re.findall(r"(\w+) (?:[\d.]+e|nan)", str(refused.value)))
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("llama", {"attention": "nowhere"}),
+        ("llama", {"mid": "nowhere"}),
+        ("gpt2", {"value": "nowhere"}),
+        ("gpt_neo", {"interface": True}),
+    ],
+)
+def test_a_row_that_names_what_is_not_there_is_refused(
+    family: str, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FAMILIES, family, replace(FAMILIES[family], **change))
+    with pytest.raises(ModelError, match="could not be run"):
+        view(model(family))
 
 
 def test_every_write_is_copied_before_falcon_adds_into_it(monkeypatch: pytest.MonkeyPatch) -> None:

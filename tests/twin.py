@@ -1,7 +1,7 @@
 """What are the numbers by definition? A slow truth to compare the library with; it imports nothing of it.
 
 `Truth` finds what every node writes by taking parts of the model out and looking at what the blocks then hand on.
-`scan` computes what a scan reports, from such writes, by the equations as they stand.
+`Rows` and the functions on it compute what a scan reports, from such writes, by the equations as they stand.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from operator import attrgetter
 from typing import Any
 
@@ -71,7 +72,7 @@ class Truth:
         return self.readable(writes)
 
     def states(self) -> dict[str, Tensor]:
-        """The stream in every state: what Hugging Face says, and between attention and MLP what a block without MLP hands on."""
+        """The stream as Hugging Face says; between attention and MLP, what a block without its MLP hands on."""
         # Hugging Face normalises its last hidden state.
         streams = [*self._clean["hidden"][:-1], self._clean["final"]]
         states = {"resid_pre0": streams[0]}
@@ -211,3 +212,103 @@ def _reads(value: Tensor) -> Hook:
         return args, {**kwargs, "hidden_states": value.expand_as(kwargs["hidden_states"])}
 
     return hook
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Writes and states at every position of every prompt: name -> [row, d_model], rows in the order of prompts."""
+
+    writes: dict[str, np.ndarray]
+    states: dict[str, np.ndarray]
+    prompt: np.ndarray
+    place: np.ndarray
+
+    @staticmethod
+    def of(hf: Any, ids: np.ndarray, lengths: Sequence[int]) -> Rows:
+        """By the convention of the paper, every prompt run alone and without padding. A bias of zero is no node."""
+        runs = [Truth(hf, torch.from_numpy(row[None, :length])) for row, length in zip(ids, lengths, strict=True)]
+        writes = _joined([run.paper() for run in runs])
+        return Rows(
+            {name: write for name, write in writes.items() if np.abs(write).max() > 1e-6 or not name.endswith("bias")},
+            _joined([run.readable(run.states()) for run in runs]),
+            np.repeat(np.arange(len(runs)), lengths),
+            np.concatenate([np.arange(length) for length in lengths]),
+        )
+
+    def where(self, kept: np.ndarray) -> Rows:
+        """Some of the rows."""
+        writes, states = ({name: x[kept] for name, x in part.items()} for part in (self.writes, self.states))
+        return Rows(writes, states, self.prompt[kept], self.place[kept])
+
+    def after(self, node: str) -> str:
+        """The first state that holds what `node` wrote."""
+        if "embed" in node:
+            return "resid_pre0"
+        layer = "".join(takewhile(str.isdigit, node.lstrip("LMP")))
+        mid = f"resid_mid{layer}"
+        return mid if mid in self.states and not node.startswith("MLP") else f"resid_post{layer}"
+
+    @property
+    def end(self) -> str:
+        return list(self.states)[-1]
+
+    def reads(self, reader: str, writer: str) -> bool:
+        """Does the state that `reader` reads hold the write? Embeddings and constants read nothing."""
+        if "embed" in reader or reader.endswith("bias"):
+            return False
+        names = list(self.states)
+        own = names.index(self.after(reader))
+        return names.index(self.after(writer)) < own
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([part[name][0].numpy() for part in parts]) for name in parts[0]}
+
+
+def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a * b).sum(-1)
+
+
+def kept(rows: Rows, writer: str, floor: float) -> np.ndarray:
+    """Where the write is above `floor` times the largest norm of the stream."""
+    largest = np.max([np.linalg.norm(x, axis=-1) for x in rows.states.values()], axis=0)
+    return np.linalg.norm(rows.writes[writer], axis=-1) > floor * largest
+
+
+def ratios(rows: Rows, writer: str) -> dict[str, dict[str, np.ndarray]]:
+    """What a scan gives quantiles of, at every row."""
+    w, states = rows.writes[writer], rows.states
+    size = np.linalg.norm(w, axis=-1)
+    after, end = states[rows.after(writer)], states[rows.end]
+    level = {name: _dot(x, w) / size**2 for name, x in states.items()}
+    return {
+        "pr": {name: _dot(o, w) / size**2 for name, o in rows.writes.items()},
+        "level": level,
+        "change": {"": level[rows.end] - level[rows.after(writer)]},
+        "norm": {"": size},
+        "relative_norm": {"": size / np.linalg.norm(after, axis=-1)},
+        "dilution": {"": np.log(np.linalg.norm(after, axis=-1) / np.linalg.norm(end, axis=-1))},
+    }
+
+
+def share(rows: Rows, vector: np.ndarray, writer: str, cluster: np.ndarray) -> tuple[float, float]:
+    """Σ⟨vector, o_w⟩ / Σ‖o_w‖² and its standard error over clusters of prompts."""
+    w = rows.writes[writer]
+    ids = np.unique(cluster)
+    y = np.array([_dot(vector, w)[np.isin(rows.prompt, np.flatnonzero(cluster == i))].sum() for i in ids])
+    x = np.array([_dot(w, w)[np.isin(rows.prompt, np.flatnonzero(cluster == i))].sum() for i in ids])
+    n, beta = len(ids), y.sum() / x.sum()
+    error = n / (n - 1) * (np.sum(y**2) - 2 * beta * np.sum(x * y) + beta**2 * np.sum(x**2)) / x.sum() ** 2
+    return beta, np.sqrt(max(error, 0.0))
+
+
+def position_part(rows: Rows, node: str, writer: str, bucket: np.ndarray) -> float:
+    """The share with the same position (or bucket of positions) of other prompts: the literal sum over pairs."""
+    e, w = rows.writes[node], rows.writes[writer]
+    total, where = 0.0, bucket[rows.place]
+    for number in np.unique(where):
+        here = np.flatnonzero(where == number)
+        pairs = [(i, j) for i in here for j in here if rows.prompt[i] != rows.prompt[j]]
+        if pairs:
+            total += len(here) / len(pairs) * sum(float(e[i] @ w[j]) for i, j in pairs)
+    return total / _dot(w, w).sum()
