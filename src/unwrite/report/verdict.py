@@ -18,7 +18,7 @@ def verdict(result: Result) -> str:
     worst = max(model["certificate"].values())
     caveat = (
         "These are levels: all that lies along a write, whoever wrote it. Whether a write was erased, and by whom, "
-        f"only an executed run without it can say. The decomposition is exact to {worst:.0e}."
+        f"only an executed run without it can say (unwrite verify). The decomposition is exact to {worst:.0e}."
     )
     return " ".join([*parts, caveat])
 
