@@ -143,6 +143,8 @@ FALSE_ROWS: list[tuple[str, dict[str, Any], dict[str, Any], set[str]]] = [
     ("bloom", {"embed": "word_embeddings"}, {}, {"stream", "locations"}),
     ("bloom", {"mlp": "mlp"}, {}, {"stream", "locations"}),
     ("gpt_neox", {"parallel": lambda config: False}, {"use_parallel_residual": True}, {"locations"}),
+    ("gpt_neox", {"parallel": lambda config: True}, {"use_parallel_residual": False}, {"locations"}),
+    ("llama", {"parallel": lambda config: True}, {}, {"locations"}),
     ("gpt2", {"final_norm": "h.0.ln_1"}, {}, {"stream", "logits"}),
 ]
 

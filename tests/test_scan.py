@@ -16,10 +16,11 @@ import twin
 import unwrite as uw
 from unwrite.errors import NodeError, NumericError, TokensError
 from unwrite.methods import scan as method
+from unwrite.model.load import view
 from unwrite.nodes import parse_node, reads
 from unwrite.result import Result
 from unwrite.run import gram, positions, stream
-from unwrite.tokens import Tokens
+from unwrite.tokens import Tokens, from_ids
 
 QUANTILES = [0.125, 0.25, 0.5, 0.75, 0.875]
 # Beyond, a ratio is reported as infinite.
@@ -453,7 +454,7 @@ def test_a_value_that_is_not_finite_is_named_with_its_node_prompt_and_position()
         hf.model.embed_tokens.weight[2] = float("nan")
     for batch in (1, 4):
         # The NaN of a position spreads to earlier ones as well, through the zeros of the attention pattern.
-        with pytest.raises(NumericError, match=r"not finite: .* \(layer.* at prompt 3, position"):
+        with pytest.raises(NumericError, match=r"not finite: embed \(input\) at prompt 3, position 5"):
             uw.scan(lm, ids, batch=batch)
     with torch.no_grad():
         hf.model.embed_tokens.weight[2] = 0.1
@@ -487,3 +488,23 @@ def test_progress_is_told_batch_by_batch() -> None:
     told: list[Any] = []
     uw.scan(_model("gpt2"), tokens(), batch=4, listener=told.append)
     assert [(step.done, step.total, step.tokens) for step in told] == [(4, 6, 29), (6, 6, 36)]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"batch": 0}, {"batch": -1}, {"floor": -1.0}, {"floor": float("nan")}, {"floor": 1.0}, {"skip": True}],
+    ids=str,
+)
+def test_a_setting_that_means_nothing_is_refused(bad) -> None:
+    with pytest.raises(NumericError, match=next(iter(bad))):
+        uw.scan(view(tiny.model("gpt2")), torch.ones(2, 5, dtype=torch.long), **bad)
+
+
+def test_no_text_a_second_mask_and_scattered_clusters_are_refused() -> None:
+    lm, ids = view(tiny.model("gpt2")), np.ones((3, 5), dtype=np.int64)
+    with pytest.raises(TokensError, match="no text"):
+        uw.scan(lm, {})
+    with pytest.raises(TokensError, match="padding already"):
+        uw.scan(lm, from_ids(ids), mask=ids)
+    with pytest.raises(TokensError, match="not neighbours"):
+        uw.scan(lm, Tokens(ids, np.full(3, 5), np.array([0, 1, 0])))

@@ -60,7 +60,15 @@ class Tokens:
         }  # fmt: skip
 
     def check(self, vocabulary: int, context: int | None) -> None:
-        """Raise TokensError unless a model with this many embedding rows and positions can read the ids."""
+        """Raise TokensError unless a model with this many embedding rows and positions can read the ids.
+
+        Prompts of one cluster must be neighbours: sums over a cluster are closed when the next one begins.
+        """
+        borders = self.cluster[np.flatnonzero(np.diff(self.cluster, prepend=self.cluster[0] - 1))]
+        if len(np.unique(borders)) < len(borders):
+            raise TokensError(
+                f"prompts of one cluster of {self.source} are not neighbours", fix="sort the prompts by cluster"
+            )
         low, high = int(self.ids.min()), int(self.ids.max())
         if low < 0 or high >= vocabulary:
             raise TokensError(

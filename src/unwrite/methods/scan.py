@@ -16,13 +16,13 @@ import xarray as xr
 from jaxtyping import Bool, Float
 from scipy import stats
 
-from unwrite.errors import NumericError, plain
+from unwrite.errors import NumericError, TokensError, plain
 from unwrite.model.load import provenance
 from unwrite.model.view import Model
 from unwrite.nodes import Node, choose, reads
 from unwrite.result import QUANTILES, Result, build, quantity
 from unwrite.run.gram import GramTally
-from unwrite.run.stream import Listener, admit, batch_size, stream
+from unwrite.run.stream import Listener, admit, admit_floor, batch_size, stream
 from unwrite.tokens import Tokens
 
 # A candidate eraser's share is below −ERASES with a false discovery rate of FDR over all pairs that can read.
@@ -64,11 +64,14 @@ def scan(
     Example: `uw.scan(lm, uw.text("book.txt", lm.tokenizer)).table()`
     """
     texts = tokens if isinstance(tokens, Mapping) else {"": tokens}
+    if not texts:
+        raise TokensError("no text was given", expected="at least one")
     texts = {plain(name): admit(lm, part, mask, skip) for name, part in texts.items()}
-    chosen = choose(writers, lm.parts)
+    chosen, floor = choose(writers, lm.parts), admit_floor(floor)
     data = [_scan(lm, part, chosen, skip, floor, batch, listener, name) for name, part in texts.items()]
     if writers is not None:
-        _require_writes(data[0])
+        for part in data:
+            _require_writes(part)
     names = xr.Variable("text", list(texts))
     whole = data[0] if list(texts) == [""] else xr.concat(data, names)
     settings = {"writers": [str(node) for node in chosen], "skip": skip, "floor": floor, "batch": batch}
@@ -80,7 +83,7 @@ def _scan(
     lm: Model, tokens: Tokens, writers: tuple[Node, ...], skip: int, floor: float, batch: int | None,
     listener: Listener | None, name: str,
 ) -> xr.Dataset:  # fmt: skip
-    size = min(batch or batch_size(lm, tokens), len(tokens))
+    size = batch_size(lm, tokens, batch)
     tally = GramTally(lm, tokens, writers, skip, floor, n_batches=-(-len(tokens) // size))
     stream(lm, tokens, tally.step, size, f"scan {name}".strip(), listener)
     data = xr.Dataset({**_quantiles(tally), **_shares(tally), **_counts(tally)}, _coordinates(lm, writers))

@@ -21,7 +21,7 @@ from unwrite.model.load import provenance
 from unwrite.model.view import Model
 from unwrite.nodes import Node, choose, parse_node
 from unwrite.result import QUANTILES, Result, build, quantity
-from unwrite.run.stream import Listener, admit, batch_size, stream
+from unwrite.run.stream import Listener, admit, admit_floor, batch_size, stream
 from unwrite.run.without import CONDITIONS, ROTATIONS, WithoutTally
 
 BOUNDS = ("low", "mean", "high")
@@ -63,8 +63,9 @@ def verify(
     tokens = admit(lm, tokens, mask, skip)
     node = choose([parse_node(writer)], lm.parts)[0]
     named = None if erasers is None else _named(lm, node, erasers)
-    size = min(batch or max(1, batch_size(lm, tokens) // 2), len(tokens))
-    tally = WithoutTally(lm, tokens, node, skip, floor)
+    # The states of two runs are held at a time.
+    size = batch_size(lm, tokens, max(1, batch_size(lm, tokens) // 2) if batch is None else batch)
+    tally = WithoutTally(lm, tokens, node, skip, admit_floor(floor))
     stream(lm, tokens, tally.step, size, f"verify {node}", listener)
     if not tally.n_positions:
         raise NumericError(f"{node} never writes on this text: no position is above the floor")

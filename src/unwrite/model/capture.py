@@ -114,7 +114,7 @@ def _truth_hooks(lm: Model, layer: Layer, record: Recording) -> Iterator[tuple[n
     residual = lm.row.residual_scale(lm.config)
     start = Location("pre", 0) if layer.index == 0 else Location("post", layer.index - 1)
     yield layer.block, True, _keep(record.stream, start, lm)
-    if layer.mid is not None and not lm.parallel:
+    if layer.mid is not None:  # in a parallel block too: it must read what attention reads
         keep_mid = _keep(record.stream, Location("mid", layer.index), lm)
         yield layer.mid, True, lambda x: keep_mid(_like(x, record.z[layer.index]))
     if layer.index == len(lm.layers) - 1:

@@ -2,7 +2,7 @@
 
 heads      the heads' writes and the bias (from weights alone) sum to what each attention block really adds
 stream     all nodes sum to the final state of the stream
-locations  the nodes so far sum to every earlier state
+locations  the nodes so far sum to every earlier state (in a parallel block, also to what its MLP reads)
 logits     final norm and unembedding of that sum give the model's logits
 values     with pattern and norm frozen, what all earlier nodes put into a head through its values is what it writes
 """
@@ -30,6 +30,7 @@ from unwrite.model.view import (
     value_constant,
     value_weights,
 )
+from unwrite.nodes import Location
 
 IDENTITIES = ("heads", "stream", "locations", "logits", "values")
 _LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
@@ -120,6 +121,10 @@ def _errors(lm: Model, ids: Tensor, mask: Tensor) -> Iterator[tuple[str, float]]
     holds = lm.holds().to(nodes.device)
     for state, held in zip(lm.states, holds, strict=True):
         yield "stream" if state == lm.states[-1] else "locations", _relative(nodes[held], rows[state])
+    if lm.parallel:
+        for layer in lm.layers:
+            if (read := rows.get(Location("mid", layer.index))) is not None:
+                yield "locations", _relative(nodes[_earlier(lm, layer)], read)
     yield "logits", _relative(_unembed(lm, nodes.sum(0))[None], logits[mask])
     yield "values", _values_error(lm, ids, mask, folded)
 
@@ -131,6 +136,10 @@ def _run(lm: Model, ids: Tensor, mask: Tensor) -> Tensor:
 
 def _per_prompt(record: Recording, mask: Tensor) -> Writes:
     return record.writes.map(lambda part: part.expand(len(mask), *part.shape[1:]))
+
+
+def _earlier(lm: Model, layer: Layer) -> list[int]:
+    return [i for i, node in enumerate(lm.parts) if node.layer < layer.index]
 
 
 def _attention_nodes(lm: Model, nodes: Tensor, layer: Layer) -> Tensor:
@@ -161,8 +170,7 @@ def _values_error(lm: Model, ids: Tensor, mask: Tensor, folded: tuple[Folded, ..
     everywhere = expand(lm, folded, _per_prompt(record, mask).map(lambda part: part.flatten(0, 1)))
     worst = 0.0
     for layer, folds in zip(lm.layers, folded, strict=True):
-        earlier = [i for i, node in enumerate(lm.parts) if node.layer < layer.index]
-        stream = everywhere[earlier].sum(0).unflatten(0, mask.shape)
+        stream = everywhere[_earlier(lm, layer)].sum(0).unflatten(0, mask.shape)
         normed = into_values(lm, layer, stream, value_scale(lm, layer, stream))
         gain = record.gain.get(layer.index)
         z = record.z[layer.index] if gain is None else record.z[layer.index] / gain[..., None, None]

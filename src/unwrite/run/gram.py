@@ -123,10 +123,12 @@ class GramTally:
         gram = gram_matrix(nodes)
         energy = gram.diagonal(dim1=1, dim2=2)
         if not energy.isfinite().all():
-            row, node = (int(index) for index in (~energy.isfinite()).nonzero()[0])
+            # In write order: a bad write spoils the later ones, at other positions too.
+            node, row = (int(index) for index in (~energy.isfinite()).t().nonzero()[0])
+            layer = self.lm.parts[node].layer
             raise NumericError(
-                f"an activation is not finite: {self.lm.parts[node]} (layer {self.lm.parts[node].layer}) at prompt "
-                f"{first + int(prompt[row])}, position {int(place[row])}",
+                f"an activation is not finite: {self.lm.parts[node]} ({f'layer {layer}' if layer >= 0 else 'input'}) "
+                f"at prompt {first + int(prompt[row])}, position {int(place[row])}",
                 fix="load the model in float32, or leave this prompt out",
             )
         return self.plan.products(gram)

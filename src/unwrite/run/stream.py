@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from unwrite.errors import NumericError
+from unwrite.errors import NumericError, TokensError
 from unwrite.model.capture import run
 from unwrite.model.view import Folded, Model, Writes
 from unwrite.tokens import Tokens, from_ids
@@ -58,8 +58,15 @@ class Progress:
 Listener = Callable[[Progress], None]
 
 
-def batch_size(lm: Model, tokens: Tokens) -> int:
-    """Prompts per batch: about 4,096 tokens, fewer where the factors of all writes would take over 256 MiB."""
+def batch_size(lm: Model, tokens: Tokens, wanted: int | None = None) -> int:
+    """Prompts per batch: `wanted`, or about 4,096 tokens, fewer where the factors of all writes would pass 256 MiB.
+
+    Raises NumericError unless `wanted` is a positive integer.
+    """
+    if wanted is not None:
+        if type(wanted) is not int or wanted < 1:
+            raise NumericError("batch is a number of prompts", got=wanted, expected="a positive integer")
+        return min(wanted, len(tokens))
     factors = (2 * len(lm.layers) + 2) * lm.d_model * torch.finfo(lm.compute_dtype).bits // 8
     return max(1, min(len(tokens), min(_BATCH_TOKENS, _BATCH_BYTES // factors) // tokens.length))
 
@@ -69,12 +76,21 @@ def admit(lm: Model, tokens: Any, mask: Any, skip: int) -> Tokens:
 
     Raises TokensError for ids or lengths that the model does not have, NumericError if `skip` leaves nothing.
     """
+    if isinstance(tokens, Tokens) and mask is not None:
+        raise TokensError("these tokens know their padding already", fix="leave mask out")
     tokens = tokens if isinstance(tokens, Tokens) else from_ids(tokens, mask)
     tokens.check(lm.vocabulary, lm.context)
     longest = int(tokens.lengths.max())
-    if not 0 <= skip < longest:
-        raise NumericError("skip leaves no position to count", got=skip, expected=f"0 to {longest - 1}")
+    if type(skip) is not int or not 0 <= skip < longest:
+        raise NumericError("skip leaves no position to count", got=skip, expected=f"an integer from 0 to {longest - 1}")
     return tokens
+
+
+def admit_floor(floor: float) -> float:
+    """`floor` as a fraction of the stream's norm. Raises NumericError for anything but a number in [0, 1)."""
+    if not 0 <= floor < 1:
+        raise NumericError("floor is a fraction of the stream's norm", got=floor, expected="at least 0, below 1")
+    return floor
 
 
 def batches(tokens: Tokens, size: int) -> Iterator[Batch]:
