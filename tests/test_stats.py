@@ -286,9 +286,16 @@ def test_a_histogram_of_nothing_is_nan() -> None:
     assert np.isnan(Histogram(2, RATIO, 10).quantiles(Q)).all()
 
 
-@pytest.mark.parametrize(("rows", "width"), [(1, np.int32), (2**31 - 1, np.int32), (2**31, np.int64)])
-def test_a_count_has_room_for_all_rows(rows: int, width: type) -> None:
-    assert Histogram(1, RATIO, rows).counts.dtype == width
+@pytest.mark.parametrize("rows", [1, 2**15 - 1, 2**15, 2**31 - 1, 2**31])
+def test_a_count_has_room_for_all_rows(rows: int) -> None:
+    assert np.iinfo(Histogram(1, RATIO, rows).counts.dtype).max >= rows
+
+
+def test_a_full_narrow_counter_does_not_overflow_when_channels_are_summed() -> None:
+    full = Histogram(3, RATIO, 2**15 - 1)
+    full.add(torch.full((2**15 - 1, 3), 200.0))
+    assert full.beyond.sum() == 3 * (2**15 - 1)
+    assert (full.quantiles((0.5,)) == np.inf).all()
 
 
 def test_lengths_are_counted_on_their_own_grid() -> None:

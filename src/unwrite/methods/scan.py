@@ -147,10 +147,8 @@ def _shares(tally: GramTally) -> dict[str, xr.Variable]:
 
 
 def _counts(tally: GramTally) -> dict[str, xr.Variable]:
-    width = len(tally.plan.writers)
-    counts = tally.ratios.counts.reshape(-1, width, 2 * tally.ratios.grid.reach + 1)
     left_out = tally.dilution.left_out
-    beyond = (counts[..., 0] + counts[..., -1]).sum(0)
+    beyond = tally.ratios.beyond.reshape(tally.plan.rows, -1).sum(axis=0)
     return {
         "n_positions": quantity(("writer",), tally.dilution.counts.sum(1).astype(np.int64), "1", "positions counted"),
         "n_below_floor": quantity(("writer",), left_out.astype(np.int64), "1", "‖o_w‖ below floor · largest ‖x‖"),

@@ -70,10 +70,10 @@ class Histogram:
     """Counts of many channels on one grid; memory does not depend on how many values are counted."""
 
     def __init__(self, channels: int, grid: Grid, rows: int, device: torch.device | str = "cpu"):
-        """`rows`: an upper bound of the values per channel, which decides whether 32 bits can hold a count."""
+        """`rows`: an upper bound of the values per channel, merged histograms included; it decides a count's bits."""
         self.grid = grid
         self._bins = 2 * grid.reach + 1
-        width = torch.int32 if rows < 2**31 else torch.int64
+        width = next(dtype for dtype in (torch.int16, torch.int32, torch.int64) if rows <= torch.iinfo(dtype).max)
         # The extra bin takes what is left out: counted, never mixed in.
         self._counts = torch.zeros(channels, self._bins + 1, dtype=width, device=device)
         self._stash = torch.empty(channels, min(rows, _STASH_ROWS), dtype=torch.int16, device=device)
@@ -95,6 +95,12 @@ class Histogram:
         """Counts in every bin of the grid."""
         self._flush()
         return self._counts[:, : self._bins].cpu().numpy()
+
+    @property
+    def beyond(self) -> Int[np.ndarray, " channels"]:
+        """How many values of every channel lie beyond the grid's limit."""
+        counts = self.counts
+        return counts[:, 0] + counts[:, -1]
 
     @property
     def left_out(self) -> Int[np.ndarray, " channels"]:
