@@ -251,3 +251,13 @@ def test_the_last_layer_and_embeddings_can_be_verified() -> None:
     for writer in ("embed", f"MLP{len(lm.layers) - 1}"):
         result = uw.verify(lm, ids_of(lm), writer)
         assert result["survival"].notnull().any()
+
+
+def test_a_value_that_is_not_finite_is_named_and_never_a_verdict() -> None:
+    hf = tiny.model("llama", 7, tie_word_embeddings=False)
+    lm, ids = view(hf), torch.ones(3, 6, dtype=torch.long)
+    ids[2, 4] = 2
+    with torch.no_grad():
+        hf.model.embed_tokens.weight[2] = float("nan")
+    with pytest.raises(NumericError, match=r"embed \(input\) at prompt 2, position 4"):
+        uw.verify(lm, ids, "L0H0", batch=2)

@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from unwrite.errors import NumericError
 from unwrite.model.view import Model, Writes, expand, fold
 from unwrite.nodes import Node
 from unwrite.run.positions import Positions
@@ -96,17 +95,16 @@ class GramTally:
         shape = (len(self.lm.parts), len(self.plan.writers))
         per_prompt = torch.zeros(len(batch.ids), *shape, dtype=torch.float64, device=self.lm.device)
         skipped, energy = torch.zeros_like(per_prompt[0]), per_prompt.new_zeros(())
-        position = torch.arange(batch.ids.shape[1])
-        counted = batch.counted & (position >= self.skip)
+        counted = batch.beyond(self.skip)
         for part, writes in forward(self.lm, batch, self.folded):
             self.positions.add(writes, counted[part])
             for prompt, place in _chunks(counted[part], self._chunk_rows()):
-                products = self._products(writes, prompt, place, batch.first + part.start)
+                products = self._products(writes, prompt, place, batch, part.start)
                 self._count(products)
                 energy += products.stream[:, -1].sum(dtype=torch.float64)
                 self._sum(products, prompt, place, per_prompt[part])
             for prompt, place in _chunks(batch.counted[part] & ~counted[part], self._chunk_rows()):
-                dot = self._products(writes, prompt, place, batch.first + part.start).dot
+                dot = self._products(writes, prompt, place, batch, part.start).dot
                 skipped += dot[:, : len(skipped)].sum(0).double()
         self.sums.add(batch.index, reduce(add, self._prompts(batch, per_prompt)))
         self.skipped.add(batch.index, skipped)
@@ -118,19 +116,10 @@ class GramTally:
         floats = nodes * (self.lm.d_model + nodes) + 2 * self.plan.rows * len(self.plan.writers)
         return max(8, min(512, _CHUNK_BYTES * 8 // (floats * torch.finfo(self.lm.compute_dtype).bits)))
 
-    def _products(self, writes: Writes, prompt: Tensor, place: Tensor, first: int) -> Products:
+    def _products(self, writes: Writes, prompt: Tensor, place: Tensor, batch: Batch, start: int) -> Products:
         nodes = expand(self.lm, self.folded, writes.map(lambda factor: factor[prompt, place]))
         gram = gram_matrix(nodes)
-        energy = gram.diagonal(dim1=1, dim2=2)
-        if not energy.isfinite().all():
-            # In write order: a bad write spoils the later ones, at other positions too.
-            node, row = (int(index) for index in (~energy.isfinite()).t().nonzero()[0])
-            layer = self.lm.parts[node].layer
-            raise NumericError(
-                f"an activation is not finite: {self.lm.parts[node]} ({f'layer {layer}' if layer >= 0 else 'input'}) "
-                f"at prompt {first + int(prompt[row])}, position {int(place[row])}",
-                fix="load the model in float32, or leave this prompt out",
-            )
+        batch.require_finite(self.lm, gram.diagonal(dim1=1, dim2=2).isfinite(), prompt + start, place)
         return self.plan.products(gram)
 
     def _count(self, products: Products) -> None:

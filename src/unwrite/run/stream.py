@@ -33,6 +33,25 @@ class Batch:
     ids: Int[Tensor, "prompt position"]
     counted: Bool[Tensor, "prompt position"]
 
+    def beyond(self, skip: int) -> Bool[Tensor, "prompt position"]:
+        """The counted rows without the first `skip` positions of each prompt."""
+        return self.counted & (torch.arange(self.ids.shape[1]) >= skip)
+
+    def require_finite(self, lm: Model, finite: Bool[Tensor, "row node"], prompt: Tensor, place: Tensor) -> None:
+        """Raise NumericError naming the first node, in write order, that is not finite at some row of this batch.
+
+        In write order, since a bad write spoils the later ones, at other positions too.
+        """
+        if finite.all():
+            return
+        node, row = (int(index) for index in (~finite).t().nonzero()[0])
+        layer = lm.parts[node].layer
+        raise NumericError(
+            f"an activation is not finite: {lm.parts[node]} ({f'layer {layer}' if layer >= 0 else 'input'}) "
+            f"at prompt {self.first + int(prompt[row])}, position {int(place[row])}",
+            fix="load the model in float32, or leave this prompt out",
+        )
+
 
 @dataclass(frozen=True)
 class Progress:

@@ -32,7 +32,6 @@ class WithoutTally:
     def __init__(self, lm: Model, tokens: Tokens, writer: Node, skip: int, floor: float):
         self.lm, self.tokens, self.writer, self.skip, self.floor = lm, tokens, writer, skip, floor
         self.folded, self.index = fold(lm), lm.parts.index(writer)
-        self.holds = lm.holds().to(lm.device, lm.compute_dtype)
         rows, n = int(np.maximum(tokens.lengths - skip, 0).sum()), len(lm.parts)
         self.ratios = {name: Histogram(n + len(lm.states), RATIO, rows, lm.device) for name in CONDITIONS}
         self.v_ratios = Histogram(n, RATIO, rows, lm.device)
@@ -54,6 +53,8 @@ class WithoutTally:
         """One clean run, one without the write, one for every rotation, and the algebra through values."""
         run, kept = self._clean(batch), self._kept(batch)
         nodes = run.nodes(run.record)
+        prompt, place = kept.nonzero(as_tuple=True)
+        batch.require_finite(self.lm, nodes[:, prompt, place].isfinite().all(-1).t(), prompt, place)
         write = nodes[self.index] * kept[..., None]
         sums: dict[str, Tensor] = self._executed(run, nodes, write, kept)
         for number, rotation in enumerate(self._rotations):
@@ -66,10 +67,11 @@ class WithoutTally:
     def hide(self, batch: Batch, erasers: Sequence[Node]) -> None:
         """The paper's intervention: the write hidden from the values of all heads in the erasers' layers."""
         run, kept = self._clean(batch, with_patterns=True), self._kept(batch)
-        write = run.nodes(run.record)[self.index] * kept[..., None]
+        nodes = run.nodes(run.record)
+        write = nodes[self.index] * kept[..., None]
         patched = hidden(run, write, sorted({node.layer for node in erasers}))
         self._count(CONDITIONS[1], run.nodes(patched), patched, write, kept)
-        nodes, sums = run.nodes(run.record), write.new_zeros(len(write), 2)
+        sums = write.new_zeros(len(write), 2)
         for node in erasers:
             sums[:, 0] += _dot(nodes[self.lm.parts.index(node)], write)
             sums[:, 1] += _dot(self._carried(run, node.layer, write)[:, :, node.head], write)
@@ -79,8 +81,7 @@ class WithoutTally:
         return clean(self.lm, batch.ids, self.folded, with_patterns)
 
     def _kept(self, batch: Batch) -> Tensor:
-        position = torch.arange(batch.ids.shape[1])
-        return (batch.counted & (position >= self.skip)).to(self.lm.device)
+        return batch.beyond(self.skip).to(self.lm.device)
 
     def _executed(self, run: Clean, nodes: Tensor, write: Tensor, kept: Tensor) -> dict[str, Tensor]:
         without = added(run, self.writer, -write)
