@@ -112,8 +112,7 @@ def _layer_hooks(lm: Model, layer: Layer, fold: Folded, record: Recording) -> It
 
 def _truth_hooks(lm: Model, layer: Layer, record: Recording) -> Iterator[tuple[nn.Module, bool, Hook]]:
     residual = lm.row.residual_scale(lm.config)
-    start = Location("pre", 0) if layer.index == 0 else Location("post", layer.index - 1)
-    yield layer.block, True, _keep(record.stream, start, lm)
+    yield layer.block, True, _keep(record.stream, layer.reads, lm)
     if layer.mid is not None:  # in a parallel block too: it must read what attention reads
         keep_mid = _keep(record.stream, Location("mid", layer.index), lm)
         yield layer.mid, True, lambda x: keep_mid(_like(x, record.z[layer.index]))

@@ -37,6 +37,11 @@ class Layer:
     post_attention_norm: nn.Module | None
     post_mlp_norm: nn.Module | None
 
+    @property
+    def reads(self) -> Location:
+        """The state of the stream that this block reads."""
+        return Location("post", self.index - 1) if self.index else Location("pre", 0)
+
 
 @dataclass(frozen=True, eq=False)
 class Model:

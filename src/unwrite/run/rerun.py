@@ -18,7 +18,7 @@ from unwrite.model.attention import Patterns, patterns
 from unwrite.model.capture import Recording, recording
 from unwrite.model.values import through_values, value_scale
 from unwrite.model.view import Folded, Layer, Model, centre, expand
-from unwrite.nodes import Location, Node
+from unwrite.nodes import Node
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,12 @@ class Clean:
 
     def scale(self, layer: Layer) -> Tensor | None:
         """The frozen scale of the norm before this layer's values."""
-        return value_scale(self.lm, layer, self.record.stream[before(self.lm, layer)])
+        return value_scale(self.lm, layer, self.record.stream[layer.reads])
 
     def post_scaled(self, layer: Layer, z: Tensor) -> Tensor:
         """A part of z times the frozen scale of a post-norm, where there is one."""
         gain = self.record.gain.get(layer.index)
         return z if gain is None else z * gain[..., None, None]
-
-
-def before(lm: Model, layer: Layer) -> Location:
-    """The state of the stream that a layer reads."""
-    return Location("post", layer.index - 1) if layer.index else Location("pre", 0)
 
 
 @torch.no_grad()
