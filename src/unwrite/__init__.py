@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from unwrite import errors as errors
     from unwrite.combined.audit import audit as audit
     from unwrite.combined.doctor import doctor as doctor
+    from unwrite.methods.dla import dla as dla
     from unwrite.methods.scan import scan as scan
     from unwrite.methods.verify import verify as verify
     from unwrite.model.load import load as load
@@ -23,6 +24,7 @@ _PUBLIC = {
     "Result": "unwrite.result",
     "Tokens": "unwrite.tokens",
     "audit": "unwrite.combined.audit",
+    "dla": "unwrite.methods.dla",
     "doctor": "unwrite.combined.doctor",
     "load": "unwrite.model.load",
     "planted": "unwrite.model.planted",

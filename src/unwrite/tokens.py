@@ -169,6 +169,48 @@ def windows(
     return Tokens(ids, np.full(len(rows), length), cluster, name, digest, notes)
 
 
+def prompts(source: Any, tokenizer: Any, bos: int | bool | None = None) -> Tokens:
+    """Each string as one whole prompt, of its own length; `bos` as in `text`.
+
+    Raises TokensError for anything but a string or a list of strings, or an empty one.
+    """
+    if tokenizer is None:
+        raise TokensError("a prompt needs a tokenizer, and this model came without one", fix="pass token ids")
+    strings = [source] if isinstance(source, str) else source
+    if not isinstance(strings, (list, tuple)) or not all(isinstance(string, str) for string in strings):
+        raise TokensError("not prompts", got=type(source).__name__, expected="a string or a list of strings")
+    _not_empty("the prompt", list(strings))
+    prefix = _prefix(tokenizer, bos)
+    rows = [prefix + tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"] for string in strings]
+    lengths = np.array([len(row) for row in rows])
+    if not lengths.all():
+        raise TokensError(f"prompt {int(lengths.argmin())} has no token", got=repr(strings[int(lengths.argmin())]))
+    # Padding repeats a real id, so that it is inside every vocabulary.
+    ids = np.array([row + [row[-1]] * (lengths.max() - len(row)) for row in rows], dtype=np.int64)
+    name = "1 prompt" if len(rows) == 1 else f"{len(rows)} prompts"
+    return Tokens(ids, lengths, np.arange(len(rows)), name, _digest(name, list(strings)))
+
+
+def single_token(token: int | str, tokenizer: Any, vocabulary: int) -> int:
+    """The id of `token`: an id, a string that is exactly one token, or a token as the vocabulary spells it ("▁the").
+
+    Raises TokensError for a string of several tokens, saying which, and for an id outside the vocabulary.
+    """
+    if isinstance(token, str):
+        if tokenizer is None:
+            raise TokensError("a token's text needs a tokenizer, and this model came without one", fix="pass its id")
+        ids = tokenizer(token, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) != 1 and token in tokenizer.get_vocab():
+            return tokenizer.get_vocab()[token]
+        if len(ids) != 1:
+            pieces = ", ".join(f"{tokenizer.decode([i])!r} ({i})" for i in ids) or "none"
+            raise TokensError(f"{token!r} is not one token", got=pieces, fix="name one token, or pass its id")
+        return ids[0]
+    if isinstance(token, bool) or not isinstance(token, (int, np.integer)) or not 0 <= token < vocabulary:
+        raise TokensError("not a token", got=repr(token), expected=f"a string of one token, or 0 to {vocabulary - 1}")
+    return int(token)
+
+
 def _prefix(tokenizer: Any, bos: int | bool | None) -> list[int]:
     if bos is True and tokenizer.bos_token_id is None:
         raise TokensError("the tokenizer has no token that begins a text", fix="pass its id as bos, or bos=False")

@@ -43,14 +43,15 @@ def recording(lm: Model, folded: Sequence[Folded], truth: bool = False) -> Itera
     """
     record = Recording()
     with ExitStack() as stack:
-        stack.enter_context(_evaluating(lm.hf))
+        stack.enter_context(evaluating(lm.hf))
         for module, before, hook in _hooks(lm, folded, record, truth):
             stack.callback(_attach(module, before, hook).remove)
         yield record
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside the `with`, no module of the model is in training; afterwards each is as it was."""
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:

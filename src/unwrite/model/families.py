@@ -55,6 +55,7 @@ class Family:
     value: str = "v_proj"  # its last outputs are the values, unless they are grouped
     grouped_values: bool = False  # fused as [kv head, (its query heads, key, value), head_dim]
     kv_heads: Callable[[Config], int] = _kv_heads
+    gated: bool = True  # the MLP multiplies an activation by a second projection
     # What the configuration decides.
     layer_norm: bool = False  # every reader removes the mean over d_model
     norm_gain_offset: float = 0.0  # the gain of a norm is weight + this
@@ -99,7 +100,7 @@ _SANDWICH = replace(
     post_mlp_norm="post_feedforward_layernorm",
     logit_cap=lambda config: config.final_logit_softcapping,
 )
-_LAYER_NORM = Family(layer_norm=True, float32_inside=False)
+_LAYER_NORM = Family(layer_norm=True, float32_inside=False, gated=False)
 _GPT2 = replace(
     _LAYER_NORM,
     decoder="transformer",
@@ -196,7 +197,7 @@ FAMILIES: dict[str, Family] = {
         logit_scale=lambda config: 1.0 / config.logits_scaling,
     ),
     "cohere": replace(_LLAMA, layer_norm=True, parallel=_yes, logit_scale=lambda config: config.logit_scale),
-    "stablelm": replace(_LAYER_NORM, parallel=lambda config: config.use_parallel_residual),
+    "stablelm": replace(_LAYER_NORM, gated=True, parallel=lambda config: config.use_parallel_residual),
     "starcoder2": replace(_LAYER_NORM),
     "mixtral": _LLAMA,
     "qwen2_moe": _LLAMA,

@@ -7,7 +7,7 @@ where it must, and never changes a weight of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -268,12 +268,32 @@ def gain_of(norm: nn.Module | None, lm: Model) -> Float[Tensor, " d_model"] | No
     return None if weight is None else weight.detach().to(lm.compute_dtype) + lm.row.norm_gain_offset
 
 
+_EPSILON = ("eps", "variance_epsilon", "epsilon")
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Does this module itself divide by a root mean square?"""
+    return any(isinstance(getattr(module, name, None), float) for name in _EPSILON)
+
+
 def norm_scale(x: Float[Tensor, "*rows d_model"], norm: nn.Module, centred: bool) -> Float[Tensor, "*rows"]:
     """1 / sqrt(mean(x²) + eps), x centred first for a LayerNorm: what a norm multiplies by, beside its gain."""
-    eps = next(getattr(norm, name) for name in ("eps", "variance_epsilon", "epsilon") if hasattr(norm, name))
+    eps = next(getattr(norm, name) for name in _EPSILON if hasattr(norm, name))
     if centred:
         x = x - x.mean(-1, keepdim=True)
     return torch.rsqrt(x.pow(2).mean(-1) + eps)
+
+
+def value_columns(lm: Model, layer: Layer) -> Bool[Tensor, " output"]:
+    """Which outputs of the module that makes the values are values; the others are queries and keys."""
+    width = lm.kv_heads * lm.head_dim
+    outputs = matrix(layer.value).shape[1]
+    is_value = torch.zeros(outputs, dtype=torch.bool, device=matrix(layer.value).device)
+    if lm.row.grouped_values:
+        is_value.view(lm.kv_heads, -1, lm.head_dim)[:, -1] = True
+    else:
+        is_value[-width:] = True
+    return is_value
 
 
 def value_weights(lm: Model, layer: Layer) -> tuple[Float[Tensor, "head d_model d_head"], Float[Tensor, "head d_head"]]:
@@ -281,10 +301,7 @@ def value_weights(lm: Model, layer: Layer) -> tuple[Float[Tensor, "head d_model 
     weight, bias = matrix(layer.value).detach().to(lm.compute_dtype), _bias(layer.value)
     both = weight if bias is None else torch.cat([weight, bias.detach().to(lm.compute_dtype)[None]])
     kv, width = lm.kv_heads, lm.head_dim
-    if lm.row.grouped_values:
-        values = both.unflatten(1, (kv, lm.n_heads // kv + 2, width))[:, :, -1]
-    else:
-        values = both[:, -kv * width :].unflatten(1, (kv, width))
+    values = both[:, value_columns(lm, layer)].unflatten(1, (kv, width))
     heads = values.transpose(0, 1).repeat_interleave(lm.n_heads // kv, dim=0)
     if bias is None:
         return heads, heads.new_zeros(lm.n_heads, width)
@@ -322,6 +339,21 @@ class Writes:
             tuple(None if gain is None else change(gain) for gain in self.gain),
             {node: change(vector) for node, vector in self.vectors.items()},
         )
+
+    def __add__(self, other: Writes) -> Writes:
+        gain = tuple(None if a is None or b is None else a + b for a, b in zip(self.gain, other.gain, strict=True))
+        vectors = {node: vector + other.vectors[node] for node, vector in self.vectors.items()}
+        return Writes(tuple(a + b for a, b in zip(self.z, other.z, strict=True)), gain, vectors)
+
+
+def write_of(lm: Model, folded: Sequence[Folded], writes: Writes, node: Node) -> Float[Tensor, "*rows d_model"]:
+    """What one node adds to the stream, in full, from the factors of all writes."""
+    if node.kind == "head":
+        return writes.z[node.layer][..., node.head, :] @ folded[node.layer].w_o[node.head]
+    if node.kind == "bias":
+        bias, gain = folded[node.layer].bias, writes.gain[node.layer]
+        return bias.expand(*writes.z[node.layer].shape[:-2], -1) if gain is None else gain[..., None] * bias
+    return writes.vectors[node]
 
 
 def expand(

@@ -43,14 +43,14 @@ class Positions:
         self.weights = self._pair_weight[self.bucket] if self._exact else torch.zeros(length, dtype=torch.float64)
         self._open: Writes | None = None
         self._within: Tensor | None = None
-        self._sums: Tree[Writes] = Tree(_add)
+        self._sums: Tree[Writes] = Tree(add)
         self._products: Tree[Tensor] = Tree(add)
 
     def add(self, writes: Writes, counted: Bool[Tensor, "prompt position"]) -> None:
         """Add a part of a batch."""
         counted = counted.to(writes.z[0].device)
         sums = writes.map(lambda factor: self._bucketed(_total(factor, counted)))
-        self._open = sums if self._open is None else _add(self._open, sums)
+        self._open = sums if self._open is None else self._open + sums
         if not self._exact:
             for prompt in range(len(counted)):
                 alone, kept = _take(writes, slice(prompt, prompt + 1)), counted[prompt, None]
@@ -102,9 +102,3 @@ def _total(factor: Float[Tensor, "prompt position ..."], counted: Bool[Tensor, "
 
 def _take(writes: Writes, rows: Tensor | slice) -> Writes:
     return writes.map(lambda factor: factor[rows])
-
-
-def _add(left: Writes, right: Writes) -> Writes:
-    gain = tuple(None if a is None or b is None else a + b for a, b in zip(left.gain, right.gain, strict=True))
-    vectors = {node: vector + right.vectors[node] for node, vector in left.vectors.items()}
-    return Writes(tuple(map(add, left.z, right.z)), gain, vectors)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,10 @@ class Clean:
         rows = next(iter(record.z.values())).shape[:2]
         writes = record.writes.map(lambda part: part.expand(rows[0], *part.shape[1:]).flatten(0, 1))
         return expand(self.lm, tuple(self.folded), writes).unflatten(1, rows)
+
+    def input(self, layer: int) -> Float[Tensor, "prompt position d_model"]:
+        """The stream as this layer's block was given it."""
+        return _hidden_state(self.calls[layer])
 
     def scale(self, layer: Layer) -> Tensor | None:
         """The frozen scale of the norm before this layer's values."""
@@ -106,6 +110,29 @@ def hidden(run: Clean, vector: Float[Tensor, "prompt position d_model"], layers:
     return record
 
 
+@torch.no_grad()
+def each_block(run: Clean, change: Callable[[int, Tensor], Tensor]) -> Clean:
+    """Every block by itself on its own clean input, changed; no block sees what another made of it.
+
+    Attention post-norms keep the scale of the clean run.
+    """
+    lm = run.lm
+    with recording(lm, run.folded) as record:
+        for layer in lm.layers:
+            _block(run, layer, change(layer.index, run.input(layer.index)))
+    for index, gain in record.gain.items():
+        held = run.record.gain[index]
+        record.z[index] = record.z[index] * (held / gain)[..., None, None]
+        record.gain[index] = held
+    return replace(run, record=_completed(run.record, record))
+
+
+def _block(run: Clean, layer: Layer, x: Tensor) -> Tensor:
+    args, kwargs = run.calls[layer.index]
+    output = layer.block(x, *args[1:], **{k: v for k, v in kwargs.items() if k != "hidden_states"})
+    return output if isinstance(output, Tensor) else output[0]
+
+
 def _attention_end(lm: Model, layer: Layer) -> nn.Module:
     """Where a layer's attention write can be changed and its pattern is already known."""
     if not lm.row.interface:  # the pattern comes out with the attention module's output
@@ -133,12 +160,10 @@ def _continued(run: Clean, start: int, change: Tensor | None, attach: Sequence[C
         for put in attach:
             stack.callback(put().remove)
         record = stack.enter_context(recording(lm, run.folded, truth=True))
-        x = _hidden_state(run.calls[start])
+        x = run.input(start)
         x = x if change is None else x + change.to(x.dtype)
         for layer in lm.layers[start:]:
-            args, kwargs = run.calls[layer.index]
-            output = layer.block(x, *args[1:], **{k: v for k, v in kwargs.items() if k != "hidden_states"})
-            x = output if isinstance(output, Tensor) else output[0]
+            x = _block(run, layer, x)
     record.stream[lm.states[-1]] = centre(x.to(lm.compute_dtype), lm)
     return _completed(run.record, record)
 

@@ -1,0 +1,308 @@
+"""What does each node do to a logit, by four readings and in truth, and which of the readings can be believed here?
+
+Direct logit attribution credits a writer and debits its eraser for contributions that cancel (Dao, Lau, Rager, Janiak
+2023, arXiv 2310.07325). So every reading stands beside `total`, the executed truth, and `trust` says how well each
+predicts it in this very model. (facts: measuring erasure, §7)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from unwrite.errors import NumericError, TokensError, plain
+from unwrite.model.load import provenance
+from unwrite.model.view import Model, fold
+from unwrite.result import Result, build, quantity
+from unwrite.run.account import PARTS, READINGS, Asked, readings, totals
+from unwrite.run.fate import fates, input_blind
+from unwrite.run.invariance import QUARTILES, REPLACED, invariance
+from unwrite.run.logits import Question, top_two
+from unwrite.run.replace import REPLACEMENTS, Pool
+from unwrite.run.rerun import clean
+from unwrite.run.stream import Batch, Listener, admit, batch_size, stream
+from unwrite.run.trust import FORMS, trust
+from unwrite.tokens import Tokens, prompts, single_token
+
+AT = ("all", "position")
+# Whatever is asked for, trust is measured for these.
+TRUSTED = ("zero", "mean")
+_TRUST = {
+    "trust": "correlation of the reading with total",
+    "trust_low": "2.5 % over resampled prompts",
+    "trust_high": "97.5 % over resampled prompts",
+    "trust_slope": "slope of total on the reading",
+    "trust_same_sign": "cells whose signs agree, of those whose total is at least 5 % of the prompt's largest",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What is asked: of which prompts, at which row, which logits; what stands in for a write, and where."""
+
+    tokens: Tokens
+    row: np.ndarray
+    answer: np.ndarray | None
+    against: np.ndarray | None
+    at: str
+    replace: str
+    pool: Pool
+
+
+def dla(
+    lm: Model,
+    prompts: Any,
+    answer: Any = None,
+    against: Any = None,
+    position: Any = -1,
+    at: str = "all",
+    replace: str = "zero",
+    texts: Any = None,
+    *,
+    mask: Any = None,
+    batch: int | None = None,
+    listener: Listener | None = None,
+) -> Result:
+    """What every node's write does to a logit or a logit difference: direct, net, relp, gradient, and the truth.
+
+    Arguments: `prompts` a string, a list of strings, Tokens or a LongTensor [prompt, position] (with `mask`); `answer`
+    and `against` a token each (its text or id), or one for every prompt; the logit difference is answer − against, the
+    logit of answer alone without `against`, and without both the model's own highest logit against its second;
+    `position` the row that is read, one number or one for every prompt (−1: the last token); `at` "all" replaces a
+    node's writes at every row, "position" at the read row only; `replace` "zero", "mean" (at that position, over the
+    prompts or `texts`) or "resample" (another prompt's, or one of `texts`); `texts` Tokens at least as long as the
+    prompts, for means, donors and invariance.
+    Returns a Result: by [prompt, node] the readings `direct` (Σ direct + constant + unexplained = logit_diff, zero
+    replacement), `net`, `relp`, `gradient`, and `total` = logit_diff − logit_diff with the write replaced, executed;
+    `why[prompt, node, part]`, the exact account of total at the read row; `fate` (only at="position"); `invariance`,
+    the median of direct over texts when the query or the context comes from them, relative to direct, with its
+    quartiles in `other_direct`; `input_blind`; by prompt `logit_diff` (before a soft-cap), `capped`, `constant`,
+    `unexplained`; and `trust[reading, group, form, replacement]`, the correlation with total.
+    Raises TokensError for a token that is not one token, a position outside its prompt, a prompt of one token, or texts
+    that are too short; NumericError for unknown settings.
+
+    Example: `uw.dla(lm, "The capital of France is", " Paris", " London").table()`
+    """
+    request = _request(lm, prompts, answer, against, position, at, replace, texts, mask)
+    tally = _Tally(lm, request)
+    # Beside a run's own factors, four sets of cotangents and the writes of one node are held.
+    size = batch_size(lm, request.tokens, max(1, batch_size(lm, request.tokens) // 4) if batch is None else batch)
+    stream(lm, request.tokens, tally.step, size, "dla", listener)
+    settings = {
+        "position": request.row.tolist(), "at": at, "replace": replace, "batch": batch,
+        "texts": None if texts is None else request.pool.tokens.about(),
+    }  # fmt: skip
+    return build("dla", tally.dataset(), settings, provenance(lm), {"": request.tokens.about()})
+
+
+def _request(
+    lm: Model, source: Any, answer: Any, against: Any, position: Any, at: str, replace: str, texts: Any, mask: Any
+) -> Request:
+    if at not in AT:
+        raise NumericError("at is unknown", got=repr(at), expected=" or ".join(map(repr, AT)))
+    if replace not in REPLACEMENTS:
+        raise NumericError("replace is unknown", got=repr(replace), expected=", ".join(map(repr, REPLACEMENTS)))
+    of_text = isinstance(source, str) or (isinstance(source, list) and all(isinstance(part, str) for part in source))
+    tokens = admit(lm, prompts(source, lm.tokenizer) if of_text else source, mask, 0)
+    if (tokens.lengths < 2).any():
+        raise TokensError(
+            f"prompt {int(tokens.lengths.argmin())} is one token long",
+            expected="two or more, so that heads have a choice",
+        )
+    row = _rows(position, tokens)
+    pool = Pool(lm, fold(lm), tokens if texts is None else _texts(lm, texts, row), own=texts is None)
+    if replace != "zero" and len(pool.tokens) < 2:
+        raise TokensError(f"replace={replace!r} needs other texts", got="1 prompt", fix="pass texts=, or more prompts")
+    chosen = _tokens(lm, answer, len(tokens), "answer"), _tokens(lm, against, len(tokens), "against")
+    if chosen[0] is None and chosen[1] is not None:
+        raise TokensError("against needs an answer to be compared with", fix="pass answer, or leave both out")
+    if chosen[0] is not None and chosen[1] is not None and (chosen[0] == chosen[1]).any():
+        raise TokensError("answer and against are the same token", got=int(chosen[0][chosen[0] == chosen[1]][0]))
+    return Request(tokens, row, *chosen, at, replace, pool)
+
+
+def _texts(lm: Model, texts: Any, row: np.ndarray) -> Tokens:
+    tokens = admit(lm, texts, None, 0)
+    if int(tokens.lengths.min()) <= int(row.max()):
+        raise TokensError(
+            "texts are shorter than the prompts", got=f"{int(tokens.lengths.min())} tokens",
+            expected=f"at least {int(row.max()) + 1}", fix="cut them longer with uw.text(..., length=...)",
+        )  # fmt: skip
+    return tokens
+
+
+def _rows(position: Any, tokens: Tokens) -> np.ndarray:
+    wanted = np.asarray(position)
+    if wanted.dtype.kind not in "iu" or wanted.shape not in ((), (len(tokens),)):
+        raise TokensError("position is a row of each prompt", got=plain(position), expected="an integer, or one each")
+    row = np.where(wanted < 0, tokens.lengths + wanted, wanted)
+    outside = np.flatnonzero((row < 0) | (row >= tokens.lengths))
+    if len(outside):
+        raise TokensError(
+            f"prompt {outside[0]} has no such position", got=int(np.broadcast_to(wanted, row.shape)[outside[0]]),
+            expected=f"−{tokens.lengths[outside[0]]} to {tokens.lengths[outside[0]] - 1}",
+        )  # fmt: skip
+    return row
+
+
+def _tokens(lm: Model, token: Any, n: int, name: str) -> np.ndarray | None:
+    if token is None:
+        return None
+    each: list[Any] = [token] * n if isinstance(token, (str, int, np.integer)) else list(token)
+    if len(each) != n:
+        raise TokensError(f"{name} is one token for each prompt", got=f"{len(each)} tokens", expected=f"1 or {n}")
+    rows = min(lm.vocabulary, lm.hf.get_output_embeddings().weight.shape[0])
+    return np.array([single_token(part, lm.tokenizer, rows) for part in each])
+
+
+class _Tally:
+    """What is kept of every prompt while batches go by; prompts are few, so all of it is."""
+
+    def __init__(self, lm: Model, request: Request):
+        self.lm, self.request = lm, request
+        self._parts: list[dict[str, Tensor]] = []
+
+    def step(self, batch: Batch) -> None:
+        """All readings and the truth, for the replacements of trust and for the one asked for."""
+        request, lm, first, real = self.request, self.lm, batch.first, batch.real
+        prompt = [first + min(i, real - 1) for i in range(len(batch.ids))]
+        run = clean(lm, batch.ids, request.pool.folded)
+        row = torch.from_numpy(request.row[prompt]).to(lm.device)
+        asked = Asked(run, batch.ids.to(lm.device), row, self._question(prompt, run.record.stream[lm.states[-1]], row))
+        found = asked.sums() | {"answer": asked.question.answer}
+        if asked.question.against is not None:
+            found["against"] = asked.question.against
+        self._require_finite(batch, found["logit_diff"])
+        slopes, writes = (
+            asked.cotangents(),
+            run.record.writes.map(lambda part: part.expand(len(prompt), *part.shape[1:])),
+        )
+        where = torch.arange(batch.ids.shape[1], device=lm.device)
+        where = where == row[:, None] if request.at == "position" else where <= row[:, None]
+        for name in dict.fromkeys((*TRUSTED, request.replace)):
+            replaced = request.pool.replaced(name, batch, writes, where)
+            unknown = ~replaced.known
+            for key, part in (readings(asked, slopes, replaced) | totals(asked, replaced)).items():
+                part[unknown] = torch.nan
+                found[f"{key} {name}"] = part
+        found["other_direct"] = torch.stack([*invariance(asked, request.pool, first, real)])
+        self._parts.append({name: part[:real].cpu() for name, part in found.items()})
+
+    def _question(self, prompt: list[int], final: Tensor, row: Tensor) -> Question:
+        request = self.request
+        if request.answer is None:
+            return top_two(self.lm, final[torch.arange(len(row)), row])
+        answer = torch.from_numpy(request.answer[prompt]).to(row.device)
+        against = request.against
+        return Question(answer, None if against is None else torch.from_numpy(against[prompt]).to(row.device))
+
+    def _require_finite(self, batch: Batch, difference: Tensor) -> None:
+        bad = (~difference.isfinite()).nonzero()
+        if len(bad):
+            raise NumericError(
+                f"the logits of prompt {batch.first + int(bad[0])} are not finite",
+                fix="load the model in float32, or leave this prompt out",
+            )
+
+    def dataset(self) -> xr.Dataset:
+        """Everything that was kept, named."""
+        value = {name: torch.cat([part[name] for part in self._parts]).double().numpy() for name in self._parts[0]}
+        request, cells = self.request, ("prompt", "node")
+        chosen = {name: value[f"{name} {request.replace}"] for name in (*READINGS, "total")}
+        why, other = value[f"why {request.replace}"], value["other_direct"]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            relative = other[..., 1] / value["direct zero"][:, None]
+        variables = {
+            **{name: quantity(cells, chosen[name], "logit", _EQUATIONS[name]) for name in chosen},
+            "why": quantity((*cells, "part"), why, "logit", "exact account of total at the read row"),
+            "fate": (cells, fates(why, chosen["total"], request.at)),
+            "other_direct": quantity(
+                ("prompt", "replaced", "node", "quartile"), other, "logit", "direct, the query or all from other texts"
+            ),
+            "invariance": quantity(("prompt", "replaced", "node"), relative, "1", "median of other_direct / direct"),
+            "input_blind": (cells, input_blind(value["direct zero"], other)),
+            **{name: quantity(("prompt",), value[name], "logit", text) for name, text in _SUMS.items()},
+            **self._words(value),
+            **self._trust(value),
+        }
+        notes = {"invariance_note": "" if np.isfinite(other).any() else "fewer than two other texts reach the read row"}
+        return xr.Dataset(variables, self._coordinates()).assign_attrs(notes, n_prompts=len(request.tokens))
+
+    def _coordinates(self) -> dict[str, Any]:
+        return {
+            "prompt": np.arange(len(self.request.tokens)), "node": list(self.lm.nodes), "part": list(PARTS),
+            "replaced": list(REPLACED), "quartile": list(QUARTILES), "reading": list(READINGS),
+            "group": list(groups(self.lm)), "form": list(FORMS), "replacement": list(TRUSTED),
+        }  # fmt: skip
+
+    def _words(self, value: dict[str, np.ndarray]) -> dict[str, Any]:
+        request, tokenizer = self.request, self.lm.tokenizer
+
+        def spelled(ids: list[int]) -> str:
+            return plain(" ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids))
+
+        tokens, asked = (
+            request.tokens,
+            {name: value[name].astype(int) for name in ("answer", "against") if name in value},
+        )
+        words = {name: [spelled([i]) for i in ids.tolist()] for name, ids in asked.items()}
+        words["prompt_text"] = [spelled(ids[: n + 1].tolist()) for ids, n in zip(tokens.ids, request.row, strict=True)]
+        return {
+            **{name: ("prompt", np.array(part, dtype=object)) for name, part in words.items()},
+            **{f"{name}_id": ("prompt", ids) for name, ids in asked.items()},
+            "row": ("prompt", request.row),
+        }
+
+    def _trust(self, value: dict[str, np.ndarray]) -> dict[str, Any]:
+        axes = ("reading", "group", "form", "replacement")
+        found = np.full((len(_TRUST), len(READINGS), len(groups(self.lm)), len(FORMS), len(TRUSTED)), np.nan)
+        n = np.zeros(found.shape[1:], dtype=np.int64)
+        for place, kept, name, form, with_ in self._cells():
+            cells = [value[f"{part} {with_}"][:, kept] for part in (name, "total")]
+            one = trust(cells[0], cells[1], self.request.tokens.cluster, form)
+            found[(slice(None), *place)] = (one.correlation, one.low, one.high, one.slope, one.same_sign)
+            n[place] = one.n
+        named = {
+            name: quantity(axes, part, "1", text) for part, (name, text) in zip(found, _TRUST.items(), strict=True)
+        }
+        return {**named, "trust_n": quantity(axes, n, "1", "cells: prompts × nodes")}
+
+    def _cells(self) -> Iterator[tuple[tuple[int, int, int, int], list[int], str, str, str]]:
+        for g, kept in enumerate(groups(self.lm).values()):
+            for r, name in enumerate(READINGS):
+                for f, form in enumerate(FORMS):
+                    for w, with_ in enumerate(TRUSTED):
+                        yield (r, g, f, w), kept, name, form, with_
+
+
+_EQUATIONS = {
+    "direct": "⟨write − replacement, final norm and unembedding at the clean scale⟩",
+    "net": "direct + what later heads write because of it; patterns and norms held",
+    "relp": "backward pass with norms held, act(x)/x and the half rule",
+    "gradient": "⟨write − replacement, ∂ logit_diff / ∂ stream⟩",
+    "total": "logit_diff − logit_diff with the write replaced, executed",
+}
+_SUMS = {
+    "logit_diff": "answer − against, before a soft-cap",
+    "capped": "answer − against as the model returns it",
+    "constant": "biases of the final norm and the unembedding, which belong to no node",
+    "unexplained": "logit_diff − Σ direct (zero) − constant",
+}
+
+
+def groups(lm: Model) -> dict[str, list[int]]:
+    """Nodes whose readings are judged together. The last layer acts on the logits alone: near 1 by construction."""
+    last = len(lm.layers) - 1
+    heads, mlps = ([i for i, node in enumerate(lm.parts) if node.kind == kind] for kind in ("head", "mlp"))
+    early = {
+        "heads before the last layer": [i for i in heads if lm.parts[i].layer < last],
+        "mlps before the last layer": [i for i in mlps if lm.parts[i].layer < last],
+    }
+    layers = {f"L{layer}.heads": [i for i in heads if lm.parts[i].layer == layer] for layer in range(last + 1)}
+    return {"heads": heads, "mlps": mlps, **early, **layers}

@@ -1,0 +1,99 @@
+"""What does a vector in the final stream do to a logit, or to the difference of two? The last linear step of a model.
+
+With the final norm's scale held, a logit difference is linear in the final stream x: ⟨x, r⟩ + constant, where
+r = c · scale · centre(gain ⊙ (u_a − u_b)) and constant = c · (⟨β, u_a − u_b⟩ + b_a − b_b); u and b are the
+unembedding, β the final norm's bias, c the family's logit scale. All of it before a soft-cap, which is monotone but
+not linear.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from unwrite.model.view import Model, gain_of, norm_scale
+
+_CHUNK = 2**24
+
+
+@dataclass(frozen=True)
+class Question:
+    """A logit (`against` None) or a difference of two logits, one at every row (row axes: any)."""
+
+    answer: Int[Tensor, "*rows"]
+    against: Int[Tensor, "*rows"] | None = None
+
+    def direction(self, lm: Model) -> tuple[Float[Tensor, "*rows d_model"], Float[Tensor, "*rows"]]:
+        """u_a − u_b and b_a − b_b."""
+        head = _unembedding(lm)
+        u, b = _rows_of(head, self.answer, lm)
+        if self.against is None:
+            return u, b
+        v, c = _rows_of(head, self.against, lm)
+        return u - v, b - c
+
+
+def final_norm(lm: Model) -> Any:
+    """The norm between the final stream and the unembedding."""
+    return lm.decoder.get_submodule(lm.row.final_norm)
+
+
+@torch.no_grad()
+def measure(lm: Model, question: Question, stream: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows"]:
+    """The logit or logit difference of the final stream, through the model's own final norm, before a soft-cap."""
+    return normed_measure(lm, question, final_norm(lm)(stream.to(lm.dtype)))
+
+
+def normed_measure(lm: Model, question: Question, normed: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows"]:
+    """`measure` of what the final norm gave."""
+    direction, offset = question.direction(lm)
+    return lm.row.logit_scale(lm.config) * ((normed.to(direction.dtype) * direction).sum(-1) + offset)
+
+
+def reading(
+    lm: Model, question: Question, stream: Float[Tensor, "*rows d_model"]
+) -> tuple[Float[Tensor, "*rows d_model"], Float[Tensor, "*rows"]]:
+    """(r, constant): the clean final norm's scale held, `measure` of x is ⟨x, r⟩ + constant."""
+    direction, offset = question.direction(lm)
+    norm, scale = final_norm(lm), lm.row.logit_scale(lm.config)
+    gain, beta = gain_of(norm, lm), getattr(norm, "bias", None)
+    r = direction if gain is None else direction * gain
+    if lm.row.layer_norm:
+        r = r - r.mean(-1, keepdim=True)
+    constant = offset if beta is None else offset + (direction * beta.detach().to(direction.dtype)).sum(-1)
+    return scale * norm_scale(stream, norm, lm.row.layer_norm)[..., None] * r, scale * constant
+
+
+def capped(lm: Model, question: Question, stream: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows"]:
+    """The logit or difference that the model itself returns, after its soft-cap where it has one."""
+    cap = lm.row.logit_cap(lm.config)
+    if cap is None:
+        return measure(lm, question, stream)
+    logits = [measure(lm, Question(ids), stream) for ids in (question.answer, question.against) if ids is not None]
+    bounded = [torch.tanh(logit / cap) * cap for logit in logits]
+    return bounded[0] - bounded[1] if len(bounded) == 2 else bounded[0]
+
+
+@torch.no_grad()
+def top_two(lm: Model, stream: Float[Tensor, "*rows d_model"]) -> Question:
+    """The model's own two highest logits at every row: the highest against the second."""
+    head, flat = _unembedding(lm), stream.flatten(0, -2)
+    step = max(1, _CHUNK // head.weight.shape[0])
+    found = [head(final_norm(lm)(part.to(lm.dtype))).topk(2).indices for part in flat.split(step)]
+    first, second = torch.cat(found).unflatten(0, stream.shape[:-1]).unbind(-1)
+    return Question(first, second)
+
+
+def _unembedding(lm: Model) -> nn.Linear:
+    return lm.hf.get_output_embeddings()
+
+
+def _rows_of(head: nn.Linear, ids: Tensor, lm: Model) -> tuple[Tensor, Tensor]:
+    vectors = head.weight.detach()[ids].to(lm.compute_dtype)
+    if head.bias is None:
+        return vectors, vectors.new_zeros(ids.shape)
+    return vectors, head.bias.detach()[ids].to(lm.compute_dtype)

@@ -1,0 +1,95 @@
+"""How well does a cheap reading predict what really happens in this model? Correlation with the executed total.
+
+Three forms of one correlation over cells (prompt, node): `pooled`, over all cells; `within_node`, each node's mean
+over prompts taken out (does the reading know on which prompts a node matters?); `within_prompt`, each prompt's mean
+over nodes taken out (does it know which nodes matter on a prompt?). Intervals by resampling clusters of prompts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+FORMS = ("pooled", "within_node", "within_prompt")
+# Signs are compared where the total is at least this part of the prompt's largest.
+MATERIAL = 0.05
+_DRAWS = 999
+_LEVELS = (0.025, 0.975)
+# Of draws × clusters × nodes numbers at a time.
+_BLOCK = 2**22
+
+
+@dataclass(frozen=True)
+class Trust:
+    """Of one reading, group and form: correlation with `total` and its 95 % interval, slope, sign agreement, cells."""
+
+    correlation: float
+    low: float
+    high: float
+    slope: float
+    same_sign: float
+    n: int
+
+
+def trust(
+    reading: Float[np.ndarray, "prompt node"],
+    total: Float[np.ndarray, "prompt node"],
+    cluster: Int[np.ndarray, " prompt"],
+    form: str,
+) -> Trust:
+    """How `reading` predicts `total` over cells; prompts that have no total are left out.
+
+    `slope` is that of total on reading: what a unit of the reading is worth.
+    """
+    kept = np.isfinite(total).all(1) & np.isfinite(reading).all(1)
+    x, y = reading[kept], total[kept]
+    if form == "within_prompt" and len(x):
+        x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
+    sums = _sums(x, y, cluster[kept], per_node=form == "within_node")
+    nothing = Trust(np.nan, np.nan, np.nan, np.nan, np.nan, int(x.size))
+    # Centred on its own node or prompt, a single cell says nothing.
+    if not len(x) or (form == "within_node" and len(x) < 2) or (form == "within_prompt" and x.shape[1] < 2):
+        return nothing
+    correlation, slope = (float(part[0]) for part in _fit(sums.sum(1, keepdims=True)))
+    low, high = _interval(sums)
+    return Trust(correlation, low, high, slope, _same_sign(reading[kept], total[kept]), int(x.size))
+
+
+def _sums(x: np.ndarray, y: np.ndarray, cluster: np.ndarray, per_node: bool) -> Float[np.ndarray, "moment cluster k"]:
+    """1, x, y, x², y², xy, summed over the cells of every cluster (and of every node apart, if asked)."""
+    cells = np.stack([np.ones_like(x), x, y, x * x, y * y, x * y])
+    owners, index = np.unique(cluster, return_inverse=True)
+    sums = np.zeros((6, len(owners), x.shape[1]))
+    for prompt, owner in enumerate(index):
+        sums[:, owner] += cells[:, prompt]
+    return sums if per_node else sums.sum(2, keepdims=True)
+
+
+def _fit(sums: Float[np.ndarray, "moment draw k"]) -> tuple[Float[np.ndarray, " draw"], Float[np.ndarray, " draw"]]:
+    """Correlation and slope from summed moments, means taken out of every column k by itself."""
+    n, x, y, xx, yy, xy = sums
+    with np.errstate(divide="ignore", invalid="ignore"):
+        of_x = np.nansum(xx - x * x / n, -1)
+        of_y = np.nansum(yy - y * y / n, -1)
+        both = np.nansum(xy - x * y / n, -1)
+        return both / np.sqrt(of_x * of_y), both / of_x
+
+
+def _interval(sums: Float[np.ndarray, "moment cluster k"]) -> tuple[float, float]:
+    """Percentile bootstrap over clusters: a draw is how often each cluster is taken."""
+    clusters, columns = sums.shape[1:]
+    if clusters < 2:
+        return np.nan, np.nan
+    times = np.random.default_rng(0).multinomial(clusters, np.full(clusters, 1 / clusters), size=_DRAWS)
+    step = max(1, _BLOCK // (clusters * columns))
+    drawn = [_fit(np.einsum("dc,mck->mdk", times[i : i + step], sums))[0] for i in range(0, _DRAWS, step)]
+    low, high = np.nanquantile(np.concatenate(drawn), _LEVELS)
+    return float(low), float(high)
+
+
+def _same_sign(reading: np.ndarray, total: np.ndarray) -> float:
+    material: Bool[np.ndarray, "prompt node"] = np.abs(total) >= MATERIAL * np.abs(total).max(1, keepdims=True)
+    material &= total != 0
+    return float((np.sign(reading) == np.sign(total))[material].mean()) if material.any() else np.nan
