@@ -47,7 +47,7 @@ def opposed_by(result: uw.Result, writer: str) -> list[str]:
 
 def test_readings_follow_the_planted_levels(found) -> None:
     result, _ = found
-    first = {str(w): str(result["reading"].sel(writer=w).item()).split()[0] for w in result["writer"].values}
+    first = {str(w): str(result["in_words"].sel(writer=w).item()).split()[0] for w in result["writer"].values}
     assert first["L0H0"] == "reverses"
     assert first["L0H1"] == first["L0H2"] == first["L0H4"] == "falls"
     assert first["L0H3"] == first["L0H5"] == "level"
@@ -55,7 +55,7 @@ def test_readings_follow_the_planted_levels(found) -> None:
 
 def test_a_scan_never_says_erased_or_kept(found) -> None:
     result, _ = found
-    said = " ".join(map(str, result["reading"].values))
+    said = " ".join(map(str, result["in_words"].values))
     assert "erased" not in said
     assert "kept" not in said
 
@@ -73,7 +73,7 @@ def test_several_texts_stand_side_by_side_and_disagree_where_they_do() -> None:
 
 def test_audit_writes_everything_it_promises(tmp_path) -> None:
     lm, tokens = demonstration(n=6, length=64)
-    result = uw.audit(lm, tokens, tmp_path / "out")
+    result = uw.audit(lm, tokens, out=tmp_path / "out")
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["report.html", "result.nc", "table.csv"]
     again = uw.read(tmp_path / "out")
     xr.testing.assert_identical(again.data, result.data)
@@ -84,7 +84,7 @@ def test_audit_writes_everything_it_promises(tmp_path) -> None:
 def test_a_failed_audit_leaves_no_folder(tmp_path) -> None:
     lm, _ = demonstration(n=2, length=64)
     with pytest.raises(uw.errors.TokensError):
-        uw.audit(lm, np.array([[10**6, 1, 2]]), tmp_path / "out")
+        uw.audit(lm, np.array([[10**6, 1, 2]]), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

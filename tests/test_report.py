@@ -105,9 +105,9 @@ def test_texts_that_agree_are_not_reported_as_disagreeing(hostile) -> None:
 
 
 def test_a_reading_that_differs_in_kind_is_a_disagreement(hostile) -> None:
-    reading = hostile.data["reading"].values.copy()
+    reading = hostile.data["in_words"].values.copy()
     reading[0, 1], reading[1, 1] = "rises 0.1 → 2.0", "falls 1.0 → 0.1"
-    changed = Result(hostile.data.assign(reading=(hostile.data["reading"].dims, reading)))
+    changed = Result(hostile.data.assign(in_words=(hostile.data["in_words"].dims, reading)))
     assert len(disagreements(changed)) == 1
     assert "falls 1.0 → 0.1 on plain" in disagreements(changed)[0]
 

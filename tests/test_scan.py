@@ -383,7 +383,7 @@ def test_one_prompt_has_no_interval_and_names_no_eraser() -> None:
     result = uw.scan(_model("gpt2"), torch.tensor(tokens().ids[:1]))
     assert result["share_se"].isnull().all()
     assert not result["eraser"].any()
-    assert all("no interval" in words for words in result["reading"].values)
+    assert all("no interval" in words for words in result["in_words"].values)
 
 
 def benjamini_hochberg(p: np.ndarray, rate: float) -> np.ndarray:
@@ -441,7 +441,7 @@ def test_a_named_writer_that_never_writes_is_an_error_and_an_unnamed_one_is_note
         uw.scan(lm, tokens(), writers=["L0H0", "L1H1"])
     result = uw.scan(lm, tokens())
     assert result["n_positions"].sel(writer="L1H1") == 0
-    assert str(result["reading"].sel(writer="L1H1").values) == "never writes"
+    assert str(result["in_words"].sel(writer="L1H1").values) == "never writes"
     assert result["pr"].sel(writer="L1H1").isnull().all()
     assert result["pr"].drop_sel(writer="L1H1").notnull().all()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,6 +33,7 @@ Length = Annotated[
     int | None, typer.Option("--length", min=2, help="Tokens of a prompt, by default min(1024, context).")
 ]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for the result and its table.")]
+TableOut = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for result.nc and table.csv.")]
 Device = Annotated[str | None, typer.Option("--device", help="Where the model goes, such as cuda.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, …; by default that of the weights.")]
 Convention = Annotated[str, typer.Option("--convention", help="paper or raw.")]
@@ -49,6 +51,9 @@ def audit(
         str | None, typer.Argument(metavar="[MODEL]", help="Hub name or folder, by default a planted model.")
     ] = None,
     text: TextPath = [],  # noqa: B006 - typer copies it
+    prompt: Annotated[
+        list[str], typer.Option("--prompt", metavar="TEXT", help="Ask about this prompt; by default found ones.")
+    ] = [],  # noqa: B006
     n: Prompts = 300,
     length: Length = None,
     out: Out = None,
@@ -57,7 +62,7 @@ def audit(
     convention: Convention = "paper",
     quiet: Quiet = False,
 ) -> None:
-    """Certificate, scan and a verdict in one paragraph, saved as result.nc, table.csv and report.html."""
+    """Who writes, what survives, which attributions can be believed: scan, verify, dla and a verdict in words."""
     from unwrite.combined.audit import audit as run
     from unwrite.combined.audit import demonstration
 
@@ -69,8 +74,7 @@ def audit(
         lm = _load(model, device, dtype, convention)
         tokens = _read(lm, text, n, length)
     _certified(lm, quiet)
-    _finish(run(lm, tokens, out, _listener(quiet)), quiet)
-    _written(out, "result.nc, table.csv, report.html")
+    _produce(lambda: run(lm, tokens, prompt or None, listener=_listener(quiet)), out, quiet)
 
 
 @app.command()
@@ -88,21 +92,12 @@ def scan(
     quiet: Quiet = False,
 ) -> None:
     """Who writes, how the level along each write changes, and who writes against it."""
-    from contextlib import nullcontext
-
-    from unwrite import result as results
     from unwrite.methods.scan import scan as run
-    from unwrite.report import page
 
     lm = _load(model, device, dtype, convention)
     tokens = _read(lm, text, n, length)
     _certified(lm, quiet)
-    with nullcontext() if out is None else results.folder(out):
-        found = run(lm, tokens, writers.split(",") if writers else None, skip, listener=_listener(quiet))
-        if out is not None:
-            page.save_all(found, out)
-    _finish(found, quiet)
-    _written(out, "result.nc, table.csv, report.html")
+    _produce(lambda: run(lm, tokens, _names(writers), skip, listener=_listener(quiet)), out, quiet)
 
 
 @app.command()
@@ -113,32 +108,56 @@ def verify(
     erasers: Annotated[str | None, typer.Option("--erasers", help="Heads to hide it from, such as L2H3,L2H4.")] = None,
     n: Prompts = 100,
     length: Length = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Folder for result.nc and table.csv.")
-    ] = None,
+    out: TableOut = None,
     device: Device = None,
     dtype: Dtype = None,
     convention: Convention = "paper",
     quiet: Quiet = False,
 ) -> None:
     """What survives of one node's write, and who removes it because of it? By executed runs without the write."""
-    from contextlib import nullcontext
-
-    from unwrite import result as results
     from unwrite.methods.verify import verify as run
 
     lm = _load(model, device, dtype, convention)
-    tokens = _read(lm, text, n, length)
-    if isinstance(tokens, dict):
-        raise typer.BadParameter("verify reads one text at a time", param_hint="--text")
+    tokens = _one_text(lm, text, n, length)
     _certified(lm, quiet)
-    with nullcontext() if out is None else results.folder(out):
-        found = run(lm, tokens, writer, erasers.split(",") if erasers else None, listener=_listener(quiet))
-        if out is not None:
-            found.save(out)
-            found.save_table(out / "table.csv")
-    _finish(found, quiet)
-    _written(out, "result.nc, table.csv")
+    _produce(lambda: run(lm, tokens, writer, _names(erasers), listener=_listener(quiet)), out, quiet)
+
+
+@app.command()
+def dla(
+    model: ModelName,
+    prompt: Annotated[list[str], typer.Option("--prompt", metavar="TEXT", help="A prompt; several may be given.")],
+    answer: Annotated[
+        str | None, typer.Option("--answer", help="One token, such as ' Paris'; by default the model's first choice.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", help="The token it is compared with; by default the second choice.")
+    ] = None,
+    at: Annotated[str, typer.Option("--at", help="Replace writes at 'all' rows, or at the last 'position'.")] = "all",
+    replace: Annotated[str, typer.Option("--replace", help="By zero, mean or resample.")] = "zero",
+    text: Annotated[
+        list[str], typer.Option("--text", metavar="PATH", help="Other text, for means and invariance.")
+    ] = [],  # noqa: B006 - typer copies it
+    n: Prompts = 100,
+    out: TableOut = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    convention: Convention = "paper",
+    quiet: Quiet = False,
+) -> None:
+    """What does each node do to a logit difference: four readings, the executed truth, and which to believe."""
+    from unwrite.methods.dla import dla as run
+    from unwrite.tokens import prompts
+
+    lm = _load(model, device, dtype, convention)
+    longest = max(2, prompts(prompt, lm.tokenizer).length)
+    texts = _one_text(lm, text, n, longest) if text else None
+    _certified(lm, quiet)
+    _produce(
+        lambda: run(lm, prompt, answer, against, at=at, replace=replace, texts=texts, listener=_listener(quiet)),
+        out,
+        quiet,
+    )
 
 
 @app.command()
@@ -257,6 +276,32 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
+def _one_text(lm: Model, paths: list[str], n: int, length: int | None) -> Tokens:
+    tokens = _read(lm, paths, n, length)
+    if isinstance(tokens, dict):
+        raise typer.BadParameter("one text at a time", param_hint="--text")
+    return tokens
+
+
+def _names(listed: str | None) -> list[str] | None:
+    return listed.split(",") if listed else None
+
+
+def _produce(run: Callable[[], Result], out: Path | None, quiet: bool) -> None:
+    """Run a method into a folder that was found to be writable before, and print what it says."""
+    from contextlib import nullcontext
+
+    from unwrite import result as results
+    from unwrite.report import page, terminal
+
+    with nullcontext() if out is None else results.folder(out):
+        found = run()
+        files = () if out is None else page.save_all(found, out)
+    _finish(found, quiet)
+    if out is not None:
+        terminal.console().print(f"\nwritten: {plain(out)}/{', '.join(files)}", markup=False)
+
+
 def _finish(found: Result, quiet: bool) -> None:
     from unwrite.report import terminal
 
@@ -265,13 +310,6 @@ def _finish(found: Result, quiet: bool) -> None:
         screen.print(plain(terminal.last_word(found)), markup=False)
     else:
         terminal.show(found, screen)
-
-
-def _written(out: Path | None, files: str) -> None:
-    if out is not None:
-        from unwrite.report import terminal
-
-        terminal.console().print(f"\nwritten: {plain(out)}/{files}", markup=False)
 
 
 def main() -> None:

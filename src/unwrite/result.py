@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 QUANTILES = (0.125, 0.25, 0.5, 0.75, 0.875)
 _FILE = "result.nc"
+# The axes of a table's rows, where they are not writers or nodes.
+_ROWS = {"dla": ("prompt", "node"), "adversarial": ("hit",), "corpus_dla": ("path",)}
 _VERSIONS = ("unwrite", "torch", "transformers", "numpy", "xarray")
 # A spreadsheet takes a cell that begins with one of these for a formula, some also the full-width forms.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "＝", "＋", "－", "＠")
@@ -52,11 +54,12 @@ class Result:
         return self.data[name]
 
     def table(self) -> pd.DataFrame:
-        """One row per writer (and text), most energy moved first; of one writer's verification, one per node.
+        """One row per writer (and text), most energy moved first; of a verification one per node, of an attribution one
+        per prompt and node, of a search one per hit.
 
         Columns are the variables with no further axis, and medians of those with quantiles.
         """
-        rows = [axis for axis in ("text", "writer") if axis in self.data.dims] or ["node"]
+        rows = [axis for axis in _ROWS.get(self.method, ("text", "writer")) if axis in self.data.dims] or ["node"]
         flat = {name: part.transpose(*rows) for name, part in self.data.items() if set(part.dims) == set(rows)}
         for name, part in self.data.items():
             if set(part.dims) == {*rows, "quantile"}:

@@ -15,6 +15,7 @@ from jaxtyping import Int
 from unwrite.errors import TokensError, plain
 
 _LONGEST_DEFAULT = 1024
+_FEWEST_TO_HALVE = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +59,28 @@ class Tokens:
             "source": self.source, "digest": self.digest, "hash": self.hash, "prompts": len(self),
             "length": self.length, "tokens": int(self.lengths.sum()), "notes": list(self.notes),
         }  # fmt: skip
+
+    def take(self, prompts: Sequence[int] | np.ndarray, name: str | None = None) -> Tokens:
+        """Some of the prompts, in the order given, called `name` in results."""
+        kept = np.asarray(prompts, dtype=np.int64)
+        width = int(self.lengths[kept].max())
+        part = replace(self, ids=self.ids[kept, :width], lengths=self.lengths[kept], cluster=self.cluster[kept])
+        return part if name is None else part.named(name)
+
+    def halves(self) -> tuple[Tokens, Tokens]:
+        """The first half of the independent prompts, to choose by, and the second, to judge by.
+
+        Raises TokensError where a half would have fewer than two clusters, and so no interval.
+        """
+        clusters = list(dict.fromkeys(self.cluster.tolist()))
+        if len(clusters) < _FEWEST_TO_HALVE:
+            raise TokensError(
+                f"{self.source} cannot be split into prompts to choose by and prompts to judge by",
+                got=f"{len(clusters)} independent prompts", expected=f"at least {_FEWEST_TO_HALVE}",
+                fix="give more text, or shorter prompts",
+            )  # fmt: skip
+        first = np.isin(self.cluster, clusters[: len(clusters) // 2])
+        return self.take(np.flatnonzero(first)), self.take(np.flatnonzero(~first))
 
     def check(self, vocabulary: int, context: int | None) -> None:
         """Raise TokensError unless a model with this many embedding rows and positions can read the ids.
@@ -203,12 +226,21 @@ def single_token(token: int | str, tokenizer: Any, vocabulary: int) -> int:
         if len(ids) != 1 and token in tokenizer.get_vocab():
             return tokenizer.get_vocab()[token]
         if len(ids) != 1:
-            pieces = ", ".join(f"{tokenizer.decode([i])!r} ({i})" for i in ids) or "none"
+            pieces = ", ".join(f"{spelled([i], tokenizer)!r} ({i})" for i in ids) or "none"
             raise TokensError(f"{token!r} is not one token", got=pieces, fix="name one token, or pass its id")
         return ids[0]
     if isinstance(token, bool) or not isinstance(token, (int, np.integer)) or not 0 <= token < vocabulary:
         raise TokensError("not a token", got=repr(token), expected=f"a string of one token, or 0 to {vocabulary - 1}")
     return int(token)
+
+
+def spelled(ids: Sequence[int] | np.ndarray, tokenizer: Any) -> str:
+    """What token ids say, as one printable line; a token that decodes to nothing is named as the vocabulary does."""
+    numbers = [int(i) for i in ids]
+    if tokenizer is None:
+        return " ".join(map(str, numbers))
+    text = tokenizer.decode(numbers)
+    return plain(text or " ".join(map(str, tokenizer.convert_ids_to_tokens(numbers))))
 
 
 def _prefix(tokenizer: Any, bos: int | bool | None) -> list[int]:

@@ -28,7 +28,7 @@ from unwrite.run.replace import REPLACEMENTS, Pool
 from unwrite.run.rerun import clean
 from unwrite.run.stream import Batch, Listener, admit, batch_size, stream
 from unwrite.run.trust import FORMS, trust
-from unwrite.tokens import Tokens, prompts, single_token
+from unwrite.tokens import Tokens, prompts, single_token, spelled
 
 AT = ("all", "position")
 # Whatever is asked for, trust is measured for these.
@@ -244,15 +244,14 @@ class _Tally:
     def _words(self, value: dict[str, np.ndarray]) -> dict[str, Any]:
         request, tokenizer = self.request, self.lm.tokenizer
 
-        def spelled(ids: list[int]) -> str:
-            return plain(" ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids))
-
         tokens, asked = (
             request.tokens,
             {name: value[name].astype(int) for name in ("answer", "against") if name in value},
         )
-        words = {name: [spelled([i]) for i in ids.tolist()] for name, ids in asked.items()}
-        words["prompt_text"] = [spelled(ids[: n + 1].tolist()) for ids, n in zip(tokens.ids, request.row, strict=True)]
+        words = {name: [spelled([i], tokenizer) for i in ids] for name, ids in asked.items()}
+        words["prompt_text"] = [
+            spelled(ids[: n + 1], tokenizer) for ids, n in zip(tokens.ids, request.row, strict=True)
+        ]
         return {
             **{name: ("prompt", np.array(part, dtype=object)) for name, part in words.items()},
             **{f"{name}_id": ("prompt", ids) for name, ids in asked.items()},

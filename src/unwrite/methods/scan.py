@@ -57,7 +57,7 @@ def scan(
     standard errors clustered by prompt, `share` (= `share_position` + `share_token`), `share_se`, `level_share`,
     `level_share_se`, `change_share`, `change_share_se`; `moved`, the energy that later nodes moved along the write,
     relative to that of the final stream; `eraser`, candidate erasers (named, strongest first, in `opposed_by`);
-    `material`; `reading` in words; `n_positions`, `n_below_floor`, `n_beyond_grid`; `skipped_share` and
+    `material`; `in_words`; `n_positions`, `n_below_floor`, `n_beyond_grid`; `skipped_share` and
     `skipped_norm`, level shares and root mean square of ‖o_w‖ at the skipped positions.
     Raises TokensError, NodeError, NumericError (an activation that is not finite, a named writer that never writes).
 
@@ -185,7 +185,7 @@ def _judge(data: xr.Dataset, lm: Model, writers: tuple[Node, ...]) -> xr.Dataset
             np.array([_opponents(lm, *pair) for pair in zip(data["share"].values, found, strict=True)], object),
         ),
         material=("writer", material.values),
-        reading=("writer", np.array(words, dtype=object)),
+        in_words=("writer", np.array(words, dtype=object)),
         right_after=("writer", np.array([lm.locations[i] for i in after], dtype=object)),
     )
 

@@ -9,6 +9,7 @@ import jinja2
 import numpy as np
 
 from unwrite.errors import plain
+from unwrite.report import audited, believed
 from unwrite.report.figures import DIVERGING
 from unwrite.report.rows import disagreements, folded_line, rows, soundness, texts
 from unwrite.report.terminal import certificate, headline
@@ -27,6 +28,7 @@ def page(result: Result) -> str:
         verdict=plain(result.data.attrs.get("verdict") or verdict(result)),
         disagreements=[plain(line) for line in disagreements(result)],
         panels=[_panel(name, data, read) | {"sound": soundness(data, settings)} for name, data, read in texts(result)],
+        audit=_audited(result) if result.method == "audit" else None,
         provenance=_flat(result.provenance),
     )
 
@@ -37,11 +39,28 @@ def save(result: Result, path: Path) -> Path:
     return write(path, lambda place: place.write_text(page(result), encoding="utf-8"))
 
 
-def save_all(result: Result, folder: Path) -> None:
-    """Write `result.nc`, `table.csv` and `report.html` into a folder. Raises ResultError where it cannot be written."""
-    result.save(folder)
-    result.save_table(folder / "table.csv")
-    save(result, folder / "report.html")
+def save_all(result: Result, folder: Path) -> tuple[str, ...]:
+    """Write `result.nc`, `table.csv` and, of a scan or an audit, `report.html` into a folder; returns their names.
+
+    Raises ResultError where it cannot be written.
+    """
+    files = [result.save(folder), result.save_table(folder / "table.csv")]
+    if result.method in ("scan", "audit"):
+        files.append(save(result, folder / "report.html"))
+    return tuple(file.name for file in files)
+
+
+def _audited(result: Result) -> dict:
+    """The panels that only an audit has; names and texts in them were made plain where they were read."""
+    return {
+        "verified": (audited.HEADER, [audited.row(data) for data in audited.verified(result)]),
+        "asked": [(one.title, one.sums, believed.HEADER, one.rows) for one in believed.asked(result.data)],
+        "trust": [
+            (replacement, believed.TRUST_HEADER, believed.trusted(result.data, replacement))
+            for replacement in believed.REPLACEMENTS
+        ],
+        "search": audited.search(result),
+    }
 
 
 def _panel(name: str, data, read) -> dict:

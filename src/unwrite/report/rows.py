@@ -78,7 +78,7 @@ def _row(data: xr.Dataset) -> Row:
         end=float(median["level_end"]),
         opponents=tuple(opponents[:_OPPONENTS]),
         more_opponents=len(opponents[_OPPONENTS:]),
-        reading=str(data["reading"].item()),
+        reading=str(data["in_words"].item()),
         n=int(data["n_positions"]),
     )
 
@@ -96,7 +96,7 @@ def disagreements(result: Result) -> list[str]:
     found = []
     for i, writer in enumerate(result.data["writer"].values):
         here = result.data.isel(writer=i)
-        readings = {str(name): str(here.sel(text=name)["reading"].item()) for name in result.data["text"].values}
+        readings = {str(name): str(here.sel(text=name)["in_words"].item()) for name in result.data["text"].values}
         if here["material"].any() and len({reading.split()[0] for reading in readings.values()}) > 1:
             found.append(f"{writer}: " + "; ".join(f"{reading} on {name}" for name, reading in readings.items()))
     return found

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from unwrite.report.audited import summary
+from unwrite.report.believed import belief
 from unwrite.report.rows import Row, rows, texts
 from unwrite.result import Result
 
@@ -15,10 +17,13 @@ def verdict(result: Result) -> str:
     """The finding in words, text by text, with what it does not say."""
     model = result.provenance["model"]
     parts = [_of_text(model["name"], name, *rows(data), read=read) for name, data, read in texts(result)]
-    worst = max(model["certificate"].values())
+    exact = f"The decomposition is exact to {max(model['certificate'].values()):.0e}."
+    if result.method == "audit":
+        believed = belief(result.data)
+        return " ".join([*parts, summary(result), f"{believed[0].upper()}{believed[1:]}.", exact])
     caveat = (
         "These are levels: all that lies along a write, whoever wrote it. Whether a write was erased, and by whom, "
-        f"only an executed run without it can say (unwrite verify). The decomposition is exact to {worst:.0e}."
+        f"only an executed run without it can say (unwrite verify). {exact}"
     )
     return " ".join([*parts, caveat])
 

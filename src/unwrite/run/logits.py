@@ -22,19 +22,20 @@ _CHUNK = 2**24
 
 @dataclass(frozen=True)
 class Question:
-    """A logit (`against` None) or a difference of two logits, one at every row (row axes: any)."""
+    """A logit, or its difference to another one or (`centred`) to the mean over the vocabulary, one at every row."""
 
     answer: Int[Tensor, "*rows"]
     against: Int[Tensor, "*rows"] | None = None
+    centred: bool = False
 
     def direction(self, lm: Model) -> tuple[Float[Tensor, "*rows d_model"], Float[Tensor, "*rows"]]:
         """u_a − u_b and b_a − b_b."""
         head = _unembedding(lm)
         u, b = _rows_of(head, self.answer, lm)
-        if self.against is None:
-            return u, b
-        v, c = _rows_of(head, self.against, lm)
-        return u - v, b - c
+        if self.against is not None:
+            v, c = _rows_of(head, self.against, lm)
+            return u - v, b - c
+        return (u - _mean(head.weight, lm), b - _mean(head.bias, lm)) if self.centred else (u, b)
 
 
 def final_norm(lm: Model) -> Any:
@@ -90,6 +91,10 @@ def top_two(lm: Model, stream: Float[Tensor, "*rows d_model"]) -> Question:
 
 def _unembedding(lm: Model) -> nn.Linear:
     return lm.hf.get_output_embeddings()
+
+
+def _mean(parameter: Tensor | None, lm: Model) -> Tensor | float:
+    return 0.0 if parameter is None else parameter.detach().to(lm.compute_dtype).mean(0)
 
 
 def _rows_of(head: nn.Linear, ids: Tensor, lm: Model) -> tuple[Tensor, Tensor]:

@@ -84,6 +84,10 @@ class Pool:
         order = [(prompt + 1 + step) % n for step in range(n)] if self.own else [(prompt + i) % n for i in range(n)]
         return next((i for i in order if self.tokens.lengths[i] >= need and not (self.own and i == prompt)), None)
 
+    def mean(self, node: Node) -> Float[Tensor, "position d_model"]:
+        """The mean write of a node at every position, over the texts that reach it."""
+        return write_of(self.lm, self.folded, self._means, node)
+
     def others(self, prompt: int, row: int) -> Int[np.ndarray, " text"]:
         """Texts that reach position `row`, without the prompt itself."""
         reach = self.tokens.lengths > row

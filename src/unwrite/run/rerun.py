@@ -45,6 +45,12 @@ class Clean:
         """The frozen scale of the norm before this layer's values."""
         return value_scale(self.lm, layer, self.record.stream[layer.reads])
 
+    def carried(self, layer: int, vector: Tensor) -> Float[Tensor, "prompt position head d_model"]:
+        """C of eq. 3: what this layer's heads write because `vector` is in the stream, pattern and norms held."""
+        block = self.lm.layers[layer]
+        through = through_values(self.lm, block, self.patterns[layer], vector, self.scale(block))
+        return torch.einsum("bthk,hkd->bthd", self.post_scaled(block, through), self.folded[layer].w_o)
+
     def post_scaled(self, layer: Layer, z: Tensor) -> Tensor:
         """A part of z times the frozen scale of a post-norm, where there is one."""
         gain = self.record.gain.get(layer.index)

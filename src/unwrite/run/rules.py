@@ -188,6 +188,6 @@ def _attention_rules(lm: Model, layer: Layer, rule: str) -> Iterator[Any]:
     kept = value_columns(lm, layer)
     for module in layer.attention.modules():
         if module is layer.value:
-            yield module.register_forward_hook(lambda _, __, output: _follow(output, output * kept))
+            yield module.register_forward_hook(lambda _, __, made: _follow(made, made * kept))  # pyright: ignore
         elif module is not layer.out_proj and isinstance(getattr(module, "weight", None), Tensor):
             yield module.register_forward_hook(_stopped)

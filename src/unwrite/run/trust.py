@@ -52,14 +52,14 @@ def trust(
     # Centred on its own node or prompt, a single cell says nothing.
     if not len(x) or (form == "within_node" and len(x) < 2) or (form == "within_prompt" and x.shape[1] < 2):
         return nothing
-    correlation, slope = (float(part[0]) for part in _fit(sums.sum(1, keepdims=True)))
-    low, high = _interval(sums)
+    correlation, slope = (float(part[0]) for part in fit(sums.sum(1, keepdims=True)))
+    low, high = interval(sums)
     return Trust(correlation, low, high, slope, _same_sign(reading[kept], total[kept]), int(x.size))
 
 
 def _sums(x: np.ndarray, y: np.ndarray, cluster: np.ndarray, per_node: bool) -> Float[np.ndarray, "moment cluster k"]:
-    """1, x, y, x², y², xy, summed over the cells of every cluster (and of every node apart, if asked)."""
-    cells = np.stack([np.ones_like(x), x, y, x * x, y * y, x * y])
+    """Moments summed over the cells of every cluster (and of every node apart, if asked)."""
+    cells = moments(x, y)
     owners, index = np.unique(cluster, return_inverse=True)
     sums = np.zeros((6, len(owners), x.shape[1]))
     for prompt, owner in enumerate(index):
@@ -67,8 +67,15 @@ def _sums(x: np.ndarray, y: np.ndarray, cluster: np.ndarray, per_node: bool) -> 
     return sums if per_node else sums.sum(2, keepdims=True)
 
 
-def _fit(sums: Float[np.ndarray, "moment draw k"]) -> tuple[Float[np.ndarray, " draw"], Float[np.ndarray, " draw"]]:
-    """Correlation and slope from summed moments, means taken out of every column k by itself."""
+def moments(
+    x: Float[np.ndarray, "row column"], y: Float[np.ndarray, "row column"]
+) -> Float[np.ndarray, "6 row column"]:
+    """1, x, y, x², y², xy of every cell: sums of them give correlation and slope."""
+    return np.stack([np.ones_like(x), x, y, x * x, y * y, x * y])
+
+
+def fit(sums: Float[np.ndarray, "moment draw k"]) -> tuple[Float[np.ndarray, " draw"], Float[np.ndarray, " draw"]]:
+    """Correlation of x and y, and slope of y on x, from summed moments; each column k about its own means."""
     n, x, y, xx, yy, xy = sums
     with np.errstate(divide="ignore", invalid="ignore"):
         of_x = np.nansum(xx - x * x / n, -1)
@@ -77,14 +84,14 @@ def _fit(sums: Float[np.ndarray, "moment draw k"]) -> tuple[Float[np.ndarray, " 
         return both / np.sqrt(of_x * of_y), both / of_x
 
 
-def _interval(sums: Float[np.ndarray, "moment cluster k"]) -> tuple[float, float]:
-    """Percentile bootstrap over clusters: a draw is how often each cluster is taken."""
+def interval(sums: Float[np.ndarray, "moment cluster k"]) -> tuple[float, float]:
+    """95 % interval of the correlation: percentile bootstrap, a draw being how often each cluster is taken."""
     clusters, columns = sums.shape[1:]
     if clusters < 2:
         return np.nan, np.nan
     times = np.random.default_rng(0).multinomial(clusters, np.full(clusters, 1 / clusters), size=_DRAWS)
     step = max(1, _BLOCK // (clusters * columns))
-    drawn = [_fit(np.einsum("dc,mck->mdk", times[i : i + step], sums))[0] for i in range(0, _DRAWS, step)]
+    drawn = [fit(np.einsum("dc,mck->mdk", times[i : i + step], sums))[0] for i in range(0, _DRAWS, step)]
     low, high = np.nanquantile(np.concatenate(drawn), _LEVELS)
     return float(low), float(high)
 

@@ -1,0 +1,184 @@
+"""On which prompts does direct logit attribution mislead most about a node? A search through a corpus, with base rates.
+
+At every position the question is the model's own top two logits. A hit is a position where the writer's direct reading
+is large, its executed total effect is small, and the reading hardly depends on the text: the write's mean over prompts
+at that position gives nearly the same. (Dao, Lau, Rager, Janiak 2023, arXiv 2310.07325, section 4, chose such prompts
+by hand.) A search always finds something, so hits are counted against positions searched, against the same search for
+randomly turned writes, and again on text that was not searched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from operator import add
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from unwrite.model.capture import Recording
+from unwrite.model.load import provenance
+from unwrite.model.view import Model, fold, write_of
+from unwrite.nodes import Node, choose, parse_node
+from unwrite.result import Result, build, quantity
+from unwrite.run.logits import Question, measure, reading, top_two
+from unwrite.run.replace import Pool
+from unwrite.run.rerun import added, clean
+from unwrite.run.rotations import rotations
+from unwrite.run.stats import Tree
+from unwrite.run.stream import Batch, Listener, admit, batch_size, stream
+from unwrite.tokens import Tokens, spelled
+
+# Large: direct is at least this part of the logit difference. Small: at most this part of direct.
+LARGE = 0.25
+SMALL = 0.25
+GENERIC = 5
+TEXTS = ("searched", "held_out")
+SOURCES = ("writer", "generic")
+
+
+def adversarial(
+    lm: Model,
+    tokens: Any,
+    writer: object,
+    held_out: Any = None,
+    n: int = 4,
+    skip: int = 1,
+    *,
+    batch: int | None = None,
+    listener: Listener | None = None,
+) -> Result:
+    """The `n` prompts on which a node's direct attribution is largest and its effect and dependence on the text small.
+
+    Arguments: `tokens` the corpus that is searched, and `held_out` one that is not, as `uw.scan` takes them; `writer`
+    one node; `skip` positions at the start of each prompt are left out. At most one hit is kept of each prompt.
+    Returns a Result: by hit `direct`, `direct_mean` (that of the position's mean write; the rest depends on the text),
+    `total` (logit_diff − logit_diff without the writer's writes, executed), `logit_diff`, `prompt`, `row`, `answer`,
+    `against`, and the tokens up to there `ids[hit, position]` (−1 where the prompt is over); by text and source
+    (writer, generic: 5 random rotations of the write) `hits`, `positions` and `rate`.
+    Raises NodeError for an unknown writer, TokensError as `uw.scan`.
+
+    Example: `uw.adversarial(lm, tokens, "L0H2").data[["direct", "total"]]`
+    """
+    node = choose([parse_node(writer)], lm.parts)[0]
+    texts = [admit(lm, part, None, skip) for part in (tokens, held_out) if part is not None]
+    tallies = []
+    for name, part in zip(TEXTS, texts, strict=False):
+        tally = _Search(lm, part, node, skip, n)
+        size = batch_size(lm, part, max(1, batch_size(lm, part) // 4) if batch is None else batch)
+        stream(lm, part, tally.step, size, f"search {node} ({name.replace('_', ' ')})", listener)
+        tallies.append(tally)
+    settings = {"writer": str(node), "n": n, "skip": skip, "batch": batch}
+    about = {name: part.about() for name, part in zip(TEXTS, texts, strict=False)}
+    return build("adversarial", _dataset(lm, tallies, node), settings, provenance(lm), about)
+
+
+class _Search:
+    """Counts of hits, and the best hit of every prompt."""
+
+    def __init__(self, lm: Model, tokens: Tokens, writer: Node, skip: int, n: int):
+        self.lm, self.tokens, self.writer, self.skip, self.n = lm, tokens, writer, skip, n
+        self.folded = fold(lm)
+        self._mean = Pool(lm, self.folded, tokens, own=True).mean(writer)
+        self._turns = list(rotations(lm, GENERIC))
+        self._counts: Tree[np.ndarray] = Tree(add)
+        self.best: list[dict[str, Any]] = []
+
+    def step(self, batch: Batch) -> None:
+        """One clean run, one without the write, one for every rotation."""
+        run = clean(self.lm, batch.ids, self.folded)
+        final = run.record.stream[self.lm.states[-1]]
+        question = top_two(self.lm, final)
+        r, _ = reading(self.lm, question, final)
+        difference = measure(self.lm, question, final)
+        kept = batch.beyond(self.skip).to(self.lm.device)
+        write = write_of(self.lm, self.folded, run.record.writes, self.writer).expand_as(final)
+        mean = self._mean[: write.shape[1]]
+        counts = np.zeros((len(SOURCES), 2))
+        for number, turn in enumerate([None, *self._turns]):
+            turned, typical = (part if turn is None else part @ turn for part in (write, mean))
+            found = {
+                "logit_diff": difference,
+                "direct": (turned * r).sum(-1),
+                "direct_mean": (typical * r).sum(-1),
+                "total": difference - self._measure(question, added(run, self.writer, -turned)),
+            }
+            hit = _hits(found) & kept
+            counts[int(number > 0)] += (int(hit.sum()), int(kept.sum()))
+            if turn is None:
+                self.best += self._candidates(batch, question, found, hit)
+        self.best = _distinct(sorted(self.best, key=lambda one: -one["score"]))[: self.n]
+        self._counts.add(batch.index, counts)
+
+    def _measure(self, question: Question, record: Recording) -> Tensor:
+        return measure(self.lm, question, record.stream[self.lm.states[-1]])
+
+    def _candidates(
+        self, batch: Batch, question: Question, found: dict[str, Tensor], hit: Tensor
+    ) -> Iterator[dict[str, Any]]:
+        # By how much the reading overstates the effect, in logits; the best of each prompt.
+        score = torch.where(hit, found["direct"].abs() - found["total"].abs(), -torch.inf)
+        value, row = score[: batch.real].max(1)
+        other = question.answer if question.against is None else question.against
+        for i in torch.isfinite(value).nonzero()[:, 0].tolist():
+            place = (i, int(row[i]))
+            numbers = {name: float(part[place]) for name, part in found.items()}
+            said = tuple(batch.ids[i, : place[1] + 1].tolist())
+            ids = {f"{name}_id": int(part[place]) for name, part in (("answer", question.answer), ("against", other))}
+            yield {"score": float(value[i]), "prompt": batch.first + i, "row": place[1], "said": said, **ids, **numbers}
+
+    def counts(self) -> np.ndarray:
+        """[source, (hits, positions)]."""
+        return self._counts.total()
+
+
+def _distinct(ranked: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first of every text: prompts of a corpus begin alike."""
+    return list({one["said"]: one for one in reversed(ranked)}.values())[::-1]
+
+
+def _hits(found: dict[str, Tensor]) -> Tensor:
+    direct = found["direct"].abs()
+    large = direct >= LARGE * found["logit_diff"].abs()
+    rest = (found["direct"] - found["direct_mean"]).abs()
+    return large & (found["total"].abs() <= SMALL * direct) & (rest <= SMALL * direct) & (direct > 0)
+
+
+def _dataset(lm: Model, tallies: list[_Search], writer: Node) -> xr.Dataset:
+    counts = np.stack([tally.counts() for tally in tallies])
+    best = tallies[0].best
+    ids = np.full((len(best), max((one["row"] + 1 for one in best), default=0)), -1)
+    for row, one in zip(ids, best, strict=True):
+        row[: len(one["said"])] = one["said"]
+    axes = ("text", "source")
+    with np.errstate(invalid="ignore"):
+        rate = counts[..., 0] / counts[..., 1]
+    whole = {name: np.array([one[name] for one in best], dtype=np.int64) for name in _WHERE}
+    return xr.Dataset(
+        {
+            **{name: quantity(("hit",), np.array([one[name] for one in best]), "logit", _SAYS[name]) for name in _SAYS},
+            **{name: ("hit", part) for name, part in whole.items()},
+            "answer": ("hit", _words(lm, whole["answer_id"])),
+            "against": ("hit", _words(lm, whole["against_id"])),
+            "ids": (("hit", "position"), ids),
+            "hits": quantity(axes, counts[..., 0].astype(np.int64), "1", "positions that are hits"),
+            "positions": quantity(axes, counts[..., 1].astype(np.int64), "1", "positions searched"),
+            "rate": quantity(axes, rate, "1", "hits / positions"),
+        },
+        {"text": list(TEXTS[: len(tallies)]), "source": list(SOURCES), "hit": np.arange(len(best))},
+    ).assign_attrs(writer=str(writer))
+
+
+_WHERE = ("prompt", "row", "answer_id", "against_id")
+_SAYS = {
+    "logit_diff": "the model's highest logit − its second",
+    "direct": "⟨write, final norm and unembedding at the clean scale⟩",
+    "direct_mean": "the same of the mean write at this position",
+    "total": "logit_diff − logit_diff without the writer's writes, executed",
+}
+
+
+def _words(lm: Model, ids: np.ndarray) -> np.ndarray:
+    return np.array([spelled([i], lm.tokenizer) for i in ids], dtype=object)

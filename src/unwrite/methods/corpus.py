@@ -1,0 +1,151 @@
+"""Do a writer's direct attribution and its erasers' cancel, over a whole corpus? The paper's Figure 5, streamed.
+
+At every position, x = what the writer's write does to a logit difference through the frozen final norm, y = the same
+of its erasers: `raw`, all that they write; `values`, only what they write because their values read the writer (eq. 3,
+with attention weights); `same_position`, eq. 3 without them, as if every head attended to its own position (the
+authors' published script). Perfect clean-up is a correlation and a slope of −1. (Dao, Lau, Rager, Janiak 2023, arXiv
+2310.07325, Figure 5)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from operator import add
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from unwrite.errors import NumericError
+from unwrite.model.load import provenance
+from unwrite.model.values import through_values
+from unwrite.model.view import Model, fold, write_of
+from unwrite.nodes import Node, choose, parse_node, require_readers
+from unwrite.result import Result, build, quantity
+from unwrite.run.logits import Question, reading, top_two
+from unwrite.run.rerun import Clean, clean
+from unwrite.run.stats import Tree
+from unwrite.run.stream import Batch, Listener, admit, batch_size, stream
+from unwrite.run.trust import fit, interval, moments
+from unwrite.tokens import Tokens
+
+PATHS = ("raw", "values", "same_position")
+LOGITS = ("top two", "next token")
+
+
+def corpus_dla(
+    lm: Model,
+    tokens: Any,
+    writer: object,
+    erasers: Iterable[object],
+    skip: int = 1,
+    logit: str = "top two",
+    *,
+    mask: Any = None,
+    batch: int | None = None,
+    listener: Listener | None = None,
+) -> Result:
+    """Correlation and slope between a writer's direct attribution and that of its erasers, over every position.
+
+    Arguments: `writer` one node, `erasers` heads of later layers (such as those that `uw.verify` names); `skip`
+    positions at the start of each prompt are left out; `logit` "top two", the difference of the model's two highest
+    logits, or "next token", the logit of the token that comes next minus the mean logit.
+    Returns a Result: by path (raw, values, same_position) `correlation` with a 95 % interval from resampled prompts
+    (`correlation_low`, `correlation_high`), `slope`, `intercept`; `n` positions.
+    Raises NodeError for nodes that the model does not have or erasers that cannot read the writer; NumericError for an
+    unknown `logit`; TokensError as `uw.scan`.
+
+    Example: `uw.corpus_dla(lm, tokens, "L0H2", ["L2H2", "L2H5"])["correlation"]`
+    """
+    tokens = admit(lm, tokens, mask, skip)
+    if logit not in LOGITS:
+        raise NumericError("logit is unknown", got=repr(logit), expected=" or ".join(map(repr, LOGITS)))
+    node = choose([parse_node(writer)], lm.parts)[0]
+    named = require_readers(choose(erasers, lm.parts), node, len(lm.layers))
+    tally = _Tally(lm, tokens, node, named, skip, logit)
+    size = batch_size(lm, tokens, max(1, batch_size(lm, tokens) // 4) if batch is None else batch)
+    stream(lm, tokens, tally.step, size, f"corpus {node}", listener)
+    settings = {"writer": str(node), "erasers": [str(e) for e in named], "skip": skip, "logit": logit, "batch": batch}
+    return build("corpus_dla", tally.dataset(), settings, provenance(lm), {"": tokens.about()})
+
+
+class _Tally:
+    """Moments of (x, y) by path, summed over every prompt's positions."""
+
+    def __init__(self, lm: Model, tokens: Tokens, writer: Node, erasers: tuple[Node, ...], skip: int, logit: str):
+        self.lm, self.tokens, self.writer, self.erasers, self.skip, self.logit = (
+            lm,
+            tokens,
+            writer,
+            erasers,
+            skip,
+            logit,
+        )
+        self.folded = fold(lm)
+        self._sums: Tree[np.ndarray] = Tree(add)
+
+    def step(self, batch: Batch) -> None:
+        """Read both attributions at every position of a batch."""
+        run = clean(self.lm, batch.ids, self.folded, with_patterns=True)
+        kept, question = self._asked(batch, run)
+        r, _ = reading(self.lm, question, run.record.stream[self.lm.states[-1]])
+        along = [(part * r).sum(-1) for part in self._writes(run)]
+        x, *ys = (torch.where(kept, part, 0).double().cpu().numpy() for part in along)
+        counted = kept.cpu().numpy()
+        sums = np.zeros((int(self.tokens.cluster.max()) + 1, len(PATHS), 6))
+        for path, y in enumerate(ys):
+            of_rows = moments(x, y) * counted
+            np.add.at(sums[:, path], self._cluster(batch), of_rows.sum(2).T[: batch.real])
+        self._sums.add(batch.index, sums)
+
+    def _cluster(self, batch: Batch) -> np.ndarray:
+        return self.tokens.cluster[batch.first : batch.first + batch.real]
+
+    def _asked(self, batch: Batch, run: Clean) -> tuple[Tensor, Question]:
+        kept = batch.beyond(self.skip).to(self.lm.device)
+        if self.logit == LOGITS[0]:
+            return kept, top_two(self.lm, run.record.stream[self.lm.states[-1]])
+        following = batch.ids.roll(-1, 1).to(self.lm.device)
+        has_next = batch.counted.roll(-1, 1).to(self.lm.device)
+        has_next[:, -1] = False
+        return kept & has_next, Question(following, centred=True)
+
+    def _writes(self, run: Clean) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the writer writes; of the erasers, in sum: all, through values, through values without pattern."""
+        write, *others = (write_of(self.lm, self.folded, run.record.writes, e) for e in (self.writer, *self.erasers))
+        raw, values, own = sum(others, torch.zeros_like(write)), torch.zeros_like(write), torch.zeros_like(write)
+        for layer in sorted({node.layer for node in self.erasers}):
+            heads = [node.head for node in self.erasers if node.layer == layer]
+            values += run.carried(layer, write)[:, :, heads].sum(2)
+            block, pattern = self.lm.layers[layer], run.patterns[layer]
+            itself = torch.eye(pattern.shape[-1], dtype=pattern.dtype, device=pattern.device).expand_as(pattern)
+            z = run.post_scaled(block, through_values(self.lm, block, itself, write, run.scale(block)))
+            own += torch.einsum("bthk,hkd->btd", z[:, :, heads], self.folded[layer].w_o[heads])
+        return write, raw, values, own
+
+    def dataset(self) -> xr.Dataset:
+        """Correlation, slope, intercept and interval by path."""
+        sums = self._sums.total()
+        sums = sums[sums[:, 0, 0] > 0]
+        found = np.array([self._fitted(sums[:, path].T[:, :, None]) for path in range(len(PATHS))]).T
+        equations = {
+            "correlation": "of x = direct(writer) and y = Σ direct(erasers)", "slope": "of y on x",
+            "intercept": "of y on x, in logits", "correlation_low": "2.5 % over resampled prompts",
+            "correlation_high": "97.5 % over resampled prompts",
+        }  # fmt: skip
+        variables = {
+            name: quantity(("path",), row, "logit" if name == "intercept" else "1", text)
+            for row, (name, text) in zip(found, equations.items(), strict=True)
+        }
+        n = quantity((), np.asarray(int(sums[:, 0, 0].sum())), "1", "positions")
+        return xr.Dataset({**variables, "n": n}, {"path": list(PATHS)}).assign_attrs(
+            writer=str(self.writer), erasers=" ".join(map(str, self.erasers))
+        )
+
+    def _fitted(self, sums: np.ndarray) -> tuple[float, ...]:
+        whole = sums.sum(1, keepdims=True)
+        correlation, slope = (float(part[0]) for part in fit(whole))
+        n, x, y = whole[:3, 0, 0]
+        return (correlation, slope, (y - slope * x) / n, *interval(sums))

@@ -1,0 +1,64 @@
+"""What does an audit say of the writers that it verified? A result of one method out of the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import xarray as xr
+
+from unwrite.report.found import rates
+from unwrite.result import Result
+
+HEADER = ("writer", "verdict", "survival", "generic", "erased", "filled in", "opposed", "through values", "erasers")
+
+
+def verified(result: Result) -> Iterator[xr.Dataset]:
+    """Of every verified writer, the variables and attributes that `uw.verify` gives, under the names it gives."""
+    for writer in result.data["verified"].values:
+        one = result.data.sel(verified=writer)
+        mine = {
+            name: name.removeprefix("verified_") for name in map(str, one.data_vars) if name.startswith("verified_")
+        }
+        data = one.drop_vars([name for name in mine.values() if name in one]).rename(mine)
+        words = {name: str(data[name].item()) for name in ("verdict", "erasers", "causal_share_note")}
+        yield data.assign_attrs(words, writer=str(writer))
+
+
+def row(data: xr.Dataset) -> tuple[str, ...]:
+    """One verified writer in one line."""
+    end = data.isel(location=-1)
+    generic = end["generic"]
+    low, mean, high = (float(generic.sel(bound=bound)) for bound in ("low", "mean", "high"))
+    values = f"{float(data['caused']):+.2f}"
+    if np.isfinite(data["causal_share"]):
+        values += f" ({float(data['causal_share']):.0%})"
+    return (
+        data.attrs["writer"],
+        data.attrs["verdict"],
+        f"{float(end['survival']):.2f} ± {float(end['survival_se']):.2f}",
+        f"{mean:.2f} [{low:.2f}, {high:.2f}]",
+        f"{float(data['erased'].sum()):+.2f}",
+        f"{float(data['filled_in'].sum()):+.2f}",
+        f"{float(data['opposed']):+.2f}",
+        values,
+        data.attrs["erasers"] or "–",
+    )
+
+
+def summary(result: Result) -> str:
+    """Which verified writers were erased, and what became of the others."""
+    by: dict[str, list[str]] = {}
+    for data in verified(result):
+        by.setdefault(data.attrs["verdict"], []).append(data.attrs["writer"])
+    judged = result.provenance["settings"]["judged"]
+    lead = "No writer is erased" if "erased" not in by else f"Erased: {', '.join(by.pop('erased'))}"
+    rest = "; ".join(f"{verdict}: {', '.join(writers)}" for verdict, writers in by.items())
+    tail = f" ({rest})" if rest else ""
+    return f"{lead}{tail}, judged by executed runs on {judged['prompts']} prompts that did not choose them."
+
+
+def search(result: Result) -> str:
+    """How often the search found a misleading prompt, and how often it would for a random direction."""
+    data = result.data[["found_rate"]].rename({"found_rate": "rate", "found_text": "text"})
+    return rates(data, result.data.attrs["searched"])
