@@ -9,7 +9,7 @@ PIN = .venv/bin/python -m pip install -qq -c constraints.txt --build-constraint 
 audit: .venv/.runtime
 	@.venv/bin/python -m unwrite audit $${MODEL:+"$$MODEL"} $${TEXT:+--text "$$TEXT"} --out audit
 
-test: .venv/.test
+test: .venv/.test .venv-legacy/.done
 	@.venv/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 lint: .venv/.lint
@@ -23,7 +23,7 @@ bench: .venv/.runtime
 
 # Results in audit/ are yours and stay.
 clean:
-	rm -rf .venv dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-legacy dist .pytest_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps below are touched when an installation is complete, so that it is done once.
@@ -44,4 +44,13 @@ clean:
 
 .venv/.lint: .venv/.runtime
 	@$(PIN) --group lint
+	@touch $@
+
+# An older TransformerLens beside the one in .venv: what is not in this environment is found beneath it, as pinned.
+.venv-legacy/.done: .venv/.test
+	@rm -rf .venv-legacy
+	@.venv/bin/python -m venv --without-pip .venv-legacy
+	@.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		"$$(.venv-legacy/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beneath.pth"
+	@.venv-legacy/bin/python -m pip install -qq --group legacy-oracle
 	@touch $@

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import logging
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,10 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from unwrite.errors import ModelError, UnwriteError
+from unwrite.errors import ModelError, UnwriteError, plain
 from unwrite.model.certificate import certify
 from unwrite.model.families import FAMILIES, REFUSED, Family
+from unwrite.model.legacy import checkpoint, from_legacy, is_legacy, tokenizer_folder, tokenizer_name
 from unwrite.model.view import CONVENTIONS, Model, embedding_rows
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -32,6 +36,7 @@ def load(
 ) -> Model:
     """A `Model` from a hub name, a folder, or a Hugging Face causal language model already in memory.
 
+    A TransformerLens-era checkpoint, by folder or by hub name, becomes a GPT-2 (see `legacy.from_legacy`).
     Arguments: `tokenizer`, by default the one that comes with the model; `revision` a hub commit; `dtype` by default
     that of the weights; `device` or `device_map` where to put it (not for a model in memory, which stays as and where
     it is); `convention` "paper" (Dao et al. 2023: heads without constant part, LayerNorm streams centred) or "raw".
@@ -45,9 +50,9 @@ def load(
         raise ModelError("unknown convention", got=repr(convention), expected=" or ".join(map(repr, CONVENTIONS)))
     if isinstance(source, (str, Path)):
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
-        hf = _from_disk(str(source), {"dtype": dtype or "auto", "device_map": device_map, **options})
+        hf, own = _from_disk(str(source), {"dtype": dtype or "auto", "device_map": device_map, **options})
         hf = hf if device is None else hf.to(torch.device(device))  # pyright: ignore[reportArgumentType]
-        tokenizer = tokenizer or _tokenizer(str(source), hf.config, options)
+        tokenizer = tokenizer or own()
     elif isinstance(source, PreTrainedModel):
         if any(option is not None for option in (revision, dtype, device, device_map)):
             raise ModelError("a model in memory stays as it is", fix="leave revision, dtype, device and device_map out")
@@ -136,12 +141,18 @@ def _row(config: Any) -> Family:
     return row
 
 
-def _from_disk(source: str, options: dict[str, Any]) -> PreTrainedModel:
-    _check_folder(Path(source))
+def _from_disk(source: str, options: dict[str, Any]) -> tuple[PreTrainedModel, Callable[[], Any]]:
+    """The model, and what finds its own tokenizer."""
+    if not is_legacy(Path(source)):
+        _check_folder(Path(source))
     hub = {key: options[key] for key in ("revision", "trust_remote_code")}
     try:
+        if (legacy := checkpoint(source, options["revision"])) is not None:
+            hf = from_legacy(legacy, options["dtype"], device_map=options["device_map"])
+            return hf, partial(_legacy_tokenizer, legacy, hf.config)
         _row(AutoConfig.from_pretrained(source, **hub))
-        return AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, **options)
+        hf = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, **options)
+        return hf, partial(_tokenizer, source, hf.config, hub)
     except UnwriteError:
         raise
     except Exception as error:
@@ -197,6 +208,16 @@ def _tokenizer(source: str, config: Any, options: dict[str, Any]) -> Any:
     # A tokenizer that names no limit reports an astronomical one; windows need the model's.
     context = getattr(config, "max_position_embeddings", None)
     tokenizer.model_max_length = min(tokenizer.model_max_length, context or tokenizer.model_max_length)
+    return tokenizer
+
+
+def _legacy_tokenizer(folder: Path, config: Any) -> Any:
+    """The one that comes with the weights or that they name, which may be out of reach: that is said once."""
+    place = tokenizer_folder(folder)
+    tokenizer = None if place is None else _tokenizer(str(place), config, {})
+    if tokenizer is None:
+        wanted = f"{tokenizer_name(folder) or 'one that its checkpoint does not name'} cannot be had"
+        logging.getLogger("unwrite").warning("%s", plain(f"no tokenizer: {wanted}; pass tokenizer=… or token ids"))
     return tokenizer
 
 
