@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import random
@@ -17,46 +16,16 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 import tiny
 import unwrite as uw
+from tiny import snapshot
 from unwrite.errors import ModelError
 from unwrite.model.families import REFUSED
 
 # One of every way in which attention is reached: the interface, own code, own code with a branch for sdpa, post-norms.
 WAYS = ("gpt2", "gptj", "falcon", "gemma2", "qwen2_moe")
 IDS = torch.randint(3, 50, (3, 8), generator=torch.Generator().manual_seed(0))
-
-
-def snapshot(hf: Any) -> dict[str, Any]:
-    """Everything about a model, and about transformers, that a view could have changed."""
-    sha = hashlib.sha256()
-    for name, part in sorted(hf.state_dict().items()):
-        sha.update(name.encode() + part.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return {
-        "state": sha.hexdigest(),
-        "hooks": {
-            (name, kind): list(getattr(module, kind).values())
-            for name, module in hf.named_modules()
-            for kind in dir(module)
-            if kind.endswith("_hooks") and isinstance(getattr(module, kind), dict)
-        },
-        "forward": {name: module.__dict__.get("forward") for name, module in hf.named_modules()},
-        "global hooks": [len(part) for name, part in vars(nn.modules.module).items() if name.startswith("_global_")
-                         and isinstance(part, dict)],
-        "config": hf.config.to_dict(),
-        "attention": hf.config._attn_implementation,
-        "experts": getattr(hf.config, "_experts_implementation", None),
-        "training": {name: module.training for name, module in hf.named_modules()},
-        "gradients": {name: (part.requires_grad, part.grad) for name, part in hf.named_parameters()},
-        "versions": {name: part._version for name, part in hf.named_parameters()},
-        "registers": [list(ALL_ATTENTION_FUNCTIONS), list(ALL_MASK_ATTENTION_FUNCTIONS),
-                      list(AttentionInterface._global_mapping), list(AttentionMaskInterface._global_mapping)],
-        "random": torch.get_rng_state().tolist(),
-        "grad mode": torch.is_grad_enabled(),
-    }  # fmt: skip
 
 
 @pytest.fixture(params=WAYS)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
 
 import tiny
@@ -16,8 +17,12 @@ from unwrite.model.load import view
 from unwrite.model.planted import planted
 from unwrite.model.values import through_values
 from unwrite.model.view import Model, fold
+from unwrite.report.verified import sentence
 from unwrite.run import rerun, without
-from unwrite.tokens import windows
+from unwrite.run.readers import one_reader
+from unwrite.run.rotations import rotations
+from unwrite.run.stream import stream
+from unwrite.tokens import Tokens, from_ids, windows
 
 PROSE = (
     "It was the best of times, it was the worst of times; 1775 was the year, and all of it was told by a clerk. " * 60
@@ -204,7 +209,7 @@ def test_background_is_what_is_left_of_the_level(verified) -> None:
 
 def test_rotations_keep_length_and_stay_where_readers_look() -> None:
     lm = model("gpt2", 0)
-    for turn in list(without._rotations(lm))[:3]:
+    for turn in rotations(lm, 3):
         write = torch.randn(4, lm.d_model, dtype=torch.float64)
         write -= write.mean(-1, keepdim=True)
         torch.testing.assert_close((write @ turn).norm(dim=-1), write.norm(dim=-1))
@@ -228,7 +233,9 @@ def test_a_rotated_write_decays_like_anything(monkeypatch) -> None:
         return nodes
 
     monkeypatch.setattr(rerun.Clean, "nodes", turned)
-    assert uw.verify(lm, tokens, lm.nodes[2]).data.attrs["verdict"] == "decays like anything"
+    result = uw.verify(lm, tokens, lm.nodes[2])
+    assert result.data.attrs["verdict"] == "decays like anything"
+    assert result.data.attrs["readers"] == ""
 
 
 def test_bad_requests_are_refused() -> None:
@@ -261,3 +268,227 @@ def test_a_value_that_is_not_finite_is_named_and_never_a_verdict() -> None:
         hf.model.embed_tokens.weight[2] = float("nan")
     with pytest.raises(NumericError, match=r"embed \(input\) at prompt 2, position 4"):
         uw.verify(lm, ids, "L0H0", batch=2)
+
+
+def read_again(lm: Model, index: int, x: Tensor) -> Tensor:
+    """What an MLP writes when it reads x: the modules of its branch, called one after the other."""
+    block: Any = lm.layers[index].block
+    llama = lambda: block.mlp(block.post_attention_layernorm(x))  # noqa: E731
+    either = lambda: block.mlp((block.input_layernorm if lm.parallel else block.post_attention_layernorm)(x))  # noqa: E731
+    before = lambda: block.mlp(block.input_layernorm(x))  # noqa: E731
+    sandwich = lambda: block.post_feedforward_layernorm(block.mlp(block.pre_feedforward_layernorm(x)))  # noqa: E731
+    branch = {
+        "gpt2": lambda: block.mlp(block.ln_2(x)),
+        "gpt_neo": lambda: block.mlp(block.ln_2(x)),
+        "gptj": lambda: block.mlp(block.ln_1(x)),
+        "opt": lambda: block.fc2(block.activation_fn(block.fc1(block.final_layer_norm(x)))),
+        "bloom": lambda: block.mlp.dense_4h_to_h(
+            block.mlp.gelu_impl(block.mlp.dense_h_to_4h(block.post_attention_layernorm(x)))
+        ),
+        "falcon": lambda: block.mlp(block.ln_mlp(x)) if hasattr(block, "ln_mlp") else either(),
+        "stablelm": either,
+        "phi": before,
+        "cohere": before,
+        "gemma2": sandwich,
+        "gemma3_text": sandwich,
+        "olmo2": lambda: block.post_feedforward_layernorm(block.mlp(x)),
+        "granite": lambda: block.mlp(block.post_attention_layernorm(x)) * lm.config.residual_multiplier,
+    }.get(lm.family, llama)
+    with torch.no_grad():
+        return branch()
+
+
+def readings(lm: Model, run: rerun.Clean, vector: Tensor, skip: int) -> dict[str, tuple[float, float]]:
+    """Node name -> energy that it writes because it reads `vector`, and that along it; one reader at a time."""
+    found = {}
+    for node in lm.parts:
+        if node.kind == "mlp" and (node.layer > 0 or not lm.parallel):
+            state = run.record.stream[lm.layers[node.layer].reads]
+            if not lm.parallel:
+                state = next(x for name, x in run.record.stream.items() if str(name) == f"resid_mid{node.layer}")
+            change = read_again(lm, node.layer, state) - read_again(lm, node.layer, state - vector)
+        elif node.kind == "head" and node.layer > 0:
+            change = run.carried(node.layer, vector)[:, :, node.head]  # what an executed run confirms, above
+        else:
+            continue
+        change, along = change[:, skip:], vector[:, skip:]
+        found[str(node)] = float((change**2).sum()), float((change * along).sum())
+    return found
+
+
+# Falcon's parallel, sequential and new layouts, GPT-NeoX and StableLM in parallel and not, are all among them.
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_each_reader_alone_is_that_of_a_slow_twin(family, seed) -> None:
+    overrides = dict(PINNED.get(family, {}))
+    if family in ("gpt_neox", "stablelm"):
+        overrides["use_parallel_residual"] = bool(seed)
+    if family == "falcon":
+        overrides |= {"layout": 1 + 3 * seed, "alibi": False}
+    lm = view(tiny.model(family, 5 + seed, **overrides), convention="raw")
+    ids, writer = ids_of(lm), next(node for node in lm.parts if node.kind == "head")
+    result = uw.verify(lm, ids, str(writer)).data
+    run = rerun.clean(lm, ids, fold(lm), with_patterns=True)
+    nodes = run.nodes(run.record)
+    write = nodes[lm.parts.index(writer)].clone()
+    write[:, 0] = 0
+    energy = {str(node): float(nodes[i, :, 1:].pow(2).sum()) for i, node in enumerate(lm.parts)}
+    # gptj and gpt_neo compute their patterns in float32.
+    tolerance = 1e-5 if lm.row.float32_inside or family in ("gptj", "gpt_neo") else 1e-8
+    own = readings(lm, run, write, 1)
+    for name, (read, along) in own.items():
+        assert float(result["read"].sel(node=name)) == pytest.approx(read / energy[name], rel=tolerance)
+        share = float(result["one_reader_share"].sel(node=name))
+        expected = along / float(write.pow(2).sum()) if name.startswith("MLP") else np.nan
+        assert share == pytest.approx(expected, rel=tolerance, abs=tolerance, nan_ok=True)
+    turned = [readings(lm, run, write @ turn, 1) for turn in rotations(lm, without.READ_ROTATIONS)]
+    for name in own:
+        draws = np.array([draw[name][0] for draw in turned]) / energy[name]
+        bound = stats.t.ppf(1 - 0.05 / len(own), len(draws) - 1) * draws.std(ddof=1) * (1 + 1 / len(draws)) ** 0.5
+        expected = [max(draws.mean() - bound, 0), draws.mean(), draws.mean() + bound]
+        np.testing.assert_allclose(result["read_generic"].sel(node=name), expected, rtol=100 * tolerance, atol=1e-9)
+    others = [name for name in lm.nodes if name not in own]
+    assert (result["read"].sel(node=others).fillna(0) == 0).all()
+    assert result["read_generic"].sel(node=others).isnull().all()
+    assert result["one_reader_share"].sel(node=others).isnull().all()
+
+
+def test_one_reader_is_the_executed_change_of_the_first_reader_only() -> None:
+    """The MLP after the writer's own heads has nothing but the write between it and the clean run; later ones do."""
+    lm = model("gpt2", 3)
+    data = uw.verify(lm, ids_of(lm), "L0H0").data
+    gap = data["one_reader_share"] - data["acts"]
+    assert abs(float(gap.sel(node="MLP0"))) < 1e-12
+    assert abs(float(gap.sel(node="MLP1"))) > 1e-4
+
+
+def test_one_reader_leaves_the_model_as_it_was() -> None:
+    lm = model("llama", 1)
+    run = rerun.clean(lm, ids_of(lm), fold(lm))
+    nothing = one_reader(run, torch.zeros(2, 7, lm.d_model, dtype=torch.float64), [0, 1])
+    assert all(float(change.abs().max()) == 0 for change in nothing.values())
+    assert not any(module._forward_pre_hooks for module in lm.hf.modules())
+
+
+def test_planted_readers_are_named_and_a_write_that_nobody_reads_says_so(verified) -> None:
+    readers = {writer: result.data.attrs["readers"].split() for writer, result in verified.items()}
+    assert "L1H0" in readers["L0H0"]
+    assert "MLP1" in readers["L0H2"]
+    assert "L1H5" not in readers["L0H4"]
+    assert "L1H0 read it more" in sentence(verified["L0H0"]) or "L1H0, " in sentence(verified["L0H0"])
+
+
+def test_named_erasers_take_one_pass_and_give_the_same_numbers(monkeypatch) -> None:
+    lm = model("llama", 1)
+    ids, real, runs = ids_of(lm, 4), without.clean, []
+    monkeypatch.setattr(without, "clean", lambda *args: runs.append(args[3]) or real(*args))
+    first = uw.verify(lm, ids, "L0H0", batch=4)
+    assert runs == [True, False, True]
+    runs.clear()
+    again = uw.verify(lm, ids, "L0H0", erasers=first.data.attrs["erasers"].split(), batch=4)
+    assert runs == [True, False]
+    for name in first.data:
+        if first[name].dtype.kind == "f":
+            np.testing.assert_array_equal(first[name].values, again[name].values)
+
+
+def test_a_model_that_shows_its_patterns_is_run_once(monkeypatch) -> None:
+    lm = model("gpt_neo", 1)
+    real, runs = without.clean, []
+    monkeypatch.setattr(without, "clean", lambda *args: runs.append(args[3]) or real(*args))
+    uw.verify(lm, ids_of(lm, 4), "L0H0", erasers=["L1H0"], batch=4)
+    assert runs == [True]
+
+
+def test_executed_runs_of_falcon_are_the_models_own() -> None:
+    """With ALiBi, transformers' eager attention is another function than the one that the model calls."""
+    lm = view(tiny.model("falcon", 4, alibi=True))
+    ids, node = ids_of(lm, length=12), lm.parts[1]
+    survival = uw.verify(lm, ids, str(node))["survival"].values
+    there = np.isfinite(survival)
+    np.testing.assert_allclose(survival[there], brute_survival(lm, ids, node, 1)[there], atol=1e-10)
+
+
+def tallied(lm: Model, tokens: Tokens, size: int, named: bool) -> without.WithoutTally:
+    """A whole tally, with erasers named beforehand or hidden in a second pass."""
+    tally, erasers = without.WithoutTally(lm, tokens, lm.parts[2], 1, 1e-4), [lm.parts[-3]]
+    stream(lm, tokens, lambda batch: tally.step(batch, erasers if named else ()), size, "")
+    if not named:
+        stream(lm, tokens, lambda batch: tally.hide(batch, erasers), size, "")
+    return tally
+
+
+def same_tally(one: without.WithoutTally, two: without.WithoutTally) -> None:
+    for name in one.ratios:
+        np.testing.assert_array_equal(one.ratios[name].counts, two.ratios[name].counts)
+    for mine, yours in ((one.shares(), two.shares()), (one.eraser_sums(), two.eraser_sums())):
+        for name in mine[0]:
+            np.testing.assert_allclose(mine[0][name], yours[0][name], rtol=1e-12, atol=1e-12)
+            # A root: of rounding where there is no error.
+            np.testing.assert_allclose(mine[1][name], yours[1][name], rtol=1e-9, atol=1e-7)
+    for mine, yours in zip((*one.reads(), *one.spaces()), (*two.reads(), *two.spaces()), strict=True):
+        np.testing.assert_allclose(mine, yours, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(one.decoding.found(), two.decoding.found(), rtol=0, atol=1e-9)
+    assert one.n_positions == two.n_positions
+
+
+def full_tokens(lm: Model) -> Tokens:
+    """Seven prompts of unequal length."""
+    ids = ids_of(lm, 7, 9)
+    mask = torch.arange(9) < torch.tensor([9, 9, 8, 9, 7, 9, 9])[:, None]
+    return from_ids(ids, mask)
+
+
+@pytest.mark.parametrize(
+    ("most", "error", "named"),
+    [
+        (1, torch.OutOfMemoryError("full"), True),
+        (2, RuntimeError("can't allocate memory"), True),
+        (3, torch.OutOfMemoryError("full"), False),
+    ],
+)
+def test_out_of_memory_in_the_middle_of_a_batch_counts_nothing_twice(most, error, named, monkeypatch) -> None:
+    """Late in the step, when most is computed: the readers of rotated writes, or the paper's view."""
+    lm = model("gpt2", 4)
+    tokens = full_tokens(lm)
+    before = tallied(lm, tokens, 5, named)
+    for name, place in (("one_reader", 1), ("hidden", 1)):
+        real = getattr(without, name)
+
+        def small(*args: Any, real: Any = real, place: int = place) -> Any:
+            if len(args[place]) > most:
+                raise error
+            return real(*args)
+
+        monkeypatch.setattr(without, name, small)
+    same_tally(before, tallied(lm, tokens, 5, named))
+
+
+@pytest.mark.parametrize("call", [0, 7, 21, 40])
+def test_out_of_memory_at_any_call_counts_nothing_twice(call, monkeypatch) -> None:
+    lm = model("llama", 2)
+    tokens, real, calls = full_tokens(lm), without.added, iter(range(10**6))
+    before = tallied(lm, tokens, 3, True)
+
+    def failing(*args: Any) -> Any:
+        if next(calls) == call:
+            raise MemoryError
+        return real(*args)
+
+    monkeypatch.setattr(without, "added", failing)
+    same_tally(before, tallied(lm, tokens, 3, True))
+
+
+def test_a_prompt_that_alone_does_not_fit_is_named(monkeypatch) -> None:
+    lm = model("gpt2", 4)
+    tokens, real = full_tokens(lm), without.added
+
+    def full(run: rerun.Clean, *rest: Any) -> Any:
+        if (run.record.vectors[lm.parts[0]][:, :3] == bad[:3]).all((1, 2)).any():
+            raise torch.OutOfMemoryError("full")
+        return real(run, *rest)
+
+    bad = rerun.clean(lm, torch.from_numpy(tokens.ids[3:4]), fold(lm)).record.vectors[lm.parts[0]][0]
+    monkeypatch.setattr(without, "added", full)
+    with pytest.raises(NumericError, match="prompt 3 does not fit into memory"):
+        uw.verify(lm, tokens, "L0H1", batch=2)

@@ -6,12 +6,16 @@ because a bias happens to be zero or a gain happens to be one.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 Draw = Callable[[random.Random, dict[str, Any]], Any]
 
@@ -238,3 +242,33 @@ def model(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, **over
         for module in built.modules():
             _redraw(module, generator)
     return built
+
+
+def snapshot(hf: Any) -> dict[str, Any]:
+    """Everything about a model, and about transformers, that a view could have changed."""
+    sha = hashlib.sha256()
+    for name, part in sorted(hf.state_dict().items()):
+        sha.update(name.encode() + part.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return {
+        "state": sha.hexdigest(),
+        "hooks": {
+            (name, kind): list(getattr(module, kind).values())
+            for name, module in hf.named_modules()
+            for kind in dir(module)
+            if "_hooks" in kind and isinstance(getattr(module, kind), dict)
+        },
+        "forward": {name: module.__dict__.get("forward") for name, module in hf.named_modules()},
+        "global hooks": [len(part) for name, part in vars(nn.modules.module).items() if name.startswith("_global_")
+                         and isinstance(part, dict)],
+        "config": hf.config.to_dict(),
+        "attention": hf.config._attn_implementation,
+        "experts": getattr(hf.config, "_experts_implementation", None),
+        "training": {name: module.training for name, module in hf.named_modules()},
+        "gradients": {name: (part.requires_grad, part.grad) for name, part in hf.named_parameters()},
+        "versions": {name: part._version for name, part in hf.named_parameters()},
+        "registers": [list(ALL_ATTENTION_FUNCTIONS), list(ALL_MASK_ATTENTION_FUNCTIONS),
+                      list(AttentionInterface._global_mapping), list(AttentionMaskInterface._global_mapping)],
+        "modes": len(torch.overrides._get_current_function_mode_stack()),
+        "random": torch.get_rng_state().tolist(),
+        "grad mode": torch.is_grad_enabled(),
+    }  # fmt: skip

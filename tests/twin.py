@@ -312,3 +312,52 @@ def position_part(rows: Rows, node: str, writer: str, bucket: np.ndarray) -> flo
         if pairs:
             total += len(here) / len(pairs) * sum(float(e[i] @ w[j]) for i, j in pairs)
     return total / _dot(w, w).sum()
+
+
+def patterns(truth: Truth) -> tuple[Tensor, ...]:
+    """Where every head looks [prompt, head, query, key], layer by layer, as Hugging Face's eager attention says."""
+    config = truth.hf.config
+    usual, config._attn_implementation = config._attn_implementation, "eager"
+    try:
+        with torch.no_grad():
+            return truth.hf(input_ids=truth.ids, use_cache=False, output_attentions=True).attentions
+    finally:
+        config._attn_implementation = usual
+
+
+def into_values(truth: Truth, layer: int, vector: Tensor) -> Tensor:
+    """What `vector` in the stream is to a block's values, the norm held at the factor that it was. By weights."""
+    block, x = truth.blocks[layer], truth._clean[layer]
+    if truth.hf.config.model_type == "gpt2":
+        norm = block.ln_1
+        return (
+            (vector - vector.mean(-1, keepdim=True))
+            * norm.weight
+            * (x.var(-1, correction=0) + norm.eps)[..., None] ** -0.5
+        )
+    norm = block.input_layernorm
+    gain = norm.weight + 1 if truth._post_norm else norm.weight
+    eps = norm.eps if truth._post_norm else norm.variance_epsilon
+    return vector * gain * (x.pow(2).mean(-1, keepdim=True) + eps) ** -0.5
+
+
+@torch.no_grad()
+def carried(truth: Truth, layer: int, vector: Tensor, pattern: Tensor) -> Tensor:
+    """Eq. 3, C [prompt, position, head, d_model]: what heads write because their values read `vector`. By weights.
+
+    Of GPT-2, Llama and Gemma 2, whose post-norm is held at the factor that it was.
+    """
+    config, block, heads = truth.hf.config, truth.blocks[layer], truth.hf.config.num_attention_heads
+    if config.model_type == "gpt2":
+        into, out = block.attn.c_attn.weight[:, -config.n_embd :], block.attn.c_proj.weight
+        own = into.unflatten(1, (heads, -1))
+    else:
+        into, out = block.self_attn.v_proj.weight.T, block.self_attn.o_proj.weight.T
+        shared = into.unflatten(1, (config.num_key_value_heads, -1))
+        own = shared[:, torch.arange(heads) // (heads // config.num_key_value_heads)]
+    values = torch.einsum("btd,dhk->bthk", into_values(truth, layer, vector), own)
+    found = torch.einsum("bhqi,bihk,hkd->bqhd", pattern, values, out.unflatten(0, (heads, -1)))
+    if truth._post_norm:
+        norm, before = block.post_attention_layernorm, truth._clean["before", layer]
+        found = found * (norm.weight + 1) * (before.pow(2).mean(-1)[..., None, None] + norm.eps) ** -0.5
+    return found

@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from unwrite import errors as errors
     from unwrite.combined.audit import audit as audit
     from unwrite.combined.doctor import doctor as doctor
+    from unwrite.combined.reproduce import reproduce as reproduce
+    from unwrite.methods.adversarial import adversarial as adversarial
+    from unwrite.methods.corpus import corpus_dla as corpus_dla
     from unwrite.methods.dla import dla as dla
     from unwrite.methods.scan import scan as scan
     from unwrite.methods.verify import verify as verify
@@ -16,21 +19,28 @@ if TYPE_CHECKING:
     from unwrite.model.planted import planted as planted
     from unwrite.result import Result as Result
     from unwrite.result import read as read
+    from unwrite.run.edits import Edit as Edit
+    from unwrite.run.trace import trace as trace
     from unwrite.tokens import Tokens as Tokens
     from unwrite.tokens import text as text
 
 # Public name -> the module that has it; imported on first use, so that `import unwrite` loads neither torch nor xarray.
 _PUBLIC = {
+    "Edit": "unwrite.run.edits",
     "Result": "unwrite.result",
     "Tokens": "unwrite.tokens",
+    "adversarial": "unwrite.methods.adversarial",
     "audit": "unwrite.combined.audit",
+    "corpus_dla": "unwrite.methods.corpus",
     "dla": "unwrite.methods.dla",
     "doctor": "unwrite.combined.doctor",
     "load": "unwrite.model.load",
     "planted": "unwrite.model.planted",
     "read": "unwrite.result",
+    "reproduce": "unwrite.combined.reproduce",
     "scan": "unwrite.methods.scan",
     "text": "unwrite.tokens",
+    "trace": "unwrite.run.trace",
     "verify": "unwrite.methods.verify",
 }
 

@@ -161,6 +161,30 @@ def dla(
 
 
 @app.command()
+def reproduce(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="gelu-4l.")],
+    weights: Annotated[
+        Path | None, typer.Option("--weights", metavar="DIR", help="The checkpoint's folder; by default the hub's.")
+    ] = None,
+    text: Annotated[
+        list[str], typer.Option("--text", metavar="PATH", help="A text; by default the paper's own, from the hub.")
+    ] = [],  # noqa: B006 - typer copies it
+    n: Prompts = 300,
+    length: Length = None,
+    out: TableOut = None,
+    quiet: Quiet = False,
+) -> None:
+    """The five figures of Dao, Lau, Rager and Janiak 2023: the paper's numbers beside ours."""
+    from unwrite.combined.reproduce import WEIGHTS
+    from unwrite.combined.reproduce import reproduce as run
+
+    lm = _load(str(weights or WEIGHTS), None, None, "paper")
+    tokens = _one_text(lm, text, n, length) if text else None
+    _certified(lm, quiet)
+    _produce(lambda: run(name, lm, tokens, n, listener=_listener(quiet)), out, quiet)
+
+
+@app.command()
 def show(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder with a result.nc.")],
     out: Annotated[

@@ -1,6 +1,6 @@
 """What are the parts of a decoder called?
 
-The only place where "L2H3", "MLP2" or "resid_mid2" is parsed, printed or ordered.
+The only place where "L2H3", "MLP2", "resid_mid2" or "L2H3.v" is parsed, printed or ordered.
 """
 
 from __future__ import annotations
@@ -15,6 +15,11 @@ from unwrite.errors import NodeError
 # Write order inside a layer: the heads, then the attention's constant part, then the MLP.
 _KINDS = ("embed", "pos_embed", "head", "bias", "mlp")
 _STATES = ("pre", "mid", "post")
+# The order in which a forward pass reaches the sites of a layer. In a parallel block the MLP comes when it likes.
+_SITES = (
+    *("embed", "pos_embed", "pre", "v_input", "q", "shared_k", "k", "shared_v", "v"),
+    *("pattern", "z", "head", "bias", "mid", "act", "mlp", "post"),
+)
 
 _NODE_FORMS = (
     ("head", re.compile(r"L(\d+)H(\d+)")),
@@ -26,6 +31,13 @@ _NODE_FORMS = (
     ("pos_embed", re.compile(r"(?:hook_)?pos_embed")),
 )
 _LOCATION_FORMS = (re.compile(r"resid_(pre|mid|post)(\d+)"), re.compile(r"blocks\.(\d+)\.hook_resid_(pre|mid|post)"))
+_SITE_FORMS = (
+    *((part, re.compile(rf"L(\d+)H(\d+)\.{part}")) for part in ("q", "k", "v", "z", "pattern")),
+    *((f"shared_{part}", re.compile(rf"L(\d+)KV(\d+)\.{part}")) for part in ("k", "v")),
+    ("v_input", re.compile(r"L(\d+)\.v_input")),
+    ("act", re.compile(r"MLP(\d+)\.act")),
+    ("act", re.compile(r"blocks\.(\d+)\.mlp\.hook_post")),
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,41 @@ class Location:
         return self.state == "post" or (self.state == "mid" and not parallel and node.kind != "mlp")
 
 
+@dataclass(frozen=True)
+class Site:
+    """Anything that can be recorded or edited: what a node writes, a state of the stream, or a tensor inside a layer.
+
+    `kind` is the kind of a node, a state of a location, or the part of the layer; `head` a query head, or the key/value
+    head of a shared part.
+    """
+
+    kind: str
+    layer: int = -1
+    head: int = -1
+
+    def __str__(self) -> str:
+        if self.kind in _STATES:
+            return str(Location(self.kind, self.layer))
+        if (node := self.node) is not None:
+            return str(node)
+        part = self.kind.removeprefix("shared_")
+        return {
+            "v_input": f"L{self.layer}.v_input",
+            "act": f"MLP{self.layer}.act",
+            f"shared_{part}": f"L{self.layer}KV{self.head}.{part}",
+        }.get(self.kind, f"L{self.layer}H{self.head}.{part}")
+
+    @property
+    def node(self) -> Node | None:
+        """The node whose write this is, if it is one's."""
+        return Node(self.kind, self.layer, self.head) if self.kind in _KINDS else None
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Sort key: the order in which a forward pass reaches sites."""
+        return (self.layer, _SITES.index(self.kind), self.head)
+
+
 def parse_node(name: object) -> Node:
     """A `Node` from "L2H3", "(2, 3)", (2, 3), "L2.bias", "MLP2", "blocks.2.hook_mlp_out", "embed" or "pos_embed".
 
@@ -96,6 +143,38 @@ def parse_location(name: object) -> Location:
             state, layer = sorted(found.groups(), key=str.isdigit)
             return Location(state, int(layer))
     raise NodeError("not a location", got=repr(name), expected="resid_pre0, resid_mid2 or resid_post2")
+
+
+def parse_site(name: object) -> Site:
+    """A `Site` from "L2H3.z" (.q, .k, .v, .pattern), "L2KV1.k" (.v), "L2.v_input", "MLP2.act", a node or a location.
+
+    "L2H3.out" is "L2H3", "resid_pre2" is "resid_post1". Raises NodeError for anything else.
+    """
+    if isinstance(name, Site) and name.kind != "pre":
+        return name
+    text = str(name)
+    for kind, form in _SITE_FORMS:
+        if found := form.fullmatch(text):
+            return Site(kind, *(int(number) for number in found.groups()))
+    if any(form.fullmatch(text) for form in _LOCATION_FORMS):
+        state = parse_location(text)
+        before = state.state == "pre" and state.layer > 0
+        return Site("post", state.layer - 1) if before else Site(state.state, state.layer)
+    try:
+        node = parse_node(text.removesuffix(".out"))
+    except NodeError:
+        raise NodeError(
+            "not a site",
+            got=repr(name),
+            expected="a node, a location, L2H3.q, .k, .v, .z or .pattern, L2KV1.k or .v, L2.v_input or MLP2.act",
+        ) from None
+    return Site(node.kind, node.layer, node.head)
+
+
+def nearest(name: object, available: Iterable[object]) -> str | None:
+    """The few names most like `name`, as a hint to the user; None where nothing is."""
+    near = difflib.get_close_matches(str(name), map(str, available), n=4, cutoff=0.3)
+    return f"nearest: {', '.join(near)}" if near else None
 
 
 def reads(reader: Node, writer: Node, parallel: bool) -> bool:
@@ -121,10 +200,19 @@ def choose(names: Iterable[object] | Node | None, available: Sequence[Node]) -> 
     if not chosen:
         raise NodeError("no node was named", expected="at least one node name", fix="leave the argument out for all")
     for node in sorted(chosen - set(available), key=lambda node: node.order):
-        near = difflib.get_close_matches(str(node), [str(other) for other in available], n=4, cutoff=0.3)
-        hint = f"nearest: {', '.join(near)}" if near else None
-        raise NodeError(f"this model has no node {node}", expected=_span(available), fix=hint)
+        raise NodeError(f"this model has no node {node}", expected=_span(available), fix=nearest(node, available))
     return tuple(sorted(chosen, key=lambda node: node.order))
+
+
+def require_readers(erasers: tuple[Node, ...], writer: Node, layers: int) -> tuple[Node, ...]:
+    """`erasers` again. Raises NodeError for one that cannot read `writer` through values."""
+    early = [str(node) for node in erasers if node.kind != "head" or node.layer <= writer.layer]
+    if early:
+        raise NodeError(
+            f"{', '.join(early)} cannot read {writer} through values",
+            expected=f"heads of layers {writer.layer + 1} to {layers - 1}",
+        )
+    return erasers
 
 
 def _span(available: Sequence[Node]) -> str:

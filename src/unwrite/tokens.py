@@ -234,7 +234,7 @@ def single_token(token: int | str, tokenizer: Any, vocabulary: int) -> int:
     return int(token)
 
 
-def spelled(ids: Sequence[int] | np.ndarray, tokenizer: Any) -> str:
+def spelled(ids: Iterable[int | np.integer], tokenizer: Any) -> str:
     """What token ids say, as one printable line; a token that decodes to nothing is named as the vocabulary does."""
     numbers = [int(i) for i in ids]
     if tokenizer is None:

@@ -149,8 +149,9 @@ def _merged(
 
 def _plain(proof: xr.Dataset) -> xr.Dataset:
     """A verification whose words are variables, so that it can stand beside others."""
-    words = {name: str(proof.attrs[name]) for name in ("verdict", "erasers", "causal_share_note")}
-    return proof.assign({name: ((), np.array(word, dtype=object)) for name, word in words.items()}).drop_attrs()
+    named = ("verdict", "erasers", "causal_share_note", "readers", "decodable_note")
+    words = {name: ((), np.array(str(proof.attrs[name]), dtype=object)) for name in named}
+    return proof.assign(words).drop_attrs(deep=False)
 
 
 def _renamed(data: xr.Dataset, prefix: str, beside: xr.Dataset | None = None) -> xr.Dataset:

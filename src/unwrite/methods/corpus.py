@@ -115,6 +115,7 @@ class _Tally:
     def _writes(self, run: Clean) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What the writer writes; of the erasers, in sum: all, through values, through values without pattern."""
         write, *others = (write_of(self.lm, self.folded, run.record.writes, e) for e in (self.writer, *self.erasers))
+        write = write.expand_as(run.record.stream[self.lm.states[-1]])  # positions are embedded once for all prompts
         raw, values, own = sum(others, torch.zeros_like(write)), torch.zeros_like(write), torch.zeros_like(write)
         for layer in sorted({node.layer for node in self.erasers}):
             heads = [node.head for node in self.erasers if node.layer == layer]

@@ -21,8 +21,9 @@ from unwrite.model.load import provenance
 from unwrite.model.view import Model
 from unwrite.nodes import Node, choose, parse_node
 from unwrite.result import QUANTILES, Result, build, quantity
+from unwrite.run.decode import RIDGE
 from unwrite.run.stream import Listener, admit, admit_floor, batch_size, stream
-from unwrite.run.without import CONDITIONS, ROTATIONS, WithoutTally
+from unwrite.run.without import CONDITIONS, READ_ROTATIONS, ROTATIONS, WithoutTally
 
 BOUNDS = ("low", "mean", "high")
 # The paper's erasers: later nodes whose median PR is at most this.
@@ -53,10 +54,14 @@ def verify(
     generic, by location; `erased`, `filled_in`, `share`, `share_without`, `class` by later node; `verdict`: erased,
     filled in, kept, decays like anything or amplified; through values (pattern and norm frozen) `v_pr`, `v_share`,
     `v_survival` and `causal_share` = `caused` / `opposed`; the paper's view `pr`, `level`, clean and patched; `space`,
-    the stream's energy in the head's own output space, `into_space` that of every node's write, and `read`, the
-    energy ratio ‖C‖² / ‖o‖² of readers.
+    the stream's energy in the head's own output space, `into_space` that of every node's write; `read`, the energy
+    that a node writes because it reads the write, relative to all it writes (heads through values; MLPs one-reader:
+    D = MLP(x) − MLP(x − o_w), which do not add up), `read_generic` the same for turned writes, `readers` the nodes
+    above that; `one_reader_share` of MLPs, D along the write; `decodable`, how much of the write's token part a
+    linear map finds in the stream of held-out prompts (R², by location; NaN with a `decodable_note` where it cannot
+    be said).
     Raises NodeError for an unknown writer or eraser, or an eraser that writes before it could read the writer;
-    NumericError for a writer that never writes.
+    NumericError for a writer that never writes, or a prompt that alone does not fit into memory.
 
     Example: `uw.verify(lm, tokens, "L0H2")["survival"]`
     """
@@ -66,11 +71,12 @@ def verify(
     # The states of two runs are held at a time.
     size = batch_size(lm, tokens, max(1, batch_size(lm, tokens) // 2) if batch is None else batch)
     tally = WithoutTally(lm, tokens, node, skip, admit_floor(floor))
-    stream(lm, tokens, tally.step, size, f"verify {node}", listener)
+    stream(lm, tokens, lambda part: tally.step(part, named or ()), size, f"verify {node}", listener)
     if not tally.n_positions:
         raise NumericError(f"{node} never writes on this text: no position is above the floor")
     chosen = named or _default(tally)
-    stream(lm, tokens, lambda part: tally.hide(part, chosen), size, f"verify {node}, hidden", listener)
+    if named is None:
+        stream(lm, tokens, lambda part: tally.hide(part, chosen), size, f"verify {node}, hidden", listener)
     data = _judged(_dataset(tally), tally, chosen)
     settings = {"writer": str(node), "erasers": [str(e) for e in chosen], "skip": skip, "floor": floor, "batch": batch}
     return build("verify", data, settings, provenance(lm), {"": tokens.about()})
@@ -130,14 +136,48 @@ def _dataset(tally: WithoutTally) -> xr.Dataset:
         "v_share_se": quantity(by, error["v_share"], "1", "clustered by prompt"),
         "v_survival": quantity(at, np.where(after, value["v_survival"], np.nan), "1", "1 + Σ v_net up to here"),
     }
-    return xr.Dataset({**own, **tally.spaces(), **_quantiles(tally)}, _coordinates(tally))
+    return xr.Dataset({**own, **_used(tally, value, error), **_quantiles(tally)}, _coordinates(tally))
+
+
+def _used(tally: WithoutTally, value: dict[str, np.ndarray], error: dict[str, np.ndarray]) -> dict[str, xr.Variable]:
+    """Who reads the write, who uses the space that the head writes into, and where its token part can be decoded."""
+    (read, draws), (into, space), later = tally.reads(), tally.spaces(), tally.can_read()
+    mlps = later & np.array([node.kind == "mlp" for node in tally.lm.parts])
+    mean, deviation = draws.mean(0), draws.std(0, ddof=1)
+    # Beyond this, of all later nodes together, lies the reading of one turned write in twenty.
+    t = float(stats.t.ppf(1 - 0.05 / max(int(later.sum()), 1), READ_ROTATIONS - 1))
+    reach = t * deviation * np.sqrt(1 + 1 / READ_ROTATIONS)
+    generic = np.stack([np.maximum(mean - reach, 0), mean, mean + reach], 1)
+    by, at = ("node",), ("location",)
+    return {
+        "read": quantity(by, read, "1", "Σ‖C‖² / Σ‖o_e‖², C of eq. 3; of an MLP one-reader Σ‖D‖² / Σ‖o_e‖²"),
+        "read_generic": quantity(
+            (*by, "bound"),
+            np.where(later[:, None], generic, np.nan),
+            "1",
+            f"read of the write under {READ_ROTATIONS} of the rotations: mean, and where a new draw lies below low or "
+            "above high at any of the later nodes once in 20",
+        ),
+        "one_reader_share": quantity(
+            by,
+            np.where(mlps, value["one_reader"], np.nan),
+            "1",
+            "one-reader Σ⟨D, o_w⟩ / Σ‖o_w‖², D = MLP(x) − MLP(x − o_w)",
+        ),
+        "one_reader_share_se": quantity(by, np.where(mlps, error["one_reader"], np.nan), "1", "clustered by prompt"),
+        "into_space": quantity(by, into, "1", "Σ‖P o_e‖² / Σ‖o_e‖², P onto the writer's W_O"),
+        "space": quantity(at, space, "1", "Σ‖P x‖² / Σ‖x‖²; by chance d_head / d_model"),
+        "decodable": quantity(
+            at, tally.decoding.found(), "1", f"held-out R² of the write's token part, ridge {RIDGE} · mean eigenvalue"
+        ),
+    }
 
 
 def _quantiles(tally: WithoutTally) -> dict[str, xr.Variable]:
     n = len(tally.lm.parts)
     both = np.stack([tally.ratios[condition].quantiles(QUANTILES) for condition in CONDITIONS])
     return {
-        "v_pr": quantity(("node", "quantile"), tally.v_ratios.quantiles(QUANTILES), "1", "⟨C, o_w⟩ / ‖o_w‖²"),
+        "v_pr": quantity(("node", "quantile"), tally.ratios["values"].quantiles(QUANTILES), "1", "⟨C, o_w⟩ / ‖o_w‖²"),
         "pr": quantity(("condition", "node", "quantile"), both[:, :n], "1", "⟨o_e, clean o_w⟩ / ‖o_w‖²"),
         "level": quantity(("condition", "location", "quantile"), both[:, n:], "1", "⟨x, clean o_w⟩ / ‖o_w‖²"),
     }
@@ -172,12 +212,21 @@ def _judged(data: xr.Dataset, tally: WithoutTally, erasers: tuple[Node, ...]) ->
         writer=str(tally.writer),
         erasers=" ".join(names),
         verdict=_verdict(data, tally.n_clusters),
+        readers=_readers(data),
+        decodable_note=tally.decoding.note,
         n_positions=tally.n_positions,
         n_clusters=tally.n_clusters,
         causal_share_note=""
         if settled
         else f"the erasers' summed share is below {MATERIAL_SHARE} or its interval touches 0",
     )
+
+
+def _readers(data: xr.Dataset) -> str:
+    """Nodes that read the write more than a turned one, the strongest first. Below MATERIAL_SHARE nothing is said."""
+    read, names = data["read"].values, data["node"].values
+    above = (read > data["read_generic"].sel(bound="high").values) & (read >= MATERIAL_SHARE)
+    return " ".join(str(names[i]) for i in np.argsort(-read) if above[i])
 
 
 def _verdict(data: xr.Dataset, clusters: int) -> str:

@@ -1,27 +1,35 @@
-"""Where does each head look? The attention pattern, from the model's own forward pass.
+"""Where does each head look, and what does attention see? From the model's own forward pass.
 
 transformers lets an attention function be put in by name, with the mask that belongs to it; a name without its mask
-would silently attend to the future, so both are put in and both are taken out again. Families that ignore the
-interface (gpt_neo, gptj, bloom, falcon) return the pattern from their attention modules.
+would silently attend to the future, so both are put in and both are taken out again. Of the families that ignore the
+interface, gpt_neo, gptj and bloom return the pattern from their attention modules. So does falcon, but only where it
+computes eagerly: by default it calls torch's own function, and with alibi the two do not compute the same (transformers
+5.23 adds the bias twice when eager). So the call that the model makes is opened, and never exchanged for another.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from unwrite.errors import ModelError
 from unwrite.model.view import Model
 
-_NAME = "unwrite_patterns"
+_NAME = "unwrite"
 Patterns = dict[int, Float[Tensor, "prompt head query key"]]
+Attended = tuple[Tensor, Tensor | None]  # [prompt, query, head, d_head], and the pattern if it was computed
+Attend = Callable[[Tensor, Tensor, Tensor], Attended]  # of queries, keys and values as [prompt, head, position, d_head]
+Around = Callable[[int, Attend, Tensor, Tensor, Tensor], Attended]
 
 
 @contextmanager
@@ -32,8 +40,29 @@ def patterns(lm: Model) -> Iterator[Patterns]:
     what it was. Raises ModelError for attention with learned sinks, whose rows do not sum to 1.
     """
     found: Patterns = {}
-    with _open_attention(lm, found) if lm.row.interface else _returned_weights(lm, found):
+    with _open(lm, found):
         yield found
+
+
+def is_called(lm: Model) -> bool:
+    """Is attention a function that can be put in: by transformers' interface, or for torch's own (falcon)?"""
+    return lm.row.interface or lm.config._attn_implementation == "sdpa"
+
+
+def _open(lm: Model, found: Patterns) -> AbstractContextManager[None]:
+    if lm.row.interface:
+        return _open_attention(lm, found)
+    return _open_torch(lm, found) if is_called(lm) else _returned_weights(lm, found)
+
+
+def _open_torch(lm: Model, found: Patterns) -> AbstractContextManager[None]:
+    def around(layer: int, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Attended:
+        out, pattern = attend(query, key, value)
+        if pattern is not None:
+            found[layer] = pattern.detach()
+        return out, pattern
+
+    return around_attention(lm, around, eager=True)
 
 
 @contextmanager
@@ -41,18 +70,170 @@ def _open_attention(lm: Model, found: Patterns) -> Iterator[None]:
     layer_of = {layer.attention: layer.index for layer in lm.layers}
 
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **settings: Any):
-        pattern, key_value = _pattern(query, key, attention_mask, **settings), _per_query_head(value, query)
+        pattern, key_value = _pattern(query, key, attention_mask, **settings), per_query_head(value, query)
         found[layer_of[module]] = pattern.detach()
         return (pattern @ key_value).transpose(1, 2).contiguous(), pattern
 
-    # transformers makes a mask only for names in the class-wide register.
-    AttentionMaskInterface.register(_NAME, eager_mask)
-    ALL_ATTENTION_FUNCTIONS[_NAME] = attend
+    with _registered(lm, attend, eager_mask):
+        yield
+
+
+@contextmanager
+def around_attention(lm: Model, around: Around, eager: bool) -> Iterator[None]:
+    """Inside the `with`, what attends in each layer is `around(layer, attend, query, key, value)`.
+
+    `attend` is the model's own attention function, or with `eager` the one of its family that also returns the pattern;
+    keys and values are per key/value head, and may be handed on per query head. For models of which `is_called` holds.
+    """
+    with _around_interface(lm, around, eager) if lm.row.interface else _around_torch(lm, around, eager):
+        yield
+
+
+@contextmanager
+def _around_interface(lm: Model, around: Around, eager: bool) -> Iterator[None]:
+    own, layer_of = "eager" if eager else _own(lm), {layer.attention: layer.index for layer in lm.layers}
+    attend = partial(_attend_interface, around, layer_of, own)
+    mask = _eager_mask if own == "eager" else AttentionMaskInterface._global_mapping.get(own)
+    with _registered(lm, attend, mask):
+        yield
+
+
+def _eager_mask(*args: Any, **kwargs: Any) -> Tensor:
+    """The mask of eager attention; its least float64 would be −∞ in a float32 softmax, and NaN in a row of padding."""
+    mask = eager_mask(*args, **kwargs)
+    return mask.clamp_min(torch.finfo(torch.float32).min) if mask.dtype == torch.float64 else mask
+
+
+def _attend_interface(
+    around: Around, layer_of: dict[nn.Module, int], own: str, module: nn.Module, *seen: Tensor | None, **settings: Any
+) -> Attended:
+    query, key, value, *mask = seen
+    assert query is not None and key is not None and value is not None  # noqa: S101, PT018
+    function, shared = ALL_ATTENTION_FUNCTIONS.get(own) or _eager(module), key.shape[1]
+    attend: Attend = lambda query, key, value: function(  # noqa: E731
+        module if key.shape[1] == shared else _Ungrouped(module), query, key, value, *mask, **settings
+    )
+    return around(layer_of[module], attend, query, key, value)
+
+
+@contextmanager
+def _around_torch(lm: Model, around: Around, eager: bool) -> Iterator[None]:
+    with ExitStack() as stack:
+        for layer in lm.layers:
+            attend = partial(_attend_torch, lm, partial(around, layer.index), eager)
+            stack.enter_context(_calls(layer.attention, attend))
+        yield
+
+
+def _attend_torch(
+    lm: Model, around: Callable[..., Attended], eager: bool, query: Tensor, key: Tensor, value: Tensor, **settings: Any
+) -> Tensor:
+    # A family may have given every query head its copy already; the call stays as it is where nobody changes them.
+    each = max(1, key.shape[1] // lm.kv_heads)
+    shared_key, shared_value = key[:, ::each], value[:, ::each]
+    function = _torch_with_pattern if eager else _torch_alone
+    attend: Attend = lambda query, own_key, own_value: function(  # noqa: E731
+        query,
+        key if own_key is shared_key else per_query_head(own_key, query),
+        value if own_value is shared_value else per_query_head(own_value, query),
+        **settings,
+    )
+    return around(attend, query, shared_key, shared_value)[0].transpose(1, 2)
+
+
+def _torch_alone(query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Attended:
+    return nn.functional.scaled_dot_product_attention(query, key, value, **settings).transpose(1, 2), None
+
+
+def _torch_with_pattern(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **rest: Any
+) -> Attended:
+    """What torch's attention function computes, openly: in float32 or better, as it does."""
+    exact = torch.promote_types(query.dtype, torch.float32)
+    if attn_mask is None:
+        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device)[None, None]
+        attn_mask = attn_mask.tril() if is_causal else attn_mask
+    if attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=exact).masked_fill(~attn_mask, torch.finfo(exact).min)
+    pattern = _pattern(query.to(exact), key.to(exact), attn_mask.to(exact), rest.get("scale")).to(query.dtype)
+    pattern = nn.functional.dropout(pattern, rest.get("dropout_p", 0.0))
+    return (pattern @ per_query_head(value, query)).transpose(1, 2), pattern
+
+
+@contextmanager
+def _calls(module: nn.Module, attend: Callable[..., Tensor]) -> Iterator[None]:
+    """Inside the `with`, torch's attention function is `attend` while this module's forward runs."""
+    before, forward = module.__dict__.get("forward"), module.forward
+
+    def shown(*args: Any, **kwargs: Any) -> Any:
+        with _Instead(attend):
+            return forward(*args, **kwargs)
+
+    module.forward = shown
     try:
-        with _implementation(lm, _NAME):
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+class _Instead(TorchFunctionMode):
+    """Puts another function in the place of torch's attention."""
+
+    def __init__(self, attend: Callable[..., Tensor]):
+        super().__init__()
+        self._attend = attend
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        attention = nn.functional.scaled_dot_product_attention
+        return (self._attend if func is attention else func)(*args, **(kwargs or {}))
+
+
+class _Ungrouped:
+    """An attention module for a call in which every query head has its own key and value."""
+
+    num_key_value_groups = 1
+
+    def __init__(self, module: nn.Module):
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _own(lm: Model) -> str:
+    name = lm.config._attn_implementation
+    # Flash and flex attention are asked for by name in many places, so another name would not do the same.
+    return "eager" if name is None or any(word in name for word in ("flash", "flex", "paged", "|")) else name
+
+
+def _eager(module: nn.Module) -> Callable[..., Attended]:
+    """The eager attention function of a module's family."""
+    for kind in type(module).__mro__:
+        if function := getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None):
+            return function
+    raise ModelError(f"no eager attention function is known for {type(module).__name__}")
+
+
+@contextmanager
+def _registered(lm: Model, attend: Callable[..., Any], mask: Callable[..., Any] | None) -> Iterator[None]:
+    if str(lm.config._attn_implementation).startswith(_NAME):
+        raise ModelError(
+            "attention of this model is already opened by an enclosing `with`", fix="close the trace around it first"
+        )
+    # Two models may be open at once, and be closed in any order.
+    name = f"{_NAME}_{id(attend)}"
+    try:
+        # transformers makes a mask only for names in the class-wide register.
+        if mask is not None:
+            AttentionMaskInterface.register(name, mask)
+        ALL_ATTENTION_FUNCTIONS[name] = attend
+        with implementation(lm, name):
             yield
     finally:
-        del ALL_ATTENTION_FUNCTIONS[_NAME], AttentionMaskInterface._global_mapping[_NAME]
+        ALL_ATTENTION_FUNCTIONS._local_mapping.pop(name, None)
+        AttentionMaskInterface._global_mapping.pop(name, None)
 
 
 def _pattern(
@@ -61,13 +242,14 @@ def _pattern(
     if rest.get("s_aux") is not None:
         raise ModelError("attention has learned sinks: rows of its pattern sum below 1, so heads have no constant part")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = query @ _per_query_head(key, query).transpose(2, 3) * scale
+    scores = query @ per_query_head(key, query).transpose(2, 3) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     return torch.softmax(scores + mask[..., : key.shape[-2]], dim=-1)
 
 
-def _per_query_head(shared: Tensor, query: Tensor) -> Tensor:
+def per_query_head(shared: Tensor, query: Tensor) -> Tensor:
+    """Keys or values of every query head, from those of the key/value heads that they share."""
     return shared.repeat_interleave(query.shape[1] // shared.shape[1], dim=1)
 
 
@@ -81,7 +263,7 @@ def _returned_weights(lm: Model, found: Patterns) -> Iterator[None]:
 
     handles = [layer.attention.register_forward_hook(keep(layer.index)) for layer in lm.layers]
     try:
-        with _implementation(lm, "eager"):
+        with implementation(lm, "eager"):
             yield
     finally:
         for handle in handles:
@@ -89,7 +271,8 @@ def _returned_weights(lm: Model, found: Patterns) -> Iterator[None]:
 
 
 @contextmanager
-def _implementation(lm: Model, name: str) -> Iterator[None]:
+def implementation(lm: Model, name: str) -> Iterator[None]:
+    """Inside the `with`, the model's attention goes by this name."""
     # The configuration is what every forward pass reads; the model's own setter refuses families such as falcon.
     before = lm.config._attn_implementation
     lm.config._attn_implementation = name

@@ -6,7 +6,7 @@ Paths are attribute paths; "a|b" means the first that exists. Numbers that a con
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,10 @@ def _one(config: Config) -> float:
 
 def _none(config: Config) -> None:
     return None
+
+
+def _nowhere(config: Config) -> Mapping[str, str]:
+    return {}
 
 
 def _kv_heads(config: Config) -> int:
@@ -50,6 +54,7 @@ class Family:
     mlp: str = "mlp"  # the module whose output the MLP writes, or hands to post_mlp_norm
     post_attention_norm: str | None = None
     post_mlp_norm: str | None = None
+    act: str = "down_proj"  # from `mlp`: the projection that reads the hidden activation ("": `mlp` itself)
     # From the attention module.
     out_proj: str = "o_proj"
     value: str = "v_proj"  # its last outputs are the values, unless they are grouped
@@ -61,6 +66,8 @@ class Family:
     norm_gain_offset: float = 0.0  # the gain of a norm is weight + this
     float32_inside: bool = True  # norms or softmax compute in float32 whatever the dtype
     interface: bool = True  # attention goes through transformers' AttentionInterface
+    # Where it does not: "q", "k", "v", "pattern" -> the module that puts it out just as attention uses it, if one does.
+    opened: Callable[[Config], Mapping[str, str]] = _nowhere
     parallel: Callable[[Config], bool] = _no
     embed_scale: Callable[[Config], float] = _one  # applied outside the embedding module
     residual_scale: Callable[[Config], float] = _one
@@ -91,6 +98,12 @@ def _falcon_kv_heads(config: Config) -> int:
     return 1 if config.multi_query else config.num_attention_heads
 
 
+def _falcon_opened(config: Config) -> Mapping[str, str]:
+    fused = "query_key_value"
+    # With rotary positions, queries and keys are turned after the projection, and no module sees the pattern.
+    return {"q": fused, "k": fused, "v": fused, "pattern": "attention_dropout"} if config.alibi else {"v": fused}
+
+
 _LLAMA = Family()
 _GEMMA = replace(_LLAMA, norm_gain_offset=1.0)
 _SANDWICH = replace(
@@ -111,6 +124,7 @@ _GPT2 = replace(
     input_norm="ln_1",
     attention="attn",
     mid="ln_2",
+    act="c_proj",
     out_proj="c_proj",
     value="c_attn",
 )
@@ -120,6 +134,7 @@ _NEOX = replace(
     embed="embed_in",
     final_norm="final_layer_norm",
     attention="attention",
+    act="dense_4h_to_h",
     out_proj="dense",
     value="query_key_value",
     grouped_values=True,
@@ -128,14 +143,23 @@ _NEOX = replace(
 
 FAMILIES: dict[str, Family] = {
     "gpt2": _GPT2,
-    "gpt_neo": replace(_GPT2, attention="attn.attention", out_proj="out_proj", value="v_proj", interface=False),
+    "gpt_neo": replace(
+        _GPT2,
+        attention="attn.attention",
+        out_proj="out_proj",
+        value="v_proj",
+        interface=False,
+        opened=lambda config: {"q": "q_proj", "k": "k_proj", "v": "v_proj", "pattern": "attn_dropout"},
+    ),
     "gpt_neox": _NEOX,
     "gptj": replace(
         _GPT2,
         pos_embed=None,
+        act="fc_out",
         out_proj="out_proj",
         value="v_proj",
         interface=False,
+        opened=lambda config: {"v": "v_proj", "pattern": "attn_dropout"},
         parallel=_yes,
     ),
     "opt": replace(
@@ -146,6 +170,7 @@ FAMILIES: dict[str, Family] = {
         input_norm="self_attn_layer_norm",
         mid="final_layer_norm",
         mlp="fc2",
+        act="",
         out_proj="out_proj",
         refuse=_opt_refusal,
     ),
@@ -157,8 +182,13 @@ FAMILIES: dict[str, Family] = {
         final_norm="ln_f",
         attention="self_attention",
         mlp="mlp.dense_4h_to_h",  # the block adds the residual inside the module around it
+        act="",
         float32_inside=True,
         interface=False,
+        opened=lambda config: {
+            **dict.fromkeys(("q", "k", "v"), "query_key_value"),
+            "pattern": "attention_dropout",
+        },
         parallel=_no,
         refuse=_bloom_refusal,
     ),
@@ -171,6 +201,7 @@ FAMILIES: dict[str, Family] = {
         input_norm="ln_attn|input_layernorm",
         attention="self_attention",
         interface=False,
+        opened=_falcon_opened,
         kv_heads=_falcon_kv_heads,
         parallel=lambda config: config.parallel_attn or config.new_decoder_architecture,
     ),
@@ -178,7 +209,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "phi": replace(_LAYER_NORM, final_norm="final_layernorm", out_proj="dense", parallel=_yes),
+    "phi": replace(_LAYER_NORM, final_norm="final_layernorm", out_proj="dense", act="fc2", parallel=_yes),
     "phi3": replace(_LLAMA, value="qkv_proj"),
     "gemma": _GEMMA,
     "gemma2": _SANDWICH,
@@ -198,7 +229,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "cohere": replace(_LLAMA, layer_norm=True, parallel=_yes, logit_scale=lambda config: config.logit_scale),
     "stablelm": replace(_LAYER_NORM, gated=True, parallel=lambda config: config.use_parallel_residual),
-    "starcoder2": replace(_LAYER_NORM),
+    "starcoder2": replace(_LAYER_NORM, act="c_proj"),
     "mixtral": _LLAMA,
     "qwen2_moe": _LLAMA,
     "qwen3_moe": _LLAMA,

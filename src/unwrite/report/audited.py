@@ -11,6 +11,7 @@ from unwrite.report.found import rates
 from unwrite.result import Result
 
 HEADER = ("writer", "verdict", "survival", "generic", "erased", "filled in", "opposed", "through values", "erasers")
+_WORDS = ("verdict", "erasers", "causal_share_note", "readers", "decodable_note")
 
 
 def verified(result: Result) -> Iterator[xr.Dataset]:
@@ -21,7 +22,7 @@ def verified(result: Result) -> Iterator[xr.Dataset]:
             name: name.removeprefix("verified_") for name in map(str, one.data_vars) if name.startswith("verified_")
         }
         data = one.drop_vars([name for name in mine.values() if name in one]).rename(mine)
-        words = {name: str(data[name].item()) for name in ("verdict", "erasers", "causal_share_note")}
+        words = {name: str(data[name].item()) for name in _WORDS}
         yield data.assign_attrs(words, writer=str(writer))
 
 

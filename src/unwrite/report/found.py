@@ -1,13 +1,16 @@
-"""What did a walk over a corpus find: prompts on which attribution misleads, and whether two attributions cancel?"""
+"""What was found on a corpus: prompts on which attribution misleads, whether attributions cancel, a paper's numbers?"""
 
 from __future__ import annotations
 
+import numpy as np
 import xarray as xr
 
 from unwrite.result import Result
 
 HEADER = ("prompt", "row", "asked", "logit difference", "direct", "of its mean write", "total")
 CORPUS_HEADER = ("erasers' attribution", "correlation [95 %]", "slope", "intercept")
+# Numbers were read off images to about this, and a corpus is drawn anew.
+_NEAR = 0.05
 _PATHS = {
     "raw": "all that they write",
     "values": "because their values read the writer",
@@ -41,6 +44,32 @@ def rates(data: xr.Dataset, writer: str) -> str:
         own, generic = (float(data["rate"].sel(text=text, source=source)) for source in ("writer", "generic"))
         words.append(f"{own:.2%} of positions {str(text).replace('_', ' ')} (randomly turned writes {generic:.2%})")
     return f"Prompts on which direct attribution of {writer} is large and without effect: {', '.join(words)}."
+
+
+CLAIMS_HEADER = ("figure", "quantity", "setting", "paper", "ours")
+
+
+def claims(data: xr.Dataset) -> list[tuple[str, ...]]:
+    """One line for every number of a paper."""
+    parts = zip(*(data[name].values for name in CLAIMS_HEADER), strict=True)
+    return [
+        (*map(str, words), *(f"{value:+.3f}" if value == value else "–" for value in (paper, ours)))
+        for *words, paper, ours in parts
+    ]
+
+
+def claims_sentence(result: Result) -> str:
+    """How near the numbers are, and what goes beyond them."""
+    data = result.data
+    gap = np.abs(data["difference"].values)
+    measured = np.isfinite(gap)
+    own = result.provenance["settings"]["paper_text"]
+    text = "the paper's own text" if own else "another text than the paper's, so differences are to be expected"
+    near = int((gap[measured] <= _NEAR).sum())
+    return (
+        f"{near} of {int(measured.sum())} numbers within {_NEAR} of the paper, on {text}. "
+        f"By executed runs without it the writer is: {data.attrs['verdict']}."
+    )
 
 
 def corpus_rows(data: xr.Dataset) -> list[tuple[str, ...]]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from unwrite.errors import plain
+from unwrite.report import audited, believed, found
 from unwrite.report.rows import Row, disagreements, folded_line, rows, soundness, texts
 from unwrite.report.verdict import verdict
 from unwrite.report.verified import actors, sentence, trajectory
 from unwrite.result import Result
 
 _WIDE = 160
+_WORDY = ("how", "verdict", "erasers", "fate", "asked", "quantity", "setting", "erasers' attribution")
+_LONG = ("erasers",)
 
 
 def console(stderr: bool = False) -> Console:
@@ -27,29 +30,83 @@ def show(result: Result, screen: Console) -> None:
     """Print what a result says: model and certificate, its tables, and the verdict."""
     screen.print(Text(plain(headline(result)), style="bold"))
     screen.print(Text(plain(certificate(result))))
-    for part in _verify(result) if result.method == "verify" else _scan(result):
+    for part in _PARTS.get(result.method, _scan)(result):
         screen.print(part)
 
 
 def _verify(result: Result) -> Iterator[RenderableType]:
-    yield _grid("", ("location", "level", "background", "survival ± SE", "generic"), trajectory(result))
+    yield _grid("", ("location", "level", "background", "survival ± SE", "generic", "decodable"), trajectory(result))
     yield Text("")
-    header = ("node", "share", "without", "erased", "filled in", "through values", "how")
+    header = ("node", "share", "without", "erased", "filled in", "through values", "one-reader", "how")
     yield _grid("later nodes that act on it", header, actors(result))
     yield Text("")
     yield Text(plain(last_word(result)))
 
 
-def _grid(title: str, header: tuple[str, ...], lines: list[tuple[str, ...]]) -> Table:
-    table = Table(title=Text(title) if title else None, title_justify="left", box=None, pad_edge=False)
+def _dla(result: Result) -> Iterator[RenderableType]:
+    yield from _attribution(result)
+    yield Text("")
+    yield Text(plain(last_word(result)))
+
+
+def _attribution(result: Result) -> Iterator[RenderableType]:
+    for one in believed.asked(result.data):
+        yield Text(plain(one.title))
+        yield Text(plain(one.sums), "dim")
+        yield _grid("", believed.HEADER, one.rows)
+        yield Text("")
+    for replacement in believed.REPLACEMENTS:
+        title = f"how readings correlate with the executed total, writes replaced by {replacement} [95 %]"
+        if lines := believed.trusted(result.data, replacement):
+            yield _grid(title, believed.TRUST_HEADER, lines)
+            yield Text("")
+
+
+def _audit(result: Result) -> Iterator[RenderableType]:
+    yield from _scanned(result)
+    yield Text("")
+    yield _grid("writers verified, by runs without them", audited.HEADER, map(audited.row, audited.verified(result)))
+    yield Text("")
+    yield from _attribution(result)
+    yield Text(plain(audited.search(result)))
+    yield Text("")
+    yield Text(plain(last_word(result)))
+
+
+def _adversarial(result: Result) -> Iterator[RenderableType]:
+    yield _grid("", found.HEADER, found.rows(result.data))
+    yield Text("")
+    yield Text(plain(last_word(result)))
+
+
+def _corpus(result: Result) -> Iterator[RenderableType]:
+    yield _grid("", found.CORPUS_HEADER, found.corpus_rows(result.data))
+    yield Text("")
+    yield Text(plain(last_word(result)))
+
+
+def _reproduce(result: Result) -> Iterator[RenderableType]:
+    yield _grid("", found.CLAIMS_HEADER, found.claims(result.data))
+    yield Text("")
+    yield Text(plain(last_word(result)))
+
+
+def _grid(title: str, header: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> Table:
+    table = Table(title=Text(plain(title)) if title else None, title_justify="left", box=None, pad_edge=False)
     for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i in (0, 6) else "right", no_wrap=True)
+        table.add_column(name, justify="left" if i == 0 or name in _WORDY else "right", no_wrap=name not in _LONG)
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*map(plain, line))
     return table
 
 
 def _scan(result: Result) -> Iterator[RenderableType]:
+    yield from _scanned(result)
+    yield Text("")
+    yield Text(plain(last_word(result)))
+
+
+def _scanned(result: Result) -> Iterator[RenderableType]:
     for name, data, read in texts(result):
         shown, folded = rows(data)
         yield _table(f"{name or read['source']}: {read['prompts']} × {read['length']} tokens", shown)
@@ -58,13 +115,13 @@ def _scan(result: Result) -> Iterator[RenderableType]:
         yield Text(soundness(data, result.provenance["settings"]), "dim")
     for line in disagreements(result):
         yield Text(plain(f"texts disagree: {line}"), style="yellow")
-    yield Text("")
-    yield Text(plain(last_word(result)))
 
 
 def last_word(result: Result) -> str:
-    """What the result amounts to: of a scan its paragraph, of a verification its sentence."""
-    return sentence(result) if result.method == "verify" else result.data.attrs.get("verdict") or verdict(result)
+    """What the result amounts to: of a scan or an audit its paragraph, of the others a sentence."""
+    if result.method in _WORDS:
+        return _WORDS[result.method](result)
+    return result.data.attrs.get("verdict") or verdict(result)
 
 
 def headline(result: Result) -> str:
@@ -95,3 +152,20 @@ def _table(title: str, shown: list[Row]) -> Table:
         level = (f"{row.start:.2f}", f"{row.end:.2f}")
         table.add_row(row.writer, f"{row.relative_norm:.2f}", *level, row.against, row.reading, f"{row.n:,}")
     return table
+
+
+_PARTS: dict[str, Callable[[Result], Iterator[RenderableType]]] = {
+    "verify": _verify,
+    "dla": _dla,
+    "adversarial": _adversarial,
+    "corpus_dla": _corpus,
+    "audit": _audit,
+    "reproduce": _reproduce,
+}
+_WORDS: dict[str, Callable[[Result], str]] = {
+    "verify": sentence,
+    "dla": believed.sentence,
+    "adversarial": found.sentence,
+    "corpus_dla": found.corpus_sentence,
+    "reproduce": found.claims_sentence,
+}

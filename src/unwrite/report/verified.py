@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from unwrite.result import Result
 
+_NAMED = 5  # of the readers
+
 
 def sentence(result: Result) -> str:
     """The verdict with the numbers it rests on."""
@@ -15,7 +17,7 @@ def sentence(result: Result) -> str:
         f"{data.attrs['writer']} on {read['source']} ({read['prompts']} × {read['length']} tokens): "
         f"{data.attrs['verdict']}. Of the write {survival} survives to the end, of randomly turned writes {mean:.2f} "
         f"({low:.2f} to {high:.2f}); later nodes erase {float(data['erased'].sum()):+.2f} and fill in "
-        f"{float(data['filled_in'].sum()):+.2f}."
+        f"{float(data['filled_in'].sum()):+.2f}.{_readers(result)}{_decodable(result)}"
     )
     names = data.attrs["erasers"]
     if not names:
@@ -26,13 +28,35 @@ def sentence(result: Result) -> str:
     return f"{words} {names} write {opposed:+.2f} along it, and {caused:+.2f} because their values read it{causal}."
 
 
+def _readers(result: Result) -> str:
+    """Who reads the write more than a turned one; nothing where nobody comes after it."""
+    data = result.data
+    if data["read_generic"].isnull().all():
+        return ""
+    names = data.attrs["readers"].split()
+    if names:
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        return f" {', '.join(names[:_NAMED])}{more} read it more than they would a turned write."
+    # What reads every direction also reads this one.
+    acts = any(str(how).startswith("reads it") for how in data["class"].values)
+    return " No later node reads it more than it would a turned write" + ("." if acts else ": nobody uses it.")
+
+
+def _decodable(result: Result) -> str:
+    """How much a linear map finds of what the write says, where it could be measured."""
+    found = result["decodable"].values[result["survival"].notnull().values]
+    if found[0] != found[0] or found[-1] != found[-1]:
+        return ""
+    return f" Held out, a linear map finds {found[0]:.2f} of its token part right after it, {found[-1]:.2f} at the end."
+
+
 def trajectory(result: Result) -> list[tuple[str, ...]]:
-    """Location by location: level, background, survival, generic."""
+    """Location by location: level, background, survival, generic, decodable."""
     lines = []
     for location in result.data["location"].values:
         at = result.data.sel(location=location)
         survival = float(at["survival"])
-        written = survival == survival
+        written, decodable = survival == survival, float(at["decodable"])
         lines.append(
             (
                 str(location),
@@ -40,6 +64,7 @@ def trajectory(result: Result) -> list[tuple[str, ...]]:
                 f"{float(at['background']):.2f}",
                 f"{survival:.2f} ± {float(at['survival_se']):.2f}" if written else "–",
                 f"{float(at['generic'].sel(bound='mean')):.2f}" if written else "–",
+                f"{decodable:.2f}" if decodable == decodable else "–",
             )
         )
     return lines
@@ -47,12 +72,16 @@ def trajectory(result: Result) -> list[tuple[str, ...]]:
 
 def actors(result: Result) -> list[tuple[str, ...]]:
     """Later nodes with a share, a change or a value path worth naming, the strongest change first."""
-    columns = ("share", "share_without", "erased", "filled_in", "v_share")
+    columns = ("share", "share_without", "erased", "filled_in", "v_share", "one_reader_share")
     data = result.data
     order = sorted(data["node"].values, key=lambda node: float(data["acts"].sel(node=node)))
     named = {str(node): str(data["class"].sel(node=node).item()) for node in order}
     return [
-        (node, *(f"{float(data[name].sel(node=node)):+.2f}" for name in columns), how)
+        (node, *(_signed(float(data[name].sel(node=node))) for name in columns), how)
         for node, how in named.items()
         if how
     ]
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}" if value == value else "–"

@@ -107,7 +107,7 @@ class Pool:
     def _summed(self) -> tuple[Writes, Tensor]:
         """Mean factors of all writes at every position, over the texts that reach it."""
         counts = torch.from_numpy((np.arange(self.tokens.length) < self.tokens.lengths[:, None]).sum(0))
-        weight = 1 / counts.clamp_min(1)
+        weight = 1 / counts.clamp_min(1).double()
         parts = (self._weighed(batch, weight) for batch in batches(self.tokens, batch_size(self.lm, self.tokens)))
         return reduce(add, parts), counts
 

@@ -165,7 +165,7 @@ def _mlp_rules(lm: Model, layer: Layer, rule: str) -> Iterator[Any]:
 
 def _is_activation(module: nn.Module) -> bool:
     leaf = next(module.children(), None) is None and not module.state_dict()
-    return leaf and not isinstance(module, (nn.Dropout, nn.Identity))
+    return leaf and not is_norm(module) and not isinstance(module, (nn.Dropout, nn.Identity))
 
 
 def _as_factor(_: nn.Module, args: Any, output: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Int
@@ -36,6 +36,11 @@ class Batch:
     def beyond(self, skip: int) -> Bool[Tensor, "prompt position"]:
         """The counted rows without the first `skip` positions of each prompt."""
         return self.counted & (torch.arange(self.ids.shape[1]) >= skip)
+
+    def part(self, rows: slice) -> Batch:
+        """Some of its prompts; `real` is 0 where they are all repeats."""
+        real = max(0, min(self.real, rows.stop) - rows.start)
+        return Batch(self.index, self.first + rows.start, real, self.ids[rows], self.counted[rows])
 
     def require_finite(self, lm: Model, finite: Bool[Tensor, "row node"], prompt: Tensor, place: Tensor) -> None:
         """Raise NumericError naming the first node, in write order, that is not finite at some row of this batch.
@@ -137,26 +142,35 @@ def stream(
 
 
 def forward(lm: Model, batch: Batch, folded: tuple[Folded, ...]) -> Iterator[tuple[slice, Writes]]:
-    """The writes of a batch, in as many parts as memory asks for: out of memory halves the part and repeats it.
+    """The writes of a batch, in as many parts as memory asks for. Raises NumericError as `parts` does."""
+    return parts(batch, lambda part: run(lm, part.ids, folded))
 
+
+V = TypeVar("V")
+
+
+def parts(batch: Batch, measure: Callable[[Batch], V]) -> Iterator[tuple[slice, V]]:
+    """What `measure` finds in a batch, in as many parts as memory asks for: out of memory halves a part and repeats it.
+
+    `measure` must only compute. What is handed out was computed to the end, so whoever adds it up counts nothing twice.
     Raises NumericError when even one prompt does not fit.
     """
-    at, part = 0, len(batch.ids)
+    at, size = 0, len(batch.ids)
     while at < len(batch.ids):
-        rows = slice(at, min(at + part, len(batch.ids)))
+        rows = slice(at, min(at + size, len(batch.ids)))
         try:
-            writes = run(lm, batch.ids[rows], folded)
+            found = measure(batch.part(rows))
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
-            if part == 1:
+            if size == 1:
                 raise NumericError(
                     f"prompt {batch.first + at} does not fit into memory",
                     got=f"{batch.ids.shape[1]} tokens", fix="use a smaller length, or a device with more memory",
                 ) from error  # fmt: skip
-            part = -(-part // 2)
+            size = -(-size // 2)
             continue
-        yield rows, writes
+        yield rows, found
         at = rows.stop
 
 

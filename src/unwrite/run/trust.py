@@ -17,6 +17,8 @@ FORMS = ("pooled", "within_node", "within_prompt")
 MATERIAL = 0.05
 _DRAWS = 999
 _LEVELS = (0.025, 0.975)
+# Numbers whose spread is below this part of their energy do not vary.
+_ROUNDING = 1e-12
 # Of draws × clusters × nodes numbers at a time.
 _BLOCK = 2**22
 
@@ -78,10 +80,15 @@ def fit(sums: Float[np.ndarray, "moment draw k"]) -> tuple[Float[np.ndarray, " d
     """Correlation of x and y, and slope of y on x, from summed moments; each column k about its own means."""
     n, x, y, xx, yy, xy = sums
     with np.errstate(divide="ignore", invalid="ignore"):
-        of_x = np.nansum(xx - x * x / n, -1)
-        of_y = np.nansum(yy - y * y / n, -1)
+        of_x, of_y = _spread(n, x, xx), _spread(n, y, yy)
         both = np.nansum(xy - x * y / n, -1)
         return both / np.sqrt(of_x * of_y), both / of_x
+
+
+def _spread(n: np.ndarray, x: np.ndarray, xx: np.ndarray) -> Float[np.ndarray, " draw"]:
+    """Σ (x − its column's mean)²; NaN where that is only rounding, as in a draw of one prompt over and over."""
+    found = np.nansum(xx - x * x / n, -1)
+    return np.where(found > _ROUNDING * np.nansum(xx, -1), found, np.nan)
 
 
 def interval(sums: Float[np.ndarray, "moment cluster k"]) -> tuple[float, float]:
@@ -92,7 +99,9 @@ def interval(sums: Float[np.ndarray, "moment cluster k"]) -> tuple[float, float]
     times = np.random.default_rng(0).multinomial(clusters, np.full(clusters, 1 / clusters), size=_DRAWS)
     step = max(1, _BLOCK // (clusters * columns))
     drawn = [fit(np.einsum("dc,mck->mdk", times[i : i + step], sums))[0] for i in range(0, _DRAWS, step)]
-    low, high = np.nanquantile(np.concatenate(drawn), _LEVELS)
+    known = np.concatenate(drawn)
+    known = known[np.isfinite(known)]
+    low, high = np.quantile(known, _LEVELS) if len(known) else (np.nan, np.nan)
     return float(low), float(high)
 
 

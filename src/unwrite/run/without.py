@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
+from typing import Any
 
 import numpy as np
 import torch
-import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unwrite.model.capture import Recording
-from unwrite.model.values import through_values
 from unwrite.model.view import Model, fold
 from unwrite.nodes import Node
-from unwrite.result import quantity
+from unwrite.run.decode import Decoding, Moments
+from unwrite.run.readers import one_reader
 from unwrite.run.rerun import Clean, added, clean, hidden
+from unwrite.run.rotations import rotations
 from unwrite.run.stats import RATIO, ClusterSums, Histogram, Tree
-from unwrite.run.stream import Batch
+from unwrite.run.stream import Batch, parts
 from unwrite.tokens import Tokens
 
 ROTATIONS = 20
+# Readers of the write are compared with readers of this many of them: every one costs a pass through the later blocks.
+READ_ROTATIONS = 5
 CONDITIONS = ("clean", "patched")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What some prompts say, computed to the end and not yet added to anything."""
+
+    totals: dict[str, Any]
+    ratios: dict[str, Tensor]
+    moments: Moments | None = None
 
 
 class WithoutTally:
@@ -33,15 +46,13 @@ class WithoutTally:
         self.lm, self.tokens, self.writer, self.skip, self.floor = lm, tokens, writer, skip, floor
         self.folded, self.index = fold(lm), lm.parts.index(writer)
         rows, n = int(np.maximum(tokens.lengths - skip, 0).sum()), len(lm.parts)
-        self.ratios = {name: Histogram(n + len(lm.states), RATIO, rows, lm.device) for name in CONDITIONS}
-        self.v_ratios = Histogram(n, RATIO, rows, lm.device)
-        self._rotations = list(_rotations(lm))
+        channels = {**dict.fromkeys(CONDITIONS, n + len(lm.states)), "values": n}
+        self.ratios = {name: Histogram(width, RATIO, rows, lm.device) for name, width in channels.items()}
+        self._rotations = list(rotations(lm, ROTATIONS))
         self._space = _space(self)
-        self._sums: Tree[ClusterSums] = Tree(add)
-        self._erasers: Tree[ClusterSums] = Tree(add)
-        self._energies: Tree[Tensor] = Tree(add)
+        self.decoding = Decoding(lm, tokens, writer, skip, self._space)
+        self._totals: dict[str, Tree[Any]] = {name: Tree(add) for name in ("sums", "erasers", "nodes", "states")}
         self._rows: dict[str, int] = {}
-        self.n_positions = 0
 
     def later(self, node: Node) -> bool:
         """Does `node` write after the writer, so that it can act because of it?"""
@@ -49,33 +60,79 @@ class WithoutTally:
             return node.layer > self.writer.layer
         return node.kind == "mlp" and self.writer.kind != "mlp" and not self.lm.parallel
 
-    def step(self, batch: Batch) -> None:
-        """One clean run, one without the write, one for every rotation, and the algebra through values."""
-        run, kept = self._clean(batch), self._kept(batch)
-        nodes = run.nodes(run.record)
-        prompt, place = kept.nonzero(as_tuple=True)
-        batch.require_finite(self.lm, nodes[:, prompt, place].isfinite().all(-1).t(), prompt, place)
-        write = nodes[self.index] * kept[..., None]
-        sums: dict[str, Tensor] = self._executed(run, nodes, write, kept)
-        for number, rotation in enumerate(self._rotations):
-            turned = write @ rotation
-            sums[f"rotation {number}"] = self._survival(run.record, added(run, self.writer, -turned), turned)
-        sums |= self._through_values(batch, write, kept)
-        self._rows = {name: part.shape[1] for name, part in sums.items()}
-        self._sums.add(batch.index, self._clusters(batch, torch.cat(list(sums.values()), 1), write.pow(2).sum((1, 2))))
+    def step(self, batch: Batch, erasers: Sequence[Node] = ()) -> None:
+        """One clean run, one without the write, one for every rotation, its readers, and the algebra through values.
+
+        With `erasers` named beforehand, what `hide` does as well, from the same run.
+        """
+        self._add(batch, parts(batch, lambda part: self._measured(part, erasers) if part.real else None))
 
     def hide(self, batch: Batch, erasers: Sequence[Node]) -> None:
         """The paper's intervention: the write hidden from the values of all heads in the erasers' layers."""
-        run, kept = self._clean(batch, with_patterns=True), self._kept(batch)
-        nodes = run.nodes(run.record)
+
+        def measured(part: Batch) -> Part:
+            return self._hidden(part, self._clean(part, with_patterns=True), erasers)
+
+        self._add(batch, parts(batch, lambda part: measured(part) if part.real else None))
+
+    def _add(self, batch: Batch, found: Iterable[tuple[slice, Part | None]]) -> None:
+        """Take in the parts of a batch, each of which is complete."""
+        totals: dict[str, list[Any]] = {}
+        for part in (part for _, part in found if part is not None):
+            for name, values in part.ratios.items():
+                self.ratios[name].add(values)
+            for name, value in part.totals.items():
+                totals.setdefault(name, []).append(value)
+            if part.moments is not None:
+                self.decoding.add(part.moments)
+        for name, values in totals.items():
+            self._totals[name].add(batch.index, reduce(add, values))
+
+    def _measured(self, batch: Batch, erasers: Sequence[Node]) -> Part:
+        run = self._clean(batch, with_patterns=True)
+        beside = self._hidden(batch, run, erasers) if erasers else Part({}, {})
+        # Executed runs are the model's own, and so is what they are compared with. Attention that is opened to show its
+        # pattern rounds otherwise than a fused kernel, and takes a mask that the kernel would not take in a continued
+        # run: only a family that returns its patterns and is eager by itself shows them in its own run. Elsewhere a
+        # second run gives the patterns, and nothing else.
+        if self.lm.row.interface or self.lm.config._attn_implementation != "eager":
+            run = replace(self._clean(batch), patterns=run.patterns)
+        part = self._followed(batch, run)
+        return Part({**part.totals, **beside.totals}, {**part.ratios, **beside.ratios}, part.moments)
+
+    def _followed(self, batch: Batch, run: Clean) -> Part:
+        nodes, kept = run.nodes(run.record), self._kept(batch)
+        prompt, place = kept.nonzero(as_tuple=True)
+        batch.require_finite(self.lm, nodes[:, prompt, place].isfinite().all(-1).t(), prompt, place)
+        write = nodes[self.index] * kept[..., None]
+        nodes.mul_(kept[..., None])
+        sums = self._executed(run, nodes, write)
+        for number, rotation in enumerate(self._rotations):
+            turned = write @ rotation
+            sums[f"rotation {number}"] = self._survival(run.record, added(run, self.writer, -turned), turned)
+        by_node, through = self._through_values(run, write)
+        sums |= through
+        read, sums["one_reader"] = self._read(run, write, by_node)
+        generic = [self._read(run, write @ rotation)[0] for rotation in self._rotations[:READ_ROTATIONS]]
+        self._rows = {name: part.shape[1] for name, part in sums.items()}
+        totals = {
+            "sums": self._clusters(batch, torch.cat(list(sums.values()), 1), write),
+            "nodes": torch.stack([*self._energy(nodes), read, *generic]),
+            "states": torch.stack(self._energy(self._states(run.record) * kept[..., None])),
+        }
+        ratios = {CONDITIONS[0]: self._ratios(nodes, run.record, write, kept), "values": _ratio(by_node, write)}
+        return Part(totals, ratios, self.decoding.measure(batch, run.record.stream, write, kept))
+
+    def _hidden(self, batch: Batch, run: Clean, erasers: Sequence[Node]) -> Part:
+        kept, nodes = self._kept(batch), run.nodes(run.record)
         write = nodes[self.index] * kept[..., None]
         patched = hidden(run, write, sorted({node.layer for node in erasers}))
-        self._count(CONDITIONS[1], run.nodes(patched), patched, write, kept)
         sums = write.new_zeros(len(write), 2)
         for node in erasers:
             sums[:, 0] += _dot(nodes[self.lm.parts.index(node)], write)
-            sums[:, 1] += _dot(self._carried(run, node.layer, write)[:, :, node.head], write)
-        self._erasers.add(batch.index, self._clusters(batch, sums, write.pow(2).sum((1, 2))))
+            sums[:, 1] += _dot(run.carried(node.layer, write)[:, :, node.head], write)
+        ratios = self._ratios(run.nodes(patched), patched, write, kept)
+        return Part({"erasers": self._clusters(batch, sums, write)}, {CONDITIONS[1]: ratios})
 
     def _clean(self, batch: Batch, with_patterns: bool = False) -> Clean:
         return clean(self.lm, batch.ids, self.folded, with_patterns)
@@ -83,11 +140,12 @@ class WithoutTally:
     def _kept(self, batch: Batch) -> Tensor:
         return batch.beyond(self.skip).to(self.lm.device)
 
-    def _executed(self, run: Clean, nodes: Tensor, write: Tensor, kept: Tensor) -> dict[str, Tensor]:
+    def _states(self, record: Recording) -> Float[Tensor, "location prompt position d_model"]:
+        return torch.stack([record.stream[state] for state in self.lm.states])
+
+    def _executed(self, run: Clean, nodes: Tensor, write: Tensor) -> dict[str, Tensor]:
         without = added(run, self.writer, -write)
-        changed = run.nodes(without)
-        self._count(CONDITIONS[0], nodes, run.record, write, kept)
-        share, share_without = _along(nodes, write), _along(changed, write)
+        share, share_without = _along(nodes, write), _along(run.nodes(without), write)
         levels = torch.stack([_dot(run.record.stream[state], write) for state in self.lm.states], 1)
         return {
             "level": levels,
@@ -100,60 +158,71 @@ class WithoutTally:
     def _survival(self, record: Recording, without: Recording, write: Tensor) -> Float[Tensor, "prompt location"]:
         return torch.stack([_dot(record.stream[s] - without.stream[s], write) for s in self.lm.states], 1)
 
-    def _count(self, condition: str, nodes: Tensor, record: Recording, write: Tensor, kept: Tensor) -> None:
+    def _ratios(self, nodes: Tensor, record: Recording, write: Tensor, kept: Tensor) -> Float[Tensor, "row channel"]:
         """Ratios onto the clean write, where it is above the floor."""
-        stream = torch.stack([record.stream[state] for state in self.lm.states])
-        energy = write.pow(2).sum(-1)
+        stream, energy = self._states(record), write.pow(2).sum(-1)
         there = kept & (energy > self.floor**2 * stream.pow(2).sum(-1).amax(0))
-        ratios = torch.einsum("ebtd,btd->bte", torch.cat([nodes, stream]), write)[there] / energy[there][:, None]
-        self.ratios[condition].add(ratios)
-        if condition == CONDITIONS[0]:
-            self.n_positions += len(ratios)
+        return torch.einsum("ebtd,btd->bte", torch.cat([nodes, stream]), write)[there] / energy[there][:, None]
 
-    def _through_values(self, batch: Batch, write: Tensor, kept: Tensor) -> dict[str, Tensor]:
+    def _through_values(self, run: Clean, write: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """C of every pair, and the write propagated layer by layer: x ← x + Σ_e C_e(x)."""
-        run, lm = self._clean(batch, with_patterns=True), self.lm
-        by_node = torch.zeros(len(lm.parts), *write.shape, dtype=write.dtype, device=write.device)
-        carried, survival = write, []
-        for state in lm.states:
-            reads = state.state == ("post" if lm.parallel else "mid")
+        by_node = write.new_zeros(len(self.lm.parts), *write.shape)
+        whole, survival = write, []
+        for state in self.lm.states:
+            reads = state.state == ("post" if self.lm.parallel else "mid")
             if reads and state.layer > self.writer.layer:
-                layer = lm.layers[state.layer]
-                first = next(i for i, node in enumerate(lm.parts) if node.kind == "head" and node.layer == state.layer)
-                by_node[first : first + lm.n_heads] = self._carried(run, layer.index, write).movedim(2, 0)
-                carried = carried + self._carried(run, layer.index, carried).sum(2)
-            survival.append(_dot(carried, write))
-        nodes = run.nodes(run.record) * kept[..., None]
-        self._energies.add(batch.index, self._energy(by_node, nodes, run.record, kept))
-        energy = write.pow(2).sum(-1)
-        self.v_ratios.add(torch.einsum("ebtd,btd->bte", by_node, write)[energy > 0] / energy[energy > 0][:, None])
-        return {"v_share": _along(by_node, write), "v_survival": torch.stack(survival, 1)}
+                by_node[self._heads(state.layer)] = run.carried(state.layer, write).movedim(2, 0)
+                whole = whole + run.carried(state.layer, whole).sum(2)
+            survival.append(_dot(whole, write))
+        return by_node, {"v_share": _along(by_node, write), "v_survival": torch.stack(survival, 1)}
 
-    def _carried(self, run: Clean, layer: int, vector: Tensor) -> Float[Tensor, "prompt position head d_model"]:
-        block = self.lm.layers[layer]
-        through = run.post_scaled(block, through_values(self.lm, block, run.patterns[layer], vector, run.scale(block)))
-        return torch.einsum("bthk,hkd->bthd", through, self.folded[layer].w_o)
+    def _heads(self, layer: int) -> slice:
+        """Where the heads of a layer are among the nodes."""
+        first = self.lm.parts.index(Node("head", layer, 0))
+        return slice(first, first + self.lm.n_heads)
 
-    def _energy(self, by_node: Tensor, nodes: Tensor, record: Recording, kept: Tensor) -> Tensor:
-        """Σ‖·‖² of C, of nodes, of nodes inside the head's space; of the stream, and inside: one vector."""
-        stream = torch.stack([record.stream[state] for state in self.lm.states]) * kept[..., None]
-        inside = [part @ self._space for part in (nodes, stream)]
-        parts = (by_node, nodes, inside[0], stream, inside[1])
-        return torch.cat([part.pow(2).sum((1, 2, 3), dtype=torch.float64) for part in parts])
+    def _read(self, run: Clean, vector: Tensor, by_node: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Σ‖·‖² of what each node writes because it reads `vector`, and each MLP's part of that along the vector.
 
-    def _clusters(self, batch: Batch, sums: Tensor, energy: Tensor) -> ClusterSums:
-        clusters = self.tokens.cluster[batch.first : batch.first + batch.real]
+        `by_node`: C of every head, where it is known already.
+        """
+        mlps = [node.layer for node in self.lm.parts if node.kind == "mlp" and self.later(node)]
+        energy = torch.zeros(len(self.lm.parts), dtype=torch.float64, device=vector.device)
+        along = vector.new_zeros(len(vector), len(self.lm.parts))
+        if by_node is not None:
+            energy += _squares(by_node)
+        else:
+            for layer in (layer for layer in range(len(self.lm.layers)) if layer > self.writer.layer):
+                energy[self._heads(layer)] = _squares(run.carried(layer, vector).movedim(2, 0))
+        there = vector.ne(0).any(-1, keepdim=True)  # elsewhere the difference is rounding
+        for layer, change in one_reader(run, vector, mlps).items():
+            index = self.lm.parts.index(Node("mlp", layer))
+            energy[index] = _squares((change * there)[None])[0]
+            along[:, index] = _dot(change, vector)
+        return energy, along
+
+    def _energy(self, vectors: Float[Tensor, "what prompt position d_model"]) -> list[Tensor]:
+        """Σ‖·‖², whole and inside the head's space."""
+        return [_squares(vectors), _squares(vectors @ self._space)]
+
+    def _clusters(self, batch: Batch, sums: Float[Tensor, "prompt sum"], write: Tensor) -> ClusterSums:
+        clusters, energy = self.tokens.cluster[batch.first : batch.first + batch.real], write.pow(2).sum((1, 2))
         of_prompts = zip(clusters, sums[: batch.real].double(), energy[: batch.real].double(), strict=True)
         return reduce(add, (ClusterSums.of(int(cluster), y[:, None], x[None]) for cluster, y, x in of_prompts))
 
     @property
+    def n_positions(self) -> int:
+        """Positions at which the write is above the floor."""
+        return int(self.ratios[CONDITIONS[0]].counts[0].sum())
+
+    @property
     def n_clusters(self) -> int:
         """Independent prompts or documents."""
-        return self._sums.total().closed().n
+        return self._totals["sums"].total().closed().n
 
     def shares(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Every sum over Σ‖o_w‖², by name, and its standard error."""
-        value, error = (self._named(part[:, 0]) for part in self._sums.total().share())
+        value, error = (self._named(part[:, 0]) for part in self._totals["sums"].total().share())
         return value, error
 
     def _named(self, values: np.ndarray) -> dict[str, np.ndarray]:
@@ -162,7 +231,7 @@ class WithoutTally:
 
     def eraser_sums(self) -> tuple[dict[str, float], dict[str, float]]:
         """What the erasers write along the write (`opposed`), and because of its values (`caused`), with errors."""
-        share, error = self._erasers.total().share()
+        share, error = self._totals["erasers"].total().share()
         names = ("opposed", "caused")
         return {n: float(share[i, 0]) for i, n in enumerate(names)}, {
             n: float(error[i, 0]) for i, n in enumerate(names)
@@ -175,19 +244,24 @@ class WithoutTally:
         """
         return np.sqrt(error["survival"] ** 2 + generic.var(axis=0, ddof=1) * (1 + 1 / ROTATIONS))
 
-    def spaces(self) -> dict[str, xr.Variable]:
-        """Who reads the write, and who uses the space that the head writes into."""
-        n, states = len(self.lm.parts), len(self.lm.states)
-        parts = np.split(self._energies.total().cpu().numpy(), np.cumsum([n, n, n, states]))
+    def can_read(self) -> Bool[np.ndarray, " node"]:
+        """Which nodes could take in the write: heads of later layers, and later MLPs."""
+        return np.array([self.later(node) and node.kind in ("head", "mlp") for node in self.lm.parts])
+
+    def reads(self) -> tuple[Float[np.ndarray, " node"], Float[np.ndarray, "draw node"]]:
+        """Energy that a node writes because it reads the write, over all it writes; the same for turned writes."""
+        energy = self._totals["nodes"].total().cpu().numpy()
         with np.errstate(divide="ignore", invalid="ignore"):
-            read, into, space = parts[0] / parts[1], parts[2] / parts[1], parts[4] / parts[3]
-        into = into if self._space.shape[1] else np.full(n, np.nan)
-        space = space if self._space.shape[1] else np.full(states, np.nan)
-        return {
-            "read": quantity(("node",), read, "1", "Σ‖C‖² / Σ‖o_e‖²"),
-            "into_space": quantity(("node",), into, "1", "Σ‖P o_e‖² / Σ‖o_e‖², P onto the writer's W_O"),
-            "space": quantity(("location",), space, "1", "Σ‖P x‖² / Σ‖x‖²; by chance d_head / d_model"),
-        }
+            return energy[2] / energy[0], energy[3:] / energy[0]
+
+    def spaces(self) -> tuple[Float[np.ndarray, " node"], Float[np.ndarray, " location"]]:
+        """Share of energy inside the head's own output space: of each node's write, and of the stream."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            nodes, states = (
+                energy[1] / energy[0] if self._space.shape[1] else np.full(energy.shape[1], np.nan)
+                for energy in (self._totals[name].total().cpu().numpy() for name in ("nodes", "states"))
+            )
+        return nodes, states
 
 
 def _dot(x: Float[Tensor, "prompt position d"], write: Float[Tensor, "prompt position d"]) -> Float[Tensor, " prompt"]:
@@ -198,17 +272,14 @@ def _along(nodes: Float[Tensor, "node prompt position d"], write: Tensor) -> Flo
     return torch.einsum("ebtd,btd->be", nodes, write)
 
 
-def _rotations(lm: Model) -> Iterator[Float[Tensor, "d_model d_model"]]:
-    """Fixed random rotations; of the mean-free subspace where writes are centred, so that readers see all of it."""
-    generator = torch.Generator().manual_seed(0)
-    d = lm.d_model
-    ones = torch.ones(d, 1, dtype=torch.float64)
-    basis = torch.linalg.qr(torch.cat([ones, torch.eye(d, dtype=torch.float64)[:, 1:]], 1)).Q
-    free = basis[:, 1:] if lm.centred else torch.eye(d, dtype=torch.float64)
-    for _ in range(ROTATIONS):
-        normal = torch.randn(free.shape[1], free.shape[1], generator=generator, dtype=torch.float64)
-        turn, triangle = torch.linalg.qr(normal)
-        yield (free @ (turn * triangle.diagonal().sign()) @ free.t()).to(lm.device, lm.compute_dtype)
+def _squares(vectors: Float[Tensor, "what prompt position d"]) -> Float[Tensor, " what"]:
+    return vectors.pow(2).sum((1, 2, 3), dtype=torch.float64)
+
+
+def _ratio(vectors: Float[Tensor, "what prompt position d"], write: Tensor) -> Float[Tensor, "row what"]:
+    """⟨·, o_w⟩ / ‖o_w‖² wherever there is a write."""
+    energy = write.pow(2).sum(-1)
+    return torch.einsum("ebtd,btd->bte", vectors, write)[energy > 0] / energy[energy > 0][:, None]
 
 
 def _space(tally: WithoutTally) -> Float[Tensor, "d_model rank"]:

@@ -1,0 +1,239 @@
+"""What is an intervention? One formula, as a value: x' = x + g · P(α · source + β · x).
+
+x is what is at a site, P keeps what lies in a subspace (all of it unless a basis is given), g is a gain. Patching is
+(α, β) = (1, −1), ablation (0, −1), adding (1, 0), scaling by c (0, c − 1); a mask is a gain between 0 and 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from numbers import Integral
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unwrite.errors import NodeError
+from unwrite.nodes import Site, parse_site
+
+Number = float | int
+Where = int | Sequence[int] | slice | Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """One change of what is at a site: x' = x + gain · P(alpha · source + beta · x). Given to `uw.trace`.
+
+    Arguments: `site` a name ("L2H3.z", "resid_mid2", …); `source` a number, a vector [d] for every row, or a tensor of
+    the site's own shape [prompt, position, d], such as one that another trace recorded (with `at`, also only the
+    chosen positions [prompt, chosen, d], or [prompt, d] for one); `basis` one vector [d] or several [direction, d]
+    that span what P keeps; `gain` as `source`, or [prompt, position]; `at` the rows: a position, several in increasing
+    order, a slice, or a mask [prompt, position]. Positions count from the start of the text also where a pass, in
+    `generate`, brings only its newest token; negative ones count from the end of the text at each pass. The rows of a
+    pattern are queries. Any tensor may require a gradient.
+    Raises NodeError for a name, a basis or positions that mean nothing.
+
+    Example: `uw.Edit("L2H3", source=v, alpha=1.0, gain=0.5, at=-1)`; most are said shorter by `set`, `add`, `scale` and
+    `project_out`.
+    """
+
+    site: Any
+    source: Tensor | Number | None = None
+    alpha: Number = 0.0
+    beta: Number = 0.0
+    basis: Tensor | None = None
+    gain: Tensor | Number = 1.0
+    at: Where = None
+
+    def __post_init__(self) -> None:
+        parse_site(self.site)
+        if self.alpha != 0 and self.source is None:
+            raise NodeError(f"the edit of {self.site} has no source", fix="give `source`, or leave `alpha` at 0")
+        if self.basis is not None:
+            _orthonormal(self.basis)
+        _check_rows(self)
+
+    @classmethod
+    def set(cls, site: Any, value: Tensor | Number, **rest: Any) -> Edit:
+        """Put `value` in place of what is there: (α, β) = (1, −1). With `basis`, only its part in the subspace.
+
+        Example: `uw.Edit.set("L2H3.z", clean["L2H3.z"], at=-1)` patches in what another trace recorded;
+        `uw.Edit.set("MLP2", 0.0)` removes what the node writes.
+        """
+        return cls(site, value, 1.0, -1.0, **rest)
+
+    @classmethod
+    def add(cls, site: Any, value: Tensor | Number, **rest: Any) -> Edit:
+        """Add `value` to what is there: (α, β) = (1, 0). Example: `uw.Edit.add("resid_post2", direction, gain=4.0)`."""
+        return cls(site, value, 1.0, 0.0, **rest)
+
+    @classmethod
+    def scale(cls, site: Any, factor: Number, **rest: Any) -> Edit:
+        """Multiply what is there by `factor`: (α, β) = (0, factor − 1). Example: `uw.Edit.scale("L2H3", 0.5)`."""
+        return cls(site, None, 0.0, factor - 1.0, **rest)
+
+    @classmethod
+    def project_out(cls, site: Any, basis: Tensor, **rest: Any) -> Edit:
+        """Remove what lies in the span of `basis` ([d] or [direction, d]): (α, β) = (0, −1).
+
+        Example: `uw.Edit.project_out("resid_mid2", directions)`.
+        """
+        return cls(site, None, 0.0, -1.0, basis, **rest)
+
+
+def _orthonormal(basis: Tensor) -> Float[Tensor, "d direction"]:
+    """An orthonormal basis as columns, by QR: unlike that of an SVD, its gradient exists for orthonormal directions."""
+    columns = torch.atleast_2d(basis).mT
+    if basis.dim() > 2 or not basis.is_floating_point() or columns.shape[1] > columns.shape[0]:
+        raise NodeError("not a basis", got=f"{basis.dtype} {list(basis.shape)}", expected="[d] or [direction, d]")
+    exact = torch.promote_types(basis.dtype, torch.float32)
+    kept, sizes = torch.linalg.qr(columns.to(exact))
+    size = sizes.diagonal().abs()
+    if not bool((size > size.max() * len(columns) * torch.finfo(exact).eps).all()):
+        raise NodeError("the directions of the basis depend on each other, or one is 0", expected="independent ones")
+    return kept
+
+
+def _check_rows(edit: Edit) -> None:
+    at, wrong = edit.at, f"the edit of {edit.site} chooses no rows"
+    if isinstance(at, Tensor):
+        if at.dtype != torch.bool or at.dim() != 2 or not bool(at.any()):
+            got = f"{at.dtype} {list(at.shape)}, {int(at.count_nonzero())} of them not 0"
+            raise NodeError(wrong, got=got, expected="a mask [prompt, position], true somewhere")
+    elif isinstance(at, slice):
+        if at.step is not None and at.step < 1:
+            raise NodeError(wrong, got=at, expected="a slice that goes forward")
+    elif at is not None and not _listed(at):
+        raise NodeError(wrong, got=at, expected="at least one position")
+
+
+def _listed(at: Any) -> tuple[int, ...]:
+    """The positions that were named one by one."""
+    if at is None or isinstance(at, Tensor | slice):
+        return ()
+    return tuple(int(position) for position in ((at,) if isinstance(at, Integral) else at))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a pass that an edit touches: `index` takes them out of x, whose first row is at position `offset`.
+
+    Where positions are named one by one or as a slice: how many are `named` in the text so far, and which are `picked`.
+    """
+
+    index: tuple[Any, ...]
+    offset: int
+    named: int = 0
+    picked: tuple[int, ...] = ()
+
+
+@dataclass(eq=False)
+class Pending:
+    """An edit inside a trace, and what it has touched so far."""
+
+    edit: Edit
+    site: Site
+    reached: bool = False
+    touched: bool = False
+    missing: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.missing = set(_listed(self.edit.at))
+
+    def of(self, x: Tensor, total: int) -> Tensor:
+        """x' of x [prompt, position, d], whose last row is at position total − 1; x itself if no row is edited."""
+        self.reached = True
+        rows = self._rows(x, max(0, total - x.shape[1]), total)
+        if rows is None:
+            return x
+        self.touched = True
+        new = _formula(self.edit, x[rows.index], lambda name, value: self._fitted(name, value, x, rows))
+        if self.edit.at is None:
+            return new
+        out = x.clone()
+        out[rows.index] = new
+        return out
+
+    def require(self) -> None:
+        """Raise NodeError unless every row that was asked for was there in some forward pass."""
+        what = f"the edit of {self.site} touched nothing"
+        if not self.reached:
+            raise NodeError(what, got="no forward pass inside the `with` that reached it")
+        if not self.touched:
+            raise NodeError(what, got=f"at={self.edit.at}", expected="positions that the text has")
+        if self.missing:
+            what = f"the edit of {self.site} did not touch all of its positions"
+            raise NodeError(what, got=sorted(self.missing), expected="positions that the text has")
+
+    def _rows(self, x: Tensor, offset: int, total: int) -> _Rows | None:
+        at = self.edit.at
+        if at is None:
+            return _Rows((slice(None),), offset) if x.numel() else None
+        if isinstance(at, Tensor):
+            mask = self._mask(at, x, offset, total)
+            return _Rows((mask,), offset) if bool(mask.any()) else None
+        names = list(range(*at.indices(total))) if isinstance(at, slice) else list(_listed(at))
+        places = [name + total * (name < 0) for name in names]
+        picked = tuple(i for i, place in enumerate(places) if offset <= place < offset + x.shape[1])
+        self.missing -= {names[i] for i in picked}
+        rows = [places[i] - offset for i in picked]
+        if any(first >= second for first, second in pairwise(rows)):
+            raise NodeError(f"positions of the edit of {self.site} are not in increasing order", got=f"at={at}")
+        return _Rows((slice(None), rows), offset, len(names), picked) if rows else None
+
+    def _mask(self, mask: Tensor, x: Tensor, offset: int, total: int) -> Tensor:
+        # Text that generation has added lies beyond the mask; a shorter mask is a mistake as long as there is none.
+        grown = self.touched and mask.shape[1] < total
+        if mask.shape[0] != x.shape[0] or (mask.shape[1] != total and not grown):
+            what = f"the mask of the edit of {self.site} has another shape"
+            raise NodeError(what, got=list(mask.shape), expected=[len(x), total])
+        full = mask.new_zeros(len(x), offset + x.shape[1])
+        full[:, : mask.shape[1]] = mask
+        return full[:, offset:].to(x.device)
+
+    def _fitted(self, name: str, value: Any, x: Tensor, rows: _Rows) -> Any:
+        """A source or gain as it goes with the chosen rows of x. Raises NodeError for any shape but those allowed."""
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return value
+        value, (prompts, positions, width) = value.to(x.device), x.shape
+        text = rows.offset + positions
+        fits: dict[tuple[int, ...], Callable[[], Tensor]] = {(width,): lambda: value}
+        if rows.picked and isinstance(self.edit.at, Integral) and name == "source":
+            fits[prompts, width] = lambda: value[:, None]
+        if name == "gain":
+            fits[prompts, text] = lambda: value[:, rows.offset :][rows.index][..., None]
+        fits[prompts, text, width] = lambda: value[:, rows.offset :][rows.index]
+        if rows.picked and name == "gain":
+            fits[prompts, rows.named] = lambda: value[:, list(rows.picked), None]
+        if rows.picked:
+            fits[prompts, rows.named, width] = lambda: value[:, list(rows.picked)]
+        if tuple(value.shape) in fits:
+            return fits[tuple(value.shape)]()
+        raise NodeError(
+            f"the {name} of the edit of {self.site} has another shape than the site, or comes from another prompt",
+            got=list(value.shape),
+            expected=" or ".join(["a number", *(str(list(shape)) for shape in fits)]),
+        )
+
+
+def _formula(edit: Edit, x: Tensor, fitted: Callable[[str, Any], Any]) -> Tensor:
+    # In half precision 1 + g·β and a projection lose more than the result does.
+    exact = torch.promote_types(x.dtype, torch.float32)
+    old, gain = x.to(exact), fitted("gain", edit.gain)
+    source = None if edit.alpha == 0 else fitted("source", edit.source)
+    if edit.basis is None:
+        keep, give = 1 + gain * edit.beta, None if source is None else source * (gain * edit.alpha)
+        # An infinite x times 0 is not 0: what is replaced is not looked at.
+        new = torch.zeros_like(old) if isinstance(keep, Number) and keep == 0 else old * keep
+        return (new if give is None else new + give).to(x.dtype)
+    if edit.basis.shape[-1] != x.shape[-1]:
+        raise NodeError(
+            f"the basis of the edit of {edit.site} has another width", got=edit.basis.shape[-1], expected=x.shape[-1]
+        )
+    basis = _orthonormal(edit.basis).to(old)
+    given = torch.zeros_like(old) if source is None else (torch.zeros_like(old) + source * edit.alpha).to(exact)
+    inside = given + old * edit.beta if edit.beta else given
+    return (old + gain * ((inside @ basis) @ basis.mT)).to(x.dtype)
