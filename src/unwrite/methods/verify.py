@@ -16,10 +16,10 @@ import numpy as np
 import xarray as xr
 from scipy import stats
 
-from unwrite.errors import NodeError, NumericError
+from unwrite.errors import NumericError
 from unwrite.model.load import provenance
 from unwrite.model.view import Model
-from unwrite.nodes import Node, choose, parse_node
+from unwrite.nodes import Node, choose, parse_node, require_readers
 from unwrite.result import QUANTILES, Result, build, quantity
 from unwrite.run.decode import RIDGE
 from unwrite.run.stream import Listener, admit, admit_floor, batch_size, stream
@@ -53,7 +53,8 @@ def verify(
     Returns a Result: `survival`, `background`, `generic` (low, mean, high over rotations) and `gap` = survival −
     generic, by location; `erased`, `filled_in`, `share`, `share_without`, `class` by later node; `verdict`: erased,
     filled in, kept, decays like anything or amplified; through values (pattern and norm frozen) `v_pr`, `v_share`,
-    `v_survival` and `causal_share` = `caused` / `opposed`; the paper's view `pr`, `level`, clean and patched; `space`,
+    `v_survival`, `causal_share` = `caused` / `opposed` and `opposed_pr`, quantiles of the erasers' summed ratio; the
+    paper's view `pr`, `level`, clean and patched; `space`,
     the stream's energy in the head's own output space, `into_space` that of every node's write; `read`, the energy
     that a node writes because it reads the write, relative to all it writes (heads through values; MLPs one-reader:
     D = MLP(x) − MLP(x − o_w), which do not add up), `read_generic` the same for turned writes, `readers` the nodes
@@ -67,7 +68,7 @@ def verify(
     """
     tokens = admit(lm, tokens, mask, skip)
     node = choose([parse_node(writer)], lm.parts)[0]
-    named = None if erasers is None else _named(lm, node, erasers)
+    named = None if erasers is None else require_readers(choose(erasers, lm.parts), node, len(lm.layers))
     # The states of two runs are held at a time.
     size = batch_size(lm, tokens, max(1, batch_size(lm, tokens) // 2) if batch is None else batch)
     tally = WithoutTally(lm, tokens, node, skip, admit_floor(floor))
@@ -80,17 +81,6 @@ def verify(
     data = _judged(_dataset(tally), tally, chosen)
     settings = {"writer": str(node), "erasers": [str(e) for e in chosen], "skip": skip, "floor": floor, "batch": batch}
     return build("verify", data, settings, provenance(lm), {"": tokens.about()})
-
-
-def _named(lm: Model, writer: Node, erasers: Iterable[object]) -> tuple[Node, ...]:
-    found = choose(erasers, lm.parts)
-    early = [str(node) for node in found if node.kind != "head" or node.layer <= writer.layer]
-    if early:
-        raise NodeError(
-            f"{', '.join(early)} cannot read {writer} through values",
-            expected=f"heads of layers {writer.layer + 1} to {len(lm.layers) - 1}",
-        )
-    return found
 
 
 def _default(tally: WithoutTally) -> tuple[Node, ...]:
@@ -177,6 +167,9 @@ def _quantiles(tally: WithoutTally) -> dict[str, xr.Variable]:
     n = len(tally.lm.parts)
     both = np.stack([tally.ratios[condition].quantiles(QUANTILES) for condition in CONDITIONS])
     return {
+        "opposed_pr": quantity(
+            ("quantile",), tally.ratios["opposed"].quantiles(QUANTILES)[0], "1", "⟨Σ over erasers of o_e, o_w⟩ / ‖o_w‖²"
+        ),
         "v_pr": quantity(("node", "quantile"), tally.ratios["values"].quantiles(QUANTILES), "1", "⟨C, o_w⟩ / ‖o_w‖²"),
         "pr": quantity(("condition", "node", "quantile"), both[:, :n], "1", "⟨o_e, clean o_w⟩ / ‖o_w‖²"),
         "level": quantity(("condition", "location", "quantile"), both[:, n:], "1", "⟨x, clean o_w⟩ / ‖o_w‖²"),

@@ -46,7 +46,7 @@ class WithoutTally:
         self.lm, self.tokens, self.writer, self.skip, self.floor = lm, tokens, writer, skip, floor
         self.folded, self.index = fold(lm), lm.parts.index(writer)
         rows, n = int(np.maximum(tokens.lengths - skip, 0).sum()), len(lm.parts)
-        channels = {**dict.fromkeys(CONDITIONS, n + len(lm.states)), "values": n}
+        channels = {**dict.fromkeys(CONDITIONS, n + len(lm.states)), "values": n, "opposed": 1}
         self.ratios = {name: Histogram(width, RATIO, rows, lm.device) for name, width in channels.items()}
         self._rotations = list(rotations(lm, ROTATIONS))
         self._space = _space(self)
@@ -128,11 +128,15 @@ class WithoutTally:
         write = nodes[self.index] * kept[..., None]
         patched = hidden(run, write, sorted({node.layer for node in erasers}))
         sums = write.new_zeros(len(write), 2)
+        opposed = nodes[[self.lm.parts.index(node) for node in erasers]].sum(0)
+        sums[:, 0] = _dot(opposed, write)
         for node in erasers:
-            sums[:, 0] += _dot(nodes[self.lm.parts.index(node)], write)
             sums[:, 1] += _dot(run.carried(node.layer, write)[:, :, node.head], write)
-        ratios = self._ratios(run.nodes(patched), patched, write, kept)
-        return Part({"erasers": self._clusters(batch, sums, write)}, {CONDITIONS[1]: ratios})
+        ratios = {
+            CONDITIONS[1]: self._ratios(run.nodes(patched), patched, write, kept),
+            "opposed": _ratio(opposed[None], write),
+        }
+        return Part({"erasers": self._clusters(batch, sums, write)}, ratios)
 
     def _clean(self, batch: Batch, with_patterns: bool = False) -> Clean:
         return clean(self.lm, batch.ids, self.folded, with_patterns)
