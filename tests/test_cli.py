@@ -59,7 +59,7 @@ def test_audit_ends_in_a_verdict(folder, monkeypatch, capsys, tmp_path) -> None:
 
 
 def test_audit_without_arguments_reads_the_planted_model(monkeypatch, capsys) -> None:
-    assert run(monkeypatch, "audit", "-n", 2, "--length", 64) == 0
+    assert run(monkeypatch, "audit", "-n", 4, "--length", 64) == 0
     assert "planted gpt2" in capsys.readouterr().out
 
 

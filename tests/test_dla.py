@@ -73,7 +73,7 @@ class Account:
     def __init__(self, lm: Model, at: str, replace: str, given: Tokens | None = None, texts: Tokens | None = None):
         self.lm, self.at, self.replace, self.texts = lm, at, replace, texts
         self.given = tokens() if given is None else given
-        self.result = uw.dla(lm, self.given, ANSWER, AGAINST, POSITION, at, replace, texts)
+        self.result = uw.dla(lm, self.given, ANSWER, AGAINST, POSITION, at, replace, texts, batch=3)
         self.truth = [alone(lm, self.given, p, *ask) for p, ask in enumerate(zip(ROWS, ANSWER, AGAINST, strict=True))]
         pool = self.given if texts is None else texts
         self.pool = self.truth if texts is None else [alone(lm, pool, i, 1) for i in range(len(pool))]
@@ -114,12 +114,12 @@ class Account:
 
 
 @pytest.fixture(scope="module", params=tiny.FAMILIES)
-def account(request: pytest.FixtureRequest) -> Iterator[Account]:
+def account(request: pytest.FixtureRequest) -> Account:
     """Of every family; they take turns in what is asked."""
     turn = tiny.FAMILIES.index(request.param)
     lm = model(request.param, ("paper", "raw")[turn // 6 % 2])
     with exact():
-        yield Account(lm, ("all", "position")[turn % 2], ("zero", "mean", "resample")[turn % 3])
+        return Account(lm, ("all", "position")[turn % 2], ("zero", "mean", "resample")[turn % 3])
 
 
 def test_totals_and_direct_are_those_of_plain_hooks_on_the_users_model(account: Account) -> None:
@@ -169,7 +169,7 @@ def test_texts_take_the_place_of_the_prompts(replace: str) -> None:
 def test_without_help_the_parts_add_up_to_rounding(family: str) -> None:
     """As users run it, and in the other convention: families that compute in float32 inside have seven digits."""
     lm = model(family, ("raw", "paper")[tiny.FAMILIES.index(family) // 6 % 2])
-    result = uw.dla(lm, tokens(), position=1)
+    result = uw.dla(lm, tokens(), position=1, batch=3)
     limit = (1e-6 if lm.row.float32_inside else 1e-9) * (1 + np.abs(result["direct"]).sum("node"))
     added = result["direct"].sum("node") + result["constant"]
     assert (np.abs(added - result["logit_diff"]) <= limit).all()
@@ -180,7 +180,7 @@ def test_without_help_the_parts_add_up_to_rounding(family: str) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "cohere", "gptj"])
 def test_without_answers_the_two_highest_logits_are_asked_about(family: str) -> None:
     lm = model(family)
-    result = uw.dla(lm, tokens(), position=POSITION)
+    result = uw.dla(lm, tokens(), position=POSITION, batch=3)
     for prompt, row in enumerate(ROWS):
         with torch.no_grad():
             logits = lm.hf(torch.from_numpy(tokens().ids[prompt : prompt + 1, : row + 1])).logits[0, -1]
@@ -193,7 +193,7 @@ def test_without_answers_the_two_highest_logits_are_asked_about(family: str) -> 
 def test_one_answer_alone_is_asked_about(family: str) -> None:
     lm = model(family)
     with exact():
-        result = uw.dla(lm, tokens(), answer=5, position=POSITION)
+        result = uw.dla(lm, tokens(), answer=5, position=POSITION, batch=3)
         for prompt, row in enumerate(ROWS):
             truth = alone(lm, tokens(), prompt, row, 5)
             close(result["logit_diff"][prompt], truth.measured)
