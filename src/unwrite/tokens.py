@@ -235,12 +235,14 @@ def single_token(token: int | str, tokenizer: Any, vocabulary: int) -> int:
 
 
 def spelled(ids: Iterable[int | np.integer], tokenizer: Any) -> str:
-    """What token ids say, as one printable line; a token that decodes to nothing is named as the vocabulary does."""
+    """What token ids say, as one printable line; a token that alone is no text is named as the vocabulary does."""
     numbers = [int(i) for i in ids]
     if tokenizer is None:
         return " ".join(map(str, numbers))
     text = tokenizer.decode(numbers)
-    return plain(text or " ".join(map(str, tokenizer.convert_ids_to_tokens(numbers))))
+    if not text or (len(numbers) == 1 and "\N{REPLACEMENT CHARACTER}" in text):  # a byte, a piece of a character
+        text = " ".join(map(str, tokenizer.convert_ids_to_tokens(numbers)))
+    return plain(text)
 
 
 def _prefix(tokenizer: Any, bos: int | bool | None) -> list[int]:
