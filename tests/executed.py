@@ -118,7 +118,11 @@ class Alone:
         """The account of `total` part by part, from the writes of a run without the change."""
         with self.without(node, change):
             gone = Truth(self.hf, self.ids[None])
-            end, measured, again = gone.states()[self._end][0, self.row], self.difference(gone.logits()), self._written(gone)
+            end, measured, again = (
+                gone.states()[self._end][0, self.row],
+                self.difference(gone.logits()),
+                self._written(gone),
+            )
         names = list(self.writes)
         parts = dict.fromkeys(("direct", "erased", "filled_in", "norm"), 0.0)
         parts["direct"] = self.direct(change[self.row])

@@ -61,7 +61,9 @@ def alone(lm: Model, given: Tokens, prompt: int, row: int, answer: int = 0, agai
 
 
 def close(got: Any, want: Any, tolerance: float = 1e-9) -> None:
-    np.testing.assert_allclose(np.asarray(got, dtype=float), np.asarray(want, dtype=float), rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(
+        np.asarray(got, dtype=float), np.asarray(want, dtype=float), rtol=tolerance, atol=tolerance
+    )
 
 
 # Against plain hooks, in every family
@@ -96,7 +98,6 @@ class Account:
         n = len(others)
         turn = range(prompt + 1, prompt + n) if self.texts is None else range(prompt, prompt + n)
         return padded[next(i % n for i in turn if len(others[i % n]) > last)]
-
 
     def require(self) -> None:
         """The result is what is found by hand, for every prompt and node."""
@@ -202,17 +203,25 @@ def test_one_answer_alone_is_asked_about(family: str) -> None:
     assert "against" not in result.data
 
 
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, tuple])
+def test_answers_and_positions_may_be_arrays(kind: Callable[[Any], Any]) -> None:
+    lm = model("gpt2")
+    got, want = (uw.dla(lm, tokens(), each(ANSWER), each(AGAINST), each(POSITION), batch=3) for each in (kind, list))
+    close(got["direct"], want["direct"])
+    assert got["answer_id"].values.tolist() == ANSWER
+
+
 def test_a_soft_cap_bends_the_logits_and_not_the_readings() -> None:
     lm = view(weights("gemma2", 2, num_hidden_layers=2, final_logit_softcapping=0.5))
     bare = view(uncapped(lm.hf))
     with exact():
         got, want = (uw.dla(each, tokens(), ANSWER, AGAINST, POSITION) for each in (lm, bare))
-        capped = [alone(bare, tokens(), p, row) for p, row in enumerate(ROWS)]
+        logits = [alone(bare, tokens(), p, row).truth.logits()[0, row] for p, row in enumerate(ROWS)]
     for name in ("logit_diff", "direct", "total", "gradient", "constant"):
         close(got[name], want[name])
-    for prompt, one in enumerate(capped):
-        logits = 0.5 * torch.tanh(one.truth.logits()[0, one.row] / 0.5)
-        close(got["capped"][prompt], float(logits[ANSWER[prompt]] - logits[AGAINST[prompt]]))
+    for prompt, each in enumerate(logits):
+        capped = 0.5 * torch.tanh(each / 0.5)
+        close(got["capped"][prompt], float(capped[ANSWER[prompt]] - capped[AGAINST[prompt]]))
     assert (np.abs(got["capped"] - got["logit_diff"]) > 1e-3).any()
 
 
@@ -328,7 +337,7 @@ def test_row_by_row_and_everywhere_are_two_questions() -> None:
 # Planted models
 
 
-PROSE = "It was the best of times, it was the worst of times; 1775 was the year, and all of it was told by a clerk."
+PROSE = "It was the best of times, it was the worst"
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
@@ -417,7 +426,7 @@ def test_invariance_is_what_patched_runs_say(family: str) -> None:
     """Quartiles over the other prompts that reach the row, never over the prompt itself."""
     lm, given = model(family), tokens(np.array([6, 5, 7, 6, 4]))
     with exact():
-        result = uw.dla(lm, given, 5, 9, position=[4, 3, 4, 3, 3])
+        result = uw.dla(lm, given, 5, 9, position=[4, 3, 4, 3, 3], batch=5)
         for prompt, row, others in ((0, 4, (1, 2, 3)), (1, 3, (0, 2, 3, 4))):
             truth = alone(lm, given, prompt, row, 5, 9)
             texts = [alone(lm, given, other, row) for other in others]
@@ -525,7 +534,7 @@ def test_a_fate_is_the_same_in_other_units_and_of_the_other_sign() -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=8)
+@settings(max_examples=6)
 def test_results_do_not_depend_on_the_batch(data: st.DataObject) -> None:
     lm = model(data.draw(st.sampled_from(tiny.FAMILIES)))
     lengths = np.array(data.draw(st.lists(st.integers(2, 8), min_size=2, max_size=5)))

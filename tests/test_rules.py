@@ -338,7 +338,9 @@ def test_net_is_direct_where_no_later_head_reads(family: str) -> None:
             matrix(layer.value)[:, value_columns(silent, layer)] = 0
     # In the last layer there is no head to come; without values there is none in any.
     for which, states in ((lm, lm.states[-1 if lm.parallel else -2 :]), (silent, lm.states)):
-        direct, net = (cotangents(which, ids_of(), RULES[name], along(drawn(lm.d_model)))[1] for name in ("direct", "net"))
+        direct, net = (
+            cotangents(which, ids_of(), RULES[name], along(drawn(lm.d_model)))[1] for name in ("direct", "net")
+        )
         for state in states:
             close(net[state], direct[state], 1e-12)
 

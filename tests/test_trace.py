@@ -570,6 +570,18 @@ def test_edits_of_one_site_are_applied_in_order_and_patched_in_from_another_prom
     close(patched, ran(lm, ids=ids_of(lm, seed=9))[1], lm)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2", "granite", "bloom"])
+def test_sites_are_edited_in_the_order_of_the_pass_and_recorded_after_it(kind: str) -> None:
+    lm, value = model(kind, "raw"), noise(2, 7, model(kind).d_model)
+    clean, _ = ran(lm, "resid_mid0", "L0H1")
+    steps = [Edit.add("resid_mid0", value), Edit.scale("resid_mid0", 2.0), Edit.set("L0H1", 0.0)]
+    t, _ = ran(lm, "resid_mid0", "L0H0", "L0H1", edits=steps)
+    close(t["resid_mid0"], 2 * (clean["resid_mid0"] - clean["L0H1"] + value), lm)
+    assert not t["L0H1"].any()
+    t, _ = ran(lm, "L1H0.v", "L1.v_input", edits=[Edit.scale("L1H0.v", 0.0), Edit.add("L1.v_input", value)])
+    assert not t["L1H0.v"].any()
+
+
 # Passes with a cache
 
 
@@ -624,6 +636,17 @@ def test_generation_with_attention_open_says_the_same(kind: str) -> None:
     assert torch.equal(said, own)
     assert t["L0H0.pattern"].shape[:2] == t["L1H1"].shape[:2] == (2, 1)
     close(t["L0H0.pattern"].sum(-1), torch.ones(2, 1), lm, eager=True)
+
+
+def test_padding_in_float64_is_no_nan() -> None:
+    lm, mask = model("llama"), torch.ones(2, 7, dtype=torch.long)
+    mask[1, :3] = 0
+    with torch.no_grad():
+        own = lm.hf(ids_of(lm), attention_mask=mask).logits
+        with uw.trace(lm, "L0H0.pattern") as t:
+            logits = lm.hf(ids_of(lm), attention_mask=mask).logits
+    close(logits[mask.bool()], own[mask.bool()], lm)
+    assert t["L0H0.pattern"].isfinite().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -791,6 +814,7 @@ def test_what_was_not_asked_for_or_not_reached_cannot_be_read() -> None:
         with pytest.raises(NodeError, match="no forward pass has run"):
             t["embed"]
         lm.hf(inputs_embeds=embedded)
+        assert torch.equal(lm.hf.get_input_embeddings()(ids_of(lm)), embedded)
         with pytest.raises(NodeError, match="did not reach it"):
             t["embed"]
     assert t["L0H0.z"].shape == (2, 7, lm.head_dim)

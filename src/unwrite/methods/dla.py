@@ -138,7 +138,10 @@ def _texts(lm: Model, texts: Any, row: np.ndarray) -> Tokens:
 
 
 def _rows(position: Any, tokens: Tokens) -> np.ndarray:
-    wanted = np.asarray(position)
+    try:
+        wanted = np.asarray(position)
+    except ValueError:  # rows of unequal length
+        wanted = np.asarray(None)
     if wanted.dtype.kind not in "iu" or wanted.shape not in ((), (len(tokens),)):
         raise TokensError("position is a row of each prompt", got=plain(position), expected="an integer, or one each")
     row = np.where(wanted < 0, tokens.lengths + wanted, wanted)
@@ -154,7 +157,8 @@ def _rows(position: Any, tokens: Tokens) -> np.ndarray:
 def _tokens(lm: Model, token: Any, n: int, name: str) -> np.ndarray | None:
     if token is None:
         return None
-    each: list[Any] = [token] * n if isinstance(token, (str, int, np.integer)) else list(token)
+    token = token.tolist() if isinstance(token, (np.ndarray, Tensor)) else token
+    each: list[Any] = list(token) if isinstance(token, (list, tuple)) else [token] * n
     if len(each) != n:
         raise TokensError(f"{name} is one token for each prompt", got=f"{len(each)} tokens", expected=f"1 or {n}")
     rows = min(lm.vocabulary, lm.hf.get_output_embeddings().weight.shape[0])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
+from xarray import Dataset
 
 from unwrite.errors import plain
 from unwrite.report import audited, believed, found
@@ -14,6 +15,8 @@ from unwrite.report.rows import Row, disagreements, folded_line, rows, soundness
 from unwrite.report.verdict import verdict
 from unwrite.report.verified import actors, sentence, trajectory
 from unwrite.result import Result
+
+Parts = Callable[[Result], Iterator[RenderableType]]
 
 _WIDE = 160
 _WORDY = ("how", "verdict", "erasers", "fate", "asked", "quantity", "setting", "erasers' attribution")
@@ -73,22 +76,15 @@ def _audit(result: Result) -> Iterator[RenderableType]:
     yield Text(plain(last_word(result)))
 
 
-def _adversarial(result: Result) -> Iterator[RenderableType]:
-    yield _grid("", found.HEADER, found.rows(result.data))
-    yield Text("")
-    yield Text(plain(last_word(result)))
+def _listed(header: tuple[str, ...], rows: Callable[[Dataset], list[tuple[str, ...]]]) -> Parts:
+    """A result that is one table and a sentence."""
 
+    def parts(result: Result) -> Iterator[RenderableType]:
+        yield _grid("", header, rows(result.data))
+        yield Text("")
+        yield Text(plain(last_word(result)))
 
-def _corpus(result: Result) -> Iterator[RenderableType]:
-    yield _grid("", found.CORPUS_HEADER, found.corpus_rows(result.data))
-    yield Text("")
-    yield Text(plain(last_word(result)))
-
-
-def _reproduce(result: Result) -> Iterator[RenderableType]:
-    yield _grid("", found.CLAIMS_HEADER, found.claims(result.data))
-    yield Text("")
-    yield Text(plain(last_word(result)))
+    return parts
 
 
 def _grid(title: str, header: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> Table:
@@ -154,13 +150,13 @@ def _table(title: str, shown: list[Row]) -> Table:
     return table
 
 
-_PARTS: dict[str, Callable[[Result], Iterator[RenderableType]]] = {
+_PARTS: dict[str, Parts] = {
     "verify": _verify,
     "dla": _dla,
-    "adversarial": _adversarial,
-    "corpus_dla": _corpus,
     "audit": _audit,
-    "reproduce": _reproduce,
+    "adversarial": _listed(found.HEADER, found.rows),
+    "corpus_dla": _listed(found.CORPUS_HEADER, found.corpus_rows),
+    "reproduce": _listed(found.CLAIMS_HEADER, found.claims),
 }
 _WORDS: dict[str, Callable[[Result], str]] = {
     "verify": sentence,

@@ -1,0 +1,157 @@
+"""Is the user's model bit for bit what it was, whatever is asked of it and however that ends?
+
+A new method gets a line in METHODS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import unwrite as uw
+from executed import weights
+from tiny import snapshot
+from unwrite.model.load import view
+from unwrite.model.view import Model
+from unwrite.run import trust, without
+
+# One of every way in which attention is reached: the interface, post-norms, own code with a branch for sdpa, own code.
+FAMILIES = ("gpt2", "llama", "gemma2", "falcon", "gptj")
+IDS = torch.randint(3, 50, (4, 6), generator=torch.Generator().manual_seed(0))
+
+
+def _traced(lm: Model) -> None:
+    with uw.trace(lm, "L1H0.v", "resid_post0", edits=uw.Edit.set("L0H0", 0.0)):
+        lm.hf(IDS)
+
+
+METHODS: dict[str, Callable[[Model], Any]] = {
+    "scan": lambda lm: uw.scan(lm, IDS),
+    "verify": lambda lm: uw.verify(lm, IDS, "L0H0"),
+    "dla": lambda lm: uw.dla(lm, IDS, 5, 9, replace="resample", batch=2),
+    "corpus_dla": lambda lm: uw.corpus_dla(lm, IDS, "L0H0", ["L1H0"]),
+    "adversarial": lambda lm: uw.adversarial(lm, IDS, "L0H0"),
+    "audit": lambda lm: uw.audit(lm, IDS, IDS[:2], most=1),
+    "trace": _traced,
+}
+
+
+class Planted(Exception):
+    """Raised in the middle, on purpose."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_draws() -> Iterator[None]:
+    """What is random is repeated less often than in earnest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trust, "_DRAWS", 9)
+        patch.setattr(without, "ROTATIONS", 2)
+        patch.setattr("unwrite.methods.verify.ROTATIONS", 2)
+        yield
+
+
+@cache
+def model(family: str) -> Model:
+    """As a user may have left it: own hooks, parts in training, frozen weights, a gradient."""
+    lm = view(weights(family, 4, num_hidden_layers=2, num_attention_heads=2))
+    blocks = next(module for module in lm.hf.modules() if isinstance(module, nn.ModuleList))
+    blocks[0].train()
+    blocks[1].register_forward_hook(lambda module, args, output: None)
+    blocks[1].register_forward_pre_hook(lambda module, args: None)
+    parameters = list(lm.hf.parameters())
+    parameters[0].requires_grad_(False)
+    parameters[1].grad = torch.ones_like(parameters[1])
+    return lm
+
+
+@contextmanager
+def interrupted(lm: Model, at: int, error: BaseException | None) -> Iterator[list[int]]:
+    """Raises `error` when the second block's last attention projection is used for the `at`-th time; counts uses."""
+    calls = [0]
+
+    def hook(*_: Any) -> None:
+        calls[0] += 1
+        if error is not None and calls[0] == at:
+            raise error
+
+    handle = lm.layers[1].out_proj.register_forward_hook(hook)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+@cache
+def uses(method: str, family: str) -> int:
+    """How often a method runs the second block."""
+    lm = model(family)
+    with interrupted(lm, 0, None) as calls:
+        METHODS[method](lm)
+    return calls[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_is_untouched_by_success(method: str, family: str) -> None:
+    lm = model(family)
+    before = snapshot(lm.hf)
+    with torch.no_grad():
+        logits = lm.hf(IDS).logits
+        assert uses(method, family) > 0
+    assert snapshot(lm.hf) == before
+    with torch.no_grad():
+        assert torch.equal(lm.hf(IDS).logits, logits)
+
+
+@pytest.mark.parametrize("error", [Planted, KeyboardInterrupt])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_is_untouched_by_what_is_raised_in_the_middle(
+    method: str, family: str, error: type[BaseException]
+) -> None:
+    """At the first pass, at one in the middle and at the last: while something is recorded, continued, differentiated."""
+    lm, n = model(family), uses(method, family)
+    places = {1, n // 3 + 1} if error is Planted else {2 * n // 3 + 1, n}
+    for at in sorted(places & set(range(1, n + 1))):
+        with interrupted(lm, at, error()):
+            before = snapshot(lm.hf)
+            with pytest.raises(error):
+                METHODS[method](lm)
+            assert snapshot(lm.hf) == before
+
+
+@pytest.mark.parametrize("inside", ["torch.autograd.grad", "unwrite.methods.dla.readings", "unwrite.run.account.added"])
+def test_a_model_is_untouched_by_what_fails_between_passes(inside: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = model("gemma2")
+    before = snapshot(lm.hf)
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise Planted
+
+    monkeypatch.setattr(inside, fails)
+    with pytest.raises(Planted):
+        METHODS["dla"](lm)
+    assert snapshot(lm.hf) == before
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "trace"])
+def test_a_model_is_untouched_by_a_listener_that_raises(method: str) -> None:
+    lm = model("llama")
+    before = snapshot(lm.hf)
+
+    def fails(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    settings: dict[str, Any] = {"listener": fails}
+    asked = {
+        "verify": ("L0H0",), "corpus_dla": ("L0H0", ["L1H0"]), "adversarial": ("L0H0",),
+    }.get(method, ())  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        getattr(uw, method)(lm, IDS, *asked, **settings)
+    assert snapshot(lm.hf) == before
