@@ -1,4 +1,4 @@
-"""What does a write do to a logit of the user's own model when it is really taken out? Plain hooks, one prompt at a time.
+"""What does a write do to a logit of the user's own model when it is really taken out? Plain hooks, a prompt at a time.
 
 What nodes write is what twin.py finds; nothing of the library is imported. `exact` makes families that compute norms
 and softmax in float32 compute them in float64, so that a wrong formula cannot hide behind rounding.
@@ -81,7 +81,7 @@ class Alone:
         return self.difference(self.truth.logits())
 
     def direct(self, vector: Tensor) -> float:
-        """What `vector` in the final stream's read row adds to the difference if the final norm multiplies as it did."""
+        """What `vector` in the final stream's read row adds to the difference, the final norm multiplying as it did."""
         return self.difference(self.spoken(vector).expand(1, self.row + 1, -1))
 
     @torch.no_grad()

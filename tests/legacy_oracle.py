@@ -3,7 +3,8 @@
     .venv-legacy/bin/python tests/legacy_oracle.py FOLDER...
 
 Writes FOLDER/oracle.npz: everything that `HookedTransformer.from_pretrained`, with its default processing, shows in
-float64 on the token ids in FOLDER/ids.npy. Only the download is replaced: by the folder.
+float64 on the token ids in FOLDER/ids.npy, its weights, and what it shows with L0H2 hidden from the values of layer 2
+(Dao, Lau, Rager, Janiak 2023, Fig. 3) as "hidden.…". Only the download is replaced: by the folder.
 """
 
 from __future__ import annotations
@@ -41,11 +42,29 @@ def main(folder: Path) -> None:
     with patch.object(torch.Tensor, "float", lambda tensor: tensor):
         model = HookedTransformer.from_pretrained("gelu-4l", dtype=torch.float64, device="cpu")
     model.set_use_attn_result(True)
+    ids = torch.tensor(np.load(folder / "ids.npy"))
     with torch.no_grad():
-        logits, cache = model.run_with_cache(torch.tensor(np.load(folder / "ids.npy")))
+        logits, cache = model.run_with_cache(ids)
+        after = hidden(model, ids, cache)
     seen = {name: value.numpy() for name, value in cache.items()}
-    biases = {f"blocks.{layer}.attn.b_O": block.attn.b_O.detach().numpy() for layer, block in enumerate(model.blocks)}
-    np.savez(folder / "oracle.npz", logits=logits.numpy(), **biases, **seen)
+    seen |= {f"hidden.{name}": value.numpy() for name, value in after.items() if "resid" in name or "result" in name}
+    weights = {name: value.detach().numpy() for name, value in model.named_parameters()}
+    np.savez(folder / "oracle.npz", logits=logits.numpy(), **weights, **seen)
+
+
+def hidden(model: HookedTransformer, ids: torch.Tensor, cache: Any) -> Any:
+    """The paper's intervention: the write taken out of the value input of all heads, norms at their clean scale."""
+    write, scale = cache["blocks.0.attn.hook_result"][:, :, 2, None], cache["blocks.2.ln1.hook_scale"]
+    model.set_use_split_qkv_input(True)
+    hooks = [
+        ("blocks.2.hook_v_input", lambda value, hook: value - write),
+        (
+            "blocks.2.ln1.hook_scale",
+            lambda value, hook: scale.unsqueeze(-2).expand_as(value) if value.ndim == 4 else scale,
+        ),
+    ]
+    with model.hooks(fwd_hooks=hooks):
+        return model.run_with_cache(ids)[1]
 
 
 for argument in sys.argv[1:]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from unwrite.errors import NumericError, TokensError
 from unwrite.model.load import view
 from unwrite.model.planted import planted
 from unwrite.model.view import Model
-from unwrite.nodes import parse_node
+from unwrite.nodes import Node, parse_node
 from unwrite.report import page, terminal
 from unwrite.report.rows import rows
 from unwrite.tokens import Tokens, from_ids, windows
@@ -87,16 +88,6 @@ def test_several_texts_stand_side_by_side_and_disagree_where_they_do() -> None:
     assert set(both.table()["text"]) == {"prose", "digits"}
 
 
-def test_audit_writes_everything_it_promises(tmp_path) -> None:
-    lm, tokens = demonstration(n=6, length=64)
-    result = uw.audit(lm, tokens, out=tmp_path / "out")
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["report.html", "result.nc", "table.csv"]
-    again = uw.read(tmp_path / "out")
-    xr.testing.assert_identical(again.data, result.data)
-    assert "L0H0 reverses" in again.data.attrs["verdict"]
-    assert again.provenance["tokens"][""]["source"] == "Python's documentation topics"
-
-
 def test_a_failed_audit_leaves_no_folder(tmp_path) -> None:
     lm, _ = demonstration(n=2, length=64)
     with pytest.raises(uw.errors.TokensError):
@@ -130,47 +121,60 @@ def audited(request: pytest.FixtureRequest) -> tuple[uw.Result, Model, Tokens]:
 
 
 def shown(result: uw.Result) -> str:
-    """What a terminal shows, in one line."""
+    """What a terminal shows, without its white space."""
     screen = terminal.console()
     with screen.capture() as seen:
         terminal.show(result, screen)
-    return " ".join(seen.get().split())
+    return squeezed(seen.get())
+
+
+def squeezed(text: str) -> str:
+    return "".join(text.split())
 
 
 def random_ids(lm: Model, prompts: int = 16, length: int = 9) -> np.ndarray:
     return torch.randint(lm.vocabulary, (prompts, length), generator=torch.Generator().manual_seed(1)).numpy()
 
 
-def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
-    """Name of a method -> what it was given to read, as an audit goes on."""
-    seen: dict[str, list[Any]] = {}
-    for name in ("scan", "verify", "adversarial", "dla", "corpus_dla"):
-        real, asked = getattr(AUDIT, name), seen.setdefault(name, [])
+@pytest.fixture(scope="module")
+def known() -> dict[Any, uw.Result]:
+    """What methods have said in this file."""
+    return {}
 
-        def record(*args: Any, real: Any = real, asked: list[Any] = asked, **settings: Any) -> uw.Result:
-            asked.append((args, settings))
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, known: dict[Any, uw.Result]) -> dict[str, list[Any]]:
+    """Name of a method -> its arguments, in audits. Of one text, every verification says what the first one said."""
+    seen: dict[str, list[Any]] = {name: [] for name in ("scan", "verify", "adversarial", "dla", "corpus_dla")}
+
+    def ask(name: str, real: Any, *args: Any, **settings: Any) -> uw.Result:
+        seen[name].append((args, settings))
+        if name != "verify":
             return real(*args, **settings)
+        if args[1].hash not in known:
+            known[args[1].hash] = real(*args, **settings)
+        return known[args[1].hash]
 
-        monkeypatch.setattr(AUDIT, name, record)
+    for name in seen:
+        monkeypatch.setattr(AUDIT, name, partial(ask, name, getattr(AUDIT, name)))
     return seen
 
 
-def test_prompts_that_chose_a_writer_never_judge_it(monkeypatch) -> None:
+def test_prompts_that_chose_a_writer_never_judge_it(asked) -> None:
     """Five documents: two choose, three judge, and windows of one document stay together."""
     lm, _ = demonstration(n=4, length=64)
     ids, document = windows(PROSE, lm.tokenizer, n=14, length=32).ids, np.repeat([0, 1, 2, 3, 4], [4, 1, 3, 4, 2])
     tokens = Tokens(ids, np.full(14, 32), document)
-    seen = recorded(monkeypatch)
     uw.audit(lm, tokens)
     choose, judge = tokens.take(range(5)), tokens.take(range(5, 14))
-    assert [args[1].hash for args, _ in seen["scan"]] == [choose.hash]
-    assert len(seen["verify"]) >= 3
-    assert {args[1].hash for args, _ in seen["verify"]} == {judge.hash}
-    assert [(args[1].hash, args[3].hash) for args, _ in seen["adversarial"]] == [(judge.hash, choose.hash)]
-    assert [settings["texts"].hash for _, settings in seen["dla"]] == [judge.hash]
-    assert [args[1].hash for args, _ in seen["corpus_dla"]] == [judge.hash]
-    asked = seen["dla"][0][0][1]
-    own = {tuple(row[:n]) for row, n in zip(asked.ids.tolist(), asked.lengths, strict=True)}
+    assert [args[1].hash for args, _ in asked["scan"]] == [choose.hash]
+    assert len(asked["verify"]) >= 3
+    assert {args[1].hash for args, _ in asked["verify"]} == {judge.hash}
+    assert [(args[1].hash, args[3].hash) for args, _ in asked["adversarial"]] == [(judge.hash, choose.hash)]
+    assert [settings["texts"].hash for _, settings in asked["dla"]] == [judge.hash]
+    assert [args[1].hash for args, _ in asked["corpus_dla"]] == [judge.hash]
+    prompts = asked["dla"][0][0][1]
+    own = {tuple(row[:n]) for row, n in zip(prompts.ids.tolist(), prompts.lengths, strict=True)}
     assert all(any(tuple(row[: len(one)]) == one for row in judge.ids.tolist()) for one in own)
 
 
@@ -178,7 +182,7 @@ def test_prompts_that_chose_a_writer_never_judge_it(monkeypatch) -> None:
 def test_fewer_than_four_independent_prompts_are_not_enough(document, tmp_path) -> None:
     lm, _ = demonstration(n=4, length=64)
     tokens = Tokens(random_ids(lm, len(document)), np.full(len(document), 9), np.array(document))
-    with pytest.raises(TokensError, match="3 independent prompts. Expected: at least 4"):
+    with pytest.raises(TokensError, match=r"3 independent prompts\. Expected: at least 4"):
         uw.audit(lm, tokens, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -190,108 +194,130 @@ def test_an_audit_names_the_erased_writers_and_nobody_else(audited) -> None:
     lead = result.data.attrs["verdict"].partition("Erased: ")[2].partition(", judged")[0]
     named, _, others = lead.partition(" (")
     assert sorted(named.split(", ")) == ["L0H0", "L0H1", "L0H2"]
-    assert "L0H4" in others  # mimicked by a decoy, so it was verified
-    assert "kept: L0H4" in others
+    assert "kept: L0H4" in others  # a decoy writes against it, so it was verified
     assert "on 8 prompts that did not choose them" in result.data.attrs["verdict"]
-    # Who erases, by its name: neither the decoys nor the backup.
-    erasers = " ".join(result["erasers"].sel(verified=[*named.split(", ")]).values.tolist()).split()
-    assert {"L1H0", "L1H1", "L1H2", "L1H3", "L1H4"} <= set(erasers)
+    assert {"L1H0", "L1H1", "L1H2", "L1H3", "L1H4"} <= {
+        eraser for names in result["erasers"].sel(verified=["L0H0", "L0H1"]).values for eraser in names.split()
+    }
     assert result.data.attrs["searched"] in named
 
 
 def test_a_verification_in_an_audit_is_that_of_the_method(audited) -> None:
     result, lm, tokens = audited
-    judge, taken = tokens.take(range(8, 16)), set(result.data.data_vars)
-    for writer in ("L0H0", "L0H4"):
-        alone = uw.verify(lm, judge, writer).data
-        one = result.data.sel(verified=writer)
-        for name, part in alone.data_vars.items():
-            mine = one[f"verified_{name}" if f"verified_{name}" in taken else name]
-            np.testing.assert_array_equal(mine.values, part.values, err_msg=str(name))
-            assert part.dtype.kind not in "fi" or mine.attrs["equation"] == part.attrs["equation"]
-            assert part.dtype.kind not in "fi" or mine.attrs["units"] == part.attrs["units"]
-        for name in ("verdict", "erasers", "readers", "decodable_note", "causal_share_note"):
-            assert one[name].item() == alone.attrs[name]
+    taken, alone = set(result.data.data_vars), uw.verify(lm, tokens.take(range(8, 16)), "L0H4").data
+    one = result.data.sel(verified="L0H4")
+    for name, part in alone.data_vars.items():
+        mine = one[f"verified_{name}" if f"verified_{name}" in taken else name]
+        np.testing.assert_array_equal(mine.values, part.values, err_msg=str(name))
+        if part.dtype.kind in "fi":
+            assert (mine.attrs["units"], mine.attrs["equation"]) == (part.attrs["units"], part.attrs["equation"])
+    for name in ("verdict", "erasers", "readers", "decodable_note", "causal_share_note"):
+        assert one[name].item() == alone.attrs[name]
 
 
-# What may be without a number, and where: nothing else may.
+# Where a number may be missing; nowhere else.
 BEFORE_THE_WRITE = {"survival", "survival_se", "generic", "gap", "gap_se", "v_survival"}
 OF_HEADS = {"into_space", "space", "decodable"}
-OF_SILENT = {"change_share", "change_share_se", "moved", "pr", "level", "change", "dilution", "share", "share_se",
-             "share_position", "share_token", "level_share", "level_share_se", "norm", "relative_norm", "level_after",
-             "level_end", "skipped_share"}  # fmt: skip
+RATIOS = {"pr", "level", "change", "dilution", "norm", "relative_norm", "level_after", "level_end"}
+SHARES = {"change_share", "change_share_se", "moved", "share", "share_se", "share_position", "share_token",
+          "level_share", "level_share_se", "skipped_share"}  # fmt: skip
+OF_READERS = {"read_generic", "one_reader_share", "one_reader_share_se"}
 
 
-def holes(result: uw.Result, lm: Model) -> dict[str, Any]:
-    """Numeric variables that are not finite where they should be, with the share that is."""
-    data, found = result.data, {}
-    after = {str(w): next(i for i, s in enumerate(lm.states) if s.holds(parse_node(w), lm.parallel))
-             for w in data["verified"].values}  # fmt: skip
-    silent = [str(w) for w in data["writer"].values if "never writes" in str(data["in_words"].sel(writer=w).item())]
-    for name, part in data.data_vars.items():
-        if part.dtype.kind != "f":
-            continue
-        good = part.notnull() & (np.abs(part) < np.inf)
-        if name in BEFORE_THE_WRITE:
-            early = np.array([np.arange(part.sizes["location"]) < after[str(w)] for w in data["verified"].values])
-            assert not good.transpose("verified", "location", ...).values[early].any(), name
-            good |= xr.DataArray(early, dims=("verified", "location"))
-        if name in OF_HEADS:
-            no_head = np.array([parse_node(w).kind != "head" for w in data["verified"].values])
-            good |= xr.DataArray(no_head, dims="verified")
-        if name in OF_SILENT:
-            good |= data["writer"].isin(silent)
-        if name == "causal_share":
-            good |= data["causal_share_note"] != ""
-        if name in ("read_generic", "one_reader_share", "one_reader_share_se"):
-            later = xr.DataArray([[reads(lm, str(e), str(w), str(name)) for e in data["node"].values]
-                                  for w in data["verified"].values], dims=("verified", "node"))  # fmt: skip
-            good |= ~later
-        if name in ("read", "into_space"):
-            good |= data["node"].isin(silent)
-        if name == "invariance":
-            good |= data["direct"] == 0
-        if not bool(good.all()):
-            found[str(name)] = float(good.mean())
+def may_be_missing(data: xr.Dataset, lm: Model, name: str) -> xr.DataArray:
+    """Cells of a variable of an audit that have no number, for a reason."""
+    verified, silent = data["verified"], (data["change_share"].isnull()).drop_vars("writer")
+    nodes = [parse_node(writer) for writer in verified.values]
+    if name in BEFORE_THE_WRITE:
+        early = [[not state.holds(node, lm.parallel) for state in lm.states] for node in nodes]
+        return xr.DataArray(early, dims=("verified", "location"))
+    if name in RATIOS:
+        return (data["n_positions"] == 0).drop_vars("writer")
+    if name in SHARES:
+        return silent
+    if name in OF_READERS:
+        able = [[is_reader(lm, node, e, name != "read_generic") for e in map(parse_node, lm.nodes)] for node in nodes]
+        return ~xr.DataArray(able, dims=("verified", "node"))
+    missing = xr.DataArray([name in OF_HEADS and node.kind != "head" for node in nodes], dims="verified")
+    if name in ("read", "into_space"):
+        return missing | silent.rename(writer="node")
+    if name == "causal_share":
+        return missing | (data["causal_share_note"] != "").drop_vars("verified")
+    return missing | (data["direct"] == 0).drop_vars(["node", "prompt"]) if name == "invariance" else missing
+
+
+def is_reader(lm: Model, writer: Node, node: Node, mlps_only: bool) -> bool:
+    """Heads of later layers and MLPs after the writer; some numbers are of MLPs alone."""
+    if node.kind == "head":
+        return node.layer > writer.layer and not mlps_only
+    beside = node.layer == writer.layer and writer.kind in ("head", "bias") and not lm.parallel
+    return node.kind == "mlp" and (node.layer > writer.layer or beside)
+
+
+def holes(result: uw.Result, lm: Model) -> list[str]:
+    """Numeric variables of which a number is missing without a reason, or of which there is none."""
+    found = []
+    for name, part in result.data.data_vars.items():
+        if part.dtype.kind == "f":
+            there = np.isfinite(part.drop_vars(list(part.coords)))
+            whole = bool((there | may_be_missing(result.data, lm, str(name))).all())
+            found += [] if whole and (bool(there.any()) or name == "causal_share") else [str(name)]
     return found
-
-
-def reads(lm: Model, node: str, writer: str, name: str) -> bool:
-    """Is there a number for this pair? Heads of later layers and MLPs after the writer read it; some are of MLPs alone."""
-    e, w = parse_node(node), parse_node(writer)
-    if e.kind == "head":
-        return e.layer > w.layer and name == "read_generic"
-    return e.kind == "mlp" and (e.layer > w.layer or (e.layer == w.layer and w.kind in ("head", "bias")))
 
 
 def test_every_number_of_an_audit_is_there(audited) -> None:
     result, lm, _ = audited
-    assert holes(result, lm) == {}
-    for name, part in result.data.data_vars.items():
-        assert not (part.dtype.kind == "f" and part.isnull().all()), name
+    assert holes(result, lm) == []
+
+
+WORDS = (
+    "</td><script>alert({})</script>", "<img src=x onerror=alert({})>", "\x1b[2J\u202e{}", '=HYPERLINK("http://{}")',
+    "&lt;{}\x07",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def nothing_erased() -> tuple[uw.Result, Model, Tokens]:
-    """Random weights, and so few independent prompts that no interval excludes anything."""
-    lm = view(tiny.model("gpt2", 0))
-    tokens = Tokens(random_ids(lm), np.full(16, 9), np.repeat([0, 1, 2, 3], 4))
+def strange() -> tuple[uw.Result, Model, Tokens]:
+    """Random weights, so few independent prompts that no interval excludes anything, and a malicious vocabulary."""
+    hf = tiny.model("gpt2", 0)
+    words = {WORDS[i % len(WORDS)].format(i): i for i in range(hf.config.vocab_size)}
+    spelling = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token=next(iter(words)))))
+    lm = view(hf, spelling, name="<b>model</b>\x1b[2J")
+    tokens = Tokens(random_ids(lm), np.full(16, 9), np.repeat([0, 1, 2, 3], 4)).named("<i>\x1b[2Jtext</i>")
     return uw.audit(lm, tokens), lm, tokens
 
 
-def test_where_nothing_is_erased_the_lowest_ends_are_verified(nothing_erased, tmp_path) -> None:
-    result, lm, tokens = nothing_erased
+def test_where_nothing_is_erased_the_lowest_ends_are_verified(strange, tmp_path) -> None:
+    result, lm, tokens = strange
     assert not result["eraser"].any()
     scanned = uw.scan(lm, tokens.take(range(8))).data
     end = scanned["level_end"].sel(quantile=0.5).to_series()[scanned["material"].values.astype(bool)]
-    # Nobody reads what the last MLP or a bias or head of the last layer could only hand to that MLP: the MLP reads them.
+    # Without the embedding nothing is left; what the last MLP writes nobody reads.
     end = end.drop(["embed", f"MLP{len(lm.layers) - 1}"], errors="ignore")
     assert result["verified"].values.tolist() == end.sort_values().index[:3].tolist()
     assert "erased" not in result["verdict"].values
     assert "No writer is erased (" in result.data.attrs["verdict"]
-    assert holes(result, lm) == {}
+    assert holes(result, lm) == []
     assert uw.read(result.save(tmp_path)).data.identical(result.data)
-    assert "No writer is erased" in shown(result)
+    assert "Nowriteriserased(" in shown(result)
+
+
+def test_hostile_tokens_are_no_markup_and_no_commands(strange, audited, tmp_path) -> None:
+    result, _, _ = strange
+    for name in ("prompt_text", "answer", "against"):
+        assert any("<" in word for word in result[name].values.tolist())
+    page.save_all(result, tmp_path)
+    source, plain = (tmp_path / "report.html").read_text("utf-8"), Page(page.page(audited[0]))
+    parsed = Page(source)
+    assert set(parsed.tags) == set(plain.tags)
+    assert not [name for name, _ in parsed.attributes if name.startswith("on") or name in ("src", "href")]
+    assert "alert(" in parsed.text
+    assert "&amp;lt;" in source
+    screen = terminal.console()
+    with screen.capture() as seen:
+        terminal.show(result, screen)
+    for text in (source, seen.get(), (tmp_path / "table.csv").read_text("utf-8")):
+        assert not {"\x1b", "\u202e", "\x07"} & set(text)
 
 
 def test_an_audit_is_kept_printed_and_drawn_whole(audited, tmp_path) -> None:
@@ -299,17 +325,16 @@ def test_an_audit_is_kept_printed_and_drawn_whole(audited, tmp_path) -> None:
     page.save_all(result, tmp_path)
     again = uw.read(tmp_path)
     xr.testing.assert_identical(again.data, result.data)
-    seen, parsed = shown(again), Page((tmp_path / "report.html").read_text("utf-8"))
-    drawn = " ".join(parsed.text.split())
-    for text in (seen, drawn):
-        assert " ".join(result.data.attrs["verdict"].split()) in text
+    parsed = Page((tmp_path / "report.html").read_text("utf-8"))
+    for text in (shown(again), squeezed(parsed.text)):
+        assert squeezed(result.data.attrs["verdict"]) in text
         for i, writer in enumerate(result["verified"].values):
             survival, error = (float(result[name][i, -1]) for name in ("survival", "survival_se"))
-            assert f"{writer} {result['verdict'].values[i]} {survival:.2f} ± {error:.2f}" in text
-        assert "heads before the last layer" in text
+            assert squeezed(f"{writer} {result['verdict'].values[i]} {survival:.2f} ± {error:.2f}") in text
+        assert "headsbeforethelastlayer" in text
         rate = float(result["found_rate"].sel(found_text="searched", source="writer"))
-        assert f"{rate:.2%} of positions searched" in text
-        assert text.count("logit difference") == 4
+        assert squeezed(f"{rate:.2%} of positions searched") in text
+        assert text.count("logitdifference") == 4
     # Two of the scan, one of the verified, two of trust, four prompts, and how it was made.
     assert parsed.tags.count("table") == 2 + 1 + 2 + 4 + 1
     table = pd.read_csv(tmp_path / "table.csv")
@@ -321,113 +346,78 @@ def test_an_audit_is_kept_printed_and_drawn_whole(audited, tmp_path) -> None:
 def test_found_prompts_are_asked_about_as_they_were_found(audited) -> None:
     result, lm, tokens = audited
     data, judge = result.data, tokens.take(range(8, 16))
-    kinds = data["prompt_kind"].values.tolist()
-    hits = data.sizes["hit"]
-    assert hits == 4
-    assert kinds == ["found"] * 4 + ["window"] * 4
-    worst = data.attrs["searched"]
-    for i in range(hits):
+    assert data.sizes["hit"] == 4
+    assert data["prompt_kind"].values.tolist() == ["found"] * 4 + ["window"] * 4
+    for i in range(4):
         row = int(data["found_row"][i])
         assert int(data["row"][i]) == row
         for name in ("answer_id", "against_id"):
             assert int(data[name][i]) == int(data[f"found_{name}"][i])
-        for name in ("direct", "logit_diff"):
-            cell = data[name].isel(prompt=i)
-            value = float(cell.sel(node=worst) if "node" in cell.dims else cell)
-            assert value == pytest.approx(float(data[f"found_{name}"][i]), rel=1e-9)
+        direct = float(data["direct"].sel(node=data.attrs["searched"])[i])
+        assert direct == pytest.approx(float(data["found_direct"][i]), rel=1e-9)
+        assert float(data["logit_diff"][i]) == pytest.approx(float(data["found_logit_diff"][i]), rel=1e-9)
         ids = judge.ids[int(data["found_prompt"][i]), : row + 1]
         assert str(data["prompt_text"][i].item()) == lm.tokenizer.decode(ids.tolist())
     others = {lm.tokenizer.decode(row.tolist()) for row in judge.ids}
-    assert set(data["prompt_text"].values[hits:].tolist()) <= others
-    assert (data["row"].values[hits:] == 47).all()
+    assert set(data["prompt_text"].values[4:].tolist()) <= others
+    assert (data["row"].values[4:] == 47).all()
 
 
-WORDS = (
-    "</td><script>alert({})</script>",
-    "<img src=x onerror=alert({})>",
-    "\x1b[2J\u202e{}",
-    '=HYPERLINK("http://{}")',
-    "&lt;{}\x07",
-)
-
-
-@pytest.fixture(scope="module")
-def hostile() -> uw.Result:
-    """An audit of a model whose every token is spelled by somebody malicious."""
-    hf = tiny.model("gpt2", 0)
-    words = {WORDS[i % len(WORDS)].format(i): i for i in range(hf.config.vocab_size)}
-    spelling = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token=next(iter(words)))))
-    lm = view(hf, spelling, name="<b>model</b>\x1b[2J")
-    return uw.audit(lm, from_ids(random_ids(lm)).named("<i>\x1b[2Jtext</i>"))
-
-
-def test_hostile_tokens_are_no_markup_and_no_commands(hostile, audited, tmp_path) -> None:
-    assert any("<script>" in word for word in hostile["prompt_text"].values.tolist())
-    page.save_all(hostile, tmp_path)
-    source, plain = (tmp_path / "report.html").read_text("utf-8"), Page(page.page(audited[0]))
-    parsed = Page(source)
-    assert set(parsed.tags) == set(plain.tags)
-    assert not [name for name, _ in parsed.attributes if name.startswith("on") or name in ("src", "href")]
-    assert "alert(" in parsed.text
-    assert "&amp;lt;" in source
-    for text in (source, shown(hostile), (tmp_path / "table.csv").read_text("utf-8")):
-        assert not {"\x1b", "\u202e", "\x07"} & set(text)
-    for line in (tmp_path / "table.csv").read_text("utf-8").splitlines():
-        assert not any(cell.strip('"').startswith(("=", "@")) for cell in line.split(","))
-
-
-def test_several_texts_are_scanned_and_the_first_judges(tmp_path) -> None:
-    lm, _ = demonstration(n=4, length=64)
-    texts = uw.text({"prose": PROSE, "digits": "0123456789" * 300}, lm.tokenizer, n=8, length=32)
-    result = uw.audit(lm, texts, out=tmp_path)
-    data = result.data
-    assert list(data["text"].values) == ["prose", "digits"]
+def test_several_texts_are_scanned_the_first_judges_and_everything_is_written(asked, tmp_path) -> None:
+    lm, topics = demonstration(n=8, length=32)
+    texts = {topics.source: topics, "digits": windows("0123456789" * 300, lm.tokenizer, n=8, length=32)}
+    result = uw.audit(lm, texts, out=tmp_path / "out")
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["report.html", "result.nc", "table.csv"]
+    data = uw.read(tmp_path / "out").data
+    xr.testing.assert_identical(data, result.data)
+    assert "L0H0 reverses" in data.attrs["verdict"]
+    assert list(data["text"].values) == ["Python's documentation topics", "digits"]
     assert data["share"].dims == ("text", "writer", "node")
     first = {name: part.take(range(4)) for name, part in texts.items()}
-    xr.testing.assert_allclose(
-        data["level_share"].sel(text="digits", drop=True), uw.scan(lm, first["digits"])["level_share"]
-    )
+    digits = data["level_share"].sel(text="digits", drop=True)
+    xr.testing.assert_allclose(digits, uw.scan(lm, first["digits"])["level_share"])
     assert {name: read["hash"] for name, read in result.provenance["tokens"].items()} == {
         name: part.hash for name, part in first.items()
     }
-    assert result.provenance["settings"]["judged"]["hash"] == texts["prose"].take(range(4, 8)).hash
+    judge = topics.take(range(4, 8)).hash
+    assert {args[1].hash for name in ("verify", "adversarial", "corpus_dla") for args, _ in asked[name]} == {judge}
+    assert result.provenance["settings"]["judged"]["hash"] == judge
     assert data["found_hits"].dims == ("found_text", "source")
     assert {"L0H0", "L0H2"} <= set(data["verified"].values.tolist())
-    seen, drawn = shown(uw.read(tmp_path)), Page((tmp_path / "report.html").read_text("utf-8")).text
-    for text in (seen, drawn):
-        assert "prose: 4 × 32 tokens" in text
-        assert "digits: 4 × 32 tokens" in text
+    drawn = Page((tmp_path / "out" / "report.html").read_text("utf-8")).text
+    for text in (shown(result), squeezed(drawn)):
+        assert "topics:4×32tokens" in text
+        assert "digits:4×32tokens" in text
 
 
-def test_prompts_can_be_given(monkeypatch) -> None:
-    lm, _ = demonstration(n=4, length=64)
-    tokens, seen = windows(PROSE, lm.tokenizer, n=8, length=40), recorded(monkeypatch)
+def test_prompts_can_be_given(asked) -> None:
+    lm, tokens = demonstration(n=8, length=32)
     data = uw.audit(lm, tokens, prompts=["It was the age", "of wisdom, it was"]).data
     assert data["prompt_text"].values.tolist() == ["It was the age", "of wisdom, it was"]
     assert data["prompt_kind"].values.tolist() == ["given", "given"]
     assert uw.audit(lm, tokens, prompts="It was the age").data.sizes["prompt"] == 1
-    ids = np.array([[72, 84, 220], [72, 84, 83]])
-    assert uw.audit(lm, tokens, prompts=ids).data["row"].values.tolist() == [2, 2]
-    assert [len(args[1]) for args, _ in seen["dla"]] == [2, 1, 2]
+    assert uw.audit(lm, tokens, prompts=np.array([[72, 84, 220], [72, 84, 83]])).data["row"].values.tolist() == [2, 2]
+    assert [len(args[1]) for args, _ in asked["dla"]] == [2, 1, 2]
     with pytest.raises(TokensError, match="a prompt needs a tokenizer"):
         uw.audit(view(lm.hf), tokens, prompts="It was the age")
 
 
 @pytest.mark.parametrize("stage", ["verify", "adversarial", "dla", "corpus_dla"])
-def test_an_error_in_the_middle_leaves_no_folder(stage, monkeypatch, tmp_path) -> None:
-    lm, tokens = demonstration(n=4, length=32)
+def test_an_error_in_the_middle_leaves_no_folder(stage, asked, monkeypatch, tmp_path) -> None:
+    lm, tokens = demonstration(n=8, length=32)
 
     def fails(*_: Any, **__: Any) -> None:
         raise NumericError("planted failure")
 
     monkeypatch.setattr(AUDIT, stage, fails)
     with pytest.raises(NumericError, match="planted failure"):
-        uw.audit(lm, tokens, out=tmp_path / "out")
+        uw.audit(lm, tokens, prompts="It", out=tmp_path / "out")
+    assert asked["scan"]
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.xfail(reason="texts given to dla are shorter than the prompts found in them", strict=True)
-def test_prompts_of_unequal_length_are_audited() -> None:
+def test_prompts_of_unequal_length_are_audited(asked) -> None:
     lm = view(tiny.model("gpt2", 0))
     mask = np.arange(9) < np.tile([9, 7, 8, 9], 4)[:, None]
     assert uw.audit(lm, from_ids(random_ids(lm), mask)).data.sizes["prompt"] == 8
@@ -435,7 +425,7 @@ def test_prompts_of_unequal_length_are_audited() -> None:
 
 @pytest.mark.xfail(reason="groups of nodes before the last layer are empty; nobody reads anybody", strict=True)
 @pytest.mark.parametrize("family", ["gpt2", "gptj"])
-def test_a_model_of_one_layer_is_audited_or_refused_in_words(family) -> None:
+def test_a_model_of_one_layer_is_audited_or_refused_in_words(family, asked) -> None:
     lm = view(tiny.model(family, 0, num_hidden_layers=1))
     try:
         uw.audit(lm, random_ids(lm))

@@ -254,6 +254,13 @@ def test_planted_slopes(known, writer, erasers, slopes) -> None:
             assert slope == 0 or float(one["correlation"]) == pytest.approx(-1, abs=1e-3)
 
 
+def test_an_eraser_that_never_reads_has_no_correlation(known) -> None:
+    """What rounding leaves of nothing correlates with anything."""
+    result = uw.corpus_dla(*known, "L0H4", ["L1H5"])
+    for name in ("correlation", "correlation_low", "correlation_high"):
+        assert np.isfinite(result[name].values).tolist() == [True, False, False]
+
+
 def test_a_result_of_a_corpus_is_kept_and_says_what_it_means(known, tmp_path) -> None:
     result = uw.corpus_dla(*known, "L0H1", ["L1H1", "L1H2"])
     again = uw.read(result.save(tmp_path))
@@ -421,7 +428,7 @@ def test_hits_and_rates_are_those_of_a_loop_over_rows(family, seed, writer) -> N
     for i, one in enumerate(want):
         for name in ("prompt", "row", "answer_id", "against_id"):
             assert int(found[name][i]) == one[name]
-        for name, tolerance in (("logit_diff", 1e-9), ("direct", 1e-9), ("total", 1e-9), ("direct_mean", 1e-6)):
+        for name, tolerance in (("logit_diff", 1e-9), ("direct", 1e-9), ("total", 1e-9), ("direct_mean", 1e-9)):
             assert float(found[name][i]) == pytest.approx(one[name], rel=tolerance, abs=1e-11), name
         ids = found["ids"][i].values
         assert tuple(ids[ids >= 0]) == one["said"]
@@ -521,7 +528,6 @@ def test_requests_to_a_search_that_cannot_be_honoured(known) -> None:
         uw.adversarial(lm, tokens, "L0H0", np.array([[300, 1]]))
 
 
-@pytest.mark.xfail(reason="where one prompt alone reaches a position, its mean write is its write", strict=True)
 def test_a_row_that_no_other_prompt_reaches_is_no_hit(known) -> None:
     lm, tokens = known
     assert uw.adversarial(lm, tokens.take([0]), "L0H0").data.sizes["hit"] == 0

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given as drawn_from
+from hypothesis import settings
 from hypothesis import strategies as st
+from scipy import stats
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -201,6 +203,18 @@ def test_one_answer_alone_is_asked_about(family: str) -> None:
             close(result["constant"][prompt], truth.constant())
             close(result["capped"][prompt], Alone(lm.hf, truth.ids, row, 5).measured)
     assert "against" not in result.data
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_there_where_the_caller_switched_them_off(mode: Callable[[], Any]) -> None:
+    lm = model("llama")
+    want = uw.dla(lm, tokens(), 5, batch=3)
+    with mode():
+        got = uw.dla(lm, tokens(), 5, batch=3)
+        assert torch.is_inference_mode_enabled() == (mode is torch.inference_mode)
+        assert not torch.is_grad_enabled()
+    for name in READINGS:
+        close(got[name], want[name])
 
 
 @pytest.mark.parametrize("kind", [np.array, torch.tensor, tuple])
@@ -457,8 +471,8 @@ def test_invariance_over_given_texts_leaves_the_prompts_out() -> None:
 
 def test_fewer_than_two_other_texts_say_nothing() -> None:
     lm = model("llama")
-    for given, nan in ((tokens(np.array([5])), True), (tokens(np.array([5, 5])), True), (tokens(), False)):
-        result = uw.dla(lm, given, position=1)
+    for some, nan in ((tokens(np.array([5])), True), (tokens(np.array([5, 5])), True), (tokens(), False)):
+        result = uw.dla(lm, some, position=1)
         assert np.isnan(result["other_direct"]).all() == nan
         assert np.isnan(result["invariance"]).all() == nan
         assert ("fewer than two" in result.data.attrs["invariance_note"]) == nan
@@ -530,20 +544,54 @@ def test_a_fate_is_the_same_in_other_units_and_of_the_other_sign() -> None:
         assert (fates(factor * why, factor * why.sum(-1), "position") == said).all()
 
 
+# Trust, and what a result says about itself
+
+
+def test_trust_is_that_of_the_results_own_cells() -> None:
+    lm = view(weights("gpt2", 2, num_hidden_layers=3, num_attention_heads=2))
+    given = tokens(np.array([6, 5, 7, 6, 5]))
+    heads, mlps = [[f"L{i}H{j}" for j in (0, 1)] for i in range(3)], [f"MLP{i}" for i in range(3)]
+    names = {
+        "heads": heads[0] + heads[1] + heads[2], "mlps": mlps, "heads before the last layer": heads[0] + heads[1],
+        "mlps before the last layer": mlps[:2], "L0.heads": heads[0], "L1.heads": heads[1], "L2.heads": heads[2],
+    }  # fmt: skip
+    for replacement in ("zero", "mean"):
+        result = uw.dla(lm, given, 5, 9, position=3, replace=replacement, batch=5).data
+        assert set(result["group"].values) == set(names)
+        for group, kept in names.items():
+            for reading in READINGS:
+                x, y = (result[name].sel(node=kept).values.ravel() for name in (reading, "total"))
+                found = result.sel(group=group, reading=reading, form="pooled", replacement=replacement)
+                close(found["trust"], stats.pearsonr(x, y).statistic)
+                close(found["trust_slope"], stats.linregress(x, y).slope)
+                assert int(found["trust_n"]) == 5 * len(kept)
+
+
+def test_a_result_says_what_was_asked() -> None:
+    result = uw.dla(reader(), ["abcd", "xyz"], "q", ["r", "s"], position=[2, -2])
+    assert result["prompt_text"].values.tolist() == ["abc", "xy"]
+    assert result["row"].values.tolist() == [2, 1]
+    assert result["answer"].values.tolist() == ["q", "q"]
+    assert result["against"].values.tolist() == ["r", "s"]
+    said = result.provenance["settings"]
+    assert said["position"] == [2, 1]
+    assert (said["at"], said["replace"], said["texts"]) == ("all", "zero", None)
+
+
 # Batches
 
 
-@given(data=st.data())
+@drawn_from(data=st.data())
 @settings(max_examples=6)
 def test_results_do_not_depend_on_the_batch(data: st.DataObject) -> None:
     lm = model(data.draw(st.sampled_from(tiny.FAMILIES)))
     lengths = np.array(data.draw(st.lists(st.integers(2, 8), min_size=2, max_size=5)))
-    given_tokens, at = tokens(lengths, seed=3), data.draw(st.sampled_from(["all", "position"]))
+    given, at = tokens(lengths, seed=3), data.draw(st.sampled_from(["all", "position"]))
     position = [data.draw(st.integers(-n, n - 1)) for n in lengths.tolist()]
     replace, batch = data.draw(st.sampled_from(["zero", "mean", "resample"])), data.draw(st.integers(1, len(lengths)))
     with exact():
         one, other = (
-            uw.dla(lm, given_tokens, 5, None, position, at, replace, batch=size).data for size in (batch, len(lengths))
+            uw.dla(lm, given, 5, None, position, at, replace, batch=size).data for size in (batch, len(lengths))
         )
     for name in one:
         if one[name].dtype.kind == "f" and "trust" not in name and name != "invariance":
@@ -576,7 +624,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "no token": (lambda: uw.dla(reader(), "abc", ""), r"'' is not one token\. Got: none"),
     "id too high": (lambda: uw.dla(reader(), "abc", 256), "not a token. Got: 256.*0 to 255"),
     "id below zero": (lambda: uw.dla(reader(), "abc", -1), "not a token"),
-    "no id": (lambda: uw.dla(reader(), "abc", 3.5), "token"),
     "truth value": (lambda: uw.dla(reader(), "abc", True), "not a token. Got: True"),
     "the same token": (lambda: uw.dla(reader(), "abc", "x", "x"), "answer and against are the same token"),
     "the same for one": (lambda: uw.dla(reader(), ["abc", "abd"], [1, 2], [3, 2]), "the same token. Got: 2"),

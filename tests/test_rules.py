@@ -27,7 +27,7 @@ from unwrite.run.rules import RULES, Rules, cotangents
 LENGTH, ROW = 6, 4
 # One of every way in which attention is reached: the interface, own code, own code with a branch for sdpa, post-norms.
 WAYS = ("gpt2", "gptj", "falcon", "gemma2", "qwen2_moe")
-# Falcon's fused and open attention are not the same function under ALiBi; its open one is, also where patterns are shown.
+# Falcon's fused and open attention differ under ALiBi; patterns are shown by the open one, so here all runs are open.
 OPEN = {"falcon": {"attn_implementation": "eager"}}
 every_family = pytest.mark.parametrize("family", tiny.FAMILIES)
 # With the layouts that the first seed does not draw: norms without parameters, parallel and sequential blocks, norms of
@@ -156,19 +156,18 @@ def test_float32_inside_a_family_only_rounds(family: str) -> None:
 
 def slope(alone: Alone, node: str, direction: Tensor, u: Tensor, step: float = 1e-6) -> float:
     """d metric for what is added to the stream right after `node`, by whole runs on either side."""
-    found = []
+    seen: list[Tensor] = []
+    handle = alone.truth.final.register_forward_hook(lambda _, __, normed: seen.append(normed))
     for sign in (1, -1):
-        seen: list[Tensor] = []
-        handle = alone.truth.final.register_forward_hook(lambda _, __, normed: seen.append(normed))
         with torch.no_grad(), alone.without(node, -sign * step * direction):
             alone.hf(input_ids=alone.ids[None], use_cache=False)
-        handle.remove()
-        found.append(float(seen[0].view(LENGTH, -1)[ROW] @ u))
-    return (found[0] - found[1]) / (2 * step)
+    handle.remove()
+    above, below = (float(normed.view(LENGTH, -1)[ROW] @ u) for normed in seen)
+    return (above - below) / (2 * step)
 
 
 def require_slopes(lm: Model, rules: Rules, network: Callable[[Alone], Any]) -> None:
-    """The cotangents of `rules` are the slopes of the executed `network`, at every location, along random directions."""
+    """Cotangents under `rules` are the slopes of the executed `network` at every location, along random directions."""
     ids, u = ids_of(), drawn(lm.d_model)
     alone = Alone(lm.hf, ids[0], ROW, 0)
     with exact():

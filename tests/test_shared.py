@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import base64
 import json
+import re
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import unwrite as uw
+from executed import Alone
+from twin import Rows, Truth, carried, share
+from twin import patterns as looks
 from unwrite.model import capture
 from unwrite.model.attention import patterns
 from unwrite.model.view import Model, expand, fold
+from unwrite.tokens import Tokens
 
 
 def written(lm: Model, ids: Tensor) -> dict[str, Tensor]:
@@ -106,3 +115,99 @@ def test_heads_of_the_sorting_model_are_its_golden_pattern_and_values(shared: Pa
     for head in range(3):
         write = golden["attSm"][:, head] @ golden["v"][:, head] @ rows[16 * head : 16 * (head + 1)]
         close(writes[f"L0H{head}"], write)
+
+
+def lies_along(truth: Truth, states: dict[str, Tensor], writes: dict[str, Tensor], write: Tensor) -> dict[str, float]:
+    """Σ⟨·, write⟩ of states and of what nodes write, by name."""
+    named = {**truth.readable(states), **writes}
+    return {name: float((vector.expand_as(write) * write).sum()) for name, vector in named.items()}
+
+
+def layer_of(node: str) -> int:
+    """Embeddings come before all layers."""
+    return -1 if "embed" in node else int(re.findall(r"\d+", node)[0])
+
+
+def by_hand(hf: Any, tokens: Tokens, writer: str, nodes: Sequence[str]) -> dict[str, dict[str, float]]:
+    """What a verification says about a node, from two runs of every prompt and eq. 3, one by one."""
+    energy, sums = 0.0, {kind: defaultdict(float) for kind in ("clean", "without", "v_share")}
+    for ids in torch.from_numpy(tokens.ids):
+        truth = Truth(hf, ids[None])
+        writes, read = truth.paper(), {}
+        write = writes[writer].expand(1, len(ids), -1).clone()
+        write[:, 0] = 0
+        energy += float((write**2).sum())
+        clean = lies_along(truth, truth.states(), writes, write)
+        with Alone(hf, ids, len(ids) - 1, 0).without(writer, write[0]):
+            gone = Truth(hf, ids[None])
+            without = lies_along(truth, gone.states(), gone.paper(), write)
+        for later in range(layer_of(writer) + 1, len(truth.blocks)):
+            each = carried(truth, later, write, looks(truth)[later])
+            read |= {f"L{later}H{head}": float((each[:, :, head] * write).sum()) for head in range(each.shape[2])}
+        for kind, found in (("clean", clean), ("without", without), ("v_share", read)):
+            for name, value in found.items():
+                sums[kind][name] += value
+    a, b, v = ({name: value / energy for name, value in part.items()} for part in sums.values())
+    beside = [] if writer[0] != "L" else [f"MLP{layer_of(writer)}"]
+    later = [name for name in nodes if layer_of(name) > layer_of(writer)] + beside
+    return {
+        "survival": {name: a[name] - b[name] for name in a if name.startswith("resid")},
+        "erased": {name: min(a[name], 0) - min(b[name], 0) for name in later},
+        "filled_in": {name: max(a[name], 0) - max(b[name], 0) for name in later},
+        "v_share": v,
+    }
+
+
+def found_text(data: xr.Dataset, judge: Tokens, i: int) -> Tensor:
+    """The tokens of the i-th prompt that attribution was asked about: found ones first, then the other windows."""
+    hits = data.sizes["hit"]
+    if i < hits:
+        return torch.from_numpy(judge.ids[int(data["found_prompt"][i]), : int(data["found_row"][i]) + 1])
+    others = [prompt for prompt in range(len(judge)) if prompt not in data["found_prompt"].values]
+    return torch.from_numpy(judge.ids[others[i - hits]])
+
+
+@pytest.mark.parametrize(
+    ("name", "corpus", "length"), [("stories260K", "tinystories.txt", 96), ("arthur-r24-ep200", "arthur.txt", 64)]
+)
+def test_an_audit_of_a_real_model_is_what_plain_hooks_say(
+    shared: Path, name: str, corpus: str, length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As it is written but for its float32, behind which a wrong number could hide.
+    exact = lambda self, x: self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)  # noqa: E731
+    monkeypatch.setattr(LlamaRMSNorm, "forward", exact)
+    lm = uw.load(shared / "models" / name, dtype="float64")
+    tokens = uw.text(shared / "corpus" / corpus, lm.tokenizer, n=16, length=length)
+    choose, judge = (Tokens(tokens.ids[i : i + 8], tokens.lengths[:8], np.arange(8)) for i in (0, 8))
+    data = uw.audit(lm, tokens, out=tmp_path, most=2).data
+    assert uw.read(tmp_path).data.identical(data)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["report.html", "result.nc", "table.csv"]
+    assert data.attrs["verdict"].startswith(f"{name} on {corpus} (8 × {length} tokens)")
+    writers = [str(writer) for writer in data["verified"].values[:2]]
+    rows = Rows.of(lm.hf, choose.ids, choose.lengths)
+    rows = rows.where(rows.place > 0)
+    for writer in (*writers, "embed"):
+        for kind, axis, vectors in (("share", "node", rows.writes), ("level_share", "location", rows.states)):
+            for place, vector in vectors.items():
+                one = data.sel({"writer": writer, axis: place})
+                want = share(rows, vector, writer, choose.cluster)
+                assert float(one[kind]) == pytest.approx(want[0], rel=1e-8, abs=1e-9)
+                assert float(one[f"{kind}_se"]) == pytest.approx(want[1], rel=1e-4, abs=1e-7)
+    for writer in writers:
+        for kind, found in by_hand(lm.hf, judge, writer, lm.nodes).items():
+            got = data[kind].sel({"verified": writer, "location" if kind == "survival" else "node": list(found)}).values
+            assert np.isfinite(got).all() or kind == "survival"
+            want = np.where(np.isfinite(got), list(found.values()), np.nan)
+            # Hugging Face's softmax is in float32 where it returns its patterns.
+            np.testing.assert_allclose(got, want, atol=1e-6 if kind == "v_share" else 1e-9, err_msg=f"{writer} {kind}")
+    for i in (0, data.sizes["prompt"] - 1):
+        one, row = data.isel(prompt=i), int(data["row"][i])
+        prompt = Alone(lm.hf, found_text(data, judge, i), row, int(one["answer_id"]), int(one["against_id"]))
+        assert float(one["logit_diff"]) == pytest.approx(prompt.measured, abs=1e-9)
+        for node in (*writers, "MLP1"):
+            change, cell = prompt.writes[node].clone(), one.sel(node=node)
+            change[:row] = 0
+            assert float(cell["direct"]) == pytest.approx(prompt.direct(change[row]), abs=1e-9)
+            assert float(cell["total"]) == pytest.approx(prompt.total(node, change), abs=1e-9)
+            for part, want in prompt.why(node, change).items():
+                assert float(cell["why"].sel(part=part)) == pytest.approx(want, abs=1e-9), (node, part)

@@ -28,7 +28,7 @@ from unwrite.run.replace import Pool
 from unwrite.run.rerun import added, clean
 from unwrite.run.rotations import rotations
 from unwrite.run.stats import Tree
-from unwrite.run.stream import Batch, Listener, admit, batch_size, stream
+from unwrite.run.stream import Batch, Listener, admit, batch_size, parts, stream
 from unwrite.tokens import Tokens, spelled
 
 # Large: direct is at least this part of the logit difference. Small: at most this part of direct.
@@ -81,22 +81,32 @@ class _Search:
     def __init__(self, lm: Model, tokens: Tokens, writer: Node, skip: int, n: int):
         self.lm, self.tokens, self.writer, self.skip, self.n = lm, tokens, writer, skip, n
         self.folded = fold(lm)
-        self._mean = Pool(lm, self.folded, tokens, own=True).mean(writer)
+        pool = Pool(lm, self.folded, tokens, own=True)
+        self._mean, self._known = pool.mean(writer), pool.has_mean
         self._turns = list(rotations(lm, GENERIC))
         self._counts: Tree[np.ndarray] = Tree(add)
         self.best: list[dict[str, Any]] = []
 
     def step(self, batch: Batch) -> None:
         """One clean run, one without the write, one for every rotation."""
+        counts = np.zeros((len(SOURCES), 2))
+        for _, (found, hits) in parts(batch, self._measured):
+            counts += found
+            self.best += hits
+        self.best = _distinct(sorted(self.best, key=lambda one: -one["score"]))[: self.n]
+        self._counts.add(batch.index, counts)
+
+    def _measured(self, batch: Batch) -> tuple[np.ndarray, list[dict[str, Any]]]:
+        """Counts [source, (hits, positions)] and the hits of a part of a batch."""
         run = clean(self.lm, batch.ids, self.folded)
         final = run.record.stream[self.lm.states[-1]]
         question = top_two(self.lm, final)
         r, _ = reading(self.lm, question, final)
         difference = measure(self.lm, question, final)
-        kept = batch.beyond(self.skip).to(self.lm.device)
+        kept = (batch.beyond(self.skip) & self._known[: batch.ids.shape[1]]).to(self.lm.device)
         write = write_of(self.lm, self.folded, run.record.writes, self.writer).expand_as(final)
         mean = self._mean[: write.shape[1]]
-        counts = np.zeros((len(SOURCES), 2))
+        counts, best = np.zeros((len(SOURCES), 2)), []
         for number, turn in enumerate([None, *self._turns]):
             turned, typical = (part if turn is None else part @ turn for part in (write, mean))
             found = {
@@ -108,9 +118,8 @@ class _Search:
             hit = _hits(found) & kept
             counts[int(number > 0)] += (int(hit.sum()), int(kept.sum()))
             if turn is None:
-                self.best += self._candidates(batch, question, found, hit)
-        self.best = _distinct(sorted(self.best, key=lambda one: -one["score"]))[: self.n]
-        self._counts.add(batch.index, counts)
+                best = list(self._candidates(batch, question, found, hit))
+        return counts, best
 
     def _measure(self, question: Question, record: Recording) -> Tensor:
         return measure(self.lm, question, record.stream[self.lm.states[-1]])
@@ -136,7 +145,10 @@ class _Search:
 
 def _distinct(ranked: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The first of every text: prompts of a corpus begin alike."""
-    return list({one["said"]: one for one in reversed(ranked)}.values())[::-1]
+    first: dict[tuple[int, ...], dict[str, Any]] = {}
+    for one in ranked:
+        first.setdefault(one["said"], one)
+    return list(first.values())
 
 
 def _hits(found: dict[str, Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ authors' published script). Perfect clean-up is a correlation and a slope of −
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import reduce
 from operator import add
 from typing import Any
 
@@ -27,7 +28,7 @@ from unwrite.result import Result, build, quantity
 from unwrite.run.logits import Question, reading, top_two
 from unwrite.run.rerun import Clean, clean
 from unwrite.run.stats import Tree
-from unwrite.run.stream import Batch, Listener, admit, batch_size, stream
+from unwrite.run.stream import Batch, Listener, admit, batch_size, parts, stream
 from unwrite.run.trust import fit, interval, moments
 from unwrite.tokens import Tokens
 
@@ -88,6 +89,10 @@ class _Tally:
 
     def step(self, batch: Batch) -> None:
         """Read both attributions at every position of a batch."""
+        self._sums.add(batch.index, reduce(add, (sums for _, sums in parts(batch, self._measured))))
+
+    def _measured(self, batch: Batch) -> np.ndarray:
+        """Moments [cluster, path, moment] of a part of a batch."""
         run = clean(self.lm, batch.ids, self.folded, with_patterns=True)
         kept, question = self._asked(batch, run)
         r, _ = reading(self.lm, question, run.record.stream[self.lm.states[-1]])
@@ -98,7 +103,7 @@ class _Tally:
         for path, y in enumerate(ys):
             of_rows = moments(x, y) * counted
             np.add.at(sums[:, path], self._cluster(batch), of_rows.sum(2).T[: batch.real])
-        self._sums.add(batch.index, sums)
+        return sums
 
     def _cluster(self, batch: Batch) -> np.ndarray:
         return self.tokens.cluster[batch.first : batch.first + batch.real]

@@ -26,7 +26,7 @@ from unwrite.run.invariance import QUARTILES, REPLACED, invariance
 from unwrite.run.logits import Question, top_two
 from unwrite.run.replace import REPLACEMENTS, Pool
 from unwrite.run.rerun import clean
-from unwrite.run.stream import Batch, Listener, admit, batch_size, stream
+from unwrite.run.stream import Batch, Listener, admit, batch_size, parts, stream
 from unwrite.run.trust import FORMS, trust
 from unwrite.tokens import Tokens, prompts, single_token, spelled
 
@@ -55,6 +55,7 @@ class Request:
     pool: Pool
 
 
+@torch.inference_mode(False)  # a backward pass is needed, also where the caller has none in mind
 def dla(
     lm: Model,
     prompts: Any,
@@ -174,8 +175,11 @@ class _Tally:
 
     def step(self, batch: Batch) -> None:
         """All readings and the truth, for the replacements of trust and for the one asked for."""
-        request, lm, first, real = self.request, self.lm, batch.first, batch.real
-        prompt = [first + min(i, real - 1) for i in range(len(batch.ids))]
+        self._parts += [found for _, found in parts(batch.part(slice(0, batch.real)), self._measured)]
+
+    def _measured(self, batch: Batch) -> dict[str, Tensor]:
+        request, lm = self.request, self.lm
+        prompt = list(range(batch.first, batch.first + batch.real))
         run = clean(lm, batch.ids, request.pool.folded)
         row = torch.from_numpy(request.row[prompt]).to(lm.device)
         asked = Asked(run, batch.ids.to(lm.device), row, self._question(prompt, run.record.stream[lm.states[-1]], row))
@@ -183,20 +187,23 @@ class _Tally:
         if asked.question.against is not None:
             found["against"] = asked.question.against
         self._require_finite(batch, found["logit_diff"])
-        slopes, writes = (
-            asked.cotangents(),
-            run.record.writes.map(lambda part: part.expand(len(prompt), *part.shape[1:])),
-        )
-        where = torch.arange(batch.ids.shape[1], device=lm.device)
-        where = where == row[:, None] if request.at == "position" else where <= row[:, None]
-        for name in dict.fromkeys((*TRUSTED, request.replace)):
-            replaced = request.pool.replaced(name, batch, writes, where)
-            unknown = ~replaced.known
+        found |= self._attributed(batch, asked)
+        found["other_direct"] = torch.stack([*invariance(asked, request.pool, batch.first, batch.real)])
+        return {name: part.cpu() for name, part in found.items()}
+
+    def _attributed(self, batch: Batch, asked: Asked) -> dict[str, Tensor]:
+        """Readings, total and why, by their name and that of the replacement."""
+        slopes = asked.cotangents()
+        writes = asked.run.record.writes.map(lambda part: part.expand(batch.real, *part.shape[1:]))
+        place = torch.arange(batch.ids.shape[1], device=self.lm.device)
+        where = place == asked.row[:, None] if self.request.at == "position" else place <= asked.row[:, None]
+        found: dict[str, Tensor] = {}
+        for name in dict.fromkeys((*TRUSTED, self.request.replace)):
+            replaced = self.request.pool.replaced(name, batch, writes, where)
             for key, part in (readings(asked, slopes, replaced) | totals(asked, replaced)).items():
-                part[unknown] = torch.nan
+                part[~replaced.known] = torch.nan
                 found[f"{key} {name}"] = part
-        found["other_direct"] = torch.stack([*invariance(asked, request.pool, first, real)])
-        self._parts.append({name: part[:real].cpu() for name, part in found.items()})
+        return found
 
     def _question(self, prompt: list[int], final: Tensor, row: Tensor) -> Question:
         request = self.request

@@ -62,9 +62,9 @@ class Pool:
     def _mean(self, rows: Tensor) -> tuple[Writes, Tensor, Tensor]:
         mean, length = self._means.map(lambda part: part[: rows.shape[1]]), rows.shape[1]
         enough = torch.zeros(length, dtype=torch.bool, device=rows.device)
-        count = self._count[:length].to(rows.device)
-        enough[: len(count)] = count >= _FEWEST
-        short = length - len(count)
+        has = self.has_mean[:length].to(rows.device)
+        enough[: len(has)] = has
+        short = length - len(has)
         mean = mean.map(lambda part: torch.cat([part, part.new_zeros(short, *part.shape[1:])]) if short > 0 else part)
         return mean.map(lambda part: part.expand(len(rows), *part.shape)), rows, (enough | ~rows).all(1)
 
@@ -87,6 +87,11 @@ class Pool:
     def mean(self, node: Node) -> Float[Tensor, "position d_model"]:
         """The mean write of a node at every position, over the texts that reach it."""
         return write_of(self.lm, self.folded, self._means, node)
+
+    @property
+    def has_mean(self) -> Bool[Tensor, " position"]:
+        """Positions that enough texts reach: the mean of one text is its own write."""
+        return self._count >= _FEWEST
 
     def others(self, prompt: int, row: int) -> Int[np.ndarray, " text"]:
         """Texts that reach position `row`, without the prompt itself."""
