@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -144,29 +145,33 @@ def known() -> dict[Any, uw.Result]:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, known: dict[Any, uw.Result]) -> dict[str, list[Any]]:
-    """Name of a method -> its arguments, in audits. Of one text, every verification says what the first one said."""
+    """Name of a method -> its arguments, in audits. Of one text it is run once, but for scans and given prompts."""
     seen: dict[str, list[Any]] = {name: [] for name in ("scan", "verify", "adversarial", "dla", "corpus_dla")}
 
     def ask(name: str, real: Any, *args: Any, **settings: Any) -> uw.Result:
         seen[name].append((args, settings))
-        if name != "verify":
+        if name in ("scan", "dla"):
             return real(*args, **settings)
-        if args[1].hash not in known:
-            known[args[1].hash] = real(*args, **settings)
-        return known[args[1].hash]
+        if (name, args[1].hash) not in known:
+            known[name, args[1].hash] = real(*args, **settings)
+        return known[name, args[1].hash]
 
     for name in seen:
         monkeypatch.setattr(AUDIT, name, partial(ask, name, getattr(AUDIT, name)))
     return seen
 
 
+def documents() -> tuple[Model, Tokens]:
+    """Windows of five documents."""
+    lm, topics = demonstration(n=12, length=32)
+    return lm, replace(topics, cluster=np.repeat([0, 1, 2, 3, 4], [4, 1, 3, 2, 2]))
+
+
 def test_prompts_that_chose_a_writer_never_judge_it(asked) -> None:
-    """Five documents: two choose, three judge, and windows of one document stay together."""
-    lm, _ = demonstration(n=4, length=64)
-    ids, document = windows(PROSE, lm.tokenizer, n=14, length=32).ids, np.repeat([0, 1, 2, 3, 4], [4, 1, 3, 4, 2])
-    tokens = Tokens(ids, np.full(14, 32), document)
+    """Two documents choose, three judge, and windows of one document stay together."""
+    lm, tokens = documents()
     uw.audit(lm, tokens)
-    choose, judge = tokens.take(range(5)), tokens.take(range(5, 14))
+    choose, judge = tokens.take(range(5)), tokens.take(range(5, 12))
     assert [args[1].hash for args, _ in asked["scan"]] == [choose.hash]
     assert len(asked["verify"]) >= 3
     assert {args[1].hash for args, _ in asked["verify"]} == {judge.hash}
@@ -364,47 +369,55 @@ def test_found_prompts_are_asked_about_as_they_were_found(audited) -> None:
 
 
 def test_several_texts_are_scanned_the_first_judges_and_everything_is_written(asked, tmp_path) -> None:
-    lm, topics = demonstration(n=8, length=32)
+    lm, topics = documents()
     texts = {topics.source: topics, "digits": windows("0123456789" * 300, lm.tokenizer, n=8, length=32)}
-    result = uw.audit(lm, texts, out=tmp_path / "out")
+    result = uw.audit(lm, texts, prompts=["It was the age", "of wisdom"], out=tmp_path / "out")
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["report.html", "result.nc", "table.csv"]
     data = uw.read(tmp_path / "out").data
     xr.testing.assert_identical(data, result.data)
     assert "L0H0 reverses" in data.attrs["verdict"]
     assert list(data["text"].values) == ["Python's documentation topics", "digits"]
     assert data["share"].dims == ("text", "writer", "node")
-    first = {name: part.take(range(4)) for name, part in texts.items()}
+    first = {topics.source: topics.take(range(5)), "digits": texts["digits"].take(range(4))}
     digits = data["level_share"].sel(text="digits", drop=True)
     xr.testing.assert_allclose(digits, uw.scan(lm, first["digits"])["level_share"])
     assert {name: read["hash"] for name, read in result.provenance["tokens"].items()} == {
         name: part.hash for name, part in first.items()
     }
-    judge = topics.take(range(4, 8)).hash
+    judge = topics.take(range(5, 12)).hash
     assert {args[1].hash for name in ("verify", "adversarial", "corpus_dla") for args, _ in asked[name]} == {judge}
     assert result.provenance["settings"]["judged"]["hash"] == judge
     assert data["found_hits"].dims == ("found_text", "source")
     assert {"L0H0", "L0H2"} <= set(data["verified"].values.tolist())
     drawn = Page((tmp_path / "out" / "report.html").read_text("utf-8")).text
     for text in (shown(result), squeezed(drawn)):
-        assert "topics:4×32tokens" in text
+        assert "topics:5×32tokens" in text
         assert "digits:4×32tokens" in text
+        assert "givenprompt1:“ofwisdom”" in text
 
 
-def test_prompts_can_be_given(asked) -> None:
-    lm, tokens = demonstration(n=8, length=32)
-    data = uw.audit(lm, tokens, prompts=["It was the age", "of wisdom, it was"]).data
-    assert data["prompt_text"].values.tolist() == ["It was the age", "of wisdom, it was"]
-    assert data["prompt_kind"].values.tolist() == ["given", "given"]
-    assert uw.audit(lm, tokens, prompts="It was the age").data.sizes["prompt"] == 1
-    assert uw.audit(lm, tokens, prompts=np.array([[72, 84, 220], [72, 84, 83]])).data["row"].values.tolist() == [2, 2]
-    assert [len(args[1]) for args, _ in asked["dla"]] == [2, 1, 2]
+@pytest.mark.parametrize("given", ["It was the age", ["It was the age", "of wisdom"], np.array([[72, 84], [72, 83]])])
+def test_prompts_can_be_given(given, asked) -> None:
+    lm, tokens = documents()
+    data = uw.audit(lm, tokens, prompts=given).data
+    texts = [given] if isinstance(given, str) else given
+    if isinstance(texts, np.ndarray):
+        texts = lm.tokenizer.batch_decode(texts)
+    assert data["prompt_text"].values.tolist() == list(texts)
+    assert data["prompt_kind"].values.tolist() == ["given"] * len(texts)
+    assert data["row"].values.tolist() == [len(lm.tokenizer(text)["input_ids"]) - 1 for text in texts]
+    assert [len(args[1]) for args, _ in asked["dla"]] == [len(texts)]
+
+
+def test_a_string_needs_a_tokenizer(asked) -> None:
+    lm, tokens = documents()
     with pytest.raises(TokensError, match="a prompt needs a tokenizer"):
         uw.audit(view(lm.hf), tokens, prompts="It was the age")
 
 
 @pytest.mark.parametrize("stage", ["verify", "adversarial", "dla", "corpus_dla"])
 def test_an_error_in_the_middle_leaves_no_folder(stage, asked, monkeypatch, tmp_path) -> None:
-    lm, tokens = demonstration(n=8, length=32)
+    lm, tokens = documents()
 
     def fails(*_: Any, **__: Any) -> None:
         raise NumericError("planted failure")
@@ -416,18 +429,16 @@ def test_an_error_in_the_middle_leaves_no_folder(stage, asked, monkeypatch, tmp_
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.xfail(reason="texts given to dla are shorter than the prompts found in them", strict=True)
 def test_prompts_of_unequal_length_are_audited(asked) -> None:
     lm = view(tiny.model("gpt2", 0))
-    mask = np.arange(9) < np.tile([9, 7, 8, 9], 4)[:, None]
-    assert uw.audit(lm, from_ids(random_ids(lm), mask)).data.sizes["prompt"] == 8
+    mask = np.arange(9) < np.tile([9, 7, 8, 9], 2)[:, None]
+    assert uw.audit(lm, from_ids(random_ids(lm, 8), mask)).data.sizes["prompt"] == 4
 
 
-@pytest.mark.xfail(reason="groups of nodes before the last layer are empty; nobody reads anybody", strict=True)
 @pytest.mark.parametrize("family", ["gpt2", "gptj"])
 def test_a_model_of_one_layer_is_audited_or_refused_in_words(family, asked) -> None:
     lm = view(tiny.model(family, 0, num_hidden_layers=1))
     try:
-        uw.audit(lm, random_ids(lm))
+        uw.audit(lm, random_ids(lm, 8, 5))
     except uw.errors.UnwriteError:
         assert family == "gptj"

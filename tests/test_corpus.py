@@ -190,7 +190,7 @@ def test_through_values_is_what_hiding_the_writer_from_them_changes(family) -> N
     assert float(one["intercept"]) == pytest.approx(line.intercept, rel=1e-6)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 4, 5, 7])
+@pytest.mark.parametrize("batch", [1, 4, 7])
 def test_batches_change_nothing(batch) -> None:
     hf = weights("llama", 2)
     tokens = ragged(hf.config.vocab_size)
@@ -252,13 +252,6 @@ def test_planted_slopes(known, writer, erasers, slopes) -> None:
             assert float(one["slope"]) == pytest.approx(slope, abs=2e-3), path
             assert float(one["intercept"]) == pytest.approx(0, abs=2e-3)
             assert slope == 0 or float(one["correlation"]) == pytest.approx(-1, abs=1e-3)
-
-
-def test_an_eraser_that_never_reads_has_no_correlation(known) -> None:
-    """What rounding leaves of nothing correlates with anything."""
-    result = uw.corpus_dla(*known, "L0H4", ["L1H5"])
-    for name in ("correlation", "correlation_low", "correlation_high"):
-        assert np.isfinite(result[name].values).tolist() == [True, False, False]
 
 
 def test_a_result_of_a_corpus_is_kept_and_says_what_it_means(known, tmp_path) -> None:
@@ -447,8 +440,8 @@ def test_hits_and_rates_are_those_of_a_loop_over_rows(family, seed, writer) -> N
 def test_a_hit_is_one_when_its_prompt_ends_there(family, seed, writer) -> None:
     hf = weights(family, seed)
     lm = view(hf)
-    found = uw.adversarial(lm, alike(hf.config.vocab_size, seed), writer, n=4).data
-    assert found.sizes["hit"] == 4
+    found = uw.adversarial(lm, alike(hf.config.vocab_size, seed), writer, n=2).data
+    assert found.sizes["hit"] == 2
     score = []
     for i in range(found.sizes["hit"]):
         hit = found.isel(hit=i)
@@ -466,7 +459,7 @@ def test_a_hit_is_one_when_its_prompt_ends_there(family, seed, writer) -> None:
     assert score == sorted(score, reverse=True)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 5, 9])
+@pytest.mark.parametrize("batch", [1, 5])
 def test_a_search_does_not_depend_on_batches_and_gives_n_different_prompts(batch) -> None:
     hf = weights("llama", 0)
     lm, tokens = view(hf), alike(hf.config.vocab_size, 0)

@@ -13,6 +13,7 @@ import numpy as np
 import xarray as xr
 
 from unwrite import result as results
+from unwrite.errors import ModelError
 from unwrite.methods.adversarial import adversarial
 from unwrite.methods.corpus import corpus_dla
 from unwrite.methods.dla import dla
@@ -77,12 +78,12 @@ def _audit(lm: Model, tokens: Any, prompts: Any, most: int, listener: Listener |
     judge_by = next(second for _, second in halves.values())
     scanned = scan(lm, choose_by if isinstance(tokens, Mapping) else choose_by[""], listener=listener)
     proofs = _verified(lm, scanned, judge_by, most, listener)
+    if not proofs:
+        raise ModelError(f"no node of {scanned.provenance['model']['name']} could read what another wrote")
     worst = min(proofs, key=lambda writer: _gap(proofs[writer]))
     search = adversarial(lm, judge_by, worst, choose_by[next(iter(choose_by))], listener=listener)
     asked, kinds = _asked(lm, prompts, search, judge_by)
-    believed = dla(
-        lm, asked, at="position", texts=judge_by.take(np.arange(min(TEXTS, len(judge_by)))), listener=listener
-    )
+    believed = dla(lm, asked, at="position", texts=_texts(asked, judge_by), listener=listener)
     merged = _merged(scanned, proofs, search, believed, kinds)
     if erasers := proofs[worst].data.attrs["erasers"].split():
         merged = merged.merge(_renamed(corpus_dla(lm, judge_by, worst, erasers, listener=listener).data, "corpus"))
@@ -134,6 +135,12 @@ def _asked(lm: Model, prompts: Any, search: Result, tokens: Tokens) -> tuple[Tok
     lengths = np.array([*(row + 1 for row in found[1]), *tokens.lengths[others]])
     shortened = Tokens(part.ids, lengths, np.arange(len(lengths)), "found prompts and windows of the text")
     return shortened, ["found"] * len(hits) + ["window"] * len(others)
+
+
+def _texts(asked: Tokens, tokens: Tokens) -> Tokens | None:
+    """Texts that reach as far as the longest prompt; without any, the prompts are compared with each other."""
+    long = np.flatnonzero(tokens.lengths >= asked.lengths.max())[:TEXTS]
+    return tokens.take(long) if len(long) > 1 else None
 
 
 def _merged(

@@ -51,7 +51,7 @@ _FIGURE_2 = {
 }  # fmt: skip
 _FIGURE_2_BANDS = {"MLP2": (-0.28, 0.31), "MLP3": (-0.31, 0.28)}
 _FIGURE_3A = {"resid_mid2": 0.88, "resid_post2": 0.645, "resid_mid3": 0.574, "resid_post3": 0.48}
-_FIGURE_3B = (0, 0, -0.02, -0.01, 0, -0.035, -0.03, -0.01)
+_FIGURE_3B = (0.0, 0.0, -0.02, -0.01, 0.0, -0.035, -0.03, -0.01)
 _FIGURE_4_DIFFERENCE = (1.07, 1.89, 3.02, 0.94)
 _FIGURE_4A = ((0.60, 0.60), (0.84, 0.815), (0.95, 0.975), (0.247, 0.248))
 _FIGURE_4B = ((1.14, 0.09), (0.84, 0.035), (2.3, 0.72), (0.525, 0.17))
@@ -149,9 +149,9 @@ def _bands(found: Result, words: str) -> Iterator[Claim]:
     drawn += [("2", node, pr.sel(node=node), band) for node, band in _FIGURE_2_BANDS.items()]
     for band, ends in _BANDS.items():
         for figure, name, values, papers in drawn:
-            for paper, end in zip(papers, ends, strict=True):
+            for side, paper, end in zip(("lower", "upper"), papers, ends, strict=True):
                 ours = float(values.sel(quantile=end))
-                yield Claim(figure, f"band of PR({name}, {WRITER})", f"{words}, {band}", paper, ours)
+                yield Claim(figure, f"band of PR({name}, {WRITER}), {side} end", f"{words}, {band}", paper, ours)
 
 
 def _of_proof(proof: Result) -> Iterator[Claim]:
@@ -167,7 +167,8 @@ def _of_proof(proof: Result) -> Iterator[Claim]:
         )
     before, after = (float(level.sel(condition="clean", location=place)) for place in ("resid_post1", "resid_mid2"))
     patched = float(level.sel(condition="patched", location="resid_mid2"))
-    yield Claim("3a", "causal share of the erasure", "of medians", 0.85, (patched - after) / (before - after))
+    share = (patched - after) / (before - after) if before != after else np.nan
+    yield Claim("3a", "causal share of the erasure", "of medians", 0.85, share)
     for head, paper in enumerate(_FIGURE_3B):
         yield Claim(
             "3b", f"PR(L2H{head}, {WRITER})", "patched", paper, float(pr.sel(condition="patched", node=f"L2H{head}"))
