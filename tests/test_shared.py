@@ -168,7 +168,7 @@ def found_text(data: xr.Dataset, judge: Tokens, i: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("name", "corpus", "length"), [("stories260K", "tinystories.txt", 96), ("arthur-r24-ep200", "arthur.txt", 64)]
+    ("name", "corpus", "length"), [("stories260K", "tinystories.txt", 48), ("arthur-r24-ep200", "arthur.txt", 40)]
 )
 def test_an_audit_of_a_real_model_is_what_plain_hooks_say(
     shared: Path, name: str, corpus: str, length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
