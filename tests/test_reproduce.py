@@ -445,6 +445,22 @@ def test_nothing_but_the_prompts_needs_a_tokenizer(folder, result, proof, monkey
     assert bare.data.attrs["verdict"] == result.data.attrs["verdict"]
 
 
+def test_figure_5_reads_as_many_prompts_as_the_paper_did(folder, proof, monkeypatch) -> None:
+    real, read = REPRODUCE.corpus_dla, []
+
+    def corpus_dla(lm: Model, tokens: Tokens, *rest: Any, **settings: Any) -> uw.Result:
+        read.append(tokens.ids)
+        return real(lm, tokens, *rest, **settings)
+
+    monkeypatch.setattr(REPRODUCE, "verify", lambda *_, **__: proof)
+    monkeypatch.setattr(REPRODUCE, "corpus_dla", corpus_dla)
+    ids = np.concatenate([rows()[:, :36]] * 6)
+    found = uw.reproduce(weights=view(uw.load(folder).hf), tokens=ids, n=34)
+    for got, n in zip(read, (30, 10), strict=True):
+        np.testing.assert_array_equal(got, ids[:n])
+    assert found.provenance["tokens"][""]["prompts"] == 34
+
+
 def test_a_reproduction_is_kept_printed_and_tabled(result, tmp_path) -> None:
     again = uw.read(result.save(tmp_path))
     assert again.data.identical(result.data)

@@ -235,7 +235,7 @@ def _loss(lm: Model, tokens: Tokens) -> tuple[float, float]:
 def _paper_tokens(n: int) -> Tokens:
     """The authors' prompts: rows of 1,024 tokens that others tokenised, four of C4 to one of code."""
     try:
-        from datasets import load_dataset
+        from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise TokensError(
             "the paper's text comes from the hub", expected="the extra `datasets`",
