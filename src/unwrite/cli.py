@@ -24,7 +24,7 @@ app = typer.Typer(
     help="What each part of a transformer writes into the residual stream, and who writes against it.",
 )
 
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A hub name, or a folder with safetensors weights.")]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A hub name, or a folder of a model.")]
 TextPath = Annotated[
     list[str], typer.Option("--text", metavar="[NAME=]PATH", help="A text file or folder; several are compared.")
 ]
