@@ -11,9 +11,12 @@ would have seen.
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import math
+import platform
+import re
 import sysconfig
 import time
 from pathlib import Path
@@ -25,18 +28,21 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 HELD_OUT = ("jane-austen_emma.txt", "h-g-wells_the-war-of-the-worlds.txt")
+# Of the standard library: the documentation topics and one package, so that there is code and prose to be shown.
+HELD_OUT_LIBRARY = {"pydoc_data", "asyncio"}
+NO_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 VOCABULARY, BOS = 4096, "<|bos|>"
 CODE = 0.2  # of the rows
 SAVE_EVERY = 120  # seconds
 
 
 def texts(books: Path) -> dict[str, list[str]]:
-    """The training text by source: books but for those held out, and the standard library but for its tests."""
+    """The training text by source: books and the standard library, but for what is held out and for tests."""
     library = Path(sysconfig.get_path("stdlib"))
     modules = [
         file
         for file in sorted(library.rglob("*.py"))
-        if not {"site-packages", "dist-packages", "test", "tests", "idle_test"} & set(file.relative_to(library).parts)
+        if not (NO_LIBRARY | HELD_OUT_LIBRARY) & set(file.relative_to(library).parts)
     ]
     return {
         "books": [file.read_text("utf-8") for file in sorted(books.glob("*.txt")) if file.name not in HELD_OUT],
@@ -53,9 +59,12 @@ def prepare(books: Path, place: Path) -> dict[str, np.ndarray]:
         tokenizer = train_tokenizer([text for part in read.values() for text in part])
         tokenizer.save_pretrained(place / "tokenizer")
         for source, part in read.items():
-            ids = [i for text in part for i in [*tokenizer(text, verbose=False)["input_ids"], tokenizer.bos_token_id]]
-            np.save(files[source], np.array(ids, dtype=np.uint16))
+            # A single line break between two words is always a token of its own: pieces cut there give the same ids.
+            pieces = [piece for text in part for piece in [*re.split(r"(?<=\S\n)(?=\S)", text), BOS]]
+            ids = [np.array(i, np.uint16) for i in tokenizer(pieces)["input_ids"]]
+            np.save(files[source], np.concatenate(ids))
         digest = {source: hashlib.sha256("\0".join(part).encode()).hexdigest() for source, part in read.items()}
+        digest["python"] = platform.python_version()
         (place / "text.json").write_text(json.dumps(digest, indent=1))
     return {source: np.load(file) for source, file in files.items()}
 
@@ -91,7 +100,7 @@ def build(settings: argparse.Namespace) -> GPT2LMHeadModel:
         GPT2Config(
             vocab_size=VOCABULARY, n_positions=settings.context, n_embd=settings.width, n_layer=settings.layers,
             n_head=settings.heads, activation_function="gelu", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-            tie_word_embeddings=settings.tied, initializer_range=settings.spread, bos_token_id=0, eos_token_id=0,
+            tie_word_embeddings=settings.tied, initializer_range=settings.width**-0.5, bos_token_id=0, eos_token_id=0,
             use_cache=False,
         )
     )  # fmt: skip
@@ -112,30 +121,47 @@ class Run:
         self.settings, self.place = settings, settings.out
         self.place.mkdir(parents=True, exist_ok=True)
         self.model = build(settings)
-        decayed = [p for p in self.model.parameters() if p.dim() > 1]
-        others = [p for p in self.model.parameters() if p.dim() <= 1]
-        groups = [{"params": decayed, "weight_decay": settings.decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95))
-        self.record = {"settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(settings).items()}}
+        matrices, others = [], []
+        for name, p in self.model.named_parameters():
+            (matrices if p.dim() == 2 and ".h." in name else others).append(p)
+        decayed = {"lr": settings.lr, "weight_decay": settings.decay}
+        # Muon's updates have equal singular values: under AdamW, MLP0 outgrows every head of its layer.
+        first = (
+            torch.optim.AdamW(matrices, betas=(0.9, 0.95), **decayed)
+            if settings.adamw
+            else torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **decayed)
+        )
+        second = torch.optim.AdamW(others, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        self.optimizers = [first, second]
+        self.record = {"settings": {k: v for k, v in vars(settings).items() if not isinstance(v, Path)}}
+        self.record |= {"text": json.loads((settings.data / "text.json").read_text()), "torch": torch.__version__}
         self.record |= {"step": 0, "seconds": 0.0, "loss": []}
         if (self.place / "run.json").exists():
-            self.record = json.loads((self.place / "run.json").read_text())
+            found = json.loads((self.place / "run.json").read_text())
+            same = {**found["settings"], "minutes": settings.minutes} == self.record["settings"]
+            if not same or found["text"] != self.record["text"]:
+                raise SystemExit(f"{self.place} holds a run of other settings or text: name another --out")
+            self.record = {**found, "settings": self.record["settings"]}
             self.model.load_state_dict(load_file(self.place / "newest.safetensors"), strict=False)
-            state = load_file(self.place / "optimizer.safetensors")
-            for i, p in enumerate(self._parameters()):
-                self.optimizer.state[p] = {
-                    "step": torch.tensor(float(self.record["step"])),
-                    "exp_avg": state[f"{i}.m"], "exp_avg_sq": state[f"{i}.v"],
-                }  # fmt: skip
+            self._restore(load_file(self.place / "optimizer.safetensors"))
 
-    def _parameters(self) -> list[torch.nn.Parameter]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+    def _restore(self, kept: dict[str, torch.Tensor]) -> None:
+        for k, optimizer in enumerate(self.optimizers):
+            state: dict[int, dict[str, torch.Tensor]] = {}
+            for name, value in kept.items():
+                which, parameter, variable = name.split(".")
+                if int(which) == k:
+                    state.setdefault(int(parameter), {})[variable] = value
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
     def save(self) -> None:
         """Write everything beside, then put it in place: a cut leaves the older checkpoint."""
-        moments = {}
-        for i, p in enumerate(self._parameters()):
-            moments |= {f"{i}.m": self.optimizer.state[p]["exp_avg"], f"{i}.v": self.optimizer.state[p]["exp_avg_sq"]}
+        moments = {
+            f"{k}.{parameter}.{variable}": value
+            for k, optimizer in enumerate(self.optimizers)
+            for parameter, state in optimizer.state_dict()["state"].items()
+            for variable, value in state.items()
+        }
         weights = {
             k: v.contiguous()
             for k, v in self.model.state_dict().items()
@@ -147,10 +173,14 @@ class Run:
         (self.place / "run.tmp").write_text(json.dumps(self.record))
         (self.place / "run.tmp").replace(self.place / "run.json")
 
-    def finish(self, tokenizer: Path) -> None:
-        """The folder that `uw.load` reads: float16 weights and the tokenizer."""
-        self.model.half().save_pretrained(self.place / "model")
-        PreTrainedTokenizerFast.from_pretrained(tokenizer).save_pretrained(self.place / "model")
+    def export(self, place: Path) -> None:
+        """A folder that `uw.load` reads: weights kept in float16, to be computed with in float32, and the tokenizer."""
+        copy.deepcopy(self.model).half().save_pretrained(place)
+        config = json.loads((place / "config.json").read_text())
+        (place / "config.json").write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
+        tokenizer = self.settings.data / "tokenizer"
+        own = PreTrainedTokenizerFast.from_pretrained(tokenizer, model_max_length=self.settings.context)
+        own.save_pretrained(place)
 
 
 def train(settings: argparse.Namespace) -> None:
@@ -161,25 +191,26 @@ def train(settings: argparse.Namespace) -> None:
     kept = {round(steps * part) for part in settings.keep}
     forward = torch.compile(run.model) if settings.compile else run.model
     begin = saved = time.monotonic()
-    already = run.record["seconds"]
+    already, seen = run.record["seconds"], run.record["step"]
     for step in range(run.record["step"], steps):
-        for group in run.optimizer.param_groups:
+        for group in [group for optimizer in run.optimizers for group in optimizer.param_groups]:
             group["lr"] = rate(settings, step, steps)
         ids = batch(tokens, settings, step)
         with torch.autocast("cpu", torch.bfloat16):
             loss = forward(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
+        for optimizer in run.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         now = time.monotonic()
         run.record |= {"step": step + 1, "seconds": already + now - begin}
         if step % 50 == 0:
             run.record["loss"].append((step, round(float(loss.detach()), 4)))
-            speed = (step + 1 - run.record["loss"][0][0]) * settings.batch * settings.context / run.record["seconds"]
+            speed = (step + 1 - seen) * settings.batch * settings.context / (now - begin)
             print(f"step {step}/{steps} loss {float(loss.detach()):.3f} {speed:,.0f} tokens/s", flush=True)
         if step + 1 in kept:
-            save_file({k: v.half().contiguous() for k, v in run.model.state_dict().items()}, _step(run.place, step + 1))
+            run.export(run.place / "steps" / str(step + 1))
         if now - saved > SAVE_EVERY:
             run.save()
             saved = now
@@ -187,12 +218,7 @@ def train(settings: argparse.Namespace) -> None:
             run.save()
             return
     run.save()
-    run.finish(settings.data / "tokenizer")
-
-
-def _step(place: Path, step: int) -> Path:
-    (place / "steps").mkdir(exist_ok=True)
-    return place / "steps" / f"{step}.safetensors"
+    run.export(run.place / "model")
 
 
 def arguments() -> argparse.Namespace:
@@ -206,14 +232,15 @@ def arguments() -> argparse.Namespace:
         ("layers", 4),
         ("heads", 8),
         ("context", 256),
-        ("batch", 32),
+        ("batch", 16),
         ("seed", 0),
-        ("warm-up", 200),
+        ("warm-up", 40),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
-    for name, default in (("lr", 1e-3), ("decay", 0.1), ("spread", 0.02), ("tokens", 20e6), ("minutes", 0.0)):
+    for name, default in (("lr", 3e-3), ("decay", 0.1), ("tokens", 2e6), ("minutes", 0.0)):
         parser.add_argument(f"--{name}", type=float, default=default)
     parser.add_argument("--tied", action="store_true")
+    parser.add_argument("--adamw", action="store_true")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--keep", type=float, nargs="*", default=[], help="parts of the run whose weights are kept")
     settings = parser.parse_args()

@@ -6,6 +6,8 @@ Writers are chosen by a scan of one half of the prompts and verified on the othe
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import resources
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,7 @@ from unwrite.methods.corpus import corpus_dla
 from unwrite.methods.dla import dla
 from unwrite.methods.scan import scan
 from unwrite.methods.verify import verify
-from unwrite.model.load import view
-from unwrite.model.planted import planted
+from unwrite.model.load import DEFAULT, load
 from unwrite.model.view import Model
 from unwrite.nodes import parse_node, reads
 from unwrite.report import page
@@ -37,6 +38,8 @@ LOWEST = 3
 # What attribution is asked about: so many prompts, found ones among them, beside means over so many texts.
 ASKED = 20
 TEXTS = 100
+# The demonstration's windows are this long.
+LENGTH = 128
 
 
 def audit(
@@ -176,11 +179,15 @@ def _judged(merged: Result, scanned: Result, judged: Tokens, asked: Tokens) -> R
 
 
 def demonstration(n: int = 300, length: int | None = None) -> tuple[Model, Tokens]:
-    """A planted model and Python's own documentation topics: an audit that needs no file."""
+    """The bundled model, and text that every Python carries and that model never saw: an audit that needs no file.
+
+    The documentation topics and the modules of asyncio in turn, each a document of its own.
+    """
     from pydoc_data.topics import topics
 
-    model = planted("gpt2")
-    lm = view(model.hf, model.tokenizer, name="planted gpt2")
-    documents = "\n\n".join(topics[name] for name in sorted(topics))
-    tokens = windows(documents, model.tokenizer, n=n, length=length or 256)
-    return lm, tokens.named("Python's documentation topics")
+    lm = load(DEFAULT)
+    modules = [file for file in resources.files("asyncio").iterdir() if file.name.endswith(".py")]
+    code = [file.read_text("utf-8") for file in sorted(modules, key=lambda file: file.name)]
+    documents = [text for pair in zip_longest([topics[name] for name in sorted(topics)], code) for text in pair if text]
+    tokens = windows(documents, lm.tokenizer, n=n, length=length or LENGTH)
+    return lm, tokens.named("Python's documentation topics and asyncio")

@@ -21,6 +21,8 @@ from unwrite.model.families import FAMILIES, REFUSED, Family
 from unwrite.model.legacy import checkpoint, from_legacy, is_legacy, tokenizer_folder, tokenizer_name
 from unwrite.model.view import CONVENTIONS, Model, embedding_rows
 
+# The model that comes with the package: trained by examples/pretrain, see its own README.
+DEFAULT, BUNDLED = "default", Path(__file__).parents[1] / "bundled"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -36,7 +38,8 @@ def load(
 ) -> Model:
     """A `Model` from a hub name, a folder, or a Hugging Face causal language model already in memory.
 
-    A TransformerLens-era checkpoint, by folder or by hub name, becomes a GPT-2 (see `legacy.from_legacy`).
+    "default" is the small model that comes with the package. A TransformerLens-era checkpoint, by folder or by hub
+    name, becomes a GPT-2 (see `legacy.from_legacy`).
     Arguments: `tokenizer`, by default the one that comes with the model; `revision` a hub commit; `dtype` by default
     that of the weights; `device` or `device_map` where to put it (not for a model in memory, which stays as and where
     it is); `convention` "paper" (Dao et al. 2023: heads without constant part, LayerNorm streams centred) or "raw".
@@ -50,7 +53,8 @@ def load(
         raise ModelError("unknown convention", got=repr(convention), expected=" or ".join(map(repr, CONVENTIONS)))
     if isinstance(source, (str, Path)):
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
-        hf, own = _from_disk(str(source), {"dtype": dtype or "auto", "device_map": device_map, **options})
+        place = str(BUNDLED if source == DEFAULT else source)
+        hf, own = _from_disk(place, {"dtype": dtype or "auto", "device_map": device_map, **options})
         hf = hf if device is None else hf.to(torch.device(device))  # pyright: ignore[reportArgumentType]
         tokenizer = tokenizer or own()
     elif isinstance(source, PreTrainedModel):
@@ -162,6 +166,8 @@ def _from_disk(source: str, options: dict[str, Any]) -> tuple[PreTrainedModel, C
 def _called(source: Any) -> str:
     """A hub name as it is; of a folder its last part: results travel, and a path tells about a machine."""
     name = str(getattr(source, "name_or_path", source))
+    if name in (DEFAULT, str(BUNDLED)):
+        return "unwrite's own model"
     return Path(name).resolve().name if Path(name).is_dir() else name
 
 
