@@ -5,7 +5,7 @@ PIN = .venv/bin/python -m pip install -qq -c constraints.txt --build-constraint 
 .PHONY: audit test lint bench clean
 .DELETE_ON_ERROR:
 
-# MODEL: a hub name or folder, by default a planted model; TEXT: a file or folder. Writes the folder audit/.
+# MODEL: a hub name or folder, by default the bundled model; TEXT: a file or folder. Writes the folder audit/.
 audit: .venv/.runtime
 	@.venv/bin/python -m unwrite audit $${MODEL:+"$$MODEL"} $${TEXT:+--text "$$TEXT"} --out audit
 

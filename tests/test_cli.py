@@ -58,9 +58,10 @@ def test_audit_ends_in_a_verdict(folder, monkeypatch, capsys, tmp_path) -> None:
     assert "L0H0 reverses" in " ".join(capsys.readouterr().out.split())
 
 
-def test_audit_without_arguments_reads_the_planted_model(monkeypatch, capsys) -> None:
-    assert run(monkeypatch, "audit", "-n", 4, "--length", 64) == 0
-    assert "planted gpt2" in capsys.readouterr().out
+def test_audit_without_arguments_reads_the_bundled_model(monkeypatch, capsys) -> None:
+    assert run(monkeypatch, "audit", "-n", 4, "--length", 32) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "unwrite's own model on Python's documentation topics and asyncio" in shown
 
 
 def test_two_texts_are_compared(folder, monkeypatch, capsys, tmp_path) -> None:

@@ -2,7 +2,8 @@
 
     python examples/pretrain/measure.py MODEL --books BOOKS --out RESULT.json
 
-Every head and MLP before the last layer is taken away once (`uw.verify`), on windows of the two held-out books.
+The position embedding and every head and MLP before the last layer are taken away once (`uw.verify`), on windows of
+the two held-out books.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def writers(model: Path, books: Path) -> list[dict[str, Any]]:
     scanned = uw.scan(lm, tokens).data
     by = {kind: [str(node) for node in lm.parts if node.kind == kind] for kind in ("head", "mlp")}
     rows = []
-    for node in [n for n in lm.parts if n.kind in ("head", "mlp") and n.layer < len(lm.layers) - 1]:
+    for node in [n for n in lm.parts if n.kind in ("pos_embed", "head", "mlp") and n.layer < len(lm.layers) - 1]:
         row = scanned.sel(writer=str(node))
         found = uw.verify(lm, tokens, node).data
         rows.append(
@@ -69,10 +70,11 @@ def writers(model: Path, books: Path) -> list[dict[str, Any]]:
 def measured(model: Path, books: Path) -> dict[str, Any]:
     """Loss and writers, as they are kept in JSON; numbers to four significant digits."""
     found = {"held_out": loss(model, books), "writers": writers(model, books)}
-    return json.loads(json.dumps(found), parse_float=lambda text: _rounded(float(text)))
+    return json.loads(json.dumps(found), parse_float=lambda text: rounded(float(text)), parse_constant=lambda _: None)
 
 
-def _rounded(x: float) -> float | None:
+def rounded(x: float) -> float | None:
+    """Four significant digits; nothing for what is no number."""
     return float(f"{x:.4g}") if math.isfinite(x) else None
 
 

@@ -1,9 +1,9 @@
-"""What did the sweep find? A table in Markdown, and its figure.
+"""What did the sweep find, and what the checkpoints of the bundled model's run? Tables in Markdown, and a figure.
 
     python examples/pretrain/table.py [--figure docs/bandwidth.png]
 
-Reads `results/` beside this file, which `sweep.py` fills. Writers are the heads before the last layer; a number is the
-mean over seeds, with the lowest and the highest seed in brackets.
+Reads `results/` beside this file, which `sweep.py` and `bundle.py` fill. Writers are the heads before the last layer; a
+number is the mean over seeds, with the lowest and the highest seed in brackets.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 import altair as alt
 import numpy as np
 import pandas as pd
+from sweep import CONFIGURATIONS, RESULTS
 
-RESULTS = Path(__file__).parent / "results"
 VERDICTS = {
     "erased": "#b2182b", "filled in": "#ef8a62", "decays like anything": "#bdbdbd", "kept": "#67a9cf",
     "amplified": "#2166ac",
@@ -27,12 +27,18 @@ VERDICTS = {
 
 def runs() -> list[dict[str, Any]]:
     """All runs of the sweep, in its own order."""
-    from sweep import CONFIGURATIONS
-
-    found = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
     order = list(CONFIGURATIONS)
-    return sorted((run for run in found if run.get("configuration") in order),
-                  key=lambda run: (order.index(run["configuration"]), run["seed"]))  # fmt: skip
+    found = [run for run in _results() if "configuration" in run]
+    return sorted(found, key=lambda run: (order.index(run["configuration"]), run["seed"]))
+
+
+def steps() -> list[dict[str, Any]]:
+    """The checkpoints along the bundled model's run, first to last."""
+    return sorted((run for run in _results() if "configuration" not in run), key=lambda run: run["step"])
+
+
+def _results() -> list[dict[str, Any]]:
+    return [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
 
 
 def heads(run: dict[str, Any]) -> pd.DataFrame:
@@ -61,18 +67,19 @@ def _norm(run: dict[str, Any], writer: str) -> float:
     return next(row["relative_norm"] for row in run["writers"] if row["writer"] == writer)
 
 
-def markdown(found: list[dict[str, Any]]) -> str:
-    """One row for each configuration."""
-    lines = ["| " + " | ".join(["configuration", *COLUMNS]) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for name in dict.fromkeys(run["configuration"] for run in found):
-        same = [run for run in found if run["configuration"] == name]
+def markdown(found: list[dict[str, Any]], by: str) -> str:
+    """One row for each configuration or step."""
+    lines = ["| " + " | ".join([by, *COLUMNS]) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for name in dict.fromkeys(run[by] for run in found):
+        same = [run for run in found if run[by] == name]
         cells = [_cell([column(run) for run in same]) for column in COLUMNS.values()]
-        lines.append("| " + " | ".join([f"{name} (n = {len(same)})", *cells]) + " |")
+        lines.append("| " + " | ".join([str(name), *cells]) + " |")
     return "\n".join(lines)
 
 
 def _cell(values: list[float]) -> str:
-    return f"{np.mean(values):.3g} [{min(values):.3g}, {max(values):.3g}]"
+    middle = f"{np.mean(values):.3g}"
+    return middle if len(values) == 1 else f"{middle} [{min(values):.3g}, {max(values):.3g}]"
 
 
 def figure(found: list[dict[str, Any]]) -> alt.Chart:
@@ -92,6 +99,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--figure", type=Path)
     asked = parser.parse_args()
-    print(markdown(runs()))
+    print(markdown(runs(), "configuration"), markdown(steps(), "step"), sep="\n\n")
     if asked.figure:
         figure(runs()).save(asked.figure, scale_factor=2)

@@ -24,7 +24,7 @@ app = typer.Typer(
     help="What each part of a transformer writes into the residual stream, and who writes against it.",
 )
 
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A hub name, or a folder of a model.")]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A hub name, a folder of a model, or default.")]
 TextPath = Annotated[
     list[str], typer.Option("--text", metavar="[NAME=]PATH", help="A text file or folder; several are compared.")
 ]
@@ -48,7 +48,7 @@ def _app(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback
 @app.command()
 def audit(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Hub name or folder, by default a planted model.")
+        str | None, typer.Argument(metavar="[MODEL]", help="Hub name or folder, by default the bundled model.")
     ] = None,
     text: TextPath = [],  # noqa: B006 - typer copies it
     prompt: Annotated[
