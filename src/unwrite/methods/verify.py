@@ -22,8 +22,10 @@ from unwrite.model.view import Model
 from unwrite.nodes import Node, choose, parse_node, require_readers
 from unwrite.result import QUANTILES, Result, build, quantity
 from unwrite.run.decode import RIDGE
+from unwrite.run.places import EXAMPLES, SHOWN, first_of_groups
 from unwrite.run.stream import Listener, admit, admit_floor, batch_size, stream
 from unwrite.run.without import CONDITIONS, READ_ROTATIONS, ROTATIONS, WithoutTally
+from unwrite.tokens import spelled
 
 BOUNDS = ("low", "mean", "high")
 # The paper's erasers: later nodes whose median PR is at most this.
@@ -60,7 +62,8 @@ def verify(
     D = MLP(x) − MLP(x − o_w), which do not add up), `read_generic` the same for turned writes, `readers` the nodes
     above that; `one_reader_share` of MLPs, D along the write; `decodable`, how much of the write's token part a
     linear map finds in the stream of held-out prompts (R², by location; NaN with a `decodable_note` where it cannot
-    be said).
+    be said); `level_at` and `survival_at` the end, by groups of positions that begin at `place`; `strip_level` and
+    `strip_survival`, token by token (`strip_token`, at most 256) of the prompts at quantiles `example` of survival.
     Raises NodeError for an unknown writer or eraser, or an eraser that writes before it could read the writer;
     NumericError for a writer that never writes, or a prompt that alone does not fit into memory.
 
@@ -126,7 +129,8 @@ def _dataset(tally: WithoutTally) -> xr.Dataset:
         "v_share_se": quantity(by, error["v_share"], "1", "clustered by prompt"),
         "v_survival": quantity(at, np.where(after, value["v_survival"], np.nan), "1", "1 + Σ v_net up to here"),
     }
-    return xr.Dataset({**own, **_used(tally, value, error), **_quantiles(tally)}, _coordinates(tally))
+    shown = {**_used(tally, value, error), **_quantiles(tally), **_places(tally), **_strips(tally)}
+    return xr.Dataset({**own, **shown}, _coordinates(tally))
 
 
 def _used(tally: WithoutTally, value: dict[str, np.ndarray], error: dict[str, np.ndarray]) -> dict[str, xr.Variable]:
@@ -176,6 +180,31 @@ def _quantiles(tally: WithoutTally) -> dict[str, xr.Variable]:
     }
 
 
+def _places(tally: WithoutTally) -> dict[str, xr.Variable]:
+    value, error = tally.places()
+    equation = {"level": "Σ⟨x, o_w⟩ / Σ‖o_w‖²", "survival": "Σ⟨x − x^{−w}, o_w⟩ / Σ‖o_w‖²"}
+    found = {}
+    for row, (name, text) in enumerate(equation.items()):
+        found[f"{name}_at"] = quantity(("place",), value[row], "1", f"{text} at the end, over these positions")
+        found[f"{name}_at_se"] = quantity(("place",), error[row], "1", "clustered by prompt")
+    return found
+
+
+def _strips(tally: WithoutTally) -> dict[str, Any]:
+    """A few prompts, token by token."""
+    shown, (level, survival, energy) = tally.strips()
+    n = min(SHOWN, shown.length)
+    words = [[spelled([i], tally.lm.tokenizer) for i in row[:n]] for row in shown.ids]
+    words = np.where(np.arange(n) < shown.lengths[:, None], np.array(words, dtype=object), "")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        parts = {"level": level / energy, "survival": survival / energy}
+    says = {"level": "⟨x, o_w⟩ / ‖o_w‖² at the end", "survival": "⟨x − x^{−w}, o_w⟩ / ‖o_w‖² at the end"}
+    axes = ("example", "position")
+    finite = {name: np.where(np.isfinite(part), part, np.nan)[:, :n] for name, part in parts.items()}
+    strips = {f"strip_{name}": quantity(axes, part, "1", says[name]) for name, part in finite.items()}
+    return {**strips, "strip_token": (axes, words)}
+
+
 def _coordinates(tally: WithoutTally) -> dict[str, Any]:
     return {
         "node": list(tally.lm.nodes),
@@ -183,6 +212,8 @@ def _coordinates(tally: WithoutTally) -> dict[str, Any]:
         "bound": list(BOUNDS),
         "condition": list(CONDITIONS),
         "quantile": list(QUANTILES),
+        "place": first_of_groups(tally.tokens.length),
+        "example": list(EXAMPLES),
     }
 
 

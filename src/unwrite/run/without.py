@@ -17,11 +17,12 @@ from unwrite.model.capture import Recording
 from unwrite.model.view import Model, fold
 from unwrite.nodes import Node
 from unwrite.run.decode import Decoding, Moments
+from unwrite.run.places import along, by_position, typical
 from unwrite.run.readers import one_reader
 from unwrite.run.rerun import Clean, added, clean, hidden
 from unwrite.run.rotations import rotations
 from unwrite.run.stats import RATIO, ClusterSums, Histogram, Tree
-from unwrite.run.stream import Batch, parts
+from unwrite.run.stream import Batch, batches, parts
 from unwrite.tokens import Tokens
 
 ROTATIONS = 20
@@ -37,6 +38,7 @@ class Part:
     totals: dict[str, Any]
     ratios: dict[str, Tensor]
     moments: Moments | None = None
+    of_prompts: tuple[int, np.ndarray] = (0, np.zeros(0))
 
 
 class WithoutTally:
@@ -51,7 +53,9 @@ class WithoutTally:
         self._rotations = list(rotations(lm, ROTATIONS))
         self._space = _space(self)
         self.decoding = Decoding(lm, tokens, writer, skip, self._space)
-        self._totals: dict[str, Tree[Any]] = {name: Tree(add) for name in ("sums", "erasers", "nodes", "states")}
+        names = ("sums", "erasers", "nodes", "states", "places")
+        self._totals: dict[str, Tree[Any]] = {name: Tree(add) for name in names}
+        self._of_prompts = np.full(len(tokens), np.nan)
         self._rows: dict[str, int] = {}
 
     def later(self, node: Node) -> bool:
@@ -85,6 +89,8 @@ class WithoutTally:
                 totals.setdefault(name, []).append(value)
             if part.moments is not None:
                 self.decoding.add(part.moments)
+            first, survival = part.of_prompts
+            self._of_prompts[first : first + len(survival)] = survival
         for name, values in totals.items():
             self._totals[name].add(batch.index, reduce(add, values))
 
@@ -98,7 +104,7 @@ class WithoutTally:
         if self.lm.row.interface or self.lm.config._attn_implementation != "eager":
             run = replace(self._clean(batch), patterns=run.patterns)
         part = self._followed(batch, run)
-        return Part({**part.totals, **beside.totals}, {**part.ratios, **beside.ratios}, part.moments)
+        return replace(part, totals={**part.totals, **beside.totals}, ratios={**part.ratios, **beside.ratios})
 
     def _followed(self, batch: Batch, run: Clean) -> Part:
         nodes, kept = run.nodes(run.record), self._kept(batch)
@@ -106,7 +112,8 @@ class WithoutTally:
         batch.require_finite(self.lm, nodes[:, prompt, place].isfinite().all(-1).t(), prompt, place)
         write = nodes[self.index] * kept[..., None]
         nodes.mul_(kept[..., None])
-        sums = self._executed(run, nodes, write)
+        sums, rows = self._executed(run, nodes, write)
+        rows = rows[:, : batch.real]
         for number, rotation in enumerate(self._rotations):
             turned = write @ rotation
             sums[f"rotation {number}"] = self._survival(run.record, added(run, self.writer, -turned), turned)
@@ -119,9 +126,11 @@ class WithoutTally:
             "sums": self._clusters(batch, torch.cat(list(sums.values()), 1), write),
             "nodes": torch.stack([*self._energy(nodes), read, *generic]),
             "states": torch.stack(self._energy(self._states(run.record) * kept[..., None])),
+            "places": by_position(rows, self.tokens.cluster[batch.first : batch.first + batch.real]),
         }
         ratios = {CONDITIONS[0]: self._ratios(nodes, run.record, write, kept), "values": _ratio(by_node, write)}
-        return Part(totals, ratios, self.decoding.measure(batch, run.record.stream, write, kept))
+        moments = self.decoding.measure(batch, run.record.stream, write, kept)
+        return Part(totals, ratios, moments, (batch.first, (rows[1].sum(1) / rows[2].sum(1)).cpu().numpy()))
 
     def _hidden(self, batch: Batch, run: Clean, erasers: Sequence[Node]) -> Part:
         kept, nodes = self._kept(batch), run.nodes(run.record)
@@ -147,17 +156,19 @@ class WithoutTally:
     def _states(self, record: Recording) -> Float[Tensor, "location prompt position d_model"]:
         return torch.stack([record.stream[state] for state in self.lm.states])
 
-    def _executed(self, run: Clean, nodes: Tensor, write: Tensor) -> dict[str, Tensor]:
-        without = added(run, self.writer, -write)
+    def _executed(self, run: Clean, nodes: Tensor, write: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Sums by prompt, and what lies along the write at the end, row by row."""
+        without, end = added(run, self.writer, -write), self.lm.states[-1]
         share, share_without = _along(nodes, write), _along(run.nodes(without), write)
         levels = torch.stack([_dot(run.record.stream[state], write) for state in self.lm.states], 1)
-        return {
+        sums = {
             "level": levels,
             "survival": self._survival(run.record, without, write),
             "share": share,
             "share_without": share_without,
             "acts": share - share_without,
         }
+        return sums, along(run.record.stream[end], without.stream[end], write)
 
     def _survival(self, record: Recording, without: Recording, write: Tensor) -> Float[Tensor, "prompt location"]:
         return torch.stack([_dot(record.stream[s] - without.stream[s], write) for s in self.lm.states], 1)
@@ -228,6 +239,21 @@ class WithoutTally:
         """Every sum over Σ‖o_w‖², by name, and its standard error."""
         value, error = (self._named(part[:, 0]) for part in self._totals["sums"].total().share())
         return value, error
+
+    def places(self) -> tuple[Float[np.ndarray, "what group"], Float[np.ndarray, "what group"]]:
+        """Level and survival at the end by groups of positions, and their standard errors."""
+        return self._totals["places"].total().share()
+
+    def strips(self) -> tuple[Tokens, Float[np.ndarray, "what prompt position"]]:
+        """Typical and extreme prompts, and what lies along the write at their ends, row by row (NaN: not counted)."""
+        shown, end = self.tokens.take(typical(self._of_prompts)), self.lm.states[-1]
+        found = np.full((3, len(shown), shown.length), np.nan)
+        for batch in batches(shown, 1):
+            run, kept = self._clean(batch), self._kept(batch)
+            write = run.nodes(run.record)[self.index] * kept[..., None]
+            rows = along(run.record.stream[end], added(run, self.writer, -write).stream[end], write)
+            found[:, batch.first] = torch.where(kept, rows, torch.nan)[:, 0].double().cpu().numpy()
+        return shown, found
 
     def _named(self, values: np.ndarray) -> dict[str, np.ndarray]:
         ends = np.cumsum(list(self._rows.values()))
