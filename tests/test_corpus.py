@@ -17,6 +17,7 @@ import unwrite as uw
 from executed import exact
 from twin import Truth, carried, into_values, patterns
 from unwrite.errors import NodeError, NumericError, TokensError
+from unwrite.methods import corpus
 from unwrite.methods.adversarial import GENERIC, LARGE, SMALL
 from unwrite.model.load import view
 from unwrite.model.planted import planted
@@ -102,6 +103,22 @@ def agrees(result: uw.Result, rows: list[np.ndarray]) -> None:
         line, one = stats.linregress(x, y), result.data.sel(path=path)
         got = [float(one[name]) for name in ("correlation", "slope", "intercept")]
         np.testing.assert_allclose(got, [line.rvalue, line.slope, line.intercept], rtol=1e-8, atol=1e-10)
+        np.testing.assert_allclose(one["sample_y"].values, y, rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(result["sample_x"].values, x, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_what_is_drawn_of_many_positions_is_spread_over_prompts_and_positions(monkeypatch, batch) -> None:
+    lm = view(weights("gpt2"))
+    tokens = ragged(lm.vocabulary)
+    whole = uw.corpus_dla(lm, tokens, "L0H1", ["L1H0"], skip=0)
+    monkeypatch.setattr(corpus, "DRAWN", 10)
+    some = uw.corpus_dla(lm, tokens, "L0H1", ["L1H0"], skip=0, batch=batch)
+    place = [(i, p) for i, n in enumerate(tokens.lengths) for p in range(n)]
+    kept = [k for k, (i, p) in enumerate(place) if (i + p) % 4 == 0]  # 34 positions, every fourth
+    np.testing.assert_allclose(some["sample_x"], whole["sample_x"].values[kept], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(some["sample_y"], whole["sample_y"].values[:, kept], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(some["correlation"], whole["correlation"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("logit", ["top two", "next token"])

@@ -33,6 +33,8 @@ from unwrite.run.trust import fit, interval, moments
 from unwrite.tokens import Tokens
 
 PATHS = ("raw", "values", "same_position")
+# Of all positions, about so many are kept to be drawn, spread evenly.
+DRAWN = 2000
 LOGITS = ("top two", "next token")
 
 
@@ -54,7 +56,8 @@ def corpus_dla(
     positions at the start of each prompt are left out; `logit` "top two", the difference of the model's two highest
     logits, or "next token", the logit of the token that comes next minus the mean logit.
     Returns a Result: by path (raw, values, same_position) `correlation` with a 95 % interval from resampled prompts
-    (`correlation_low`, `correlation_high`), `slope`, `intercept`; `n` positions.
+    (`correlation_low`, `correlation_high`), `slope`, `intercept`; `n` positions; of about 2,000 of these the
+    attributions themselves, `sample_x` of the writer and `sample_y` of its erasers.
     Raises NodeError for nodes that the model does not have or erasers that cannot read the writer; NumericError for an
     unknown `logit`; TokensError as `uw.scan`.
 
@@ -85,14 +88,18 @@ class _Tally:
             logit,
         )
         self.folded = fold(lm)
+        self._stride = -(-int(tokens.lengths.sum()) // DRAWN)
         self._sums: Tree[np.ndarray] = Tree(add)
+        self._sample: Tree[np.ndarray] = Tree(lambda first, second: np.concatenate([first, second], 1))
 
     def step(self, batch: Batch) -> None:
         """Read both attributions at every position of a batch."""
-        self._sums.add(batch.index, reduce(add, (sums for _, sums in parts(batch, self._measured))))
+        sums, samples = zip(*(found for _, found in parts(batch, self._measured)), strict=True)
+        self._sums.add(batch.index, reduce(add, sums))
+        self._sample.add(batch.index, np.concatenate(samples, 1))
 
-    def _measured(self, batch: Batch) -> np.ndarray:
-        """Moments [cluster, path, moment] of a part of a batch."""
+    def _measured(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """Moments [cluster, path, moment] of a part of a batch, and some of its attributions [x or path, point]."""
         run = clean(self.lm, batch.ids, self.folded, with_patterns=True)
         kept, question = self._asked(batch, run)
         r, _ = reading(self.lm, question, run.record.stream[self.lm.states[-1]])
@@ -103,7 +110,9 @@ class _Tally:
         for path, y in enumerate(ys):
             of_rows = moments(x, y) * counted
             np.add.at(sums[:, path], self._cluster(batch), of_rows.sum(2).T[: batch.real])
-        return sums
+        drawn = counted & (sum(np.ogrid[batch.first : batch.first + len(x), : x.shape[1]]) % self._stride == 0)
+        drawn[batch.real :] = False
+        return sums, np.stack([x, *ys])[:, drawn]
 
     def _cluster(self, batch: Batch) -> np.ndarray:
         return self.tokens.cluster[batch.first : batch.first + batch.real]
@@ -146,7 +155,12 @@ class _Tally:
             for row, (name, text) in zip(found, equations.items(), strict=True)
         }
         n = quantity((), np.asarray(int(sums[:, 0, 0].sum())), "1", "positions")
-        return xr.Dataset({**variables, "n": n}, {"path": list(PATHS)}).assign_attrs(
+        x, *ys = self._sample.total()
+        sample = {
+            "sample_x": quantity(("point",), x, "logit", "direct(writer)"),
+            "sample_y": quantity(("path", "point"), np.stack(ys), "logit", "Σ direct(erasers)"),
+        }
+        return xr.Dataset({**variables, **sample, "n": n}, {"path": list(PATHS)}).assign_attrs(
             writer=str(self.writer), erasers=" ".join(map(str, self.erasers))
         )
 
