@@ -43,6 +43,24 @@ class ResultError(UnwriteError):
     """A result that cannot be written, read or combined."""
 
 
+class Stopped(KeyboardInterrupt):
+    """An interrupt of a run that can say what stays of it: the files `kept` in `place`, and the stages `missing`.
+
+    The message is plain text on one line.
+    """
+
+    def __init__(self, stage: str, place: object = None, kept: tuple[str, ...] = (), missing: tuple[str, ...] = ()):
+        self.place, self.kept, self.missing = place, kept, missing
+        if kept:
+            words = f"Kept in {place}: {', '.join(kept)}"
+        elif missing:
+            words = "Nothing is kept of what was finished, since no folder was named"
+        else:
+            words = "Nothing was finished, nothing is kept"
+        lacking = f". Missing: {', '.join(missing)}" if missing else ""
+        super().__init__(plain(f"stopped at {stage}. {words}{lacking}."))
+
+
 def plain(text: object) -> str:
     """`text` as one printable line: control, format and surrogate characters become their escapes.
 

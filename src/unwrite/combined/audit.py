@@ -15,6 +15,7 @@ import numpy as np
 import xarray as xr
 
 from unwrite import result as results
+from unwrite.combined.keep import Parts, keep
 from unwrite.errors import ModelError
 from unwrite.methods.adversarial import adversarial
 from unwrite.methods.corpus import corpus_dla
@@ -24,7 +25,6 @@ from unwrite.methods.verify import verify
 from unwrite.model.load import DEFAULT, load
 from unwrite.model.view import Model
 from unwrite.nodes import parse_node, reads
-from unwrite.report import page
 from unwrite.report.verdict import verdict
 from unwrite.result import Result
 from unwrite.run.stream import Listener, admit
@@ -56,52 +56,51 @@ def audit(
     Arguments: `tokens` as `uw.scan` takes them: the first half of the prompts chooses writers (of several texts, all
     are scanned and the first one's other half judges); `prompts` as `uw.dla` takes them, asked about the model's own
     top two logits, by default prompts found by `uw.adversarial` and windows of the text; `out` a folder that gets
-    `result.nc`, `table.csv` and `report.html`; `most` writers to verify. The embedding is never verified: without it
-    the stream is empty.
+    `result.nc`, `table.csv` and `report.html`; `most` writers to verify; `listener` is told how far it is, and of every
+    finished part its Result. The embedding is never verified: without it the stream is empty.
     Returns the scan's Result with, for each of the `verified` writers, what `uw.verify` returns (`verdict`, `survival`,
     `erased`, …; what has a scan's name is called `verified_…`), `uw.dla`'s variables by `prompt`, `uw.adversarial`'s by
     `hit` (`found_…`), `uw.corpus_dla`'s by `path`; the paragraph is its attribute `verdict`.
     Raises what these raise; TokensError for fewer than four independent prompts; ResultError where `out` cannot be
-    written (found before anything runs).
+    written (found before anything runs); Stopped, a KeyboardInterrupt, after it saved in `out` what an interrupt found
+    finished: the scan as the folder's result, other parts beside it.
 
     Example: `uw.audit(uw.load("gpt2"), uw.text("book.txt", lm.tokenizer), out="audit")`
     """
     if out is None:
-        return _audit(lm, tokens, prompts, most, listener)
-    with results.folder(out) as place:
-        found = _audit(lm, tokens, prompts, most, listener)
-        page.save_all(found, place)
-    return found
+        return _audit(lm, tokens, prompts, most, Parts(listener))
+    return keep(lambda parts: _audit(lm, tokens, prompts, most, parts), out, listener)[0]
 
 
-def _audit(lm: Model, tokens: Any, prompts: Any, most: int, listener: Listener | None) -> Result:
+def _audit(lm: Model, tokens: Any, prompts: Any, most: int, parts: Parts) -> Result:
     texts = tokens if isinstance(tokens, Mapping) else {"": tokens}
     halves = {name: admit(lm, part, None, 1).halves() for name, part in texts.items()}
     choose_by = {name: first for name, (first, _) in halves.items()}
     judge_by = next(second for _, second in halves.values())
-    scanned = scan(lm, choose_by if isinstance(tokens, Mapping) else choose_by[""], listener=listener)
-    proofs = _verified(lm, scanned, judge_by, most, listener)
+    scanned = parts.finish(scan(lm, choose_by if isinstance(tokens, Mapping) else choose_by[""], listener=parts))
+    proofs = _verified(lm, scanned, judge_by, most, parts)
     if not proofs:
         raise ModelError(f"no node of {scanned.provenance['model']['name']} could read what another wrote")
     worst = min(proofs, key=lambda writer: _gap(proofs[writer]))
-    search = adversarial(lm, judge_by, worst, choose_by[next(iter(choose_by))], listener=listener)
+    search = parts.finish(adversarial(lm, judge_by, worst, choose_by[next(iter(choose_by))], listener=parts))
     asked, kinds = _asked(lm, prompts, search, judge_by)
-    believed = dla(lm, asked, at="position", texts=_texts(asked, judge_by), listener=listener)
+    believed = parts.finish(dla(lm, asked, at="position", texts=_texts(asked, judge_by), listener=parts))
     merged = _merged(scanned, proofs, search, believed, kinds)
     if erasers := proofs[worst].data.attrs["erasers"].split():
-        merged = merged.merge(_renamed(corpus_dla(lm, judge_by, worst, erasers, listener=listener).data, "corpus"))
+        corpus = parts.finish(corpus_dla(lm, judge_by, worst, erasers, listener=parts))
+        merged = merged.merge(_renamed(corpus.data, "corpus"))
     merged = merged.assign_attrs(scanned.data.attrs, method="audit", searched=worst, judged=judge_by.source)
     return _judged(Result(merged), scanned, judge_by, asked)
 
 
-def _verified(lm: Model, scanned: Result, tokens: Tokens, most: int, listener: Listener | None) -> dict[str, Result]:
+def _verified(lm: Model, scanned: Result, tokens: Tokens, most: int, parts: Parts) -> dict[str, Result]:
     """Verifications of the writers that a scan found, and of those whose level ends lowest if none was erased."""
     first = scanned.data.isel(text=0) if "text" in scanned.data.dims else scanned.data
     able = first["material"].values & _answered(lm, first["writer"].values)
     order = [str(w) for w in first["writer"].values[np.argsort(-first["moved"].fillna(-1).values, kind="stable")]]
     opposed = set(first["writer"].values[able & first["eraser"].any("node").values])
     chosen = [writer for writer in order if writer in opposed][:most]
-    proofs = {writer: verify(lm, tokens, writer, listener=listener) for writer in chosen}
+    proofs = {writer: parts.finish(verify(lm, tokens, writer, listener=parts)) for writer in chosen}
     if not any(proof.data.attrs["verdict"] == "erased" for proof in proofs.values()):
         end = first["level_end"].sel(quantile=0.5).values
         # Where nothing is material, anything that writes has to do.
@@ -111,7 +110,7 @@ def _verified(lm: Model, scanned: Result, tokens: Tokens, most: int, listener: L
         ]
         for writer in map(str, lowest):
             if writer not in proofs:
-                proofs[writer] = verify(lm, tokens, writer, listener=listener)
+                proofs[writer] = parts.finish(verify(lm, tokens, writer, listener=parts))
     return proofs
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from unwrite.errors import NumericError, TokensError
 from unwrite.model.capture import run
 from unwrite.model.view import Folded, Model, Writes
+from unwrite.result import Result
 from unwrite.tokens import Tokens, from_ids
 
 _BATCH_TOKENS = 4096
@@ -60,13 +61,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a method is: `done` of `total` prompts, tokens so far, seconds since the start."""
+    """How far a method is: `done` of `total` prompts, tokens so far, seconds since the start.
+
+    `result` is there where a part of a longer run is finished: what it found.
+    """
 
     stage: str
     done: int
     total: int
     tokens: int
     seconds: float
+    result: Result | None = None
 
     @property
     def rate(self) -> float:
@@ -172,6 +177,12 @@ def parts(batch: Batch, measure: Callable[[Batch], V]) -> Iterator[tuple[slice, 
             continue
         yield rows, found
         at = rows.stop
+
+
+def device_memory() -> int:
+    """Bytes that this process held at most on all CUDA devices; 0 where it used none."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    return sum(torch.cuda.max_memory_allocated(device) for device in devices)
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -1,0 +1,85 @@
+"""What stays of a long run that is stopped? The parts that were finished, each saved whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+from unwrite import result as results
+from unwrite.errors import Stopped
+from unwrite.report import page
+from unwrite.result import Result
+from unwrite.run.stream import Listener, Progress
+
+# The stages of an audit, by the first word of their names.
+_STAGES = ("scan", "verify", "search", "dla", "corpus")
+
+
+class Parts:
+    """A listener that passes on what it hears, and holds the parts of a run that are finished."""
+
+    def __init__(self, listener: Listener | None = None):
+        self.listener, self.last = listener, Progress("the start", 0, 1, 0, 0.0)
+        self.done: list[Result] = []
+
+    def __call__(self, progress: Progress) -> None:
+        """Hear of a step, and tell the listener."""
+        self.last = progress
+        if progress.result is not None:
+            self.done.append(progress.result)
+        if self.listener is not None:
+            self.listener(progress)
+
+    def finish(self, part: Result) -> Result:
+        """The same Result, after everyone has heard that this part is finished."""
+        self(replace(self.last, done=self.last.total, result=part))
+        return part
+
+
+def keep(
+    run: Callable[[Parts], Result], out: str | Path | None, listener: Listener | None = None
+) -> tuple[Result, tuple[str, ...]]:
+    """What `run` finds, and the names of the files that hold it in the folder `out`; an interrupt saves what is done.
+
+    Of an interrupted run the first finished part becomes the folder's result, the others lie beside it as
+    `verify_L0H2.nc`. A folder that was made for the run is gone again where nothing is finished.
+    Raises Stopped for KeyboardInterrupt, ResultError where the folder cannot be written (before anything runs), and
+    what `run` raises.
+    """
+    parts = Parts(listener)
+    with nullcontext() if out is None else results.folder(out) as place:
+        try:
+            found = run(parts)
+            # From here on an interrupt finds the whole finished.
+            parts.done, parts.last = [found], replace(parts.last, stage="saving")
+            return found, () if place is None else page.save_all(found, place)
+        except KeyboardInterrupt as stop:
+            kept = () if place is None else _save(parts.done, place)
+            raise Stopped(parts.last.stage, place, kept, _missing(parts)) from stop
+
+
+def _save(parts: list[Result], place: Path) -> tuple[str, ...]:
+    if not parts:
+        return ()
+    first, *others = parts
+    files = [other.save(place / f"{_name(other)}.nc").name for other in others]
+    return (*page.save_all(first, place), *files)
+
+
+def _name(part: Result) -> str:
+    writer = part.data.attrs.get("writer")
+    return f"{part.method}_{writer}" if writer else part.method
+
+
+def _missing(parts: Parts) -> tuple[str, ...]:
+    """The stages that were not finished; of a run without parts there is nothing to say."""
+    word = parts.last.stage.split()[0]
+    if not parts.done or word not in _STAGES:
+        return ()
+    # A verified writer may not be the last one.
+    over = parts.last.result is not None and word != "verify"
+    left = _STAGES[_STAGES.index(word) + over :]
+    begun = any(part.method == "verify" for part in parts.done)
+    return tuple(f"the rest of {stage}" if stage == "verify" and begun else stage for stage in left)
