@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
 
 import typer
 
-from unwrite.errors import UnwriteError, plain
+from unwrite.errors import Stopped, UnwriteError, plain
 
 if TYPE_CHECKING:
     from unwrite.model.view import Model
     from unwrite.result import Result
-    from unwrite.run.stream import Listener, Progress
+    from unwrite.run.stream import Listener
     from unwrite.tokens import Tokens
 
 app = typer.Typer(
@@ -23,6 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="What each part of a transformer writes into the residual stream, and who writes against it.",
 )
+
+_JSON = "--json"
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A hub name, a folder of a model, or default.")]
 TextPath = Annotated[
@@ -38,6 +43,26 @@ Device = Annotated[str | None, typer.Option("--device", help="Where the model go
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, …; by default that of the weights.")]
 Convention = Annotated[str, typer.Option("--convention", help="paper or raw.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print the verdict alone.")]
+Json = Annotated[bool, typer.Option(_JSON, help="Print events for another program, one JSON object per line.")]
+
+
+P = ParamSpec("P")
+
+
+def _command(body: Callable[P, None]) -> Callable[P, None]:
+    """A command that an interrupt ends in words; typer would end it without any."""
+
+    @app.command()
+    @wraps(body)
+    def stoppable(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            body(*args, **kwargs)
+        except Stopped as stop:
+            _fail("stopped", str(stop), 130, out=stop.place and str(stop.place), kept=stop.kept, missing=stop.missing)
+        except KeyboardInterrupt:
+            _fail("stopped", "stopped before anything was finished, nothing is kept.", 130)
+
+    return stoppable
 
 
 @app.callback()
@@ -45,7 +70,7 @@ def _app(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback
     """Options of every command."""
 
 
-@app.command()
+@_command
 def audit(
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help="Hub name or folder, by default the bundled model.")
@@ -61,23 +86,26 @@ def audit(
     dtype: Dtype = None,
     convention: Convention = "paper",
     quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Who writes, what survives, which attributions can be believed: scan, verify, dla and a verdict in words."""
     from unwrite.combined.audit import audit as run
     from unwrite.combined.audit import demonstration
+    from unwrite.model.load import quieten
 
     if model is None:
         if text:
             raise typer.BadParameter("a text needs a MODEL to read it", param_hint="--text")
+        quieten()
         lm, tokens = demonstration(n, length)
     else:
         lm = _load(model, device, dtype, convention)
         tokens = _read(lm, text, n, length)
-    _certified(lm, quiet)
-    _produce(lambda: run(lm, tokens, prompt or None, listener=_listener(quiet)), out, quiet)
+    voice = _Voice(quiet, as_json, "" if out is None else " · Ctrl-C stops and keeps what is done")
+    _produce(lm, tokens, lambda listener: run(lm, tokens, prompt or None, listener=listener), out, voice)
 
 
-@app.command()
+@_command
 def scan(
     model: ModelName,
     text: TextPath,
@@ -90,17 +118,18 @@ def scan(
     convention: Convention = "paper",
     skip: Annotated[int, typer.Option("--skip", min=0, help="Positions at the start of a prompt, apart.")] = 1,
     quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Who writes, how the level along each write changes, and who writes against it."""
     from unwrite.methods.scan import scan as run
 
     lm = _load(model, device, dtype, convention)
     tokens = _read(lm, text, n, length)
-    _certified(lm, quiet)
-    _produce(lambda: run(lm, tokens, _names(writers), skip, listener=_listener(quiet)), out, quiet)
+    voice = _Voice(quiet, as_json)
+    _produce(lm, tokens, lambda listener: run(lm, tokens, _names(writers), skip, listener=listener), out, voice)
 
 
-@app.command()
+@_command
 def verify(
     model: ModelName,
     writer: Annotated[str, typer.Argument(metavar="WRITER", help="One node, such as L0H2.")],
@@ -113,17 +142,18 @@ def verify(
     dtype: Dtype = None,
     convention: Convention = "paper",
     quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """What survives of one node's write, and who removes it because of it? By executed runs without the write."""
     from unwrite.methods.verify import verify as run
 
     lm = _load(model, device, dtype, convention)
     tokens = _one_text(lm, text, n, length)
-    _certified(lm, quiet)
-    _produce(lambda: run(lm, tokens, writer, _names(erasers), listener=_listener(quiet)), out, quiet)
+    voice = _Voice(quiet, as_json)
+    _produce(lm, tokens, lambda listener: run(lm, tokens, writer, _names(erasers), listener=listener), out, voice)
 
 
-@app.command()
+@_command
 def dla(
     model: ModelName,
     prompt: Annotated[list[str], typer.Option("--prompt", metavar="TEXT", help="A prompt; several may be given.")],
@@ -144,23 +174,23 @@ def dla(
     dtype: Dtype = None,
     convention: Convention = "paper",
     quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """What does each node do to a logit difference: four readings, the executed truth, and which to believe."""
     from unwrite.methods.dla import dla as run
     from unwrite.tokens import prompts
 
     lm = _load(model, device, dtype, convention)
-    longest = max(2, prompts(prompt, lm.tokenizer).length)
-    texts = _one_text(lm, text, n, longest) if text else None
-    _certified(lm, quiet)
-    _produce(
-        lambda: run(lm, prompt, answer, against, at=at, replace=replace, texts=texts, listener=_listener(quiet)),
-        out,
-        quiet,
-    )
+    asked = prompts(prompt, lm.tokenizer)
+    texts = _one_text(lm, text, n, max(2, asked.length)) if text else None
+
+    def method(listener: Listener) -> Result:
+        return run(lm, prompt, answer, against, at=at, replace=replace, texts=texts, listener=listener)
+
+    _produce(lm, asked, method, out, _Voice(quiet, as_json))
 
 
-@app.command()
+@_command
 def reproduce(
     name: Annotated[str, typer.Argument(metavar="NAME", help="gelu-4l.")],
     weights: Annotated[
@@ -173,6 +203,7 @@ def reproduce(
     length: Length = None,
     out: TableOut = None,
     quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """The five figures of Dao, Lau, Rager and Janiak 2023: the paper's numbers beside ours."""
     from unwrite.combined.reproduce import WEIGHTS
@@ -180,11 +211,11 @@ def reproduce(
 
     lm = _load(str(weights or WEIGHTS), None, None, "paper")
     tokens = _one_text(lm, text, n, length) if text else None
-    _certified(lm, quiet)
-    _produce(lambda: run(name, lm, tokens, n, listener=_listener(quiet)), out, quiet)
+    voice = _Voice(quiet, as_json)
+    _produce(lm, tokens or {}, lambda listener: run(name, lm, tokens, n, listener=listener), out, voice)
 
 
-@app.command()
+@_command
 def show(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder with a result.nc.")],
     out: Annotated[
@@ -197,7 +228,7 @@ def show(
 
     found = read(folder)
     if out is None:
-        _finish(found, quiet)
+        _Voice(quiet, False).end(found, None, ())
         return
     if out.suffix not in (".png", ".svg", ".pdf", ".html"):
         raise typer.BadParameter("the picture's name must end in .png, .svg, .pdf or .html", param_hint="--out")
@@ -205,7 +236,7 @@ def show(
     write(out, lambda place: chart.save(str(place), scale_factor=2))
 
 
-@app.command()
+@_command
 def doctor(
     model: ModelName,
     n: Prompts = 300,
@@ -217,18 +248,16 @@ def doctor(
     """Is the decomposition exact, will a scan fit, and how long will it take?"""
     from unwrite.combined.doctor import doctor as run
     from unwrite.report import terminal
+    from unwrite.report.live import duration
 
     lm = _load(model, device, dtype, convention)
     diagnosis, screen = run(lm, n, length), terminal.console()
-    screen.print(plain(repr(lm)), markup=False)
+    screen.print(plain(repr(lm)))
     for check in diagnosis.checks:
         line = f"{'✓' if check.ok else '✗'} {check.name}: {check.found}"
-        screen.print(line + ("" if check.ok or not check.fix else f". Next: {check.fix}"), markup=False)
-    screen.print(
-        f"a scan of {diagnosis.n} × {diagnosis.length} tokens: about {diagnosis.memory / 2**30:.2f} GiB, "
-        f"{_duration(diagnosis.seconds)}",
-        markup=False,
-    )
+        screen.print(line + ("" if check.ok or not check.fix else f". Next: {check.fix}"))
+    cost = f"about {diagnosis.memory / 2**30:.2f} GiB, {duration(diagnosis.seconds)}"
+    screen.print(f"a scan of {diagnosis.n} × {diagnosis.length} tokens: {cost}")
     if not diagnosis.ok:
         raise typer.Exit(1)
 
@@ -258,48 +287,6 @@ def _read(lm: Model, paths: list[str], n: int, length: int | None) -> Tokens | d
     return text(sources, lm.tokenizer, n, length)  # pyright: ignore[reportReturnType]
 
 
-def _certified(lm: Model, quiet: bool) -> None:
-    if not quiet:
-        from unwrite.report import terminal
-
-        terminal.console(stderr=True).print(f"certificate: {plain(lm.certificate.explain())}", markup=False)
-
-
-def _listener(quiet: bool) -> Listener | None:
-    """Live progress in a terminal; a plain line every tenth of the way elsewhere."""
-    if quiet:
-        return None
-    from unwrite.report import terminal
-
-    screen = terminal.console(stderr=True)
-    shown: dict[str, int] = {}
-
-    def line(progress: Progress) -> None:
-        tenth = 10 * progress.done // progress.total
-        if screen.is_terminal:
-            screen.print(_progress(progress), end="\n" if progress.done == progress.total else "\r", markup=False)
-        elif shown.get(progress.stage) != tenth:
-            screen.print(_progress(progress), markup=False)
-        shown[progress.stage] = tenth
-
-    return line
-
-
-def _progress(progress: Progress) -> str:
-    filled = 30 * progress.done // progress.total
-    bar = "█" * filled + "·" * (30 - filled)
-    left = f"left {_duration(progress.left)}" if progress.done < progress.total else f"in {_duration(progress.seconds)}"
-    return (
-        f"{plain(progress.stage)} {bar} {progress.done}/{progress.total} prompts  {progress.rate:,.0f} tok/s  {left}   "
-    )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
 def _one_text(lm: Model, paths: list[str], n: int, length: int | None) -> Tokens:
     tokens = _read(lm, paths, n, length)
     if isinstance(tokens, dict):
@@ -311,49 +298,100 @@ def _names(listed: str | None) -> list[str] | None:
     return listed.split(",") if listed else None
 
 
-def _produce(run: Callable[[], Result], out: Path | None, quiet: bool) -> None:
-    """Run a method into a folder that was found to be writable before, and print what it says."""
-    from contextlib import nullcontext
+@dataclass(frozen=True)
+class _Voice:
+    """Who listens: a person, a person who wants the verdict alone, or another program."""
 
-    from unwrite import result as results
-    from unwrite.report import page, terminal
+    quiet: bool
+    as_json: bool
+    hint: str = ""
 
-    with nullcontext() if out is None else results.folder(out):
-        found = run()
-        files = () if out is None else page.save_all(found, out)
-    _finish(found, quiet)
-    if out is not None:
-        terminal.console().print(f"\nwritten: {plain(out)}/{', '.join(files)}", markup=False)
+    def start(self, lm: Model, tokens: Tokens | dict[str, Tokens]) -> None:
+        """Say what is about to be read by which model, and that the model is exact."""
+        from unwrite.model.load import provenance
+        from unwrite.report import events, terminal
 
+        if self.as_json:
+            read = {name: part.about() for name, part in (tokens if isinstance(tokens, dict) else {"": tokens}).items()}
+            events.say("start", model=provenance(lm), tokens=read, certificate=lm.certificate.explain())
+        elif not self.quiet:
+            terminal.console(stderr=True).print(plain(f"certificate: {lm.certificate.explain()}"))
 
-def _finish(found: Result, quiet: bool) -> None:
-    from unwrite.report import terminal
+    @contextmanager
+    def listening(self) -> Iterator[Listener | None]:
+        """What a method tells of its way: events, a live screen, plain lines, or nobody listens."""
+        from unwrite.report import events, live, terminal
+        from unwrite.run.stream import device_memory
 
-    screen = terminal.console()
-    if quiet:
-        screen.print(plain(terminal.last_word(found)), markup=False)
-    else:
+        if self.quiet:
+            yield None
+        elif self.as_json:
+            yield events.hear
+        else:
+            with live.listening(terminal.console(stderr=True), device_memory, self.hint) as listener:
+                yield listener
+
+    def end(self, found: Result, out: Path | None, files: tuple[str, ...]) -> None:
+        """Say what was found, and where it is."""
+        from unwrite.report import events, terminal
+
+        if self.as_json:
+            events.say("result", **events.found(found), out=None if out is None else str(out), files=files)
+            return
+        screen = terminal.console()
+        if self.quiet:
+            screen.print(plain(terminal.last_word(found)))
+            return
         terminal.show(found, screen)
+        if files:
+            screen.print("\n" + plain(f"written: {out}/{', '.join(files)}"))
+
+
+def _produce(
+    lm: Model, tokens: Tokens | dict[str, Tokens], run: Callable[[Listener], Result], out: Path | None, voice: _Voice
+) -> None:
+    """Run a method into a folder that was found to be writable before, and say what it finds."""
+    from unwrite.combined.keep import keep
+
+    voice.start(lm, tokens)
+    with voice.listening() as listener:
+        found, files = keep(run, out, listener)
+    voice.end(found, out, files)
 
 
 def main() -> None:
-    """Entry point: one clear message and exit code 1 for what a user can cause, 130 for Ctrl-C."""
-    debug = "--debug" in sys.argv
+    """Entry point: one clear message and exit code 1 for what a user can cause, 2 for usage, 130 for Ctrl-C."""
     try:
         app()
     except UnwriteError as error:
-        _fail(str(error), debug)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)  # noqa: T201
-        sys.exit(130)
+        _fail(type(error).__name__, str(error), 1)
     except BrokenPipeError:
         sys.exit(1)
+    except SystemExit as stop:
+        # A person has been told what is wrong with the usage; another program reads events alone.
+        if stop.code == 2:
+            _event("usage", getattr(stop.__context__, "format_message", lambda: "wrong usage")(), 2)
+        raise
+    except Exception as error:
+        _event(type(error).__name__, str(error), 1)
+        raise
 
 
-def _fail(message: str, debug: bool) -> None:
-    if debug:
+def _fail(kind: str, message: str, code: int, **more: object) -> NoReturn:
+    if "--debug" in sys.argv:
         import traceback
 
         traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr)  # noqa: T201
-    sys.exit(1)
+    if not _event(kind, message, code, **more):
+        print(f"error: {message}" if code == 1 else message, file=sys.stderr)  # noqa: T201
+    sys.exit(code)
+
+
+def _event(kind: str, message: str, code: int, **more: object) -> bool:
+    """Tell another program of an error, if one listens."""
+    if _JSON not in sys.argv:
+        return False
+    from unwrite.report import events
+
+    events.say("error", kind=kind, message=message, code=code, **more)
+    return True

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.table import Table
@@ -24,9 +26,12 @@ _LONG = ("erasers",)
 
 
 def console(stderr: bool = False) -> Console:
-    """A console that keeps tables whole where nobody's window limits them (a pipe, a file)."""
-    screen = Console(stderr=stderr, highlight=False, soft_wrap=False)
-    return screen if screen.is_terminal else Console(stderr=stderr, highlight=False, width=_WIDE, no_color=True)
+    """A console that keeps tables whole where nobody's window limits them (a pipe, a file), and text as it is."""
+    stream = sys.stderr if stderr else sys.stdout
+    settings: dict[str, Any] = {"stderr": stderr, "highlight": False, "markup": False, "emoji": False}
+    # Colours can be forced into a pipe by the environment; what moves the cursor cannot.
+    screen = Console(**settings, force_interactive=None if stream.isatty() else False)
+    return screen if screen.is_terminal else Console(**settings, force_interactive=False, width=_WIDE, no_color=True)
 
 
 def show(result: Result, screen: Console) -> None:
@@ -38,10 +43,10 @@ def show(result: Result, screen: Console) -> None:
 
 
 def _verify(result: Result) -> Iterator[RenderableType]:
-    yield _grid("", ("location", "level", "background", "survival ± SE", "generic", "decodable"), trajectory(result))
+    yield grid("", ("location", "level", "background", "survival ± SE", "generic", "decodable"), trajectory(result))
     yield Text("")
     header = ("node", "share", "without", "erased", "filled in", "through values", "one-reader", "how")
-    yield _grid("later nodes that act on it", header, actors(result))
+    yield grid("later nodes that act on it", header, actors(result))
     yield Text("")
     yield Text(plain(last_word(result)))
 
@@ -56,19 +61,19 @@ def _attribution(result: Result) -> Iterator[RenderableType]:
     for one in believed.asked(result.data):
         yield Text(plain(one.title))
         yield Text(plain(one.sums), "dim")
-        yield _grid("", believed.HEADER, one.rows)
+        yield grid("", believed.HEADER, one.rows)
         yield Text("")
     for replacement in believed.REPLACEMENTS:
         title = f"how readings correlate with the executed total, writes replaced by {replacement} [95 %]"
         if lines := believed.trusted(result.data, replacement):
-            yield _grid(title, believed.TRUST_HEADER, lines)
+            yield grid(title, believed.TRUST_HEADER, lines)
             yield Text("")
 
 
 def _audit(result: Result) -> Iterator[RenderableType]:
     yield from _scanned(result)
     yield Text("")
-    yield _grid("writers verified, by runs without them", audited.HEADER, map(audited.row, audited.verified(result)))
+    yield grid("writers verified, by runs without them", audited.HEADER, map(audited.row, audited.verified(result)))
     yield Text("")
     yield from _attribution(result)
     yield Text(plain(audited.search(result)))
@@ -80,14 +85,15 @@ def _listed(header: tuple[str, ...], rows: Callable[[Dataset], list[tuple[str, .
     """A result that is one table and a sentence."""
 
     def parts(result: Result) -> Iterator[RenderableType]:
-        yield _grid("", header, rows(result.data))
+        yield grid("", header, rows(result.data))
         yield Text("")
         yield Text(plain(last_word(result)))
 
     return parts
 
 
-def _grid(title: str, header: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> Table:
+def grid(title: str, header: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> Table:
+    """A table with a title and a header, every cell plain; it keeps its words together where there is room."""
     table = Table(title=Text(plain(title)) if title else None, title_justify="left", box=None, pad_edge=False)
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i == 0 or name in _WORDY else "right", no_wrap=name not in _LONG)

@@ -16,16 +16,22 @@ _NAMED = 3
 def verdict(result: Result) -> str:
     """The finding in words, text by text, with what it does not say."""
     model = result.provenance["model"]
-    parts = [_of_text(model["name"], name, *rows(data), read=read) for name, data, read in texts(result)]
+    found = levels(result)
     exact = f"The decomposition is exact to {max(model['certificate'].values()):.0e}."
     if result.method == "audit":
         believed = belief(result.data)
-        return " ".join([*parts, summary(result), f"{believed[0].upper()}{believed[1:]}.", exact])
+        return " ".join([found, summary(result), f"{believed[0].upper()}{believed[1:]}.", exact])
     caveat = (
         "These are levels: all that lies along a write, whoever wrote it. Whether a write was erased, and by whom, "
         f"only an executed run without it can say (unwrite verify). {exact}"
     )
-    return " ".join([*parts, caveat])
+    return f"{found} {caveat}"
+
+
+def levels(result: Result) -> str:
+    """How the levels of all writes change, text by text, without the caveats."""
+    model = result.provenance["model"]["name"]
+    return " ".join(_of_text(model, name, *rows(data), read=read) for name, data, read in texts(result))
 
 
 def _of_text(model: str, name: str, shown: Sequence[Row], folded: Sequence[str], read: Mapping[str, Any]) -> str:
