@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIN = .venv/bin/python -m pip install -qq -c constraints.txt --build-constraint constraints.txt
 
-.PHONY: audit test lint bench clean
+.PHONY: audit test lint docs bench clean
 .DELETE_ON_ERROR:
 
 # MODEL: a hub name or folder, by default the bundled model; TEXT: a file or folder. Writes the folder audit/.
@@ -17,13 +17,18 @@ lint: .venv/.lint
 	.venv/bin/ruff format --check
 	.venv/bin/pyright
 
+# The pages, the tutorials run anew, in docs/_build/html; a warning is an error, and nothing needs the network.
+docs: .venv/.docs
+	@.venv/bin/python -m sphinx -q -W --keep-going -n -E -b html -d docs/_build/doctrees docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 # Each file in benchmarks/ is a script that prints one table.
 bench: .venv/.runtime
 	@set -e; for script in benchmarks/*.py; do .venv/bin/python "$$script"; done
 
 # Results in audit/ are yours and stay.
 clean:
-	rm -rf .venv .venv-legacy dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-legacy dist docs/_build .pytest_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps below are touched when an installation is complete, so that it is done once.
@@ -44,6 +49,10 @@ clean:
 
 .venv/.lint: .venv/.runtime
 	@$(PIN) --group lint
+	@touch $@
+
+.venv/.docs: .venv/.runtime
+	@$(PIN) --group docs
 	@touch $@
 
 # An older TransformerLens beside the one in .venv: what is not in this environment is found beneath it, as pinned.
