@@ -17,6 +17,7 @@ import pandas as pd
 import xarray as xr
 
 from unwrite.errors import ResultError, plain
+from unwrite.nodes import parse_location, parse_node
 
 if TYPE_CHECKING:
     import altair as alt
@@ -29,6 +30,10 @@ _ROWS = {"dla": ("prompt", "node"), "adversarial": ("hit",), "corpus_dla": ("pat
 _VERSIONS = ("unwrite", "torch", "transformers", "numpy", "xarray")
 # A spreadsheet takes a cell that begins with one of these for a formula, some also the full-width forms.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "＝", "＋", "－", "＠")
+
+
+# Names on these axes are nothing else, whoever wrote the file.
+_NAMES = {"writer": parse_node, "node": parse_node, "verified": parse_node, "location": parse_location}
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,11 +73,15 @@ class Result:
         frame = xr.Dataset(flat).to_dataframe().reset_index()
         return frame.sort_values("moved", ascending=False, kind="stable") if "moved" in frame else frame
 
-    def figure(self) -> alt.TopLevelMixin:
-        """The result's main picture as an altair chart."""
+    def figure(self, name: str | None = None, writer: str | None = None) -> alt.TopLevelMixin:
+        """A picture as an altair chart, which saves itself as PNG, SVG, PDF or HTML (`.save("x.pdf")`).
+
+        `name` "fig1" to "fig5", the figures of Dao et al. 2023, by default the result's main picture; `writer` whose,
+        by default the result's foremost. Raises ResultError for a figure or a writer that the result does not hold.
+        """
         from unwrite.report import figures
 
-        return figures.main(self)
+        return figures.draw(self, name, writer)
 
     def save(self, path: str | Path) -> Path:
         """Write the result as netCDF to `path` (a folder gets `result.nc`), whole or not at all; returns the file.
@@ -105,6 +114,9 @@ def read(path: str | Path) -> Result:
             data = opened.load()
         schema = int(data.attrs["schema"])
         json.loads(data.attrs["provenance"])["method"]
+        for axis, parse in _NAMES.items():
+            for name in np.unique(data[axis].values) if axis in data.coords else ():
+                parse(str(name))
     except Exception as error:  # noqa: BLE001 - whatever HDF5 raises on a damaged file means the same to the user
         raise ResultError(
             f"{file} is not a readable result of unwrite", got=f"{type(error).__name__}: {error}"

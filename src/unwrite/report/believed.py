@@ -35,7 +35,7 @@ def asked(data: xr.Dataset) -> Iterator[Asked]:
         one = data.isel(prompt=i)
         size = np.fmax(np.abs(one["direct"].values), np.abs(np.nan_to_num(one["total"].values)))
         order = np.argsort(-size, kind="stable")[:_SHOWN_NODES]
-        yield Asked(_title(one), _sums(one), tuple(_row(one.isel(node=k)) for k in order))
+        yield Asked(_title(one), _sums(one), tuple(row(one.isel(node=k)) for k in order))
 
 
 def _title(one: xr.Dataset) -> str:
@@ -55,7 +55,8 @@ def _sums(one: xr.Dataset) -> str:
     )
 
 
-def _row(cell: xr.Dataset) -> tuple[str, ...]:
+def row(cell: xr.Dataset) -> tuple[str, ...]:
+    """One node on one prompt: its readings, the truth, and what became of it."""
     numbers = tuple(f"{float(cell[name]):+.3f}" for name in (*READINGS, "total"))
     blind = "yes" if bool(cell["input_blind"]) else ""
     return (str(cell["node"].item()), *numbers, str(cell["fate"].item()).replace("_", " "), blind)

@@ -6,6 +6,8 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
+from unwrite.errors import ResultError, plain
+from unwrite.report.paper import FIGURES, finish, of_writer, series
 from unwrite.report.rows import rows, texts
 from unwrite.result import Result
 
@@ -14,24 +16,38 @@ _MOST = 40
 DIVERGING = ("#d95f02", "#ffffff", "#2166ac")
 
 
-def main(result: Result) -> alt.TopLevelMixin:
-    """The picture of a result: of a scan the map of levels, of a verification what survives."""
-    return survival(result) if result.method == "verify" else levels(result)
+def draw(result: Result, name: str | None = None, writer: str | None = None) -> alt.TopLevelMixin:
+    """The figure of this name; by default the map of levels, or where there is none the figure that the result is for.
+
+    Raises ResultError for an unknown name, or what a result does not hold.
+    """
+    name = name or _MAIN.get(result.method, "levels")
+    if name == "levels":
+        return levels(result)
+    if name not in _NAMED:
+        raise ResultError("no such figure", got=plain(name), expected=", ".join(["levels", *_NAMED]))
+    return _NAMED[name](result, writer)
 
 
-def survival(result: Result) -> alt.TopLevelMixin:
-    """What survives of a write at every later location, beside randomly turned writes (band: 95 % of them)."""
-    data = result.data
-    places = list(data["location"].values)
-    lines = data[["survival", "background", "level_share"]].to_dataframe().reset_index()
-    lines = lines.rename(columns={"level_share": "level"}).melt("location", var_name="what").dropna()
-    band = data["generic"].to_dataframe()["generic"].unstack("bound").reset_index().dropna()
-    x = alt.X("location:N", sort=places, title=None, axis=alt.Axis(labelAngle=-40))
-    low = alt.Y("low:Q", title="along the write, as a share of it")
-    generic = alt.Chart(band).mark_area(opacity=0.3, color="gray").encode(x=x, y=low, y2="high:Q")
-    kept = alt.Chart(lines).mark_line(point=True).encode(x=x, y="value:Q", color=alt.Color("what:N", title=None))
-    title = f"{data.attrs['writer']}: {data.attrs['verdict']} (grey: randomly turned writes)"
-    return alt.layer(generic, kept, title=alt.Title(title, anchor="start")).properties(width=480, height=260)
+_MAIN = {"verify": "fig1", "dla": "fig4", "corpus_dla": "fig5"}
+
+
+def places(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
+    """Level and survival of a verified write at the end of the stream, by position in the prompt (± standard error)."""
+    data = of_writer(result, writer)
+    if "survival_at" not in data:
+        raise ResultError(f"{data.attrs['writer']} was not verified", fix=f"run uw.verify(…, {data.attrs['writer']!r})")
+    frames = []
+    for name in ("level", "survival"):
+        value, error = data[f"{name}_at"].values, np.nan_to_num(data[f"{name}_at_se"].values)
+        rows_ = {"position": data["place"].values, "value": value, "low": value - error, "high": value + error}
+        frames.append(pd.DataFrame(rows_).assign(what=name))
+    base = alt.Chart(pd.concat(frames).dropna()).encode(
+        x=alt.X("position:Q", title="position in the prompt"), color=series(["level", "survival"])
+    )
+    lines = base.mark_line(point={"size": 20}).encode(y=alt.Y("value:Q", title="at the end, along the write"))
+    spread = base.mark_area(opacity=0.15).encode(y=alt.Y("low:Q"), y2="high:Q")
+    return finish(alt.layer(spread, lines), f"{data.attrs['writer']} at the end, by position")
 
 
 def levels(result: Result) -> alt.TopLevelMixin:
@@ -40,6 +56,8 @@ def levels(result: Result) -> alt.TopLevelMixin:
     Rows are writers, most energy moved first; columns are locations. White is 0, blue a level that rises, orange one
     that reverses; a box marks the location right after the write.
     """
+    if "level" not in result.data or "writer" not in result.data.dims:
+        raise ResultError(f"a {result.method} has no picture", expected="a scan, a verification, dla or an audit")
     _, data, _ = next(texts(result))
     writers = [row.writer for row in rows(data)[0][:_MOST]]
     level = data["level"].sel(quantile=0.5, writer=writers).to_dataframe().reset_index()
@@ -72,3 +90,6 @@ def _caption(result: Result) -> str:
     name, _, read = next(texts(result))
     model = result.provenance["model"]["name"]
     return f"{model} on {name or read['source']}, {read['prompts']} × {read['length']} tokens"
+
+
+_NAMED = {**FIGURES, "positions": places}

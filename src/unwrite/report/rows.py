@@ -63,30 +63,24 @@ def rows(data: xr.Dataset) -> tuple[list[Row], list[str]]:
     """Rows of the material writers, most energy moved first, and the names of the others (which stay in the result)."""
     order = np.argsort(-data["moved"].fillna(-1).values, kind="stable")
     material = data["material"].values.astype(bool)
-    shown = [_row(data.isel(writer=i)) for i in order if material[i]]
-    return shown, [str(data["writer"].values[i]) for i in order if not material[i]]
-
-
-def _row(data: xr.Dataset) -> Row:
     median = data.sel(quantile=0.5)
-    opponents = sorted(_opponents(data), key=lambda opponent: opponent.share)
-    return Row(
-        writer=str(data["writer"].item()),
-        relative_norm=float(median["relative_norm"]),
-        moved=float(data["moved"]),
-        start=float(median["level_after"]),
-        end=float(median["level_end"]),
-        opponents=tuple(opponents[:_OPPONENTS]),
-        more_opponents=len(opponents[_OPPONENTS:]),
-        reading=str(data["in_words"].item()),
-        n=int(data["n_positions"]),
-    )
-
-
-def _opponents(data: xr.Dataset) -> Iterator[Opponent]:
-    for node in data["node"].values[data["eraser"].values.astype(bool)]:
-        pair = data.sel(node=node)
-        yield Opponent(str(node), float(pair["share"]), float(pair["share_se"]), float(pair["pr"].sel(quantile=0.5)))
+    columns = {name: median[name].values for name in ("relative_norm", "moved", "level_after", "level_end")}
+    pairs = {name: data[name].transpose("writer", "node").values for name in ("eraser", "share", "share_se")}
+    pairs["pr"] = median["pr"].transpose("writer", "node").values
+    names, nodes = data["writer"].values, data["node"].values
+    shown = []
+    for i in (i for i in order if material[i]):
+        against = [int(k) for k in np.flatnonzero(pairs["eraser"][i])]
+        against.sort(key=lambda k: pairs["share"][i, k])
+        foremost = tuple(
+            Opponent(str(nodes[k]), *(float(pairs[part][i, k]) for part in ("share", "share_se", "pr")))
+            for k in against[:_OPPONENTS]
+        )
+        size, moved, start, end = (float(column[i]) for column in columns.values())
+        reading, n = str(data["in_words"].values[i]), int(data["n_positions"].values[i])
+        more = len(against) - len(foremost)
+        shown.append(Row(str(names[i]), size, moved, start, end, foremost, more, reading, n))
+    return shown, [str(names[i]) for i in order if not material[i]]
 
 
 def disagreements(result: Result) -> list[str]:

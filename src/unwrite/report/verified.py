@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from unwrite.result import Result
 
 _NAMED = 5  # of the readers
 
 
-def sentence(result: Result) -> str:
-    """The verdict with the numbers it rests on."""
+def sentence(result: Result, read: Mapping[str, Any] | None = None) -> str:
+    """The verdict with the numbers it rests on; `read` says on which text, where that is not the result's own."""
     data, end = result.data, result.data.isel(location=-1)
     low, mean, high = (float(end["generic"].sel(bound=bound)) for bound in ("low", "mean", "high"))
-    read = result.provenance["tokens"][""]
+    read = result.provenance["tokens"][""] if read is None else read
     survival = f"{float(end['survival']):.2f} ± {float(end['survival_se']):.2f}"
     words = (
         f"{data.attrs['writer']} on {read['source']} ({read['prompts']} × {read['length']} tokens): "

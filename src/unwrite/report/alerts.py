@@ -1,0 +1,94 @@
+"""What should make a reader careful about this result? Typed sentences, each with the numbers that it rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from unwrite.report import audited, believed
+from unwrite.report.rows import disagreements, texts
+from unwrite.result import Result
+
+# An identity is named above this part of the limit at which the model would be refused.
+NEAR_LIMIT = 0.1
+FEW_PROMPTS = 20
+SINK = 10.0
+LOW_TRUST = 0.5
+
+
+@dataclass(frozen=True)
+class Alert:
+    """A kind (precision, sample, positions, text, attribution, writers) and a sentence."""
+
+    kind: str
+    words: str
+
+
+def alerts(result: Result) -> list[Alert]:
+    """All of them, in the order of doubt: the run, the sample, the text, what is concluded."""
+    found = [*_precision(result), *_sample(result)]
+    found += [Alert("text", f"the reading depends on the text. {line}") for line in disagreements(result)]
+    if result.method == "audit":
+        found += [*_writers(result), *_attribution(result)]
+    return found
+
+
+def _precision(result: Result) -> Iterator[Alert]:
+    model = result.provenance["model"]
+    limit = float(model["certificate_limit"])
+    for name, error in model["certificate"].items():
+        if error > NEAR_LIMIT * limit:
+            yield Alert("precision", f"the identity “{name}” holds to {error:.0e} only; at {limit:.0e} it is refused")
+
+
+def _sample(result: Result) -> Iterator[Alert]:
+    skip = result.provenance["settings"]["skip"]
+    for name, data, _ in texts(result):
+        where = f" of {name}" if name else ""
+        n = int(data["n_clusters"])
+        if n < FEW_PROMPTS:
+            yield Alert("sample", f"only {n} independent prompts{where}: intervals are wide and themselves uncertain")
+        below, beyond = (int(data[part].sum()) for part in ("n_below_floor", "n_beyond_grid"))
+        if below:
+            yield Alert("positions", f"{below:,} ratios{where} left out, where a write is next to nothing")
+        if beyond:
+            yield Alert("positions", f"{beyond:,} ratios{where} beyond ±100, counted at the border")
+        with np.errstate(divide="ignore", invalid="ignore"):
+            times = data["skipped_norm"].values / data["norm"].sel(quantile=0.5).values
+        if skip and (sinks := np.flatnonzero((times > SINK) & data["material"].values)).size:
+            worst = sinks[times[sinks].argmax()]
+            words = (
+                f"{len(sinks)} nodes write more than {SINK:.0f} × their usual norm at the first {skip} of each prompt"
+            )
+            most = f"{data['writer'].values[worst]} {times[worst]:.0f} ×"
+            yield Alert("positions", f"{words}{where} (most: {most}), an attention sink: counted apart")
+
+
+def _writers(result: Result) -> Iterator[Alert]:
+    proofs = list(audited.verified(result))
+    filled = [one.attrs["writer"] for one in proofs if one.attrs["verdict"] == "filled in"]
+    if filled:
+        yield Alert(
+            "writers",
+            f"{', '.join(filled)}: survival is low because later nodes would write more of the same if it were "
+            "missing. That is a backup, not erasure",
+        )
+    material = int(result.data["material"].sum()) if "text" not in result.data.dims else 0
+    if material > len(proofs):
+        yield Alert(
+            "writers", f"{len(proofs)} of {material} material writers were verified; levels alone judge the rest"
+        )
+
+
+def _attribution(result: Result) -> Iterator[Alert]:
+    one = result.data.sel(form="pooled", replacement=believed.HEADLINE, reading="direct")
+    for group in ("heads", "mlps"):
+        value = float(one["trust"].sel(group=group))
+        if value < LOW_TRUST:
+            yield Alert(
+                "attribution",
+                f"direct attribution of {group} correlates {value:.2f} with what happens when the write is replaced: "
+                "do not read it node by node",
+            )

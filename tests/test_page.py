@@ -1,0 +1,302 @@
+"""Does the page of an audit work in a real browser, without one, of a large model, and with hostile text in it?"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+import tiny
+import unwrite as uw
+from test_report import HOSTILE, Page
+from unwrite.errors import ResultError
+from unwrite.model.load import view
+from unwrite.report import page
+from unwrite.report.alerts import alerts
+from unwrite.result import Result, build, quantity
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PER_WRITER = ("where", "who", "causal", "by_position")
+
+
+@pytest.fixture(scope="module")
+def audited() -> uw.Result:
+    lm = view(tiny.model("gpt2", 3))
+    ids = torch.randint(lm.vocabulary, (12, 16), generator=torch.Generator().manual_seed(1))
+    return uw.audit(lm, ids, most=2)
+
+
+@pytest.fixture(scope="module")
+def source(audited) -> str:
+    return page.page(audited)
+
+
+@pytest.fixture(scope="module")
+def hostile(audited) -> uw.Result:
+    """The same with hostile text wherever a model, a text or a token could have brought it."""
+    data = audited.data.copy()
+    for name in ("prompt_text", "answer", "against", "strip_token", "found_answer", "prompt_kind"):
+        data[name] = (data[name].dims, np.full(data[name].shape, HOSTILE.replace("\ud800", ""), dtype=object))
+    record = audited.provenance
+    record["model"]["name"] = record["settings"]["judged"]["source"] = record["tokens"][""]["source"] = HOSTILE
+    import json
+
+    return Result(data.assign_attrs(provenance=json.dumps(record), verdict=HOSTILE))
+
+
+def large(n: int = 1000, layers: int = 40) -> uw.Result:
+    """A scan as large as that of a model with 40 layers of 24 heads, of made-up numbers."""
+    random, per = np.random.default_rng(0), n // layers - 1
+    names = [name for layer in range(layers) for name in (*(f"L{layer}H{h}" for h in range(per)), f"MLP{layer}")]
+    places = [f"resid_post{layer}" for layer in range(layers)]
+    quantile = [0.125, 0.25, 0.5, 0.75, 0.875]
+    draw = lambda *shape: np.sort(random.normal(size=shape), axis=-1)  # noqa: E731
+    by_quantile = dict.fromkeys(("norm", "relative_norm", "level_after", "level_end"), ("writer", "quantile"))
+    shape = {"writer": n, "node": n, "location": layers, "quantile": 5}
+    axes = {**by_quantile, "pr": ("writer", "node", "quantile"), "level": ("writer", "location", "quantile")}
+    axes |= {"share": ("writer", "node"), "share_se": ("writer", "node"), "moved": ("writer",)}
+    axes |= {"skipped_norm": ("writer",)}
+    data = {name: quantity(dims, draw(*(shape[d] for d in dims)), "1", "made up") for name, dims in axes.items()}
+    flags = {"eraser": (("writer", "node"), random.random((n, n)) < 0.3), "material": ("writer", np.ones(n, bool))}
+    counts = {name: ("writer", np.full(n, 7)) for name in ("n_positions", "n_below_floor", "n_beyond_grid")}
+    words = {"in_words": ("writer", np.full(n, "rises 1.00 → 2.00", dtype=object))}
+    words["right_after"] = ("writer", np.full(n, places[0], dtype=object))
+    whole = xr.Dataset(
+        {**data, **flags, **counts, **words, "n_clusters": ((), 100)},
+        {"writer": names, "node": names, "location": places, "quantile": quantile},
+    )
+    model = {"name": "large", "family": "llama", "layers": layers, "heads": per, "d_model": 4096, "dtype": "bfloat16"}
+    model |= {"device": "cpu", "convention": "paper", "centred": False, "certificate": {"stream": 1e-6}}
+    model |= {"certificate_limit": 1e-4, "attention": "sdpa"}
+    read = {"source": "made up", "prompts": 100, "length": 128, "notes": []}
+    return build("scan", whole, {"skip": 1, "floor": 1e-4}, model, {"": read})
+
+
+def test_the_only_script_is_the_one_that_the_policy_names(source) -> None:
+    scripts = re.findall(r"<script[^>]*>(.*?)</script>", source, re.DOTALL)
+    assert len(scripts) == 1
+    digest = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in source
+    assert "default-src 'none'" in source
+
+
+def test_every_verified_writer_is_there_without_a_script(audited, source) -> None:
+    text = Page(source).text
+    for writer in audited["verified"].values:
+        one = audited.data.sel(verified=writer)
+        assert f"{writer}: {one['verdict'].item()}" in text
+        assert f"{float(one['survival'][-1]):.2f} ± {float(one['survival_se'][-1]):.2f}" in text
+        assert f'id="{writer}"' in source
+    for prompt in range(audited.data.sizes["prompt"]):
+        assert f"{float(audited['total'][prompt, 3]):+.3f}" in text
+    assert source.count("<svg") == source.count('role="img"') >= 4 * audited.data.sizes["verified"]
+
+
+def test_tokens_are_coloured_by_their_level(audited, source) -> None:
+    writer = audited["verified"].values[0]
+    one = audited.data.sel(verified=writer, example=0.5)
+    level, survival = float(one["strip_level"][5]), float(one["strip_survival"][5])
+    assert f"level {level:+.2f}, survival {survival:+.2f}" in source
+    assert "not counted" in source  # the first position
+
+
+def test_a_page_is_small_and_the_same_again(audited, source, tmp_path) -> None:
+    assert len(source.encode()) < 3 * 2**20
+    audited.save(tmp_path)
+    again = page.page(uw.read(tmp_path))
+    strip = lambda text: re.sub(r"base64,[^\"]*|clip\d+|gradient_\d+", "", text)  # noqa: E731
+    assert strip(again) == strip(source)
+
+
+def test_a_page_is_made_where_torch_is_not_installed(audited, tmp_path) -> None:
+    audited.save(tmp_path)
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
+        "import unwrite as uw; from unwrite.report import page\n"
+        f"print(len(page.page(uw.read({str(tmp_path)!r}))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 10_000
+
+
+def test_hostile_text_is_text(hostile, source) -> None:
+    made = page.page(hostile)
+    clean, parsed = Page(source), Page(made)
+    assert set(parsed.tags) <= set(clean.tags) | {"ul", "li"}
+    assert parsed.tags.count("script") == 1
+    assert not [name for name, _ in parsed.attributes if name.startswith("on") and name != "on"]
+    for sign in ("\x1b", "\u202e", "<img", "<script>alert"):
+        assert sign not in made
+    made.encode("utf-8")
+
+
+def test_a_large_model_is_shown_by_its_foremost_writers_and_the_page_says_so() -> None:
+    made = page.page(large())
+    assert len(made.encode()) < 3 * 2**20
+    assert "800 more writers" in made
+    assert "top 40 of 999 nodes" in made
+
+
+@pytest.mark.parametrize("name", [None, "levels", "fig1", "fig2", "fig3", "fig4", "fig5", "positions"])
+def test_figures_are_valid_and_export_without_a_browser(audited, name, tmp_path) -> None:
+    chart = audited.figure(name)
+    chart.to_dict()
+    chart.save(str(tmp_path / "x.svg"))
+    assert (tmp_path / "x.svg").read_text().startswith("<svg")
+    if name == "fig1":
+        for kind, sign in (("png", b"\x89PNG"), ("pdf", b"%PDF")):
+            chart.save(str(tmp_path / f"x.{kind}"))
+            assert (tmp_path / f"x.{kind}").read_bytes().startswith(sign)
+
+
+def test_figure_1_draws_the_quantiles_survival_and_generic(audited) -> None:
+    writer = str(audited["verified"].values[0])
+    one = audited.data.sel(verified=writer)
+    spec = audited.figure("fig1", writer).to_dict()
+    rows = [row for part in spec["datasets"].values() for row in part]
+    for place in audited["location"].values:
+        level = one["verified_level"].sel(location=place, condition="clean")
+        (drawn,) = [row for row in rows if row.get("location") == place and row.get("what") == "level"]
+        for quantile, side in ((0.25, "low"), (0.5, "middle"), (0.75, "high")):
+            assert drawn[side] == pytest.approx(float(level.sel(quantile=quantile)))
+        kept = [row["middle"] for row in rows if row.get("location") == place and row.get("what") == "survival"]
+        expected = float(one["survival"].sel(location=place))
+        assert kept == ([] if np.isnan(expected) else [pytest.approx(expected)])
+
+
+def test_figure_5_draws_what_the_corpus_kept(audited) -> None:
+    rows = max(audited.figure("fig5").to_dict()["datasets"].values(), key=len)
+    assert [row["x"] for row in rows] == pytest.approx(list(audited["corpus_sample_x"].values))
+    assert [row["y"] for row in rows] == pytest.approx(list(audited["corpus_sample_y"].sel(path="values").values))
+
+
+@pytest.mark.parametrize(
+    ("name", "writer", "says"),
+    [("fig9", None, "no such figure"), ("fig1", "L9H9", "nothing of L9H9"), ("fig5", "L9H9", "nothing of L9H9"),
+     ("fig4", "L9H9", "nothing of L9H9")],
+)  # fmt: skip
+def test_a_figure_that_cannot_be_drawn_says_why(audited, name, writer, says) -> None:
+    with pytest.raises(ResultError, match=says):
+        audited.figure(name, writer)
+
+
+def test_a_scan_has_no_causal_figure() -> None:
+    scan = large(50, 5)
+    assert scan.figure("fig2").to_dict()
+    for name, says in (("fig3", "was not verified"), ("fig4", "has no attributions"), ("positions", "not verified")):
+        with pytest.raises(ResultError, match=says):
+            scan.figure(name)
+
+
+def test_alerts_name_what_should_make_careful(audited) -> None:
+    kinds = {alert.kind: alert.words for alert in alerts(audited)}
+    assert "6 independent prompts" in kinds["sample"]
+    record = audited.provenance
+    record["model"]["certificate"]["heads"] = 0.5 * record["model"]["certificate_limit"]
+    import json
+
+    worse = Result(audited.data.assign_attrs(provenance=json.dumps(record)))
+    assert "identity “heads”" in {alert.kind: alert.words for alert in alerts(worse)}["precision"]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield opened
+        opened.close()
+
+
+class Seen:
+    """A page opened from a file, with everything that it asked of the network and said to the console."""
+
+    def __init__(self, browser: Any, source: str, folder: Path, fragment: str = "", **settings: Any):
+        file = folder / "report.html"
+        file.write_text(source, encoding="utf-8")
+        self.page = browser.new_context(offline=True, **settings).new_page()
+        self.asked: list[str] = []
+        self.said: list[str] = []
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.on("console", lambda message: self.said.append(message.text))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.goto(f"{file.as_uri()}{fragment}")
+
+    def shown(self) -> set[str]:
+        """Of which writers is anything visible?"""
+        return set(
+            self.page.eval_on_selector_all(
+                "[data-writer]", "all => all.filter(x => x.checkVisibility()).map(x => x.dataset.writer)"
+            )
+        )
+
+
+def test_a_click_a_key_a_choice_and_a_link_move_all_panels(audited, source, browser, tmp_path) -> None:
+    first, second = (str(name) for name in audited["verified"].values[:2])
+    seen = Seen(browser, source, tmp_path)
+    assert seen.shown() == {first}
+    seen.page.click(f'a[data-pick="{second}"]')
+    assert seen.shown() == {second}
+    assert seen.page.url.endswith(f"#{second}")
+    assert seen.page.input_value("#choice") == second
+    seen.page.select_option("#choice", first)
+    assert seen.shown() == {first}
+    order = seen.page.eval_on_selector_all("a[data-pick]", "all => all.map(x => x.dataset.pick)")
+    seen.page.focus(f'a[data-pick="{order[0]}"]')
+    seen.page.keyboard.press("ArrowDown")
+    assert seen.shown() == {order[1]}
+    panels = seen.page.eval_on_selector_all(f'[data-writer="{second}"]', "all => all.map(x => x.closest('section').id)")
+    assert {"one", "who", "causal", "attribution", "positions", "show"} <= set(panels)
+    linked = Seen(browser, source, tmp_path, f"#{second}")
+    assert linked.shown() == {second}
+    assert Seen(browser, source, tmp_path, "#nobody").shown() == {first}
+    assert seen.said == linked.said == []
+    assert [url for url in seen.asked if not url.startswith("file:")] == []
+    assert len(seen.asked) == 1
+
+
+def test_everything_is_drawn_at_load_and_readable_without_a_script(audited, source, browser, tmp_path) -> None:
+    plain = Seen(browser, source, tmp_path, java_script_enabled=False)
+    sizes = plain.page.locator("figure svg").all()
+    assert len(sizes) == source.count("<svg")
+    assert all(box.bounding_box()["width"] > 100 for box in sizes)
+    assert plain.page.locator("#choice").is_visible() is False
+
+
+@pytest.mark.parametrize("width", [400, 800, 1400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_runs_out_of_the_page(source, browser, tmp_path, width, scheme) -> None:
+    seen = Seen(browser, source, tmp_path, viewport={"width": width, "height": 900}, color_scheme=scheme)
+    assert seen.page.evaluate("document.documentElement.scrollWidth") <= width
+    ink, paper = seen.page.evaluate(
+        "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
+    )
+    light = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ink, paper)]
+    assert (light[0] < light[1]) == (scheme == "light")
+
+
+def test_hostile_text_does_nothing_in_a_browser(hostile, browser, tmp_path) -> None:
+    seen = Seen(browser, page.page(hostile), tmp_path)
+    seen.page.wait_for_timeout(200)
+    assert seen.said == []
+    assert len(seen.asked) == 1
+    assert seen.page.locator("img").count() == 0
+
+
+def test_a_large_page_opens(browser, tmp_path) -> None:
+    seen = Seen(browser, page.page(large()), tmp_path)
+    assert len(seen.shown()) == 1
+    assert seen.said == []
