@@ -44,6 +44,8 @@ nb_output_stderr = "remove-warn"  # what a cell says on stderr breaks the build
 autodoc_member_order = "bysource"
 python_maximum_signature_line_length = 88
 default_role = "literal"
+highlight_language = "text"
+smartquotes = False  # "paper" is what is typed
 # Python and other libraries: their inventories would have to be downloaded.
 _ELSEWHERE = ("collections", "pathlib", "typing", "jaxtyping", "torch", "numpy", "ndarray", "pandas", "xarray", "alt")
 nitpick_ignore_regex = [("py:.*", rf"({'|'.join(_ELSEWHERE)})(\..*)?")]
