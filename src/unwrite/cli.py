@@ -60,7 +60,7 @@ def _command(body: Callable[P, None]) -> Callable[P, None]:
         except Stopped as stop:
             _fail("stopped", str(stop), 130, out=stop.place and str(stop.place), kept=stop.kept, missing=stop.missing)
         except KeyboardInterrupt:
-            _fail("stopped", "stopped before anything was finished, nothing is kept.", 130)
+            _fail("stopped", "stopped.", 130)
 
     return stoppable
 

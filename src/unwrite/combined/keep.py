@@ -61,11 +61,15 @@ def keep(
 
 
 def _save(parts: list[Result], place: Path) -> tuple[str, ...]:
-    if not parts:
-        return ()
-    first, *others = parts
-    files = [other.save(place / f"{_name(other)}.nc").name for other in others]
-    return (*page.save_all(first, place), *files)
+    """The names of the files that were written; a second interrupt gives up the rest."""
+    files: list[str] = []
+    try:
+        for other in parts[1:]:
+            files.append(other.save(place / f"{_name(other)}.nc").name)  # noqa: PERF401 - some are there if it stops
+        # Last, since a page takes the longest.
+        return (*(page.save_all(parts[0], place) if parts else ()), *files)
+    except KeyboardInterrupt:
+        return tuple(files)
 
 
 def _name(part: Result) -> str:
