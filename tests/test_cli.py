@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -241,6 +242,21 @@ def test_verify_says_what_survives(folder, monkeypatch, capsys, tmp_path) -> Non
     assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["result.nc", "table.csv"]
     assert run(monkeypatch, "show", tmp_path / "run", "-o", tmp_path / "survival.svg") == 0
     assert "L0H0: erased" in (tmp_path / "survival.svg").read_text()
+    drawn = ("--figure", "fig2", "--writer", "L0H0", "-o", tmp_path / "x.html")
+    assert run(monkeypatch, "show", tmp_path / "run", *drawn) == 0
+    page = (tmp_path / "x.html").read_text()
+    assert "What nodes write along L0H0" in page
+    assert not re.search(r"<script[^>]+src=|<link", page)
+    for wrong, says in (
+        (("--figure", "fig9", "-o", tmp_path / "x.png"), "no such figure"),
+        (("-o", tmp_path / "x.gif"), "unknown kind of picture"),
+        (("--writer", "L1H1", "-o", tmp_path / "x.png"), "nothing of L1H1"),
+    ):
+        assert run(monkeypatch, "show", tmp_path / "run", *wrong) == 1
+        assert says in capsys.readouterr().err
+    assert run(monkeypatch, "show", tmp_path / "run", "--figure", "fig2") == 2
+    assert {file.name for file in tmp_path.iterdir()} >= {"run", "survival.svg", "x.html"}
+    assert not list(tmp_path.glob("x.[pg]*"))
 
 
 def test_an_eraser_that_cannot_read_is_refused(folder, monkeypatch, capsys, tmp_path) -> None:

@@ -52,7 +52,7 @@ def hostile(audited) -> uw.Result:
     record["model"]["name"] = record["settings"]["judged"]["source"] = record["tokens"][""]["source"] = HOSTILE
     import json
 
-    return Result(data.assign_attrs(provenance=json.dumps(record), verdict=HOSTILE))
+    return Result(data.assign_attrs(provenance=json.dumps(record), verdict=HOSTILE.replace("\ud800", "")))
 
 
 def large(n: int = 1000, layers: int = 40) -> uw.Result:

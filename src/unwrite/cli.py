@@ -221,19 +221,21 @@ def show(
     out: Annotated[
         Path | None, typer.Option("-o", "--out", metavar="FILE", help="Save the picture: .png, .svg, .pdf or .html.")
     ] = None,
+    figure: Annotated[str | None, typer.Option("--figure", help="levels, positions, or fig1 to fig5.")] = None,
+    writer: Annotated[str | None, typer.Option("--writer", help="Whose; by default the foremost.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Print a saved result again, or save its picture."""
-    from unwrite.result import read, write
+    """Print a saved result again, or save a picture of it."""
+    from unwrite.report.figures import save
+    from unwrite.result import read
 
     found = read(folder)
-    if out is None:
+    if out is not None:
+        save(found.figure(figure, writer), out)
+    elif figure or writer:
+        raise typer.BadParameter("name the file that the picture goes to", param_hint="--out")
+    else:
         _Voice(quiet, False).end(found, None, ())
-        return
-    if out.suffix not in (".png", ".svg", ".pdf", ".html"):
-        raise typer.BadParameter("the picture's name must end in .png, .svg, .pdf or .html", param_hint="--out")
-    chart = found.figure()
-    write(out, lambda place: chart.save(str(place), scale_factor=2))
 
 
 @_command

@@ -168,7 +168,7 @@ def _called(source: Any) -> str:
     name = str(getattr(source, "name_or_path", source))
     if name in (DEFAULT, str(BUNDLED)):
         return "unwrite's own model"
-    return Path(name).resolve().name if Path(name).is_dir() else name
+    return Path(name).resolve().name if name and Path(name).is_dir() else name
 
 
 def _check_folder(folder: Path) -> None:

@@ -17,13 +17,16 @@ _WORDS = ("verdict", "erasers", "causal_share_note", "readers", "decodable_note"
 def verified(result: Result) -> Iterator[xr.Dataset]:
     """Of every verified writer, the variables and attributes that `uw.verify` gives, under the names it gives."""
     for writer in result.data["verified"].values:
-        one = result.data.sel(verified=writer)
-        mine = {
-            name: name.removeprefix("verified_") for name in map(str, one.data_vars) if name.startswith("verified_")
-        }
-        data = one.drop_vars([name for name in mine.values() if name in one]).rename(mine)
-        words = {name: str(data[name].item()) for name in _WORDS}
-        yield data.assign_attrs(words, writer=str(writer))
+        yield proof(result, str(writer))
+
+
+def proof(result: Result, writer: str) -> xr.Dataset:
+    """The same of one verified writer."""
+    own = [name for name, part in result.data.items() if "verified" in part.dims]
+    one = result.data[own].sel(verified=writer)
+    data = one.rename({name: str(name).removeprefix("verified_") for name in own})
+    words = {name: str(data[name].item()) for name in _WORDS}
+    return data.assign_attrs(words, writer=writer)
 
 
 def row(data: xr.Dataset) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import xarray as xr
 from unwrite.result import Result
 
 READINGS = ("direct", "net", "relp", "gradient")
+CELLS = (*READINGS, "total", "fate", "input_blind")
 # Removing a write moves the stream where the model has never been; its mean leaves it where it usually is.
 HEADLINE = "mean"
 REPLACEMENTS = ("mean", "zero")
@@ -35,7 +36,8 @@ def asked(data: xr.Dataset) -> Iterator[Asked]:
         one = data.isel(prompt=i)
         size = np.fmax(np.abs(one["direct"].values), np.abs(np.nan_to_num(one["total"].values)))
         order = np.argsort(-size, kind="stable")[:_SHOWN_NODES]
-        yield Asked(_title(one), _sums(one), tuple(row(one.isel(node=k)) for k in order))
+        cells = one[list(CELLS)]
+        yield Asked(_title(one), _sums(one), tuple(row(cells.isel(node=k)) for k in order))
 
 
 def _title(one: xr.Dataset) -> str:

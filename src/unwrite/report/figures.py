@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import altair as alt
 import numpy as np
 import pandas as pd
@@ -9,7 +11,7 @@ import pandas as pd
 from unwrite.errors import ResultError, plain
 from unwrite.report.paper import FIGURES, finish, of_writer, series
 from unwrite.report.rows import rows, texts
-from unwrite.result import Result
+from unwrite.result import Result, write
 
 _MOST = 40
 # Orange below, white at 0, blue above: told apart by colour-blind readers too.
@@ -29,6 +31,18 @@ def draw(result: Result, name: str | None = None, writer: str | None = None) -> 
     return _NAMED[name](result, writer)
 
 
+def save(chart: alt.TopLevelMixin, path: Path) -> Path:
+    """Write a picture that needs no network, whole or not at all.
+
+    Raises ResultError for a name that does not end in .png, .svg, .pdf or .html, or where it cannot be written.
+    """
+    if path.suffix not in _KINDS:
+        raise ResultError("unknown kind of picture", got=path.name, expected=f"a name ending in {', '.join(_KINDS)}")
+    # A page without network carries its scripts with it; a picture of pixels is twice as fine.
+    return write(path, lambda place: chart.save(str(place), scale_factor=2, inline=path.suffix == ".html"))
+
+
+_KINDS = (".png", ".svg", ".pdf", ".html")
 _MAIN = {"verify": "fig1", "dla": "fig4", "corpus_dla": "fig5"}
 
 

@@ -7,6 +7,7 @@ import hashlib
 import tempfile
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import markupsafe
@@ -33,7 +34,9 @@ def page(result: Result) -> str:
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=_printable)
     settings = result.provenance["settings"]
-    shown = [_panel(name, data, read) | {"sound": soundness(data, settings)} for name, data, read in texts(result)]
+    shown: list[dict[str, Any]] = [
+        _panel(name, data, read) | {"sound": soundness(data, settings)} for name, data, read in texts(result)
+    ]
     names = [row.writer for row in shown[0]["rows"]]
     script = _file("page.js")
     return environment.from_string(_file("page.html.j2")).render(

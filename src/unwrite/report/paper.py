@@ -39,10 +39,10 @@ def of_writer(result: Result, writer: str | None = None) -> xr.Dataset:
     if "writer" not in data.dims:
         raise ResultError(f"a {result.method} has no writers to draw", expected="a scan, a verification or an audit")
     if "verified" in data.dims:
-        proofs = {one.attrs["writer"]: one for one in audited.verified(result)}
-        chosen = writer or min(proofs, key=lambda name: float(proofs[name]["gap"][-1]))
-        if chosen in proofs:
-            return proofs[chosen]
+        names = [str(name) for name in data["verified"].values]
+        chosen = writer or names[int(data["gap"].values[:, -1].argmin())]
+        if chosen in names:
+            return audited.proof(result, chosen)
     _, first, _ = next(texts(result))
     names = [str(name) for name in first["writer"].values]
     chosen = writer or names[int(first["moved"].fillna(-1).values.argmax())]
@@ -76,8 +76,8 @@ def fig1(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
     lines = base.mark_line(point={"size": 28}).encode(
         x=x, y=y, color=series(level["what"].unique()), tooltip=["location", "what", _number("middle")]
     )
-    grey = "; grey: randomly turned writes" if "survival" in data else ""
-    return finish(alt.layer(*layers, lines), f"The stream along {data.attrs['writer']}{grey}")
+    said = f": {data.attrs['verdict']} (grey: randomly turned writes)" if "survival" in data else ""
+    return finish(alt.layer(*layers, lines), f"The stream along {data.attrs['writer']}{said}")
 
 
 def fig2(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
@@ -86,7 +86,8 @@ def fig2(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
     pr = _quantiles(data["pr"].sel(condition="clean"), "node")
     pr = pr[pr["node"] != data.attrs["writer"]]
     opposes = set(_erasers(data))
-    shown = pr.iloc[np.argsort(-pr["middle"].abs().fillna(0).values, kind="stable")[:_MOST]]
+    size = np.nan_to_num(np.abs(np.asarray(pr["middle"], dtype=float)))
+    shown = pr.iloc[np.argsort(-size, kind="stable")[:_MOST]]
     shown = shown.assign(role=np.where(shown["node"].isin(opposes), "writes against it", "other"))
     shown = shown.sort_index()  # as nodes write
     x = alt.X("node:N", sort=list(shown["node"]), title=None, axis=alt.Axis(labelAngle=-90, labelOverlap=False))
@@ -138,7 +139,7 @@ def fig4(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
     if "other_direct" not in data:
         raise ResultError(f"a {result.method} has no attributions", expected="a result of uw.dla or uw.audit")
     node = writer or str(
-        data.attrs.get("searched") or data["node"].values[np.abs(data["direct"]).sum("prompt").argmax()]
+        data.attrs.get("searched") or data["node"].values[np.abs(data["direct"].values).sum(0).argmax()]
     )
     _require(node in data["node"].values, "result", node, [str(name) for name in data["node"].values])
     one = data.sel(node=node)

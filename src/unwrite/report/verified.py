@@ -14,10 +14,10 @@ def sentence(result: Result, read: Mapping[str, Any] | None = None) -> str:
     """The verdict with the numbers it rests on; `read` says on which text, where that is not the result's own."""
     data, end = result.data, result.data.isel(location=-1)
     low, mean, high = (float(end["generic"].sel(bound=bound)) for bound in ("low", "mean", "high"))
-    read = result.provenance["tokens"][""] if read is None else read
+    text = result.provenance["tokens"][""] if read is None else read
     survival = f"{float(end['survival']):.2f} ± {float(end['survival_se']):.2f}"
     words = (
-        f"{data.attrs['writer']} on {read['source']} ({read['prompts']} × {read['length']} tokens): "
+        f"{data.attrs['writer']} on {text['source']} ({text['prompts']} × {text['length']} tokens): "
         f"{data.attrs['verdict']}. Of the write {survival} survives to the end, of randomly turned writes {mean:.2f} "
         f"({low:.2f} to {high:.2f}); later nodes erase {float(data['erased'].sum()):+.2f} and fill in "
         f"{float(data['filled_in'].sum()):+.2f}.{_readers(result)}{_decodable(result)}"
@@ -56,8 +56,9 @@ def _decodable(result: Result) -> str:
 def trajectory(result: Result) -> list[tuple[str, ...]]:
     """Location by location: level, background, survival, generic, decodable."""
     lines = []
-    for location in result.data["location"].values:
-        at = result.data.sel(location=location)
+    data = result.data[["level_share", "background", "survival", "survival_se", "generic", "decodable"]]
+    for location in data["location"].values:
+        at = data.sel(location=location)
         survival = float(at["survival"])
         written, decodable = survival == survival, float(at["decodable"])
         lines.append(

@@ -1,0 +1,97 @@
+"""Is the model that ships what its card says: small, exact, not trained on what judges it, and does it erase?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import unwrite as uw
+from unwrite.model.load import BUNDLED
+from unwrite.model.view import Model
+
+BOOKS = ("jane-austen_emma.txt", "h-g-wells_the-war-of-the-worlds.txt")
+
+
+@pytest.fixture(scope="module")
+def lm() -> Model:
+    return uw.load("default")
+
+
+@pytest.fixture(scope="module")
+def record() -> dict[str, Any]:
+    return json.loads((BUNDLED / "training.json").read_text())
+
+
+def test_it_is_small_and_stored_in_half_precision_but_computes_in_single(lm) -> None:
+    assert sum(file.stat().st_size for file in BUNDLED.iterdir()) < 12 * 2**20
+    assert {part.dtype for part in load_file(BUNDLED / "model.safetensors").values()} == {torch.float16}
+    assert lm.dtype == torch.float32
+    assert max(lm.certificate.errors.values()) < 1e-5
+
+
+def test_its_shape_is_gelu_4l_in_miniature(lm, record) -> None:
+    assert (len(lm.layers), lm.n_heads, lm.hf.config.activation_function) == (4, 8, "gelu")
+    assert lm.hf.config.n_embd == record["settings"]["width"]
+    assert lm.hf.config.tie_word_embeddings == record["settings"]["tied"]
+    assert lm.hf.config.n_positions == lm.tokenizer.model_max_length == record["settings"]["context"]
+
+
+def test_its_tokenizer_splits_digits_and_loses_no_byte(lm) -> None:
+    assert len(lm.tokenizer) == 4096
+    assert len(lm.tokenizer("1234")["input_ids"]) == 4
+    text = "naïve “quotes”\t\n\n  def f(x): return x**2  # 日本 \x00"
+    assert lm.tokenizer.decode(lm.tokenizer(text)["input_ids"]) == text
+
+
+def test_default_cannot_be_mistaken_for_a_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("default").mkdir()
+    assert uw.load("default").about["name"] == "unwrite's own model"
+    with pytest.raises(uw.errors.ModelError, match=r"no config\.json"):
+        uw.load("./default")
+
+
+@pytest.mark.shared
+def test_its_loss_on_books_that_it_never_saw_is_what_its_card_says(lm, record, shared, capsys) -> None:
+    """Nats per token over the same windows, by weights of the log-softmax in float64."""
+    for name in BOOKS:
+        ids = uw.text(shared / "corpus" / "books" / name, lm.tokenizer, n=100).ids
+        with torch.no_grad():
+            logits = torch.cat([lm.hf(part).logits for part in torch.from_numpy(ids).split(10)]).double().numpy()
+        top = logits.max(-1, keepdims=True)
+        log = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+        loss = -np.take_along_axis(log[:, :-1], ids[:, 1:, None], -1).mean()
+        with capsys.disabled():
+            print(f"\n{name}: {loss:.3f} nats per token, perplexity {np.exp(loss):.1f}")  # noqa: T201 - to be read
+        assert loss == pytest.approx(record["held_out"][name], abs=2e-3)
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_its_prompts_mislead_as_recorded(lm, index) -> None:
+    """direct is large, and taking the write away does next to nothing: by a plain hook on the model."""
+    found = json.loads((BUNDLED / "prompts.json").read_text())
+    assert len(found) == 4
+    one = found[index]
+    asked = uw.dla(lm, one["text"], one["answer"], one["against"]).data.isel(prompt=0).sel(node=one["writer"])
+    for name in ("direct", "net", "relp", "gradient", "total"):
+        assert float(asked[name]) == pytest.approx(one[name], abs=2e-3)
+    assert abs(one["direct"]) >= 0.25 * abs(one["logit_diff"])
+    assert abs(one["total"]) <= 0.25 * abs(one["direct"])
+
+
+def test_it_erases(lm, record) -> None:
+    """A writer that its card calls erased is found to be so on text that neither chose it nor trained the model."""
+    from unwrite.combined.audit import demonstration
+
+    erased = [row["writer"] for row in record["writers"] if row["verdict"] == "erased"]
+    assert "pos_embed" in erased
+    _, tokens = demonstration(n=40, length=64)
+    proof = uw.verify(lm, tokens, "pos_embed").data
+    assert proof.attrs["verdict"] == "erased"
+    assert float(proof["gap"][-1] + 2 * proof["gap_se"][-1]) < 0
