@@ -23,7 +23,7 @@ from train import HELD_OUT
 import unwrite as uw
 
 BUNDLED = Path(uw.__file__).parent / "bundled"
-# Of each writer so many hits are looked at; prompts begin with whole words and are at most this long.
+# Of each writer so many hits are looked at, in prompts of at most so many tokens.
 CANDIDATES, LENGTH = 20, 32
 KEPT = 4
 READINGS = ("direct", "net", "relp", "gradient", "total")

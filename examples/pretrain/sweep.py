@@ -23,6 +23,7 @@ RESULTS = HERE / "results"
 SEEDS = (0, 1, 2)
 # One setting at a time is moved away from width 128, untied, context 256, Muon.
 CONFIGURATIONS = {
+    "width 32": ["--width", "32"],
     "width 64": ["--width", "64"],
     "width 128": [],
     "width 256": ["--width", "256"],

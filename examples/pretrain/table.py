@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from sweep import CONFIGURATIONS, RESULTS
 
+SHIPPED = Path(__file__).parents[2] / "src" / "unwrite" / "bundled" / "training.json"
 VERDICTS = {
     "erased": "#b2182b", "filled in": "#ef8a62", "decays like anything": "#bdbdbd", "kept": "#67a9cf",
     "amplified": "#2166ac",
@@ -33,8 +34,9 @@ def runs() -> list[dict[str, Any]]:
 
 
 def steps() -> list[dict[str, Any]]:
-    """The checkpoints along the bundled model's run, first to last."""
-    return sorted((run for run in _results() if "configuration" not in run), key=lambda run: run["step"])
+    """The checkpoints along the bundled model's run, first to last; the last is the one that ships."""
+    shipped = json.loads(SHIPPED.read_text())
+    return sorted([run for run in _results() if "configuration" not in run] + [shipped], key=lambda run: run["step"])
 
 
 def _results() -> list[dict[str, Any]]:
@@ -47,33 +49,59 @@ def heads(run: dict[str, Any]) -> pd.DataFrame:
     return rows[rows["writer"].str.contains("H")]
 
 
-COLUMNS: dict[str, Callable[[dict[str, Any]], float]] = {
-    "loss": lambda run: np.mean(list(run["held_out"].values())),
-    "survival": lambda run: heads(run)["survival"].median(),
-    "generic": lambda run: heads(run)["generic"].median(),
-    "gap": lambda run: heads(run)["gap"].median(),
-    "erased": lambda run: (heads(run)["verdict"] == "erased").sum(),
-    "filled in": lambda run: (heads(run)["verdict"] == "filled in").sum(),
-    "kept or amplified": lambda run: heads(run)["verdict"].isin(["kept", "amplified"]).sum(),
-    "erased by heads": lambda run: heads(run)["erased_by_heads"].mean(),
-    "erased by MLPs": lambda run: heads(run)["erased_by_mlps"].mean(),
-    "filled in by heads": lambda run: heads(run)["filled_in_by_heads"].mean(),
-    "filled in by MLPs": lambda run: heads(run)["filled_in_by_mlps"].mean(),
-    "MLP0 / heads of layer 0": lambda run: _norm(run, "MLP0") / np.mean([_norm(run, f"L0H{h}") for h in range(8)]),
+Column = Callable[[dict[str, Any]], float]
+
+
+def _of_heads(name: str, how: str) -> Column:
+    return lambda run: getattr(heads(run)[name], how)()
+
+
+def _judged(*verdicts: str) -> Column:
+    return lambda run: heads(run)["verdict"].isin(verdicts).sum()
+
+
+def _of(writer: str, name: str) -> Column:
+    return lambda run: next(row[name] for row in run["writers"] if row["writer"] == writer)
+
+
+TABLES: dict[str, dict[str, Column]] = {
+    "heads": {
+        "loss": lambda run: np.mean(list(run["held_out"].values())),
+        "survival": _of_heads("survival", "median"),
+        "generic": _of_heads("generic", "median"),
+        "gap": _of_heads("gap", "median"),
+        "erased": _judged("erased"),
+        "filled in": _judged("filled in"),
+        "kept or amplified": _judged("kept", "amplified"),
+        "MLP0 / a head of layer 0": lambda run: (
+            _of("MLP0", "relative_norm")(run) / heads(run)["relative_norm"][heads(run)["writer"].str[:2] == "L0"].mean()
+        ),
+    },
+    "who acts on heads": {
+        "erased by heads": _of_heads("erased_by_heads", "mean"),
+        "erased by MLPs": _of_heads("erased_by_mlps", "mean"),
+        "filled in by heads": _of_heads("filled_in_by_heads", "mean"),
+        "filled in by MLPs": _of_heads("filled_in_by_mlps", "mean"),
+    },
+    "position embedding": {
+        "survival": _of("pos_embed", "survival"),
+        "generic": _of("pos_embed", "generic"),
+        "gap": _of("pos_embed", "gap"),
+        "standard error of the gap": _of("pos_embed", "gap_se"),
+        "runs in which it is erased": lambda run: float(_of("pos_embed", "verdict")(run) == "erased"),
+        "erased by heads": _of("pos_embed", "erased_by_heads"),
+        "erased by MLPs": _of("pos_embed", "erased_by_mlps"),
+    },
 }
 
 
-def _norm(run: dict[str, Any], writer: str) -> float:
-    return next(row["relative_norm"] for row in run["writers"] if row["writer"] == writer)
-
-
-def markdown(found: list[dict[str, Any]], by: str) -> str:
+def markdown(found: list[dict[str, Any]], by: str, columns: dict[str, Column]) -> str:
     """One row for each configuration or step."""
-    lines = ["| " + " | ".join([by, *COLUMNS]) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines = ["| " + " | ".join([by, *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
     for name in dict.fromkeys(run[by] for run in found):
         same = [run for run in found if run[by] == name]
-        cells = [_cell([column(run) for run in same]) for column in COLUMNS.values()]
-        lines.append("| " + " | ".join([str(name), *cells]) + " |")
+        cells = [_cell([column(run) for run in same]) for column in columns.values()]
+        lines.append("| " + " | ".join([f"{name} ({len(same)} seeds)" if len(same) > 1 else str(name), *cells]) + " |")
     return "\n".join(lines)
 
 
@@ -82,16 +110,19 @@ def _cell(values: list[float]) -> str:
     return middle if len(values) == 1 else f"{middle} [{min(values):.3g}, {max(values):.3g}]"
 
 
-def figure(found: list[dict[str, Any]]) -> alt.Chart:
-    """Survival minus generic of every head, by configuration."""
-    rows = pd.concat([heads(run).assign(configuration=run["configuration"], seed=run["seed"]) for run in found])
-    rows["layer"] = rows["writer"].str.slice(0, 2)
+def figure(found: list[dict[str, Any]]) -> alt.FacetChart:
+    """Survival minus generic of every head and of the position embedding, by configuration; seeds side by side."""
+    rows = pd.concat(
+        [pd.DataFrame(run["writers"]).assign(configuration=run["configuration"], seed=run["seed"]) for run in found]
+    )
+    rows = rows[~rows["writer"].str.startswith("MLP")]
+    rows["writers"] = np.where(rows["writer"] == "pos_embed", "position", rows["writer"].str[:2] + " heads")
     order = list(dict.fromkeys(run["configuration"] for run in found))
     points = alt.Chart(rows).mark_circle(size=28, opacity=0.8).encode(
-        x=alt.X("layer:N", title=None), xOffset="jitter:Q",
+        x=alt.X("writers:N", title=None, sort=["position"]), xOffset="seed:N",
         y=alt.Y("gap:Q", title="survival − generic", scale=alt.Scale(domain=[-2, 2], clamp=True)),
         color=alt.Color("verdict:N", scale=alt.Scale(domain=list(VERDICTS), range=list(VERDICTS.values())), title=None),
-    ).transform_calculate(jitter="random()").properties(width=90, height=220)  # fmt: skip
+    ).properties(width=100, height=220)  # fmt: skip
     return points.facet(alt.Column("configuration:N", sort=order, title=None)).configure_legend(orient="bottom")
 
 
@@ -99,6 +130,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--figure", type=Path)
     asked = parser.parse_args()
-    print(markdown(runs(), "configuration"), markdown(steps(), "step"), sep="\n\n")
+    for name, columns in TABLES.items():
+        print(
+            name, markdown(runs(), "configuration", columns), markdown(steps(), "step", columns), sep="\n\n", end="\n\n"
+        )
     if asked.figure:
         figure(runs()).save(asked.figure, scale_factor=2)
