@@ -99,7 +99,7 @@ def test_a_failed_audit_leaves_no_folder(tmp_path) -> None:
 def test_the_demonstration_needs_no_file_and_names_its_text() -> None:
     lm, tokens = demonstration(n=3)
     assert lm.certificate.ok
-    assert tokens.ids.shape == (3, 128)
+    assert tokens.ids.shape == (3, 64)
     assert tokens.source == "Python's documentation topics and asyncio"
     shown = lm.tokenizer.batch_decode(tokens.ids)
     assert shown[0].startswith('<|bos|>"""Base implementation of event loop.')

@@ -32,7 +32,8 @@ READINGS = ("direct", "net", "relp", "gradient", "total")
 def prompts(model: Path, books: Path, writers: list[str]) -> list[dict[str, Any]]:
     """The prompts whose reading overstates the effect most, no text and no writer's question twice."""
     lm = uw.load(model)
-    tokens = uw.text([books / name for name in HELD_OUT], lm.tokenizer, n=1000, length=LENGTH)
+    texts = [(books / name).read_text("utf-8") for name in HELD_OUT]
+    tokens = uw.text(texts, lm.tokenizer, n=1000, length=LENGTH)
     found = []
     for writer in writers:
         hits = uw.adversarial(lm, tokens, writer, n=CANDIDATES).data

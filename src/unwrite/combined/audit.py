@@ -39,7 +39,7 @@ LOWEST = 3
 ASKED = 20
 TEXTS = 100
 # The demonstration's windows are this long.
-LENGTH = 128
+LENGTH = 64
 
 
 def audit(
