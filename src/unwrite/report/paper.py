@@ -220,12 +220,12 @@ def _number(name: str) -> alt.Tooltip:
 
 
 def finish(chart: alt.TopLevelMixin, title: str, width: int | None = WIDTH) -> alt.TopLevelMixin:
-    """Size, title and fonts that can be read in a column; no background, so that it stands on light and dark."""
+    """Size, title and fonts that can be read in a column."""
     if width is not None:
         chart = chart.properties(width=width, height=HEIGHT)
     return (
         chart.properties(title=alt.Title(plain(title), anchor="start", fontSize=12))
-        .configure(font="sans-serif", background="transparent")
+        .configure(font="sans-serif", background="white")
         .configure_axis(labelFontSize=11, titleFontSize=11, grid=False)
         .configure_legend(orient="bottom", labelFontSize=11)
         .configure_view(stroke=None)
