@@ -60,8 +60,9 @@ class Writer:
 
 
 def writers(result: Result, names: list[str]) -> Iterator[Writer]:
-    """The verified writers, then the first of `names` that were not."""
+    """The verified writers, furthest below generic first, then the first of `names` that were not."""
     proofs = list(audited.verified(result)) if result.method == "audit" else []
+    proofs.sort(key=lambda proof: float(proof["gap"][-1]))
     for proof in proofs:
         yield _verified(result, proof)
     known = {proof.attrs["writer"] for proof in proofs}
