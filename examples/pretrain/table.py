@@ -1,4 +1,4 @@
-"""What did the sweep find, and what the checkpoints of the bundled model's run? Tables in Markdown, and a figure.
+"""What did the sweep find, and what the checkpoints of the bundled model's run? Tables and a figure.
 
     python examples/pretrain/table.py [--figure docs/bandwidth.png]
 
@@ -95,14 +95,14 @@ TABLES: dict[str, dict[str, Column]] = {
 }
 
 
-def markdown(found: list[dict[str, Any]], by: str, columns: dict[str, Column]) -> str:
+def frame(found: list[dict[str, Any]], by: str, columns: dict[str, Column]) -> pd.DataFrame:
     """One row for each configuration or step."""
-    lines = ["| " + " | ".join([by, *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
+    rows = {}
     for name in dict.fromkeys(run[by] for run in found):
         same = [run for run in found if run[by] == name]
-        cells = [_cell([column(run) for run in same]) for column in columns.values()]
-        lines.append("| " + " | ".join([f"{name} ({len(same)} seeds)" if len(same) > 1 else str(name), *cells]) + " |")
-    return "\n".join(lines)
+        label = f"{name} ({len(same)} seeds)" if len(same) > 1 else str(name)
+        rows[label] = [_cell([column(run) for run in same]) for column in columns.values()]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=list(columns)).rename_axis(columns=by)
 
 
 def _cell(values: list[float]) -> str:
@@ -131,8 +131,7 @@ if __name__ == "__main__":
     parser.add_argument("--figure", type=Path)
     asked = parser.parse_args()
     for name, columns in TABLES.items():
-        print(
-            name, markdown(runs(), "configuration", columns), markdown(steps(), "step", columns), sep="\n\n", end="\n\n"
-        )
+        for found, by in ((runs(), "configuration"), (steps(), "step")):
+            print(f"{name}\n{frame(found, by, columns).to_string()}\n")
     if asked.figure:
         figure(runs()).save(asked.figure, scale_factor=2)
