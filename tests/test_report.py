@@ -118,7 +118,7 @@ def test_a_reading_that_differs_in_kind_is_a_disagreement(hostile) -> None:
 def test_the_figure_has_a_cell_for_every_material_writer_and_location(result) -> None:
     spec = figures.draw(result).to_dict()
     data = max(spec["datasets"].values(), key=len)
-    material = rows(result.data)[0]
+    material = rows(result.data)[0][:40]
     assert len(data) == len(material) * result.data.sizes["location"]
     level = result["level"].sel(quantile=0.5)
     for cell in data:

@@ -79,7 +79,9 @@ def test_what_came_back_can_be_saved_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("unit", ["1", "activation", "seconds", "logit"])
 def test_a_unit_is_a_word_and_changes_no_number(tmp_path: Path, unit: str) -> None:
-    saved = made(xr.Dataset({"x": quantity(("writer",), np.array([1.0, 2.0]), unit, "x")}, {"writer": ["a", "b"]}))
+    saved = made(
+        xr.Dataset({"x": quantity(("writer",), np.array([1.0, 2.0]), unit, "x")}, {"writer": ["L0H0", "L0H1"]})
+    )
     back = read(saved.save(tmp_path))["x"]
     assert back.attrs == {"units": unit, "equation": "x"}
     assert back.values.tolist() == [1.0, 2.0]

@@ -94,6 +94,8 @@ def again(told, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
             parts.append((steps[:-1], step.result))
             steps = []
     pressed: list[tuple[str, int]] = []
+    # A process that was started in the background may have inherited that it ignores Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def find(name: str, *_: Any, listener: Any, **__: Any) -> Result:
         steps, result = parts.pop(0)
