@@ -46,3 +46,11 @@ def _missing(marker: str, config: pytest.Config) -> str | None:
 def shared() -> Path:
     """The neighbour folder with real models and corpora; a test that asks for it is marked `shared`."""
     return SHARED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Numbers that a test gave to `record_property("measured", …)`: workers have no screen of their own."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            if name == "measured":
+                terminalreporter.write_line(value)

@@ -58,7 +58,7 @@ def test_default_cannot_be_mistaken_for_a_folder(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.shared
-def test_its_loss_on_books_that_it_never_saw_is_what_its_card_says(lm, record, shared, capsys) -> None:
+def test_its_loss_on_books_that_it_never_saw_is_what_its_card_says(lm, record, shared, record_property) -> None:
     """Nats per token over the same windows, by weights of the log-softmax in float64."""
     for name in BOOKS:
         ids = uw.text(shared / "corpus" / "books" / name, lm.tokenizer, n=100).ids
@@ -67,8 +67,7 @@ def test_its_loss_on_books_that_it_never_saw_is_what_its_card_says(lm, record, s
         top = logits.max(-1, keepdims=True)
         log = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
         loss = -np.take_along_axis(log[:, :-1], ids[:, 1:, None], -1).mean()
-        with capsys.disabled():
-            print(f"\n{name}: {loss:.3f} nats per token, perplexity {np.exp(loss):.1f}")  # noqa: T201 - to be read
+        record_property("measured", f"{name}: {loss:.3f} nats per token, perplexity {np.exp(loss):.1f}")
         assert loss == pytest.approx(record["held_out"][name], abs=2e-3)
 
 
