@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -50,8 +51,6 @@ def hostile(audited) -> uw.Result:
         data[name] = (data[name].dims, np.full(data[name].shape, HOSTILE.replace("\ud800", ""), dtype=object))
     record = audited.provenance
     record["model"]["name"] = record["settings"]["judged"]["source"] = record["tokens"][""]["source"] = HOSTILE
-    import json
-
     return Result(data.assign_attrs(provenance=json.dumps(record), verdict=HOSTILE.replace("\ud800", "")))
 
 
@@ -204,8 +203,6 @@ def test_alerts_name_what_should_make_careful(audited) -> None:
     assert "6 independent prompts" in kinds["sample"]
     record = audited.provenance
     record["model"]["certificate"]["heads"] = 0.5 * record["model"]["certificate_limit"]
-    import json
-
     worse = Result(audited.data.assign_attrs(provenance=json.dumps(record)))
     assert "identity “heads”" in {alert.kind: alert.words for alert in alerts(worse)}["precision"]
 

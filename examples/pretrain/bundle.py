@@ -30,7 +30,7 @@ READINGS = ("direct", "net", "relp", "gradient", "total")
 
 
 def prompts(model: Path, books: Path, writers: list[str]) -> list[dict[str, Any]]:
-    """The prompts whose reading overstates the effect most, no text and no writer's question twice."""
+    """The prompts whose reading overstates the effect most, no text twice."""
     lm = uw.load(model)
     texts = [(books / name).read_text("utf-8") for name in HELD_OUT]
     tokens = uw.text(texts, lm.tokenizer, n=1000, length=LENGTH)
@@ -54,7 +54,10 @@ def prompts(model: Path, books: Path, writers: list[str]) -> list[dict[str, Any]
                 "generic_rate": rounded(float(rate.sel(source="generic"))),
             })  # fmt: skip
     ranked = sorted(found, key=lambda one: abs(one["total"]) - abs(one["direct"]))
-    return list({one["text"]: one for one in reversed(ranked)}.values())[::-1][:KEPT]
+    first: dict[str, dict[str, Any]] = {}
+    for one in ranked:
+        first.setdefault(one["text"], one)
+    return list(first.values())[:KEPT]
 
 
 def along(run: Path, books: Path) -> None:

@@ -24,9 +24,8 @@ WINDOWS, LENGTH = 40, 64
 LOSS_WINDOWS = 100
 
 
-def loss(model: Path, books: Path) -> dict[str, float]:
+def loss(lm: Any, books: Path) -> dict[str, float]:
     """Nats per token on the first windows of each held-out book, of the model's whole context."""
-    lm = uw.load(model)
     found = {}
     for name in HELD_OUT:
         ids = torch.from_numpy(uw.text(books / name, lm.tokenizer, n=LOSS_WINDOWS).ids)
@@ -35,9 +34,8 @@ def loss(model: Path, books: Path) -> dict[str, float]:
     return found
 
 
-def writers(model: Path, books: Path) -> list[dict[str, Any]]:
+def writers(lm: Any, books: Path) -> list[dict[str, Any]]:
     """One row for each writer: its size, its survival beside that of a random vector, and who acts because of it."""
-    lm = uw.load(model)
     texts = [(books / name).read_text("utf-8") for name in HELD_OUT]
     parts = [uw.text(text, lm.tokenizer, n=WINDOWS // len(texts), length=LENGTH) for text in texts]
     tokens = np.concatenate([part.ids for part in parts])
@@ -69,7 +67,8 @@ def writers(model: Path, books: Path) -> list[dict[str, Any]]:
 
 def measured(model: Path, books: Path) -> dict[str, Any]:
     """Loss and writers, as they are kept in JSON; numbers to four significant digits."""
-    found = {"held_out": loss(model, books), "writers": writers(model, books)}
+    lm = uw.load(model)
+    found = {"held_out": loss(lm, books), "writers": writers(lm, books)}
     return json.loads(json.dumps(found), parse_float=lambda text: rounded(float(text)), parse_constant=lambda _: None)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from unwrite.report import audited, believed
-from unwrite.report.rows import disagreements, texts
+from unwrite.report.rows import at_the_start, disagreements, texts
 from unwrite.result import Result
 
 # An identity is named above this part of the limit at which the model would be refused.
@@ -55,9 +55,8 @@ def _sample(result: Result) -> Iterator[Alert]:
             yield Alert("positions", f"{below:,} ratios{where} left out, where a write is next to nothing")
         if beyond:
             yield Alert("positions", f"{beyond:,} ratios{where} beyond ±100, counted at the border")
-        with np.errstate(divide="ignore", invalid="ignore"):
-            times = data["skipped_norm"].values / data["norm"].sel(quantile=0.5).values
-        if skip and (sinks := np.flatnonzero((times > SINK) & data["material"].values)).size:
+        times = at_the_start(data)
+        if skip and (sinks := np.flatnonzero(times > SINK)).size:
             worst = sinks[times[sinks].argmax()]
             words = (
                 f"{len(sinks)} nodes write more than {SINK:.0f} × their usual norm at the first {skip} of each prompt"

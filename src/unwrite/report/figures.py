@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from unwrite.errors import ResultError, plain
-from unwrite.report.paper import FIGURES, finish, of_writer, series
+from unwrite.report.paper import FIGURES, finish, of_verified, series
 from unwrite.report.rows import rows, texts
 from unwrite.result import Result, write
 
@@ -48,9 +48,7 @@ _MAIN = {"verify": "fig1", "dla": "fig4", "corpus_dla": "fig5"}
 
 def places(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
     """Level and survival of a verified write at the end of the stream, by position in the prompt (± standard error)."""
-    data = of_writer(result, writer)
-    if "survival_at" not in data:
-        raise ResultError(f"{data.attrs['writer']} was not verified", fix=f"run uw.verify(…, {data.attrs['writer']!r})")
+    data = of_verified(result, writer)
     frames = []
     for name in ("level", "survival"):
         value, error = data[f"{name}_at"].values, np.nan_to_num(data[f"{name}_at_se"].values)

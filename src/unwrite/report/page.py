@@ -108,20 +108,18 @@ def save_all(result: Result, folder: Path) -> tuple[str, ...]:
 
 def _audited(result: Result) -> dict:
     """The panels that only an audit has; names and texts in them were made plain where they were read."""
+    # Without erasers there is no corpus of what they take back.
+    pictures = ("fig4", "fig5") if "corpus_sample_x" in result.data else ("fig4",)
     return {
         "verified": (audited.HEADER, [audited.row(data) for data in audited.verified(result)]),
         "asked": [(one.title, one.sums, believed.HEADER, one.rows) for one in believed.asked(result.data)],
-        "pictures": [panels.picture(FIGURES[name](result)) for name in ("fig4", "fig5") if _has(result, name)],
+        "pictures": [panels.picture(FIGURES[name](result)) for name in pictures],
         "trust": [
             (replacement, believed.TRUST_HEADER, believed.trusted(result.data, replacement))
             for replacement in believed.REPLACEMENTS
         ],
         "search": audited.search(result),
     }
-
-
-def _has(result: Result, figure: str) -> bool:
-    return {"fig4": "other_direct", "fig5": "corpus_sample_x"}[figure] in result.data
 
 
 def _panel(name: str, data, read) -> dict:

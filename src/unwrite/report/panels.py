@@ -132,6 +132,5 @@ def picture(chart: TopLevelMixin) -> Picture:
     """The chart as SVG text; everything written in it was escaped by the library that drew it."""
     spec: dict[str, Any] = chart.to_dict(validate=False)  # checked by the tests, and slow
     spec["config"] |= {"background": "transparent"}  # the page is light or dark
-    title = spec["title"]
     svg = vlc.vegalite_to_svg(json.dumps(spec))
-    return Picture(Markup(svg), title["text"] if isinstance(title, dict) else str(title))  # noqa: S704 - drawn here
+    return Picture(Markup(svg), spec["title"]["text"])  # noqa: S704 - drawn here

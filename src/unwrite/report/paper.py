@@ -52,6 +52,14 @@ def of_writer(result: Result, writer: str | None = None) -> xr.Dataset:
     return one[["share", "eraser"]].merge(clean).assign_attrs(writer=chosen)
 
 
+def of_verified(result: Result, writer: str | None = None) -> xr.Dataset:
+    """The same of a writer that was verified. Raises ResultError for one that was not."""
+    data = of_writer(result, writer)
+    if "survival" not in data:
+        raise ResultError(f"{data.attrs['writer']} was not verified", fix=f"run uw.verify(…, {data.attrs['writer']!r})")
+    return data
+
+
 def _require(there: bool, where: str, what: object, known: list[str]) -> None:
     if not there:
         listed = ", ".join(known[:12]) + (" …" if len(known) > 12 else "")
@@ -108,9 +116,7 @@ def fig3(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
 
     Raises ResultError for a writer that was not verified.
     """
-    data = of_writer(result, writer)
-    if "patched" not in data["condition"].values:
-        raise ResultError(f"{data.attrs['writer']} was not verified", fix=f"run uw.verify(…, {data.attrs['writer']!r})")
+    data = of_verified(result, writer)
     words = {"clean": "level", "patched": "hidden from values"}
     level = pd.concat(
         [_quantiles(data["level"].sel(condition=c), "location").assign(what=word) for c, word in words.items()]
@@ -159,7 +165,7 @@ def fig4(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
     return finish(chart, f"What {node} is credited with, and what it does", max(WIDTH, 46 * min(len(asked), 12)))
 
 
-_FOUR = ["#2166ac", "#67a9cf", "#b3cde3", COLOURS["total"]]
+_FOUR = [COLOURS["level"], "#67a9cf", "#b3cde3", COLOURS["total"]]
 
 
 def fig5(result: Result, writer: str | None = None) -> alt.TopLevelMixin:

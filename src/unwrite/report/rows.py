@@ -98,20 +98,26 @@ def disagreements(result: Result) -> list[str]:
 
 def soundness(data: xr.Dataset, settings: Mapping[str, Any]) -> str:
     """What was counted and what was not, in one line."""
-    skip, middle = settings["skip"], data["norm"].sel(quantile=0.5)
+    skip = settings["skip"]
     line = (
         f"{int(data['n_positions'].max()):,} positions from {int(data['n_clusters'])} independent prompts; left out "
         f"below the floor {int(data['n_below_floor'].sum()):,}, ratios beyond ±100 {int(data['n_beyond_grid'].sum()):,}"
     )
     if not skip:
         return line
-    with np.errstate(divide="ignore", invalid="ignore"):
-        times = np.where(data["material"].values, data["skipped_norm"].values / middle.values, 0.0)
+    times = at_the_start(data)
     largest = int(times.argmax())
     return (
         f"{line}; the first {skip} of each prompt counted apart: there {data['writer'].values[largest]} writes "
         f"{float(times[largest]):.1f} × its usual norm"
     )
+
+
+def at_the_start(data: xr.Dataset) -> np.ndarray:
+    """How many times its usual norm each writer writes at the skipped positions; 0 of immaterial ones."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        times = data["skipped_norm"].values / data["norm"].sel(quantile=0.5).values
+    return np.where(data["material"].values, times, 0.0)
 
 
 def folded_line(folded: list[str]) -> str:

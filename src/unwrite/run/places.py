@@ -6,9 +6,6 @@ extreme. (facts: position is part of what a ratio depends on)
 
 from __future__ import annotations
 
-from functools import reduce
-from operator import add
-
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -22,7 +19,7 @@ SHOWN = 256
 EXAMPLES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
-def along(
+def at_the_end(
     end: Float[Tensor, "prompt position d"], without: Float[Tensor, "prompt position d"], write: Tensor
 ) -> Float[Tensor, "what prompt position"]:
     """Row by row, at the end of the stream: ⟨x, o_w⟩, ⟨x − x^{−w}, o_w⟩ and ‖o_w‖²."""
@@ -40,7 +37,7 @@ def by_position(rows: Float[Tensor, "what prompt position"], clusters: np.ndarra
     starts = first_of_groups(length)
     group = torch.from_numpy(np.repeat(np.arange(len(starts)), np.diff([*starts, length]))).to(rows.device)
     sums = rows.new_zeros(3, rows.shape[1], len(starts), dtype=torch.float64).index_add_(2, group, rows.double())
-    return reduce(add, (ClusterSums.of(int(c), sums[:2, i], sums[2, i]) for i, c in enumerate(clusters)))
+    return ClusterSums.over(clusters, sums[:2].transpose(0, 1), sums[2])
 
 
 def typical(survival: Float[np.ndarray, " prompt"]) -> Int[np.ndarray, " example"]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -212,6 +214,13 @@ class ClusterSums:
         """The sums of one prompt of `cluster`."""
         zero, none = torch.zeros_like(y), torch.zeros_like(x)
         return ClusterSums(0, zero, zero, zero, none, none, ((cluster, y, x),))
+
+    @staticmethod
+    def over(
+        clusters: Int[np.ndarray, " prompt"], y: Float[Tensor, "prompt node writer"], x: Float[Tensor, "prompt writer"]
+    ) -> ClusterSums:
+        """The sums of neighbouring prompts, each of its own cluster."""
+        return reduce(add, (ClusterSums.of(int(c), *sums) for c, *sums in zip(clusters, y, x, strict=True)))
 
     def __add__(self, other: ClusterSums) -> ClusterSums:
         """Sums of two neighbouring ranges of prompts, `self` first."""

@@ -17,7 +17,7 @@ from unwrite.model.capture import Recording
 from unwrite.model.view import Model, fold
 from unwrite.nodes import Node
 from unwrite.run.decode import Decoding, Moments
-from unwrite.run.places import along, by_position, typical
+from unwrite.run.places import at_the_end, by_position, typical
 from unwrite.run.readers import one_reader
 from unwrite.run.rerun import Clean, added, clean, hidden
 from unwrite.run.rotations import rotations
@@ -168,7 +168,7 @@ class WithoutTally:
             "share_without": share_without,
             "acts": share - share_without,
         }
-        return sums, along(run.record.stream[end], without.stream[end], write)
+        return sums, at_the_end(run.record.stream[end], without.stream[end], write)
 
     def _survival(self, record: Recording, without: Recording, write: Tensor) -> Float[Tensor, "prompt location"]:
         return torch.stack([_dot(record.stream[s] - without.stream[s], write) for s in self.lm.states], 1)
@@ -222,8 +222,8 @@ class WithoutTally:
 
     def _clusters(self, batch: Batch, sums: Float[Tensor, "prompt sum"], write: Tensor) -> ClusterSums:
         clusters, energy = self.tokens.cluster[batch.first : batch.first + batch.real], write.pow(2).sum((1, 2))
-        of_prompts = zip(clusters, sums[: batch.real].double(), energy[: batch.real].double(), strict=True)
-        return reduce(add, (ClusterSums.of(int(cluster), y[:, None], x[None]) for cluster, y, x in of_prompts))
+        y, x = (part[: batch.real, ..., None].double() for part in (sums, energy))
+        return ClusterSums.over(clusters, y, x)
 
     @property
     def n_positions(self) -> int:
@@ -251,7 +251,7 @@ class WithoutTally:
         for batch in batches(shown, 1):
             run, kept = self._clean(batch), self._kept(batch)
             write = run.nodes(run.record)[self.index] * kept[..., None]
-            rows = along(run.record.stream[end], added(run, self.writer, -write).stream[end], write)
+            rows = at_the_end(run.record.stream[end], added(run, self.writer, -write).stream[end], write)
             found[:, batch.first] = torch.where(kept, rows, torch.nan)[:, 0].double().cpu().numpy()
         return shown, found
 
