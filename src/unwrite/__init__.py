@@ -10,9 +10,11 @@ if TYPE_CHECKING:
     from unwrite.combined.audit import audit as audit
     from unwrite.combined.doctor import doctor as doctor
     from unwrite.combined.reproduce import reproduce as reproduce
+    from unwrite.contrasts import pairs as pairs
     from unwrite.methods.adversarial import adversarial as adversarial
     from unwrite.methods.corpus import corpus_dla as corpus_dla
     from unwrite.methods.dla import dla as dla
+    from unwrite.methods.effects import effects as effects
     from unwrite.methods.scan import scan as scan
     from unwrite.methods.verify import verify as verify
     from unwrite.model.load import load as load
@@ -34,7 +36,9 @@ _PUBLIC = {
     "corpus_dla": "unwrite.methods.corpus",
     "dla": "unwrite.methods.dla",
     "doctor": "unwrite.combined.doctor",
+    "effects": "unwrite.methods.effects",
     "load": "unwrite.model.load",
+    "pairs": "unwrite.contrasts",
     "planted": "unwrite.model.planted",
     "read": "unwrite.result",
     "reproduce": "unwrite.combined.reproduce",

@@ -18,7 +18,7 @@ _STATES = ("pre", "mid", "post")
 # The order in which a forward pass reaches the sites of a layer. In a parallel block the MLP comes when it likes.
 _SITES = (
     *("embed", "pos_embed", "pre", "v_input", "q", "shared_k", "k", "shared_v", "v"),
-    *("pattern", "z", "head", "bias", "mid", "act", "mlp", "post"),
+    *("pattern", "z", "head", "bias", "attn_out", "mid", "act", "neuron", "mlp", "post"),
 )
 
 _NODE_FORMS = (
@@ -35,6 +35,9 @@ _SITE_FORMS = (
     *((part, re.compile(rf"L(\d+)H(\d+)\.{part}")) for part in ("q", "k", "v", "z", "pattern")),
     *((f"shared_{part}", re.compile(rf"L(\d+)KV(\d+)\.{part}")) for part in ("k", "v")),
     ("v_input", re.compile(r"L(\d+)\.v_input")),
+    ("attn_out", re.compile(r"L(\d+)\.attn_out")),
+    ("attn_out", re.compile(r"blocks\.(\d+)\.hook_attn_out")),
+    ("neuron", re.compile(r"MLP(\d+)\.act\[(\d+)\]")),
     ("act", re.compile(r"MLP(\d+)\.act")),
     ("act", re.compile(r"blocks\.(\d+)\.mlp\.hook_post")),
 )
@@ -90,8 +93,8 @@ class Location:
 class Site:
     """Anything that can be recorded or edited: what a node writes, a state of the stream, or a tensor inside a layer.
 
-    `kind` is the kind of a node, a state of a location, or the part of the layer; `head` a query head, or the key/value
-    head of a shared part.
+    `kind` is the kind of a node, a state of a location, or the part of the layer; `head` a query head, the key/value
+    head of a shared part, or the index of a neuron.
     """
 
     kind: str
@@ -106,7 +109,9 @@ class Site:
         part = self.kind.removeprefix("shared_")
         return {
             "v_input": f"L{self.layer}.v_input",
+            "attn_out": f"L{self.layer}.attn_out",
             "act": f"MLP{self.layer}.act",
+            "neuron": f"MLP{self.layer}.act[{self.head}]",
             f"shared_{part}": f"L{self.layer}KV{self.head}.{part}",
         }.get(self.kind, f"L{self.layer}H{self.head}.{part}")
 
@@ -146,7 +151,8 @@ def parse_location(name: object) -> Location:
 
 
 def parse_site(name: object) -> Site:
-    """A `Site` from "L2H3.z" (.q, .k, .v, .pattern), "L2KV1.k" (.v), "L2.v_input", "MLP2.act", a node or a location.
+    """A `Site` from "L2H3.z" (.q, .k, .v, .pattern), "L2KV1.k" (.v), "L2.v_input", "L2.attn_out", "MLP2.act",
+    "MLP2.act[17]", a node or a location.
 
     "L2H3.out" is "L2H3", "resid_pre2" is "resid_post1". Raises NodeError for anything else.
     """

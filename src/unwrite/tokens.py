@@ -234,6 +234,41 @@ def single_token(token: int | str, tokenizer: Any, vocabulary: int) -> int:
     return int(token)
 
 
+def single_tokens(token: Any, n: int, name: str, tokenizer: Any, vocabulary: int) -> Int[np.ndarray, " prompt"] | None:
+    """The id of one token for each of `n` prompts, given once or n times; None where none is asked for.
+
+    Raises TokensError as `single_token` does, and for another number of tokens.
+    """
+    if token is None:
+        return None
+    token = token.tolist() if hasattr(token, "tolist") else token
+    each: list[Any] = list(token) if isinstance(token, (list, tuple)) else [token] * n
+    if len(each) != n:
+        raise TokensError(f"{name} is one token for each prompt", got=f"{len(each)} tokens", expected=f"1 or {n}")
+    return np.array([single_token(part, tokenizer, vocabulary) for part in each])
+
+
+def read_rows(position: Any, tokens: Tokens) -> Int[np.ndarray, " prompt"]:
+    """The row of every prompt that `position` names: one number or one each, from the end where it is negative.
+
+    Raises TokensError for anything else, and for a row outside its prompt.
+    """
+    try:
+        wanted = np.asarray(position)
+    except ValueError:  # rows of unequal length
+        wanted = np.asarray(None)
+    if wanted.dtype.kind not in "iu" or wanted.shape not in ((), (len(tokens),)):
+        raise TokensError("position is a row of each prompt", got=plain(position), expected="an integer, or one each")
+    row = np.where(wanted < 0, tokens.lengths + wanted, wanted)
+    outside = np.flatnonzero((row < 0) | (row >= tokens.lengths))
+    if len(outside):
+        raise TokensError(
+            f"prompt {outside[0]} has no such position", got=int(np.broadcast_to(wanted, row.shape)[outside[0]]),
+            expected=f"−{tokens.lengths[outside[0]]} to {tokens.lengths[outside[0]] - 1}",
+        )  # fmt: skip
+    return row
+
+
 def spelled(ids: Iterable[int | np.integer], tokenizer: Any) -> str:
     """What token ids say, as one printable line; a token that alone is no text is named as the vocabulary does."""
     numbers = [int(i) for i in ids]

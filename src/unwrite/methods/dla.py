@@ -16,7 +16,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from unwrite.errors import NumericError, TokensError, plain
+from unwrite.errors import NumericError, TokensError
 from unwrite.model.load import provenance
 from unwrite.model.view import Model, fold
 from unwrite.result import Result, build, quantity
@@ -28,7 +28,7 @@ from unwrite.run.replace import REPLACEMENTS, Pool
 from unwrite.run.rerun import clean
 from unwrite.run.stream import Batch, Listener, admit, batch_size, parts, stream
 from unwrite.run.trust import FORMS, trust
-from unwrite.tokens import Tokens, prompts, single_token, spelled
+from unwrite.tokens import Tokens, prompts, read_rows, single_tokens, spelled
 
 AT = ("all", "position")
 # Whatever is asked for, trust is measured for these.
@@ -116,16 +116,20 @@ def _request(
             f"prompt {int(tokens.lengths.argmin())} is one token long",
             expected="two or more, so that heads have a choice",
         )
-    row = _rows(position, tokens)
+    row = read_rows(position, tokens)
     pool = Pool(lm, fold(lm), tokens if texts is None else _texts(lm, texts, row), own=texts is None)
     if replace != "zero" and len(pool.tokens) < 2:
         raise TokensError(f"replace={replace!r} needs other texts", got="1 prompt", fix="pass texts=, or more prompts")
-    chosen = _tokens(lm, answer, len(tokens), "answer"), _tokens(lm, against, len(tokens), "against")
-    if chosen[0] is None and chosen[1] is not None:
+    rows = min(lm.vocabulary, lm.hf.get_output_embeddings().weight.shape[0])
+    chosen, other = (
+        single_tokens(token, len(tokens), name, lm.tokenizer, rows)
+        for token, name in ((answer, "answer"), (against, "against"))
+    )
+    if chosen is None and other is not None:
         raise TokensError("against needs an answer to be compared with", fix="pass answer, or leave both out")
-    if chosen[0] is not None and chosen[1] is not None and (chosen[0] == chosen[1]).any():
-        raise TokensError("answer and against are the same token", got=int(chosen[0][chosen[0] == chosen[1]][0]))
-    return Request(tokens, row, *chosen, at, replace, pool)
+    if chosen is not None and other is not None and (chosen == other).any():
+        raise TokensError("answer and against are the same token", got=int(chosen[chosen == other][0]))
+    return Request(tokens, row, chosen, other, at, replace, pool)
 
 
 def _texts(lm: Model, texts: Any, row: np.ndarray) -> Tokens:
@@ -136,34 +140,6 @@ def _texts(lm: Model, texts: Any, row: np.ndarray) -> Tokens:
             expected=f"at least {int(row.max()) + 1}", fix="cut them longer with uw.text(..., length=...)",
         )  # fmt: skip
     return tokens
-
-
-def _rows(position: Any, tokens: Tokens) -> np.ndarray:
-    try:
-        wanted = np.asarray(position)
-    except ValueError:  # rows of unequal length
-        wanted = np.asarray(None)
-    if wanted.dtype.kind not in "iu" or wanted.shape not in ((), (len(tokens),)):
-        raise TokensError("position is a row of each prompt", got=plain(position), expected="an integer, or one each")
-    row = np.where(wanted < 0, tokens.lengths + wanted, wanted)
-    outside = np.flatnonzero((row < 0) | (row >= tokens.lengths))
-    if len(outside):
-        raise TokensError(
-            f"prompt {outside[0]} has no such position", got=int(np.broadcast_to(wanted, row.shape)[outside[0]]),
-            expected=f"−{tokens.lengths[outside[0]]} to {tokens.lengths[outside[0]] - 1}",
-        )  # fmt: skip
-    return row
-
-
-def _tokens(lm: Model, token: Any, n: int, name: str) -> np.ndarray | None:
-    if token is None:
-        return None
-    token = token.tolist() if isinstance(token, (np.ndarray, Tensor)) else token
-    each: list[Any] = list(token) if isinstance(token, (list, tuple)) else [token] * n
-    if len(each) != n:
-        raise TokensError(f"{name} is one token for each prompt", got=f"{len(each)} tokens", expected=f"1 or {n}")
-    rows = min(lm.vocabulary, lm.hf.get_output_embeddings().weight.shape[0])
-    return np.array([single_token(part, lm.tokenizer, rows) for part in each])
 
 
 class _Tally:

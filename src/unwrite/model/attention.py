@@ -12,11 +12,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
@@ -76,6 +77,47 @@ def _open_attention(lm: Model, found: Patterns) -> Iterator[None]:
 
     with _registered(lm, attend, eager_mask):
         yield
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """What one layer's attention was called with: queries, keys and values of every query head, and its scores.
+
+    `scores` gives those of other queries or keys, after the scaling and soft-cap of the model and before the softmax;
+    `visible` says which keys a query sees, `shared` how many keys and values the heads have between them.
+    """
+
+    query: Float[Tensor, "prompt head query d_head"]
+    key: Float[Tensor, "prompt head key d_head"]
+    value: Float[Tensor, "prompt head key d_head"]
+    visible: Bool[Tensor, "_ _ query key"]
+    shared: int
+    scores: Callable[[Tensor, Tensor], Float[Tensor, "prompt head query key"]]
+
+
+@contextmanager
+def scoring(lm: Model) -> Iterator[dict[int, Scored]]:
+    """Inside the `with`, every forward pass leaves layer -> what its attention was called with, in float32 or better.
+
+    Raises ModelError for a family whose attention does not go through transformers' interface.
+    """
+    if not lm.row.interface:
+        raise ModelError(f"the scores of {lm.family}'s attention are not shown by any module", fix="use method='atp'")
+    found: dict[int, Scored] = {}
+    layer_of = {layer.attention: layer.index for layer in lm.layers}
+
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **settings: Any):
+        exact = torch.promote_types(query.dtype, torch.float32)
+        keys, values = (per_query_head(shared, query) for shared in (key, value))
+        visible = attention_mask[..., : key.shape[-2]] > torch.finfo(attention_mask.dtype).min / 2
+        scores = partial(_scores, **settings)
+        seen = [part.detach().to(exact) for part in (query, keys, values)]
+        found[layer_of[module]] = Scored(seen[0], seen[1], seen[2], visible, key.shape[1], scores)
+        pattern = _pattern(query, key, attention_mask, **settings)
+        return (pattern @ values).transpose(1, 2).contiguous(), pattern
+
+    with _registered(lm, attend, eager_mask):
+        yield found
 
 
 @contextmanager
@@ -155,7 +197,7 @@ def _torch_with_pattern(
         attn_mask = attn_mask.tril() if is_causal else attn_mask
     if attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=exact).masked_fill(~attn_mask, torch.finfo(exact).min)
-    pattern = _pattern(query.to(exact), key.to(exact), attn_mask.to(exact), rest.get("scale")).to(query.dtype)
+    pattern = _pattern(query.to(exact), key.to(exact), attn_mask.to(exact), scaling=rest.get("scale")).to(query.dtype)
     pattern = nn.functional.dropout(pattern, rest.get("dropout_p", 0.0))
     return (pattern @ per_query_head(value, query)).transpose(1, 2), pattern
 
@@ -236,16 +278,18 @@ def _registered(lm: Model, attend: Callable[..., Any], mask: Callable[..., Any] 
         AttentionMaskInterface._global_mapping.pop(name, None)
 
 
-def _pattern(
-    query: Tensor, key: Tensor, mask: Tensor, scaling: float | None = None, softcap: float | None = None, **rest: Any
-) -> Float[Tensor, "prompt head query key"]:
-    if rest.get("s_aux") is not None:
+def _pattern(query: Tensor, key: Tensor, mask: Tensor, **settings: Any) -> Float[Tensor, "prompt head query key"]:
+    if settings.get("s_aux") is not None:
         raise ModelError("attention has learned sinks: rows of its pattern sum below 1, so heads have no constant part")
+    return torch.softmax(_scores(query, key, **settings) + mask[..., : key.shape[-2]], dim=-1)
+
+
+def _scores(
+    query: Tensor, key: Tensor, scaling: float | None = None, softcap: float | None = None, **rest: Any
+) -> Float[Tensor, "prompt head query key"]:
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = query @ per_query_head(key, query).transpose(2, 3) * scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    return torch.softmax(scores + mask[..., : key.shape[-2]], dim=-1)
+    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
 
 
 def per_query_head(shared: Tensor, query: Tensor) -> Tensor:

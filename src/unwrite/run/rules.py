@@ -24,6 +24,7 @@ from unwrite.model.capture import evaluating
 from unwrite.model.view import Layer, Model, gain_of, is_norm, norm_scale, value_columns
 from unwrite.nodes import Location
 from unwrite.run.logits import final_norm
+from unwrite.run.sites import last_projection
 
 _STABLE = 1e-6
 # How much an expert counts is held: a product of three factors has no agreed rule.
@@ -65,7 +66,7 @@ def cotangents(
     stream: dict[Location, Tensor] = {}
     with torch.enable_grad(), ExitStack() as stack:
         stack.enter_context(evaluating(lm.hf))
-        for handle in [*_put(lm, rules), *_watch(lm, stream)]:
+        for handle in [*put(lm, rules), *_watch(lm, stream)]:
             stack.callback(handle.remove)
         values = metric(lm.decoder(input_ids=ids.to(lm.device), use_cache=False).last_hidden_state)
         # Rows do not mix, so the gradient of the sum is every prompt's own.
@@ -85,7 +86,7 @@ def _watch(lm: Model, stream: dict[Location, Tensor]) -> Iterator[Any]:
 
         return hook
 
-    yield lm.layers[0].block.register_forward_pre_hook(_leaf, with_kwargs=True)
+    yield lm.layers[0].block.register_forward_pre_hook(leaf(), with_kwargs=True)
     for layer in lm.layers:
         yield layer.block.register_forward_pre_hook(keep(layer.reads), with_kwargs=True)
         if layer.mid is not None and not lm.parallel:
@@ -93,11 +94,15 @@ def _watch(lm: Model, stream: dict[Location, Tensor]) -> Iterator[Any]:
     yield final_norm(lm).register_forward_pre_hook(keep(lm.states[-1]), with_kwargs=True)
 
 
-def _leaf(_: nn.Module, args: Any, kwargs: Any) -> Any:
-    """What was embedded begins the graph, whether or not the parameters have gradients."""
-    if args:
-        return (args[0].detach().requires_grad_(), *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach().requires_grad_()}
+def leaf(embedded: Tensor | None = None) -> Hook:
+    """What was embedded, or `embedded`, begins the graph, whether or not the parameters have gradients."""
+
+    def hook(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        given = args[0] if args else kwargs["hidden_states"]
+        start = (given if embedded is None else embedded.to(given.dtype)).detach().requires_grad_()
+        return ((start, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": start})
+
+    return hook
 
 
 class _Surrogate(torch.autograd.Function):
@@ -117,7 +122,8 @@ def _follow(value: Tensor, surrogate: Tensor) -> Tensor:
     return _Surrogate.apply(value, surrogate.to(value.dtype))  # pyright: ignore[reportReturnType]
 
 
-def _put(lm: Model, rules: Rules) -> Iterator[Any]:
+def put(lm: Model, rules: Rules) -> Iterator[Any]:
+    """Hooks that make a backward pass follow `rules`; whoever puts them there removes them."""
     if rules.norm == "held":
         for norm in [*(norm for layer in lm.layers for norm in _norms(layer)), final_norm(lm)]:
             yield norm.register_forward_hook(lambda norm, args, output: _held(lm, norm, args[0], output))
@@ -148,8 +154,12 @@ def _stopped(_: nn.Module, __: Any, output: Any) -> Any:
 
 
 def _mlp_rules(lm: Model, layer: Layer, rule: str) -> Iterator[Any]:
+    product = last_projection(lm, layer)
     if rule == "stopped":
-        yield layer.mlp.register_forward_hook(_stopped)
+        if product is None:
+            yield layer.mlp.register_forward_hook(_stopped)
+        else:
+            yield product.register_forward_pre_hook(lambda _, args: (args[0].detach(), *args[1:]))
     if rule != "relp":
         return
     inside = set(layer.attention.modules())
@@ -158,8 +168,12 @@ def _mlp_rules(lm: Model, layer: Layer, rule: str) -> Iterator[Any]:
             yield module.register_forward_hook(_as_factor)
         if name.rpartition(".")[2] in _ROUTERS:
             yield module.register_forward_hook(_stopped)
-    if lm.row.gated:
-        # All of such an MLP's input goes through the product, so half of the product's gradient is half of all.
+    if not lm.row.gated:
+        return
+    if product is not None:
+        yield product.register_forward_pre_hook(lambda _, args: (_follow(args[0], args[0] / 2), *args[1:]))
+    else:
+        # All of such an MLP's input goes through products, so half of their gradient is half of all.
         yield layer.mlp.register_forward_hook(_halved)
 
 
@@ -181,13 +195,11 @@ def _halved(_: nn.Module, __: Any, output: Any) -> Any:
 
 
 def _attention_rules(lm: Model, layer: Layer, rule: str) -> Iterator[Any]:
-    if rule == "stopped":
-        yield layer.out_proj.register_forward_hook(_stopped)
-    if rule != "values":
+    if rule == "free":
         return
     kept = value_columns(lm, layer)
     for module in layer.attention.modules():
-        if module is layer.value:
+        if module is layer.value and rule == "values":
             yield module.register_forward_hook(lambda _, __, made: _follow(made, made * kept))  # pyright: ignore
         elif module is not layer.out_proj and isinstance(getattr(module, "weight", None), Tensor):
             yield module.register_forward_hook(_stopped)

@@ -102,7 +102,7 @@ def _sites(lm: Model) -> Iterator[Site]:
     layers, heads = range(len(lm.layers)), range(lm.n_heads)
     yield from (Site(node.kind, node.layer, node.head) for node in lm.parts)
     yield from (Site(state.state, state.layer) for state in lm.states)
-    every = [Site(part, i) for i in layers for part in ("v_input", "act")]
+    every = [Site(part, i) for i in layers for part in ("v_input", "attn_out", "act")]
     every += [Site(part, i, head) for i in layers for head in heads for part in ("q", "k", "v", "z", "pattern")]
     every += [Site(part, i, kv) for i in layers for kv in range(lm.kv_heads) for part in ("shared_k", "shared_v")]
     yield from (site for site in every if _refusal(lm, site) is None)
@@ -120,8 +120,10 @@ def _refusal(lm: Model, site: Site) -> str | None:
         return f"a head from 0 to {count - 1}"
     if site.kind == "mid" and lm.parallel:
         return "no state between attention and MLP: its blocks are parallel"
-    if site.kind == "act" and _last_projection(lm, lm.layers[site.layer]) is None:
+    if site.kind in ("act", "neuron") and last_projection(lm, lm.layers[site.layer]) is None:
         return "an MLP with one last projection; this one is a mixture of experts"
+    if site.kind == "neuron" and site.head >= (width := mlp_width(lm, lm.layers[site.layer])):
+        return f"a neuron from 0 to {width - 1}"
     if part in ("q", "k") and not is_called(lm) and part not in lm.row.opened(lm.config):
         return "sites that modules show: its queries and keys are turned inside of its attention"
     return None
@@ -171,6 +173,10 @@ def _mlp(lm: Model, site: Site) -> Place:
     return _written(lm, layer.post_mlp_norm or layer.mlp, lm.row.residual_scale(lm.config))
 
 
+def _attn_out(lm: Model, site: Site) -> Place:
+    return _written(lm, attention_end(lm.layers[site.layer]).module, lm.row.residual_scale(lm.config))
+
+
 def _state(lm: Model, site: Site) -> Place:
     """A state between blocks: what the next block reads, or the final norm."""
     reader = next((layer.block for layer in lm.layers if layer.reads == Location(site.kind, site.layer)), None)
@@ -187,10 +193,10 @@ def _mid(lm: Model, site: Site) -> Place:
         (now.kept[before].to(tensor.device) + tensor * scale).to(lm.compute_dtype), lm
     )
     # The norm between attention and MLP reads the stream, but the stream does not go through it.
-    return _beside(_attention_end(layer), read, (before,), scale)
+    return _beside(attention_end(layer), read, (before,), scale)
 
 
-def _attention_end(layer: Layer) -> Point:
+def attention_end(layer: Layer) -> Point:
     """Where all that attention writes is still apart from the stream."""
     return Point(layer.post_attention_norm or layer.out_proj, before=False)
 
@@ -198,7 +204,7 @@ def _attention_end(layer: Layer) -> Point:
 def _head(lm: Model, site: Site) -> Place:
     layer, z = lm.layers[site.layer], Point(lm.layers[site.layer].out_proj, before=True)
     read = partial(_head_write, lm, site, z)
-    return _beside(_attention_end(layer), read, (z, *_post_norm(layer)), lm.row.residual_scale(lm.config))
+    return _beside(attention_end(layer), read, (z, *_post_norm(layer)), lm.row.residual_scale(lm.config))
 
 
 def _head_write(lm: Model, site: Site, z: Point, tensor: Tensor, now: Pass) -> Tensor:
@@ -210,7 +216,7 @@ def _head_write(lm: Model, site: Site, z: Point, tensor: Tensor, now: Pass) -> T
 
 def _bias(lm: Model, site: Site) -> Place:
     layer, scale = lm.layers[site.layer], lm.row.residual_scale(lm.config)
-    return _beside(_attention_end(layer), partial(_bias_write, lm, layer), _post_norm(layer), scale)
+    return _beside(attention_end(layer), partial(_bias_write, lm, layer), _post_norm(layer), scale)
 
 
 def _bias_write(lm: Model, layer: Layer, tensor: Tensor, now: Pass) -> Tensor:
@@ -267,12 +273,25 @@ def _z(lm: Model, site: Site) -> Place:
 
 
 def _act(lm: Model, site: Site) -> Place:
-    projection = _last_projection(lm, lm.layers[site.layer])
+    projection = last_projection(lm, lm.layers[site.layer])
     assert projection is not None  # noqa: S101 (refused before)
     return _inside(Point(projection, before=True), lambda tensor, now: now.rows(tensor))
 
 
-def _last_projection(lm: Model, layer: Layer) -> nn.Module | None:
+def _neuron(lm: Model, site: Site) -> Place:
+    whole = _act(lm, site)
+    own: Read = lambda tensor, now: now.rows(tensor)[..., site.head : site.head + 1]  # noqa: E731
+    return _inside(whole.point, own)
+
+
+def mlp_width(lm: Model, layer: Layer) -> int:
+    """Hidden activations of a layer's MLP; 0 for a mixture of experts."""
+    projection = last_projection(lm, layer)
+    return 0 if projection is None else matrix(projection).shape[0]
+
+
+def last_projection(lm: Model, layer: Layer) -> nn.Module | None:
+    """What reads the MLP's hidden activations; None in a mixture of experts."""
     try:
         return find(layer.mlp, lm.row.act)
     except AttributeError:  # a mixture of experts
@@ -335,8 +354,10 @@ _PLACES: dict[str, Callable[[Model, Site], Place]] = {
     "post": _state,
     "head": _head,
     "bias": _bias,
+    "attn_out": _attn_out,
     "mlp": _mlp,
     "act": _act,
+    "neuron": _neuron,
     "z": _z,
     "v_input": _v_input,
     **dict.fromkeys(("q", "k", "v", "pattern", "shared_k", "shared_v"), _attended),

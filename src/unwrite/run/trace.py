@@ -63,7 +63,8 @@ def trace(lm: Model, *sites: object, edits: Sequence[Edit] | Edit = ()) -> Itera
         "resid_pre0", "resid_mid2", "resid_post2", "L2.v_input"       [prompt, position, d_model]
         "L2H3.q", ".k", ".v" (after rotation), ".z"; "L2KV1.k", ".v"  [prompt, position, d_head]
         "L2H3.pattern"                                                [prompt, query, key]
-        "MLP2.act"                                                    [prompt, position, d_mlp]
+        "L2.attn_out"                                                 [prompt, position, d_model]
+        "MLP2.act", "MLP2.act[17]"                                    [prompt, position, d_mlp], [prompt, position, 1]
 
     "L2.v_input" is the stream as all values of layer 2 read it, before the norm: queries, keys and the stream itself
     stay. ".k" and ".v" of a query head are its copy of what its group shares as "L2KV1.k". ".z" and ".act" are what the

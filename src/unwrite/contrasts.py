@@ -1,0 +1,105 @@
+"""Which two prompts are compared, and what is asked of them?
+
+The base prompt is the one that is run and patched; the source prompt is where the values come from. Both have the same
+number of tokens, so that a position means the same in both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from unwrite.errors import TokensError
+from unwrite.tokens import Tokens, from_ids, prompts, read_rows, single_tokens, spelled
+
+_ANY_VOCABULARY = 2**31
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Base and source prompts of equal lengths, with the answer, what it is compared to, and the row that is read."""
+
+    base: Tokens
+    source: Tokens
+    answer: Int[np.ndarray, " pair"]
+    against: Int[np.ndarray, " pair"] | None
+    row: Int[np.ndarray, " pair"]
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    @cached_property
+    def first(self) -> Int[np.ndarray, " pair"]:
+        """The first position at which the two prompts differ; before it no node of one differs from the other's."""
+        differs = (self.base.ids != self.source.ids) & (np.arange(self.base.length) < self.base.lengths[:, None])
+        return np.where(differs.any(1), differs.argmax(1), self.base.lengths)
+
+    def check(self, vocabulary: int, context: int | None) -> None:
+        """Raise TokensError unless a model with this many embedding rows and positions can read and answer."""
+        for part in (self.base, self.source):
+            part.check(vocabulary, context)
+        for name, ids in (("answer", self.answer), ("against", self.against)):
+            if ids is not None and (ids >= vocabulary).any():
+                raise TokensError(f"{name} is outside the vocabulary", got=ids.max(), expected=f"0 to {vocabulary - 1}")
+
+    def about(self) -> dict[str, Any]:
+        """What a result says about the pairs."""
+        parts = [self.answer, self.row] if self.against is None else [self.answer, self.row, self.against]
+        sha = hashlib.sha256((self.base.hash + self.source.hash).encode())
+        for part in parts:
+            sha.update(np.ascontiguousarray(part, dtype=np.int64).tobytes())
+        named = {"source": f"{len(self)} pairs", "prompts": len(self), "length": self.base.length, "notes": []}
+        return {**named, "hash": sha.hexdigest(), "base": self.base.about(), "values": self.source.about()}
+
+
+def pairs(
+    base: Any, source: Any, answer: Any, against: Any = None, position: Any = -1, tokenizer: Any = None, bos: Any = None
+) -> Pairs:
+    """Pairs of prompts for `uw.effects`, `uw.paths` and `uw.bound`.
+
+    Arguments: `base` and `source` strings (one, or a list), or LongTensors [pair, position]; `answer` and `against` a
+    token each (its text, such as " Paris", or its id), or one for every pair; `position` the row that is read, one
+    number or one for every pair (−1: the last token); `tokenizer` as transformers has it (`lm.tokenizer`), for texts;
+    `bos` as in `uw.text`.
+    Raises TokensError, naming the pair, for prompts of unequal token counts, a token that is not one token, and a row
+    outside the prompt.
+
+    Example: `uw.pairs("The Eiffel Tower is in", "The Colosseum is in", " Paris", " Rome", tokenizer=lm.tokenizer)`
+    """
+    read, given = (_tokens(part, tokenizer, bos) for part in (base, source))
+    _require_equal(read, given, tokenizer)
+    row = read_rows(position, read)
+    ids = [
+        single_tokens(token, len(read), name, tokenizer, _ANY_VOCABULARY)
+        for token, name in ((answer, "answer"), (against, "against"))
+    ]
+    if ids[0] is None:
+        raise TokensError("pairs need an answer", expected="a token, or one for every pair")
+    if ids[1] is not None and (ids[0] == ids[1]).any():
+        raise TokensError("answer and against are the same token", got=f"pair {int((ids[0] == ids[1]).argmax())}")
+    return Pairs(read, given, ids[0], ids[1], row)
+
+
+def _tokens(source: Any, tokenizer: Any, bos: Any) -> Tokens:
+    if isinstance(source, Tokens):
+        return source
+    if isinstance(source, str) or (isinstance(source, (list, tuple)) and any(isinstance(s, str) for s in source)):
+        return prompts(source, tokenizer, bos)
+    return from_ids(source)
+
+
+def _require_equal(base: Tokens, source: Tokens, tokenizer: Any) -> None:
+    if len(base) != len(source):
+        raise TokensError("every base prompt needs one source prompt", got=f"{len(base)} and {len(source)} prompts")
+    for i in np.flatnonzero(base.lengths != source.lengths):
+        texts = [spelled(part.ids[i, : part.lengths[i]], tokenizer) for part in (base, source)]
+        raise TokensError(
+            f"the prompts of pair {i} have unequal numbers of tokens",
+            got=f"{base.lengths[i]} ({texts[0]}) and {source.lengths[i]} ({texts[1]})",
+            expected="equal numbers, so that a position means the same in both",
+        )

@@ -1,0 +1,271 @@
+"""What does each node do to an answer, when it is set to its value in another run, or as far as a slope can guess?
+
+effect = metric(base run with the node set to its value in the source run) − metric(base run). One quantity, several
+estimators: executed (exact), AtP (Nanda 2023), AtP* (Kramár et al. 2024, arXiv 2403.00745), RelP (Jafari et al. 2025,
+arXiv 2508.21258), integrated gradients (conductance). (facts: attribution)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
+
+from unwrite.contrasts import Pairs
+from unwrite.errors import NumericError
+from unwrite.model.load import provenance
+from unwrite.model.view import Model
+from unwrite.result import Result, build, quantity
+from unwrite.run.donors import Donor, donor
+from unwrite.run.estimates import Asked, Estimate, attributed, integrated, star
+from unwrite.run.metrics import Custom, Metric, known
+from unwrite.run.rules import RULES, Rules
+from unwrite.run.slots import Slot, slots
+from unwrite.run.stream import Batch, Listener, batch_size, parts, stream
+from unwrite.run.sweep import base_run, forwards, swept
+from unwrite.tokens import spelled
+
+AT = ("each", "all", "last")
+_RULED: Mapping[str, Rules] = {
+    "atp": RULES["gradient"], "relp": RULES["relp"], "direct": RULES["direct"], "net": RULES["net"],
+}  # fmt: skip
+METHODS = ("exact", "atp", "atp*", "relp", "ig", "direct", "net")
+_STEPS = 10
+_EQUATION = "metric(base run with the node set to its source value) − metric(base run)"
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What is asked: of which pairs, of which nodes, at which positions, by which estimator."""
+
+    lm: Model
+    pairs: Pairs
+    slots: tuple[Slot, ...]
+    at: str
+    method: str | Rules
+    metric: str | Custom
+    donor: Donor
+    steps: int
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the nodes, in the order in which a pass reaches them."""
+        return [name for slot in self.slots for name in slot.names]
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The axes of an effect."""
+        return ("pair", "node", "position") if self.at == "each" else ("pair", "node")
+
+
+@torch.inference_mode(False)  # backward passes are needed, also where the caller has none in mind
+def effects(
+    lm: Model,
+    pairs: Pairs,
+    nodes: str | Iterable[str] = "heads",
+    at: str = "each",
+    method: str | Rules = "exact",
+    metric: str | Custom = "logit_diff",
+    source: str | Model = "source",
+    *,
+    steps: int = _STEPS,
+    batch: int | None = None,
+    listener: Listener | None = None,
+) -> Result:
+    """What replacing each node by its value in a source run does to a metric of the base run's logits.
+
+    Arguments: `pairs` from `uw.pairs`; `nodes` a kind ("heads": z, "q", "k", "v", "shared_k", "shared_v", "attn_out",
+    "mlp_out", "neurons", "resid", "embed") or names ("L2H3", "L2H3.k", "L2KV1.k", "L2.attn_out", "MLP2",
+    "MLP2.act[17]", "resid_mid2"); `at` "each" position by itself, "all" positions at once, or the "last", which is the
+    row that is read; `method` "exact" (executed), "atp", "atp*", "relp", "ig", "direct", "net", or `uw.Rules`;
+    `metric` "logit_diff", "log_prob", "prob", "kl", or a function from logits [pair, vocabulary] to a number each;
+    `source` where values come from: the pairs' "source" prompts, their "mean" over pairs, "zero", "resample" (another
+    pair's source prompt), or another model of the same shape, which reads the source prompts; `steps` of "ig";
+    `checkpoint` a file in which an exact sweep keeps what is done, and goes on from after it was stopped.
+    Returns a Result with `effect[pair, node, position]` (no position unless at="each"; NaN behind the row that is read)
+    in units of the metric; `base[pair]`, the metric of the base run; `row` and `first` (the first position at which the
+    prompts differ). "atp*": `effect` is GradDrop's magnitude, `signed` AtP with the QK fix. "ig": `effect` is
+    conductance, `inputs` the endpoints' difference times the mean slope. Numbers are those of a naive loop to rounding,
+    whatever the batch.
+    Raises NodeError for a node that is not there, NumericError for unknown settings, TokensError for pairs that this
+    model cannot read.
+
+    Example: `uw.effects(lm, pairs, "heads", method="relp").table()`
+    """
+    request = _request(lm, pairs, nodes, at, method, metric, source, steps)
+    size = batch_size(lm, pairs.base, max(1, batch_size(lm, pairs.base) // 4) if batch is None else batch)
+    tally = _Tally(request)
+    stream(lm, pairs.base, tally.step, size, f"effects {_named(method)}", listener)
+    settings = {
+        "nodes": nodes if isinstance(nodes, str) else [*nodes], "at": at, "method": _named(method),
+        "metric": _named(metric), "source": request.donor.name, "steps": steps, "batch": batch,
+    }  # fmt: skip
+    return build("effects", tally.dataset(), settings, provenance(lm), {"": pairs.about()})
+
+
+def _request(
+    lm: Model, pairs: Pairs, nodes: Any, at: str, method: Any, metric: Any, source: Any, steps: int
+) -> Request:
+    if not isinstance(pairs, Pairs):
+        raise NumericError("effects are those of pairs", got=type(pairs).__name__, expected="what uw.pairs returns")
+    if at not in AT:
+        raise NumericError("at is unknown", got=repr(at), expected=", ".join(map(repr, AT)))
+    if not isinstance(method, Rules) and method not in METHODS:
+        raise NumericError("method is unknown", got=repr(method), expected=f"{', '.join(METHODS)}, or uw.Rules")
+    if type(steps) is not int or steps < 1:
+        raise NumericError("steps is a number of steps", got=steps, expected="a positive integer")
+    pairs.check(lm.vocabulary, lm.context)
+    if method == "ig" and source != "source":
+        raise NumericError("ig goes from base to source prompts", got=f"source={source!r}", fix="leave source out")
+    asked = slots(lm, nodes)
+    return Request(lm, pairs, asked, at, method, known(metric), donor(lm, pairs, asked, source), steps)
+
+
+def _named(setting: Any) -> str:
+    return setting if isinstance(setting, str) else getattr(setting, "__name__", repr(setting))
+
+
+class _Tally:
+    """Effects of all pairs, filled in batch by batch."""
+
+    def __init__(self, request: Request):
+        self._request = request
+        self._parts: list[dict[str, np.ndarray]] = []
+
+    def step(self, batch: Batch) -> None:
+        """All nodes of a batch of pairs."""
+        self._parts += [found for _, found in parts(batch.part(slice(0, batch.real)), self._measured)]
+
+    def _measured(self, batch: Batch) -> dict[str, np.ndarray]:
+        request, rows = self._request, slice(batch.first, batch.first + batch.real)
+        made = (_executed if request.method == "exact" else _guessed)(request, rows)
+        found = {name: part.double().cpu().numpy() for name, part in made.items()}
+        bad = np.argwhere(~np.isfinite(found["base"]))
+        if len(bad):
+            raise NumericError(
+                f"the metric of pair {batch.first + int(bad[0, 0])} is not finite",
+                fix="load the model in float32, or leave this pair out",
+            )
+        return found
+
+    def dataset(self) -> xr.Dataset:
+        """Everything that was found, named."""
+        request, pairs = self._request, self._request.pairs
+        whole = {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
+        unit = _named(request.metric)
+        variables: dict[str, Any] = {
+            name: quantity(("pair",) if name == "base" else request.cells, part, unit, _equation(request, name))
+            for name, part in whole.items()
+        }
+        variables |= {"row": ("pair", pairs.row), "first": ("pair", pairs.first)}
+        variables |= {name: ("pair", np.array(words, dtype=object)) for name, words in _words(request).items()}
+        axes = {"pair": np.arange(len(pairs)), "node": request.names, "position": np.arange(pairs.base.length)}
+        return xr.Dataset(variables, {name: axes[name] for name in request.cells}).assign_attrs(cost=_cost(request))
+
+
+def _equation(request: Request, name: str) -> str:
+    special = {"base": "metric of the base run", "signed": "AtP with the QK fix", "inputs": "Δ times the mean slope"}
+    return special.get(name, _EQUATION if request.method == "exact" else f"{_named(request.method)} estimate of it")
+
+
+def _words(request: Request) -> dict[str, list[str]]:
+    """The prompts up to the row that is read, and the tokens that are asked for, as texts."""
+    pairs, tokenizer = request.pairs, request.lm.tokenizer
+    asked = {"answer": pairs.answer} | ({} if pairs.against is None else {"against": pairs.against})
+    words = {name: [spelled([i], tokenizer) for i in ids] for name, ids in asked.items()}
+    for name, tokens in (("base_text", pairs.base), ("source_text", pairs.source)):
+        words[name] = [spelled(ids[: n + 1], tokenizer) for ids, n in zip(tokens.ids, pairs.row, strict=True)]
+    return words
+
+
+def _cost(request: Request) -> float:
+    """Passes over one prompt that each pair takes, a backward pass counted as two forward ones."""
+    layers = len(request.lm.layers)
+    if request.method == "exact":
+        return forwards(request.lm, request.slots, request.pairs.row, request.pairs.first, request.at)
+    backwards = {"atp*": 1 + (layers - 1) / 2, "ig": request.steps}
+    passes = {"atp*": 3, "ig": 2 * request.steps + 2}
+    name = request.method if isinstance(request.method, str) else ""
+    return passes.get(name, 2) + 2 * backwards.get(name, 1)
+
+
+@torch.no_grad()
+def _executed(request: Request, rows: slice) -> dict[str, Tensor]:
+    """Effects of really patched runs."""
+    lm, pairs = request.lm, request.pairs
+    row = torch.from_numpy(pairs.row[rows]).to(lm.device)
+    base = base_run(lm, torch.from_numpy(pairs.base.ids[rows]), row, request.slots)
+    metric = _metric(request, rows, base.final)
+    clean = metric(base.final)
+    found = clean.new_zeros(len(row), pairs.base.length, len(request.names))
+    offset = dict(zip(request.slots, np.cumsum([0, *(len(slot.units) for slot in request.slots)]), strict=False))
+    for part, start, final in swept(base, request.donor.values(rows), request.at):
+        place = start if request.at == "each" else 0
+        found[part.pair, place, part.unit + int(offset[part.slot])] = metric(final, part.pair) - clean[part.pair]
+    return {"base": clean, "effect": _shaped(request, found if request.at == "each" else found[:, :1], row)}
+
+
+def _metric(request: Request, rows: slice, clean: Tensor | None) -> Metric:
+    answer, against = request.pairs.answer[rows], request.pairs.against
+    ids = [None if part is None else torch.from_numpy(part).to(request.lm.device)
+           for part in (answer, None if against is None else against[rows])]  # fmt: skip
+    assert ids[0] is not None  # noqa: S101
+    return Metric(request.lm, request.metric, ids[0], ids[1], clean)
+
+
+def _shaped(request: Request, found: Float[Tensor, "pair position node"], row: Tensor) -> Tensor:
+    """As a result has it: [pair, node] or [pair, node, position], NaN behind the row that is read."""
+    if request.at != "each":
+        return found.sum(1)
+    behind = torch.arange(found.shape[1], device=row.device) > row[:, None]
+    return found.masked_fill(behind[..., None], torch.nan).transpose(1, 2)
+
+
+def _guessed(request: Request, rows: slice) -> dict[str, Tensor]:
+    """Effects as slopes have it."""
+    lm, pairs = request.lm, request.pairs
+    row = torch.from_numpy(pairs.row[rows]).to(lm.device)
+    ids = torch.from_numpy(pairs.base.ids[rows])
+    clean = base_run(lm, ids, row, ()).final if request.metric == "kl" else None
+    metric = _metric(request, rows, clean)
+    place = torch.arange(len(row), device=row.device)
+    seen: list[Tensor] = []
+
+    def read(normed: Tensor) -> Tensor:
+        seen.append(metric.of(normed[place, row]))
+        return seen[-1]
+
+    asked = Asked(lm, ids, request.slots, read)
+    made = _estimates(request, rows, asked, row)
+    shaped = {name: torch.cat([part[slot] for slot in request.slots], -1) for name, part in made.items()}
+    # Integrated gradients end at the source run; the base run is where they begin.
+    base = seen[0].detach() if request.method != "ig" else metric(base_run(lm, ids, row, ()).final).detach()
+    return {"base": base, **{name: _shaped(request, part, row) for name, part in shaped.items()}}
+
+
+def _estimates(request: Request, rows: slice, asked: Asked, row: Tensor) -> dict[str, Estimate]:
+    """By the name of the result's variable."""
+    summed = partial(_taken, request.at, row)
+    if request.method == "ig":
+        found = dict(zip(("effect", "inputs"), integrated(asked, request.donor.ids(rows), request.steps), strict=True))
+    elif request.method == "atp*":
+        magnitude, signed = star(asked, request.donor.values(rows), summed)
+        return {"effect": magnitude, "signed": {slot: summed(part) for slot, part in signed.items()}}
+    else:
+        rules = request.method if isinstance(request.method, Rules) else _RULED[request.method]
+        found = {"effect": attributed(asked, request.donor.values(rows), rules)}
+    return {name: {slot: summed(part) for slot, part in one.items()} for name, one in found.items()}
+
+
+def _taken(at: str, row: Tensor, found: Float[Tensor, "pair position unit"]) -> Float[Tensor, "pair _ unit"]:
+    """Positions as they are asked for: each, the sum of all, or the one that is read."""
+    if at == "each":
+        return found
+    return found.sum(1, keepdim=True) if at == "all" else found[torch.arange(len(row)), row][:, None]

@@ -1,0 +1,60 @@
+"""What must attention remember of earlier positions, so that a pass may bring only the later ones?
+
+Keys and values of a clean run, kept whole (also where a sliding window would forget them; the mask still hides them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+Kept = tuple[Float[Tensor, "prompt kv_head position d_head"], Float[Tensor, "prompt kv_head position d_head"]]
+
+
+def empty() -> Cache:
+    """A cache for a run that begins at position 0."""
+    return DynamicCache()
+
+
+def kept(cache: Cache) -> list[Kept]:
+    """Keys and values of every layer after a run."""
+    layers: Any = cache.layers
+    return [(layer.keys, layer.values) for layer in layers]
+
+
+class _Remembered(DynamicLayer):
+    """Earlier positions of one layer. New ones are attended to and not remembered, so that it serves many passes."""
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys: Tensor = keys
+        self.values: Tensor = values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
+
+
+def remembering(kept: Mapping[int, Kept], layers: int) -> Cache:
+    """A cache in which some of the layers know earlier positions, for any number of passes that bring the next ones."""
+    return Cache(layers=[_Remembered(*kept[i]) if i in kept else DynamicLayer() for i in range(layers)])
+
+
+def with_past(
+    call: tuple[tuple[Any, ...], dict[str, Any]], cache: Cache, prompts: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with which a block was called for one prompt, for another number of prompts with this past."""
+
+    def fit(name: str, value: Any) -> Any:
+        if isinstance(value, Cache):
+            return cache
+        # Everything else has an axis for prompts, of size 1; that of ALiBi may be folded into that of its heads.
+        return value.repeat(prompts, *[1] * (value.dim() - 1)) if name == "alibi" and value is not None else value
+
+    args, kwargs = call
+    return tuple(fit("", value) for value in args), {name: fit(name, value) for name, value in kwargs.items()}

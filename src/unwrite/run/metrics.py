@@ -1,0 +1,94 @@
+"""What is an answer worth? One number for each pair, of the logits that the model returns at the row that is read.
+
+logit_diff  ℓ[answer] − ℓ[against], or ℓ[answer] alone; linear in logits, hence the default
+log_prob    ℓ[answer] − logsumexp ℓ             prob  softmax(ℓ)[answer]
+kl          Σ p (log p − log p'), p of the clean base run; it has no sign, and no slope at the base run itself
+or any function of logits [pair, vocabulary] that gives a number for each pair
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from unwrite.errors import NumericError
+from unwrite.model.view import Model
+from unwrite.run.logits import final_norm
+
+METRICS = ("logit_diff", "log_prob", "prob", "kl")
+Custom = Callable[[Float[Tensor, "pair vocabulary"]], Float[Tensor, " pair"]]
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """A metric of some pairs. `clean`: the final stream of their base runs at the row that is read, for "kl"."""
+
+    lm: Model
+    name: str | Custom
+    answer: Int[Tensor, " pair"]
+    against: Int[Tensor, " pair"] | None
+    clean: Float[Tensor, "pair d_model"] | None = None
+
+    def __call__(
+        self, stream: Float[Tensor, "run d_model"], pair: Int[Tensor, " run"] | None = None
+    ) -> Float[Tensor, " run"]:
+        """The metric of final streams, `pair[i]` the pair of run i (by default run i is of pair i).
+
+        Raises NumericError where a function of the caller gives anything but a number for each run.
+        """
+        return self.of(final_norm(self.lm)(stream), pair)
+
+    def of(
+        self, normed: Float[Tensor, "run d_model"], pair: Int[Tensor, " run"] | None = None
+    ) -> Float[Tensor, " run"]:
+        """The same of what the final norm gives."""
+        pair = torch.arange(len(normed), device=normed.device) if pair is None else pair
+        if self.name == "logit_diff":
+            value = self._logit(normed, self.answer[pair])
+            return value if self.against is None else value - self._logit(normed, self.against[pair])
+        logits = self._bounded(self.lm.hf.get_output_embeddings()(normed).to(self.lm.compute_dtype))
+        if callable(self.name):
+            return _numbers(self.name(logits), len(normed))
+        log_p = logits.log_softmax(-1)
+        if self.name == "kl":
+            clean = self._reference()[pair]
+            return (clean.exp() * (clean - log_p)).sum(-1)
+        chosen = log_p.gather(-1, self.answer[pair][:, None])[:, 0]
+        return chosen.exp() if self.name == "prob" else chosen
+
+    def _reference(self) -> Float[Tensor, "pair vocabulary"]:
+        assert self.clean is not None  # noqa: S101 (given wherever runs are continued)
+        with torch.no_grad():
+            logits = self.lm.hf.get_output_embeddings()(final_norm(self.lm)(self.clean))
+            return self._bounded(logits.to(self.lm.compute_dtype)).log_softmax(-1)
+
+    def _logit(self, normed: Tensor, ids: Tensor) -> Tensor:
+        """One logit of every run; the others are not computed."""
+        head = self.lm.hf.get_output_embeddings()
+        rows = head.weight.detach()[ids].to(self.lm.compute_dtype)
+        value = (normed.to(self.lm.compute_dtype) * rows).sum(-1)
+        return self._bounded(value if head.bias is None else value + head.bias.detach()[ids])
+
+    def _bounded(self, logits: Tensor) -> Tensor:
+        logits = logits * self.lm.row.logit_scale(self.lm.config)
+        cap = self.lm.row.logit_cap(self.lm.config)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def known(metric: Any) -> str | Custom:
+    """The metric again. Raises NumericError for a name that is none."""
+    if callable(metric) or metric in METRICS:
+        return metric  # pyright: ignore[reportReturnType]
+    raise NumericError("metric is unknown", got=repr(metric), expected=f"{', '.join(METRICS)}, or a function of logits")
+
+
+def _numbers(value: Any, n: int) -> Tensor:
+    if not isinstance(value, Tensor) or value.shape != (n,):
+        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise NumericError("the metric gives something else than a number for each pair", got=got, expected=f"[{n}]")
+    return value

@@ -1,0 +1,69 @@
+"""What does a patched query or key do through a softmax that is nearly 0 or 1, where the slope says nothing?
+
+The step through the softmax is exact, the slope is used behind it alone: AtP*'s QK fix (Kramár, Lieberum, Shah and
+Nanda 2024, arXiv 2403.00745, §3.1). A patched key changes one score of every row, so the whole row follows in closed
+form; for the key that holds most of a row that form cancels, and statistics without that key are used instead.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unwrite.model.attention import Scored
+
+Rows = Float[Tensor, "prompt head position d_head"]
+
+
+def of_queries(call: Scored, source: Rows, slope: Rows) -> Float[Tensor, "prompt head position"]:
+    """Σ over keys of (A' − A) G for each query by itself, G the slope at the pattern; `slope` is that at z."""
+    moved = _softmax(call, source.to(call.query), call.key) - _softmax(call, call.query, call.key)
+    return (moved @ call.value * slope.to(call.query)).sum(-1)
+
+
+def of_keys(call: Scored, source: Rows, slope: Rows) -> Float[Tensor, "prompt head position"]:
+    """The same for each key by itself, summed over the queries that see it."""
+    scores = call.scores(call.query, call.key).masked_fill(~call.visible, -torch.inf)
+    step = call.scores(call.query, source.to(call.key)) - call.scores(call.query, call.key)
+    return exact_change(scores, step, slope.to(call.query) @ call.value.mT).sum(2)
+
+
+def exact_change(
+    scores: Float[Tensor, "*rows key"], step: Float[Tensor, "*rows key"], worth: Float[Tensor, "*rows key"]
+) -> Float[Tensor, "*rows key"]:
+    """Σ_k (p'_k − p_k) worth_k when the score of one key alone makes a step: one number for each key.
+
+    p is the softmax of the row; a score of −∞ is a key that the row does not see.
+    """
+    seen = scores.isfinite()
+    step = step.masked_fill(~seen, 0.0)
+    p = scores.softmax(-1)
+    change = _closed_form(p, step) * (worth - (p * worth).sum(-1, keepdim=True))
+    top = scores.argmax(-1, keepdim=True)
+    alone = seen.sum(-1, keepdim=True) == 1
+    others = scores.scatter(-1, top, -torch.inf).masked_fill(alone, 0.0)
+    before = scores.gather(-1, top) - others.logsumexp(-1, keepdim=True)
+    gain = worth.gather(-1, top) - (others.softmax(-1) * worth).sum(-1, keepdim=True)
+    of_top = _sigmoid_step(before, step.gather(-1, top)) * gain
+    return change.scatter(-1, top, of_top.masked_fill(alone, 0.0))
+
+
+def _closed_form(p: Tensor, step: Tensor) -> Tensor:
+    """(p' − p) / (1 − p) of the key whose score makes a step, in the form that does not overflow."""
+    up, down = step.clamp(min=0), step.clamp(max=0)
+    rising = -p * torch.expm1(-up) / (p + (1 - p) * torch.exp(-up))
+    falling = p * torch.expm1(down) / (1 + p * torch.expm1(down))
+    # p is 0 for keys that are not seen, and where it is beyond the least number.
+    return torch.where(step > 0, rising, falling).masked_fill(p == 0, 0.0)
+
+
+def _sigmoid_step(start: Tensor, step: Tensor) -> Tensor:
+    """sigmoid(start + step) − sigmoid(start), taken where both are small."""
+    end = start + step
+    flipped = (start > 0) & (end > 0)
+    return torch.where(flipped, torch.sigmoid(-start) - torch.sigmoid(-end), torch.sigmoid(end) - torch.sigmoid(start))
+
+
+def _softmax(call: Scored, query: Rows, key: Rows) -> Float[Tensor, "prompt head query key"]:
+    return call.scores(query, key).masked_fill(~call.visible, -torch.inf).softmax(-1)
