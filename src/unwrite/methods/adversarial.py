@@ -67,7 +67,7 @@ def adversarial(
     tallies = []
     for name, part in zip(TEXTS, texts, strict=False):
         tally = _Search(lm, part, node, skip, n)
-        size = batch_size(lm, part, max(1, batch_size(lm, part) // 4) if batch is None else batch)
+        size = batch_size(lm, part, batch, held=4)
         stream(lm, part, tally.step, size, f"search {node} ({name.replace('_', ' ')})", listener)
         tallies.append(tally)
     settings = {"writer": str(node), "n": n, "skip": skip, "batch": batch}

@@ -69,7 +69,7 @@ def corpus_dla(
     node = choose([parse_node(writer)], lm.parts)[0]
     named = require_readers(choose(erasers, lm.parts), node, len(lm.layers))
     tally = _Tally(lm, tokens, node, named, skip, logit)
-    size = batch_size(lm, tokens, max(1, batch_size(lm, tokens) // 4) if batch is None else batch)
+    size = batch_size(lm, tokens, batch, held=4)
     stream(lm, tokens, tally.step, size, f"corpus {node}", listener)
     settings = {"writer": str(node), "erasers": [str(e) for e in named], "skip": skip, "logit": logit, "batch": batch}
     return build("corpus_dla", tally.dataset(), settings, provenance(lm), {"": tokens.about()})

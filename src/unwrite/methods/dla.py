@@ -93,7 +93,7 @@ def dla(
     request = _request(lm, prompts, answer, against, position, at, replace, texts, mask)
     tally = _Tally(lm, request)
     # Beside a run's own factors, four sets of cotangents and the writes of one node are held.
-    size = batch_size(lm, request.tokens, max(1, batch_size(lm, request.tokens) // 4) if batch is None else batch)
+    size = batch_size(lm, request.tokens, batch, held=4)
     stream(lm, request.tokens, tally.step, size, "dla", listener)
     settings = {
         "position": request.row.tolist(), "at": at, "replace": replace, "batch": batch,

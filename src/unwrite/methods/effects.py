@@ -100,7 +100,7 @@ def effects(
     Example: `uw.effects(lm, pairs, "heads", method="relp").table()`
     """
     request = _request(lm, pairs, nodes, at, method, metric, source, steps)
-    size = batch_size(lm, pairs.base, max(1, batch_size(lm, pairs.base) // 4) if batch is None else batch)
+    size = batch_size(lm, pairs.base, batch, held=4)
     tally = _Tally(request)
     stream(lm, pairs.base, tally.step, size, f"effects {_named(method)}", listener)
     settings = {

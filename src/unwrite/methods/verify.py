@@ -73,7 +73,7 @@ def verify(
     node = choose([parse_node(writer)], lm.parts)[0]
     named = None if erasers is None else require_readers(choose(erasers, lm.parts), node, len(lm.layers))
     # The states of two runs are held at a time.
-    size = batch_size(lm, tokens, max(1, batch_size(lm, tokens) // 2) if batch is None else batch)
+    size = batch_size(lm, tokens, batch, held=2)
     tally = WithoutTally(lm, tokens, node, skip, admit_floor(floor))
     stream(lm, tokens, lambda part: tally.step(part, named or ()), size, f"verify {node}", listener)
     if not tally.n_positions:

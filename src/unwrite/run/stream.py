@@ -87,8 +87,10 @@ class Progress:
 Listener = Callable[[Progress], None]
 
 
-def batch_size(lm: Model, tokens: Tokens, wanted: int | None = None) -> int:
+def batch_size(lm: Model, tokens: Tokens, wanted: int | None = None, held: int = 1) -> int:
     """Prompts per batch: `wanted`, or about 4,096 tokens, fewer where the factors of all writes would pass 256 MiB.
+
+    `held`: how many such runs a method holds at once; each gets its part.
 
     Raises NumericError unless `wanted` is a positive integer.
     """
@@ -97,7 +99,7 @@ def batch_size(lm: Model, tokens: Tokens, wanted: int | None = None) -> int:
             raise NumericError("batch is a number of prompts", got=wanted, expected="a positive integer")
         return min(wanted, len(tokens))
     factors = (2 * len(lm.layers) + 2) * lm.d_model * torch.finfo(lm.compute_dtype).bits // 8
-    return max(1, min(len(tokens), min(_BATCH_TOKENS, _BATCH_BYTES // factors) // tokens.length))
+    return max(1, min(len(tokens), min(_BATCH_TOKENS, _BATCH_BYTES // factors) // (held * tokens.length)))
 
 
 def admit(lm: Model, tokens: Any, mask: Any, skip: int) -> Tokens:
