@@ -1,4 +1,4 @@
-"""What do sweeps over patches cost, beside a loop that runs the model once for each patch? Ratios in one run, one thread.
+"""What do sweeps over patches cost, beside a loop with one run of the model for each? Ratios in one run, one thread.
 
     python benchmarks/effects.py             all lines; that of TransformerLens where it is installed
     python benchmarks/effects.py --rounds 5
