@@ -80,7 +80,7 @@ def test_a_scan_never_says_erased_or_kept(found) -> None:
 
 
 def test_several_texts_stand_side_by_side_and_disagree_where_they_do() -> None:
-    lm, _ = demonstration(n=4, length=64)
+    lm = uw.load("default")
     texts = uw.text({"prose": PROSE, "digits": "0123456789" * 300}, lm.tokenizer, n=4, length=64)
     both = uw.scan(lm, texts)
     assert list(both["text"].values) == ["prose", "digits"]
@@ -91,14 +91,15 @@ def test_several_texts_stand_side_by_side_and_disagree_where_they_do() -> None:
 
 
 def test_a_failed_audit_leaves_no_folder(tmp_path) -> None:
-    lm, _ = demonstration(n=2, length=64)
+    lm = uw.load("default")
     with pytest.raises(uw.errors.TokensError):
         uw.audit(lm, np.array([[10**6, 1, 2]]), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_the_demonstration_needs_no_file_and_names_its_text() -> None:
-    lm, tokens = demonstration(n=3)
+    lm = uw.load("default")
+    tokens = demonstration(lm, n=3)
     assert lm.certificate.ok
     assert tokens.ids.shape == (3, 64)
     assert tokens.source == "Python's documentation topics and asyncio"
@@ -108,7 +109,7 @@ def test_the_demonstration_needs_no_file_and_names_its_text() -> None:
 
 
 def test_doctor_measures_identities_memory_and_time() -> None:
-    lm, _ = demonstration(n=2, length=64)
+    lm = uw.load("default")
     diagnosis = uw.doctor(lm, n=100, length=128)
     assert diagnosis.ok
     assert {check.name for check in diagnosis.checks} >= {f"identity {name}" for name in lm.certificate}
@@ -192,7 +193,7 @@ def test_prompts_that_chose_a_writer_never_judge_it(asked) -> None:
 
 @pytest.mark.parametrize("document", [[0, 1, 2], [0, 0, 0, 0, 1, 1, 2, 2]])
 def test_fewer_than_four_independent_prompts_are_not_enough(document, tmp_path) -> None:
-    lm, _ = demonstration(n=4, length=64)
+    lm = uw.load("default")
     tokens = Tokens(random_ids(lm, len(document)), np.full(len(document), 9), np.array(document))
     with pytest.raises(TokensError, match=r"3 independent prompts\. Expected: at least 4"):
         uw.audit(lm, tokens, out=tmp_path / "out")

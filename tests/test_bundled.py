@@ -90,7 +90,6 @@ def test_it_erases(lm, record) -> None:
 
     erased = [row["writer"] for row in record["writers"] if row["verdict"] == "erased"]
     assert "pos_embed" in erased
-    _, tokens = demonstration(n=40, length=64)
-    proof = uw.verify(lm, tokens, "pos_embed").data
+    proof = uw.verify(lm, demonstration(lm, n=40, length=64), "pos_embed").data
     assert proof.attrs["verdict"] == "erased"
     assert float(proof["gap"][-1] + 2 * proof["gap_se"][-1]) < 0

@@ -60,9 +60,10 @@ def test_audit_ends_in_a_verdict(folder, monkeypatch, capsys, tmp_path) -> None:
 
 
 def test_audit_without_arguments_reads_the_bundled_model(monkeypatch, capsys) -> None:
-    assert run(monkeypatch, "audit", "-n", 4, "--length", 32) == 0
+    assert run(monkeypatch, "audit", "-n", 4, "--length", 32, "--dtype", "float64", "--convention", "raw") == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "unwrite's own model on Python's documentation topics and asyncio" in shown
+    assert "float64 on cpu · convention raw" in shown
 
 
 def test_two_texts_are_compared(folder, monkeypatch, capsys, tmp_path) -> None:
@@ -251,6 +252,7 @@ def test_verify_says_what_survives(folder, monkeypatch, capsys, tmp_path) -> Non
         (("--figure", "fig9", "-o", tmp_path / "x.png"), "no such figure"),
         (("-o", tmp_path / "x.gif"), "unknown kind of picture"),
         (("--writer", "L1H1", "-o", tmp_path / "x.png"), "nothing of L1H1"),
+        (("--figure", "levels", "--writer", "L0H0", "-o", tmp_path / "x.png"), "map of levels is of all writers"),
     ):
         assert run(monkeypatch, "show", tmp_path / "run", *wrong) == 1
         assert says in capsys.readouterr().err

@@ -183,7 +183,7 @@ def test_figure_5_draws_what_the_corpus_kept(audited) -> None:
 @pytest.mark.parametrize(
     ("name", "writer", "says"),
     [("fig9", None, "no such figure"), ("fig1", "L9H9", "nothing of L9H9"), ("fig5", "L9H9", "nothing of L9H9"),
-     ("fig4", "L9H9", "nothing of L9H9")],
+     ("fig4", "L9H9", "nothing of L9H9"), ("levels", "L0H1", "map of levels is of all writers")],
 )  # fmt: skip
 def test_a_figure_that_cannot_be_drawn_says_why(audited, name, writer, says) -> None:
     with pytest.raises(ResultError, match=says):

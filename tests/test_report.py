@@ -37,14 +37,16 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def result() -> uw.Result:
-    lm, tokens = demonstration(n=4, length=64)
+    lm = uw.load("default")
+    tokens = demonstration(lm, n=4, length=64)
     return uw.scan(lm, tokens)
 
 
 @pytest.fixture(scope="module")
 def hostile() -> uw.Result:
     """A result whose text carries a hostile name."""
-    lm, tokens = demonstration(n=2, length=64)
+    lm = uw.load("default")
+    tokens = demonstration(lm, n=2, length=64)
     both = uw.scan(lm, {HOSTILE: tokens, "plain": tokens})
     return Result(both.data)
 

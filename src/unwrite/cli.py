@@ -91,16 +91,12 @@ def audit(
     """Who writes, what survives, which attributions can be believed: scan, verify, dla and a verdict in words."""
     from unwrite.combined.audit import audit as run
     from unwrite.combined.audit import demonstration
-    from unwrite.model.load import quieten
+    from unwrite.model.load import DEFAULT
 
-    if model is None:
-        if text:
-            raise typer.BadParameter("a text needs a MODEL to read it", param_hint="--text")
-        quieten()
-        lm, tokens = demonstration(n, length)
-    else:
-        lm = _load(model, device, dtype, convention)
-        tokens = _read(lm, text, n, length)
+    if model is None and text:
+        raise typer.BadParameter("a text needs a MODEL to read it", param_hint="--text")
+    lm = _load(model or DEFAULT, device, dtype, convention)
+    tokens = _read(lm, text, n, length) if model else demonstration(lm, n, length)
     voice = _Voice(quiet, as_json, "" if out is None else " · Ctrl-C stops and keeps what is done")
     _produce(lm, tokens, lambda listener: run(lm, tokens, prompt or None, listener=listener), out, voice)
 

@@ -22,7 +22,6 @@ from unwrite.methods.corpus import corpus_dla
 from unwrite.methods.dla import dla
 from unwrite.methods.scan import scan
 from unwrite.methods.verify import verify
-from unwrite.model.load import DEFAULT, load
 from unwrite.model.view import Model
 from unwrite.nodes import parse_node, reads
 from unwrite.report.verdict import verdict
@@ -177,16 +176,15 @@ def _judged(merged: Result, scanned: Result, judged: Tokens, asked: Tokens) -> R
     return Result(found.data.assign_attrs(verdict=verdict(found)))
 
 
-def demonstration(n: int = 300, length: int | None = None) -> tuple[Model, Tokens]:
-    """The bundled model, and text that every Python carries and that model never saw: an audit that needs no file.
+def demonstration(lm: Model, n: int = 300, length: int | None = None) -> Tokens:
+    """Text that every Python carries and the bundled model never saw, for `lm`: an audit that needs no file.
 
     The documentation topics and the modules of asyncio in turn, each a document of its own.
     """
     from pydoc_data.topics import topics
 
-    lm = load(DEFAULT)
     modules = [file for file in resources.files("asyncio").iterdir() if file.name.endswith(".py")]
     code = [file.read_text("utf-8") for file in sorted(modules, key=lambda file: file.name)]
     documents = [text for pair in zip_longest([topics[name] for name in sorted(topics)], code) for text in pair if text]
     tokens = windows(documents, lm.tokenizer, n=n, length=length or LENGTH)
-    return lm, tokens.named("Python's documentation topics and asyncio")
+    return tokens.named("Python's documentation topics and asyncio")

@@ -24,10 +24,8 @@ def draw(result: Result, name: str | None = None, writer: str | None = None) -> 
     Raises ResultError for an unknown name, or what a result does not hold.
     """
     name = name or _MAIN.get(result.method, "levels")
-    if name == "levels":
-        return levels(result)
     if name not in _NAMED:
-        raise ResultError("no such figure", got=plain(name), expected=", ".join(["levels", *_NAMED]))
+        raise ResultError("no such figure", got=plain(name), expected=", ".join(_NAMED))
     return _NAMED[name](result, writer)
 
 
@@ -62,12 +60,14 @@ def places(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
     return finish(alt.layer(spread, lines), f"{data.attrs['writer']} at the end, by position")
 
 
-def levels(result: Result) -> alt.TopLevelMixin:
+def levels(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
     """The median level of every state of the stream along every material write (the first text of several).
 
     Rows are writers, most energy moved first; columns are locations. White is 0, blue a level that rises, orange one
-    that reverses; a box marks the location right after the write.
+    that reverses; a box marks the location right after the write. Raises ResultError for a single `writer`.
     """
+    if writer is not None:
+        raise ResultError("the map of levels is of all writers", got=f"the writer {writer}", fix="ask for fig1 of it")
     if "level" not in result.data or "writer" not in result.data.dims:
         raise ResultError(f"a {result.method} has no picture", expected="a scan, a verification, dla or an audit")
     _, data, _ = next(texts(result))
@@ -104,4 +104,4 @@ def _caption(result: Result) -> str:
     return f"{model} on {name or read['source']}, {read['prompts']} × {read['length']} tokens"
 
 
-_NAMED = {**FIGURES, "positions": places}
+_NAMED = {"levels": levels, **FIGURES, "positions": places}
