@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import json
 import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
-import xarray as xr
 
 import tiny
 import unwrite as uw
@@ -25,7 +27,9 @@ from unwrite.errors import ResultError
 from unwrite.model.load import view
 from unwrite.report import page
 from unwrite.report.alerts import alerts
-from unwrite.result import Result, build, quantity
+from unwrite.report.audited import verified
+from unwrite.report.pictures import picture
+from unwrite.result import Result
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PER_WRITER = ("where", "who", "causal", "by_position")
@@ -54,32 +58,22 @@ def hostile(audited) -> uw.Result:
     return Result(data.assign_attrs(provenance=json.dumps(record), verdict=HOSTILE.replace("\ud800", "")))
 
 
-def large(n: int = 1000, layers: int = 40) -> uw.Result:
-    """A scan as large as that of a model with 40 layers of 24 heads, of made-up numbers."""
-    random, per = np.random.default_rng(0), n // layers - 1
-    names = [name for layer in range(layers) for name in (*(f"L{layer}H{h}" for h in range(per)), f"MLP{layer}")]
-    places = [f"resid_post{layer}" for layer in range(layers)]
-    quantile = [0.125, 0.25, 0.5, 0.75, 0.875]
-    draw = lambda *shape: np.sort(random.normal(size=shape), axis=-1)  # noqa: E731
-    by_quantile = dict.fromkeys(("norm", "relative_norm", "level_after", "level_end"), ("writer", "quantile"))
-    shape = {"writer": n, "node": n, "location": layers, "quantile": 5}
-    axes = {**by_quantile, "pr": ("writer", "node", "quantile"), "level": ("writer", "location", "quantile")}
-    axes |= {"share": ("writer", "node"), "share_se": ("writer", "node"), "moved": ("writer",)}
-    axes |= {"skipped_norm": ("writer",)}
-    data = {name: quantity(dims, draw(*(shape[d] for d in dims)), "1", "made up") for name, dims in axes.items()}
-    flags = {"eraser": (("writer", "node"), random.random((n, n)) < 0.3), "material": ("writer", np.ones(n, bool))}
-    counts = {name: ("writer", np.full(n, 7)) for name in ("n_positions", "n_below_floor", "n_beyond_grid")}
-    words = {"in_words": ("writer", np.full(n, "rises 1.00 → 2.00", dtype=object))}
-    words["right_after"] = ("writer", np.full(n, places[0], dtype=object))
-    whole = xr.Dataset(
-        {**data, **flags, **counts, **words, "n_clusters": ((), 100)},
-        {"writer": names, "node": names, "location": places, "quantile": quantile},
-    )
-    model = {"name": "large", "family": "llama", "layers": layers, "heads": per, "d_model": 4096, "dtype": "bfloat16"}
-    model |= {"device": "cpu", "convention": "paper", "centred": False, "certificate": {"stream": 1e-6}}
-    model |= {"certificate_limit": 1e-4, "attention": "sdpa"}
-    read = {"source": "made up", "prompts": 100, "length": 128, "notes": []}
-    return build("scan", whole, {"skip": 1, "floor": 1e-4}, model, {"": read})
+@pytest.fixture(scope="module")
+def large(audited) -> uw.Result:
+    """An audit as large as that of Llama-3.1-8B (1,057 nodes, 65 states) on long prompts: the small one, stretched."""
+    layers, data, record = range(32), audited.data, audited.provenance
+    nodes = ["embed", *(f"L{i}H{head}" for i in layers for head in range(32)), *(f"MLP{i}" for i in layers)]
+    states = ["resid_pre0", *(f"resid_{kind}{i}" for i in layers for kind in ("mid", "post"))]
+    longer = {"writer": nodes, "node": nodes, "verified": nodes[1:7], "location": states}
+    longer |= {"group": [f"L{i}.heads" for i in layers]}
+    longer |= {"prompt": range(20), "place": range(32), "position": range(64), "point": range(2000)}
+    for axis, names in longer.items():
+        # What there was keeps its name, since other things are called by it; all of it is repeated.
+        known = list(data[axis].values) if axis in data.coords else []
+        every = [*known, *(name for name in names if name not in known)][: max(len(names), len(known))]
+        data = data.isel({axis: np.arange(len(every)) * data.sizes[axis] // len(every)}).assign_coords({axis: every})
+    record["model"] |= {"layers": 32, "heads": 32}
+    return Result(data.assign_attrs(provenance=json.dumps(record)))
 
 
 def test_the_only_script_is_the_one_that_the_policy_names(source) -> None:
@@ -100,6 +94,32 @@ def test_every_verified_writer_is_there_without_a_script(audited, source) -> Non
     for prompt in range(audited.data.sizes["prompt"]):
         assert f"{float(audited['total'][prompt, 3]):+.3f}" in text
     assert source.count("<svg") == source.count('role="img"') >= 4 * audited.data.sizes["verified"]
+
+
+def test_numbers_say_on_hover_how_they_came_about(audited, source) -> None:
+    hovered = {html.unescape(says) for says in re.findall(r'title="([^"]*)"', source)}
+    for name in ("level", "survival", "share", "v_share", "total", "trust"):
+        assert any(audited[name].attrs["equation"] in says for says in hovered), name
+    writer = str(audited["writer"].values[int(audited["material"].values.argmax())])
+    n, low, high = (
+        int(audited["n_positions"].sel(writer=writer)),
+        *audited["level"].isel(location=-1).sel(writer=writer, quantile=[0.25, 0.75]).values,
+    )
+    assert {f"{n} positions of 6 independent prompts", f"{low:.2f} to {high:.2f}"} <= hovered
+
+
+def test_every_mark_of_a_picture_says_on_hover_what_it_is(audited) -> None:
+    proof = next(verified(audited))
+    drawn = ElementTree.fromstring(picture(audited.figure("fig1", proof.attrs["writer"])).svg)
+    marks = {title.text for title in drawn.iter("{http://www.w3.org/2000/svg}title")}
+    for place in audited["location"].values:
+        low, middle, high = proof["level"].sel(condition="clean", location=place, quantile=[0.25, 0.5, 0.75]).values
+        assert f"level, {place}: {middle:+.2f}, middle half of positions {low:+.2f} to {high:+.2f}" in marks
+    end = proof.isel(location=-1)
+    assert f"survival, {place}: {float(end['survival']):+.2f} ± {float(end['survival_se']):.2f}" in marks
+    assert {
+        name for element in drawn.iter() for name in element.attrib if name == "role" or name[:4] == "aria"
+    } == set()
 
 
 def test_tokens_are_coloured_by_their_level(audited, source) -> None:
@@ -140,11 +160,20 @@ def test_hostile_text_is_text(hostile, source) -> None:
     made.encode("utf-8")
 
 
-def test_a_large_model_is_shown_by_its_foremost_writers_and_the_page_says_so() -> None:
-    made = page.page(large())
+@pytest.fixture(scope="module")
+def large_source(large) -> tuple[str, float]:
+    """Its page, and how many seconds it took to draw."""
+    began = time.perf_counter()
+    return page.page(large), time.perf_counter() - began
+
+
+def test_a_large_model_is_shown_by_its_foremost_writers_and_the_page_says_so(large, large_source) -> None:
+    made, _ = large_source
     assert len(made.encode()) < 3 * 2**20
-    assert "800 more writers" in made
-    assert "top 40 of 999 nodes" in made
+    (where,) = re.findall(r'<section id="where">.*?</section>', made, re.DOTALL)
+    (left,) = re.findall(r"(\d+) more writers", where)
+    assert where.count('<th scope="row"') + int(left) == int(large["material"].sum())
+    assert f"top 40 of {large.data.sizes['node'] - 1} nodes" in made
 
 
 @pytest.mark.parametrize("name", [None, "levels", "fig1", "fig2", "fig3", "fig4", "fig5", "positions"])
@@ -191,7 +220,7 @@ def test_a_figure_that_cannot_be_drawn_says_why(audited, name, writer, says) -> 
 
 
 def test_a_scan_has_no_causal_figure() -> None:
-    scan = large(50, 5)
+    scan = uw.scan(view(tiny.model("gpt2", 3)), torch.arange(32).reshape(4, 8))
     assert scan.figure("fig2").to_dict()
     for name, says in (("fig3", "was not verified"), ("fig4", "has no attributions"), ("positions", "not verified")):
         with pytest.raises(ResultError, match=says):
@@ -294,7 +323,12 @@ def test_hostile_text_does_nothing_in_a_browser(hostile, browser, tmp_path) -> N
     assert seen.page.locator("img").count() == 0
 
 
-def test_a_large_page_opens(browser, tmp_path) -> None:
-    seen = Seen(browser, page.page(large()), tmp_path)
+def test_a_large_page_opens(large, large_source, browser, tmp_path, record_property) -> None:
+    made, seconds = large_source
+    seen = Seen(browser, made, tmp_path)
     assert len(seen.shown()) == 1
     assert seen.said == []
+    loaded = seen.page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")
+    size, n = len(made.encode()) / 2**20, large.data.sizes["node"]
+    words = f"the page of an audit of {n:,} nodes: {size:.2f} MiB, drawn in {seconds:.1f} s, open after {loaded:.0f} ms"
+    record_property("measured", words)

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import numpy as np
 import xarray as xr
 
+from unwrite.report.columns import Column
 from unwrite.report.found import rates
 from unwrite.result import Result
 
-HEADER = ("writer", "verdict", "survival", "generic", "erased", "filled in", "opposed", "through values", "erasers")
+_SHARES = "{share}, {share_without}"
+HEADER = (
+    Column("writer", holds="word"),
+    Column("verdict", holds="word"),
+    Column("survival", "{survival} at the end of the stream ± standard error, {survival_se}"),
+    Column("generic", "{generic}, at the end of the stream"),
+    Column("erased", f"Σ over later nodes of {{erased}}; {_SHARES}"),
+    Column("filled in", f"Σ over later nodes of {{filled_in}}; {_SHARES}"),
+    Column("opposed", "{opposed}; {share}"),
+    Column("through values", "{caused}: {v_share} (as a part of opposed)"),
+    Column("erasers", holds="words"),
+)
 _WORDS = ("verdict", "erasers", "causal_share_note", "readers", "decodable_note")
 
 
@@ -22,11 +35,18 @@ def verified(result: Result) -> Iterator[xr.Dataset]:
 
 def proof(result: Result, writer: str) -> xr.Dataset:
     """The same of one verified writer."""
-    own = [name for name, part in result.data.items() if "verified" in part.dims]
+    own = [name for name, part in result.data.variables.items() if "verified" in part.dims and name != "verified"]
     one = result.data[own].sel(verified=writer)
     data = one.rename({name: str(name).removeprefix("verified_") for name in own})
     words = {name: str(data[name].item()) for name in _WORDS}
     return data.assign_attrs(words, writer=writer)
+
+
+def alone(result: Result, data: xr.Dataset) -> Result:
+    """One verified writer as a result of its own."""
+    record = result.provenance
+    record |= {"method": "verify", "tokens": {"": record["settings"]["judged"]}}
+    return Result(data.assign_attrs(schema=result.data.attrs["schema"], provenance=json.dumps(record)))
 
 
 def row(data: xr.Dataset) -> tuple[str, ...]:

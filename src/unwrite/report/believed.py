@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
+from unwrite.report.columns import Column
 from unwrite.result import Result
 
 READINGS = ("direct", "net", "relp", "gradient")
@@ -27,7 +28,12 @@ class Asked:
     rows: tuple[tuple[str, ...], ...]
 
 
-HEADER = ("node", *READINGS, "total", "fate", "input-blind")
+HEADER = (
+    Column("node", holds="word"),
+    *(Column(name, f"{{{name}}}") for name in (*READINGS, "total")),
+    Column("fate", "what became of direct: {why}", "word"),
+    Column("input-blind", "direct stays what it is, to a quarter, with half of all other texts as its input", "word"),
+)
 
 
 def asked(data: xr.Dataset) -> Iterator[Asked]:
@@ -64,7 +70,11 @@ def row(cell: xr.Dataset) -> tuple[str, ...]:
     return (str(cell["node"].item()), *numbers, str(cell["fate"].item()).replace("_", " "), blind)
 
 
-TRUST_HEADER = ("nodes", *READINGS, "cells")
+TRUST_HEADER = (
+    Column("nodes", holds="word"),
+    *(Column(name, f"{{trust}}, its 95 % interval over resampled prompts; {name}: {{{name}}}") for name in READINGS),
+    Column("cells", "{trust_n}"),
+)
 
 
 def trusted(data: xr.Dataset, replacement: str = HEADLINE) -> list[tuple[str, ...]]:

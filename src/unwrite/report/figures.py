@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from unwrite.errors import ResultError, plain
-from unwrite.report.paper import FIGURES, finish, of_verified, series
+from unwrite.report.paper import FIGURES, SAYS, finish, of_verified, series
 from unwrite.report.rows import rows, texts
 from unwrite.result import Result, write
 
@@ -51,13 +51,15 @@ def places(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
     for name in ("level", "survival"):
         value, error = data[f"{name}_at"].values, np.nan_to_num(data[f"{name}_at_se"].values)
         rows_ = {"position": data["place"].values, "value": value, "low": value - error, "high": value + error}
-        frames.append(pd.DataFrame(rows_).assign(what=name))
+        said = zip(data["place"].values, value, error, strict=True)
+        says = [f"{name}, from position {place}: {v:+.2f} ± {e:.2f}" for place, v, e in said]
+        frames.append(pd.DataFrame(rows_).assign(what=name, says=says))
     base = alt.Chart(pd.concat(frames).dropna()).encode(
         x=alt.X("position:Q", title="position in the prompt"), color=series(["level", "survival"])
     )
-    lines = base.mark_line(point={"size": 20}).encode(y=alt.Y("value:Q", title="at the end, along the write"))
-    spread = base.mark_area(opacity=0.15).encode(y=alt.Y("low:Q"), y2="high:Q")
-    return finish(alt.layer(spread, lines), f"{data.attrs['writer']} at the end, by position")
+    lines = base.mark_line(point={"size": 20}).encode(y=alt.Y("value:Q", title="at the end, along the write"), **SAYS)
+    spread = base.mark_area(opacity=0.15).encode(y=alt.Y("low:Q"), y2=alt.Y2("high:Q"))
+    return finish(alt.layer(lines, spread), f"{data.attrs['writer']} at the end, by position")
 
 
 def levels(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
@@ -72,7 +74,11 @@ def levels(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
         raise ResultError(f"a {result.method} has no picture", expected="a scan, a verification, dla or an audit")
     _, data, _ = next(texts(result))
     writers = [row.writer for row in rows(data)[0][:_MOST]]
-    level = data["level"].sel(quantile=0.5, writer=writers).to_dataframe().reset_index()
+    parts = data["level"].sel(writer=writers).transpose("writer", "location", "quantile")
+    level = parts.sel(quantile=0.5).to_series().reset_index()
+    middle = parts.sel(quantile=[0.25, 0.75]).values.reshape(-1, 2)
+    said = zip(level["writer"], level["location"], level["level"], *middle.T, strict=True)
+    level["says"] = [f"{w}, {at}: {v:+.2f}, middle half of positions {a:+.2f} to {b:+.2f}" for w, at, v, a, b in said]
     limit = max(2.0, float(np.nanquantile(np.abs(level["level"]), 0.9)))
     after = pd.DataFrame({"writer": writers, "location": data["right_after"].sel(writer=writers).values})
     x = alt.X("location:N", sort=list(data["location"].values), title=None, axis=alt.Axis(labelAngle=-40, orient="top"))
@@ -82,11 +88,11 @@ def levels(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
         title="median level",
         scale=alt.Scale(domain=[-limit, 0, limit], range=list(DIVERGING), interpolate="rgb", clamp=True),
     )
-    base = alt.Chart(level).encode(x=x, y=y)
-    cells = base.mark_rect().encode(color=colour, tooltip=["writer", "location", alt.Tooltip("level:Q", format=".2f")])
+    base = alt.Chart(level).encode(x=x, y=y, **SAYS)
+    cells = base.mark_rect().encode(color=colour)
     dark = alt.condition(f"abs(datum.level) > {0.6 * limit}", alt.value("white"), alt.value("black"))
     numbers = base.mark_text(fontSize=9).encode(text=alt.Text("level:Q", format=".1f"), color=dark)
-    boxes = alt.Chart(after).mark_rect(filled=False, stroke="black", strokeWidth=1.2).encode(x=x, y=y)
+    boxes = alt.Chart(after).mark_rect(filled=False, stroke="black", strokeWidth=1.2, aria=False).encode(x=x, y=y)
     title = alt.Title(
         "How much of the stream lies along each write",
         subtitle=[

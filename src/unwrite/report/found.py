@@ -5,10 +5,24 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
+from unwrite.report.columns import Column
 from unwrite.result import Result
 
-HEADER = ("prompt", "row", "asked", "logit difference", "direct", "of its mean write", "total")
-CORPUS_HEADER = ("erasers' attribution", "correlation [95 %]", "slope", "intercept")
+HEADER = (
+    Column("prompt", holds="word"),
+    Column("row"),
+    Column("asked", holds="word"),
+    Column("logit difference", "{logit_diff}"),
+    Column("direct", "{direct}"),
+    Column("of its mean write", "{direct_mean}"),
+    Column("total", "{total}"),
+)
+CORPUS_HEADER = (
+    Column("erasers' attribution", holds="word"),
+    Column("correlation [95 %]", "{correlation}"),
+    Column("slope", "{slope}"),
+    Column("intercept", "{intercept}"),
+)
 # Numbers were read off images to about this, and a corpus is drawn anew.
 _NEAR = 0.05
 _PATHS = {
@@ -46,12 +60,18 @@ def rates(data: xr.Dataset, writer: str) -> str:
     return f"Prompts on which direct attribution of {writer} is large and without effect: {', '.join(words)}."
 
 
-CLAIMS_HEADER = ("figure", "quantity", "setting", "paper", "ours")
+CLAIMS_HEADER = (
+    Column("figure", holds="word"),
+    Column("quantity", holds="word"),
+    Column("setting", holds="word"),
+    Column("paper"),
+    Column("ours"),
+)
 
 
 def claims(data: xr.Dataset) -> list[tuple[str, ...]]:
     """One line for every number of a paper."""
-    parts = zip(*(data[name].values for name in CLAIMS_HEADER), strict=True)
+    parts = zip(*(data[column.name].values for column in CLAIMS_HEADER), strict=True)
     return [
         (*map(str, words), *(f"{value:+.3f}" if value == value else "–" for value in (paper, ours)))
         for *words, paper, ours in parts

@@ -153,7 +153,8 @@ def _words(part: Result) -> str:
         return plain(levels(part))
     if part.method == "verify":
         writer, verdict, *numbers = audited.row(part.data)[: len(_HEADER)]
-        return plain(f"{writer}: {verdict}; {', '.join(map(' '.join, zip(_HEADER[2:], numbers, strict=True)))}")
+        names = [column.name for column in _HEADER[2:]]
+        return plain(f"{writer}: {verdict}; {', '.join(map(' '.join, zip(names, numbers, strict=True)))}")
     return ""
 
 

@@ -4,95 +4,64 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import tempfile
-from importlib import resources
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import markupsafe
+import xarray as xr
 
-from unwrite.errors import plain
 from unwrite.report import audited, believed, panels
 from unwrite.report.alerts import alerts
+from unwrite.report.columns import Column, table
 from unwrite.report.paper import FIGURES
-from unwrite.report.rows import folded_line, rows, soundness, texts
+from unwrite.report.pictures import picture
+from unwrite.report.rows import HEADER, Row, folded_line, rows, soundness, texts
+from unwrite.report.templates import own, render
 from unwrite.report.terminal import certificate, headline
 from unwrite.report.verdict import verdict
 from unwrite.result import Result, write
 
-# Rows of the map of levels, and bytes of a file that the page carries with it.
-_ROWS = 200
+# Cells of the map of levels, and bytes of a file that the page carries with it.
+_CELLS = 5000
 _INLINE = 2**19
+_KINDS = {".csv": "text/csv", ".nc": "application/x-netcdf"}
+_EQUATIONS = (Column("variable", holds="word"), Column("unit", holds="word"), Column("equation", holds="words"))
 
 
-def page(result: Result) -> str:
+def page(result: Result, beside: Iterable[Path] = ()) -> str:
     """The result as one HTML document without network; every text in it is escaped.
 
     Its one script (which writer is looked at) is the only one that its content policy lets run; without it all writers
-    stand below each other.
+    stand below each other. Files that will lie `beside` it can be saved from it: small ones it carries with it.
     """
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=_printable)
     settings = result.provenance["settings"]
     shown: list[dict[str, Any]] = [
         _panel(name, data, read) | {"sound": soundness(data, settings)} for name, data, read in texts(result)
     ]
-    names = [row.writer for row in shown[0]["rows"]]
-    script = _file("page.js")
-    return environment.from_string(_file("page.html.j2")).render(
+    script = own("page.js")
+    made = render(
+        "page.html.j2",
         headline=headline(result),
         certificate=certificate(result),
         verdict=result.data.attrs.get("verdict") or verdict(result),
         alerts=[(alert.kind, alert.words) for alert in alerts(result)],
         panels=shown,
-        writers=list(panels.writers(result, names)),
-        headers=(panels.TRAJECTORY, panels.ACTORS, panels.READINGS),
+        writers=list(panels.writers(result, [row.writer for row in shown[0]["rows"]])),
         audit=_audited(result) if result.method == "audit" else None,
         provenance=_flat(result.provenance),
-        equations=_equations(result),
-        downloads=_downloads(result),
-        script=markupsafe.Markup(script),  # noqa: S704 - the package's own
+        equations=table("", _EQUATIONS, _equations(result.data), result.data),
+        downloads=[(file.name, _address(file)) for file in beside],
+        script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        style=markupsafe.Markup(_file("page.css")),  # noqa: S704 - the package's own
+        style=own("page.css"),
     )
+    return str(made)
 
 
-def _printable(value: object) -> object:
-    """Whatever a template prints, without control characters and the like; markup is the package's own."""
-    return plain(value) if isinstance(value, str) and not isinstance(value, markupsafe.Markup) else value
-
-
-def _file(name: str) -> str:
-    return resources.files("unwrite.report").joinpath(name).read_text("utf-8")
-
-
-def _equations(result: Result) -> list[tuple[str, str, str]]:
-    """Every variable's name, unit and equation."""
-    found = []
-    for name, part in result.data.items():
-        if equation := part.attrs.get("equation"):
-            found.append((str(name), str(part.attrs.get("units", "")), str(equation)))
-    return found
-
-
-def _downloads(result: Result) -> list[tuple[str, str]]:
-    """The table and the result as links that carry their content; of what is large, to the file beside the page."""
-    with tempfile.TemporaryDirectory() as place:
-        files = {"text/csv": result.save_table(Path(place) / "table.csv")}
-        files["application/x-netcdf"] = result.save(Path(place) / "result.nc")
-        return [(file.name, _address(kind, file)) for kind, file in files.items()]
-
-
-def _address(kind: str, file: Path) -> str:
-    if file.stat().st_size > _INLINE:
-        return file.name
-    return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
-
-
-def save(result: Result, path: Path) -> Path:
+def save(result: Result, path: Path, beside: Iterable[Path] = ()) -> Path:
     """Write the page to `path`, whole or not at all. Raises ResultError where it cannot be written."""
     # A lone surrogate has no UTF-8; `plain` has made it an escape everywhere it could come from outside.
-    return write(path, lambda place: place.write_text(page(result), encoding="utf-8"))
+    return write(path, lambda place: place.write_text(page(result, beside), encoding="utf-8"))
 
 
 def save_all(result: Result, folder: Path) -> tuple[str, ...]:
@@ -102,49 +71,76 @@ def save_all(result: Result, folder: Path) -> tuple[str, ...]:
     """
     files = [result.save(folder), result.save_table(folder / "table.csv")]
     if result.method in ("scan", "audit"):
-        files.append(save(result, folder / "report.html"))
+        files.append(save(result, folder / "report.html", tuple(files)))
     return tuple(file.name for file in files)
 
 
-def _audited(result: Result) -> dict:
+def _address(file: Path) -> str:
+    """A link that carries a small file's content; of a large one to the file."""
+    if file.stat().st_size > _INLINE:
+        return file.name
+    return f"data:{_KINDS[file.suffix]};base64,{base64.b64encode(file.read_bytes()).decode()}"
+
+
+def _equations(data: xr.Dataset) -> Iterator[tuple[str, str, str]]:
+    """Every variable's name, unit and equation."""
+    for name, part in data.variables.items():
+        if equation := part.attrs.get("equation"):
+            yield (str(name), str(part.attrs.get("units", "")), str(equation))
+
+
+def _audited(result: Result) -> dict[str, Any]:
     """The panels that only an audit has; names and texts in them were made plain where they were read."""
     # Without erasers there is no corpus of what they take back.
     pictures = ("fig4", "fig5") if "corpus_sample_x" in result.data else ("fig4",)
+    data, proofs, judged = result.data, list(audited.verified(result)), result.provenance["settings"]["judged"]
+    n = f"{judged['prompts']} × {judged['length']} tokens, which did not choose the writer"
     return {
-        "verified": (audited.HEADER, [audited.row(data) for data in audited.verified(result)]),
-        "asked": [(one.title, one.sums, believed.HEADER, one.rows) for one in believed.asked(result.data)],
-        "pictures": [panels.picture(FIGURES[name](result)) for name in pictures],
+        "verified": table("", audited.HEADER, map(audited.row, proofs), proofs[0], n),
+        "asked": [
+            (one.title, one.sums, table("", believed.HEADER, one.rows, data, "one prompt"))
+            for one in believed.asked(data)
+        ],
+        "pictures": [picture(FIGURES[name](result)) for name in pictures],
         "trust": [
-            (replacement, believed.TRUST_HEADER, believed.trusted(result.data, replacement))
-            for replacement in believed.REPLACEMENTS
+            table(f"writes replaced by {kind}", believed.TRUST_HEADER, believed.trusted(data, kind), data)
+            for kind in believed.REPLACEMENTS
         ],
         "search": audited.search(result),
     }
 
 
-def _panel(name: str, data, read) -> dict:
+def _panel(name: str, data: xr.Dataset, read: Mapping[str, Any]) -> dict[str, Any]:
+    """The map of levels of one text, and who writes against whom."""
     found, folded = rows(data)
-    shown = found[:_ROWS]
-    level = data["level"].sel(quantile=0.5)
-    after = {row.writer: str(data["right_after"].sel(writer=row.writer).item()) for row in shown}
-    cells = {
-        row.writer: [
-            (float(value), panels.colour(float(value)), str(place) == after[row.writer])
-            for place, value in zip(data["location"].values, level.sel(writer=row.writer).values, strict=True)
-        ]
-        for row in shown
-    }
+    title = f"{name or read['source']}: {read['prompts']} × {read['length']} tokens"
+    shown = found[: (most := _CELLS // data.sizes["location"])]
+    notes = [f"{row.n:,} positions of {int(data['n_clusters'])} independent prompts" for row in found]
     return {
-        "title": f"{name or read['source']}: {read['prompts']} × {read['length']} tokens",
+        "title": title,
+        "equation": data["level"].attrs.get("equation", ""),
         "locations": [str(place) for place in data["location"].values],
         "rows": shown,
-        "cells": cells,
+        "notes": notes,
+        "cells": _cells(data, shown),
+        "against": table(title, HEADER, (row.cells for row in found), data, notes, most),
         "left_out": len(found) - len(shown),
         "folded": folded_line(folded) if folded else "",
     }
 
 
-def _flat(values: dict, prefix: str = "") -> list[tuple[str, str]]:
+def _cells(data: xr.Dataset, shown: list[Row]) -> Iterator[list[tuple[str, str, str, bool]]]:
+    """Of each row the levels: in figures, the middle half of positions, a colour, and is it the one after the write?"""
+    one = data[["level", "right_after"]].sel(writer=[row.writer for row in shown])
+    levels = one["level"].sel(quantile=[0.25, 0.5, 0.75]).transpose("writer", "location", "quantile").values
+    for level, after in zip(levels, one["right_after"].values, strict=True):
+        yield [
+            (f"{middle:.2f}", f"{low:.2f} to {high:.2f}", panels.colour(middle), str(place) == str(after))
+            for place, (low, middle, high) in zip(data["location"].values, level.tolist(), strict=True)
+        ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     lines = []
     for key, value in values.items():
         name = f"{prefix}{key}"

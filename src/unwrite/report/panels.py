@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import vl_convert as vlc
 import xarray as xr
-from altair import TopLevelMixin
-from markupsafe import Markup
 
 from unwrite.report import audited, believed, verified
+from unwrite.report.columns import Column, Table, table
 from unwrite.report.figures import DIVERGING, places
 from unwrite.report.paper import fig1, fig2, fig3
+from unwrite.report.pictures import Picture, picture
 from unwrite.result import Result
 
 # Writers whose pictures are drawn: all that were verified, and of the others those that move most energy.
 DRAWN = 12
-TRAJECTORY = ("location", "level", "background", "survival ± SE", "generic", "decodable")
-ACTORS = ("node", "share", "without", "erased", "filled in", "through values", "one-reader", "how")
-READINGS = ("prompt", *believed.READINGS, "total", "fate", "input-blind")
+READINGS = (Column("prompt", holds="word"), *believed.HEADER[1:])
+_ACTORS = 40
 _FULL = 2.0
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An SVG with the sentence that stands for it where it is not seen."""
-
-    svg: Markup
-    says: str
 
 
 @dataclass(frozen=True)
@@ -44,19 +32,19 @@ class Strip:
 
 @dataclass(frozen=True)
 class Writer:
-    """All that the page shows of one writer; what was not measured is empty."""
+    """All that the page shows of one writer; what was not measured is missing."""
 
     name: str
     verdict: str
     sentence: str
     where: Picture
     who: Picture
-    causal: Picture | None
-    by_position: Picture | None
-    trajectory: tuple[tuple[str, ...], ...]
-    actors: tuple[tuple[str, ...], ...]
-    readings: tuple[tuple[str, ...], ...]
-    strips: tuple[Strip, ...]
+    causal: Picture | None = None
+    by_position: Picture | None = None
+    trajectory: Table | None = None
+    actors: Table | None = None
+    readings: Table | None = None
+    strips: tuple[Strip, ...] = ()
 
 
 def writers(result: Result, names: list[str]) -> Iterator[Writer]:
@@ -69,36 +57,37 @@ def writers(result: Result, names: list[str]) -> Iterator[Writer]:
     for name in [name for name in names if name not in known][: max(0, DRAWN - len(proofs))]:
         where, who = picture(fig1(result, name)), picture(fig2(result, name))
         says = f"{name} was not verified: its levels count all that lies along it, whoever wrote it."
-        yield Writer(name, "", says, where, who, None, None, (), (), _readings(result, name), ())
+        yield Writer(name, "", says, where, who, readings=_readings(result, name))
 
 
 def _verified(result: Result, proof: xr.Dataset) -> Writer:
-    name = proof.attrs["writer"]
-    one = Result(proof.assign_attrs(result.data.attrs | proof.attrs))
-    judged = result.provenance["settings"]["judged"]
+    name, one = proof.attrs["writer"], audited.alone(result, proof)
+    read = one.provenance["tokens"][""]
+    n = f"{read['prompts']} × {read['length']} tokens, which did not choose the writer"
+    rising = "energy-weighted; generic: the mean of randomly turned writes"
+    acting = "later nodes that act on it; shares of its energy"
     return Writer(
         name=name,
         verdict=proof.attrs["verdict"],
-        sentence=verified.sentence(one, judged),
-        where=picture(fig1(result, name)),
-        who=picture(fig2(result, name)),
-        causal=picture(fig3(result, name)),
-        by_position=picture(places(result, name)),
-        trajectory=tuple(verified.trajectory(one)),
-        actors=tuple(verified.actors(one)),
+        sentence=verified.sentence(one),
+        where=picture(fig1(one)),
+        who=picture(fig2(one)),
+        causal=picture(fig3(one)),
+        by_position=picture(places(one)),
+        trajectory=table(rising, verified.TRAJECTORY, verified.trajectory(one), proof, n),
+        actors=table(acting, verified.ACTORS, verified.actors(one), proof, n, most=_ACTORS),
         readings=_readings(result, name),
         strips=tuple(_strips(proof)),
     )
 
 
-def _readings(result: Result, writer: str) -> tuple[tuple[str, ...], ...]:
+def _readings(result: Result, writer: str) -> Table | None:
     """What a writer is credited with on every prompt, and what it does there."""
     if result.method != "audit" or writer not in result.data["node"].values:
-        return ()
-    one = result.data.sel(node=writer)
-    return tuple(
-        (str(int(one["prompt"][i])), *believed.row(one.isel(prompt=i))[1:]) for i in range(one.sizes["prompt"])
-    )
+        return None
+    one = result.data[list(believed.CELLS)].sel(node=writer)
+    rows = [(str(int(prompt)), *believed.row(one.sel(prompt=prompt))[1:]) for prompt in one["prompt"].values]
+    return table("", READINGS, rows, result.data, notes="one prompt")
 
 
 def _strips(proof: xr.Dataset) -> Iterator[Strip]:
@@ -126,11 +115,3 @@ def colour(level: float) -> str:
     weight = 0.75 * min(abs(level) / _FULL, 1.0)
     end = bytes.fromhex(DIVERGING[2 if level > 0 else 0][1:])
     return "#" + "".join(f"{round(255 + weight * (channel - 255)):02x}" for channel in end)
-
-
-def picture(chart: TopLevelMixin) -> Picture:
-    """The chart as SVG text; everything written in it was escaped by the library that drew it."""
-    spec: dict[str, Any] = chart.to_dict(validate=False)  # checked by the tests, and slow
-    spec["config"] |= {"background": "transparent"}  # the page is light or dark
-    svg = vlc.vegalite_to_svg(json.dumps(spec))
-    return Picture(Markup(svg), spec["title"]["text"])  # noqa: S704 - drawn here

@@ -22,9 +22,11 @@ from unwrite.result import Result
 COLOURS = {"level": "#2166ac", "survival": "#d95f02", "hidden from values": "#1b9e77", "total": "#7b3294"}
 GREY = "#888888"
 WIDTH, HEIGHT = 330, 180
-_MOST = 40
+_MOST, _NAMED = 40, 17
 _MIDDLE = {0.25: "low", 0.5: "middle", 0.75: "high"}
 _ALONG = "⟨·, w⟩ / ‖w‖²"
+# What a mark says on hover, and to a screen reader.
+SAYS = {"tooltip": alt.Tooltip("says:N"), "description": alt.Description("says:N")}
 
 
 def of_writer(result: Result, writer: str | None = None) -> xr.Dataset:
@@ -47,7 +49,7 @@ def of_writer(result: Result, writer: str | None = None) -> xr.Dataset:
     names = [str(name) for name in first["writer"].values]
     chosen = writer or names[int(first["moved"].fillna(-1).values.argmax())]
     _require(chosen in names, "result", chosen, names)
-    one = first.sel(writer=chosen, drop=True)
+    one = first[["level", "pr", "share", "eraser"]].sel(writer=chosen, drop=True)
     clean = one[["level", "pr"]].expand_dims(condition=["clean"])
     return one[["share", "eraser"]].merge(clean).assign_attrs(writer=chosen)
 
@@ -69,21 +71,19 @@ def _require(there: bool, where: str, what: object, known: list[str]) -> None:
 def fig1(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
     """The stream along one write, state by state: level, and where it was verified survival beside turned writes."""
     data = of_writer(result, writer)
-    places = list(data["location"].values)
-    level = _quantiles(data["level"].sel(condition="clean"), "location").assign(what="level")
-    x = alt.X("location:N", sort=places, title=None, axis=alt.Axis(labelAngle=-45))
+    level = _quantiles(data["level"].sel(condition="clean"), "location", "level")
+    x = _states(data)
     y = alt.Y("middle:Q", title=_ALONG)
     layers = []
     if "survival" in data:
         bound = data["generic"].to_series().unstack("bound").reset_index().dropna()
-        layers.append(alt.Chart(bound).mark_area(color=GREY, opacity=0.35).encode(x=x, y=alt.Y("low:Q"), y2="high:Q"))
-        kept = data["survival"].to_series().rename("middle").reset_index().dropna().assign(what="survival")
-        level = pd.concat([level, kept])
+        layers.append(_band(alt.Chart(bound), x, GREY, 0.35))
+        kept = data[["survival", "survival_se"]].to_dataframe()[["survival", "survival_se"]].dropna().reset_index()
+        kept["says"] = [f"survival, {place}: {value:+.2f} ± {error:.2f}" for place, value, error in kept.to_numpy()]
+        level = pd.concat([level, kept.rename(columns={"survival": "middle"}).assign(what="survival")])
     base = alt.Chart(level)
-    layers.append(_band(base.transform_filter("datum.what == 'level'"), x, COLOURS["level"]))
-    lines = base.mark_line(point={"size": 28}).encode(
-        x=x, y=y, color=series(level["what"].unique()), tooltip=["location", "what", _number("middle")]
-    )
+    layers.append(_band(base.transform_filter("datum.what == 'level'"), x, COLOURS["level"], 0.2))
+    lines = base.mark_line(point={"size": 28}).encode(x=x, y=y, color=series(level["what"].unique()), **SAYS)
     said = f": {data.attrs['verdict']} (grey: randomly turned writes)" if "survival" in data else ""
     return finish(alt.layer(*layers, lines), f"The stream along {data.attrs['writer']}{said}")
 
@@ -91,7 +91,7 @@ def fig1(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
 def fig2(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
     """What every node writes along one write; erasers stand out."""
     data = of_writer(result, writer)
-    pr = _quantiles(data["pr"].sel(condition="clean"), "node")
+    pr = _quantiles(data["pr"].sel(condition="clean"), "node", "what it writes")
     pr = pr[pr["node"] != data.attrs["writer"]]
     opposes = set(_erasers(data))
     size = np.nan_to_num(np.abs(np.asarray(pr["middle"], dtype=float)))
@@ -102,9 +102,9 @@ def fig2(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
     colour = alt.Color(
         "role:N", title=None, scale=alt.Scale(domain=["writes against it", "other"], range=[COLOURS["survival"], GREY])
     )
-    base = alt.Chart(shown).encode(x=x)
-    bars = base.mark_bar().encode(y=alt.Y("middle:Q", title=_ALONG), color=colour, tooltip=["node", _number("middle")])
-    rules = base.mark_rule().encode(y=alt.Y("low:Q"), y2="high:Q")
+    base = alt.Chart(shown).encode(x=x, **SAYS)
+    bars = base.mark_bar().encode(y=alt.Y("middle:Q", title=_ALONG), color=colour)
+    rules = base.mark_rule().encode(y=alt.Y("low:Q"), y2=alt.Y2("high:Q"))
     left = f" (top {len(shown)} of {len(pr)} nodes)" if len(pr) > len(shown) else ""
     return finish(
         alt.layer(bars, rules), f"What nodes write along {data.attrs['writer']}{left}", max(WIDTH, 11 * len(shown))
@@ -118,19 +118,15 @@ def fig3(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
     """
     data = of_verified(result, writer)
     words = {"clean": "level", "patched": "hidden from values"}
-    level = pd.concat(
-        [_quantiles(data["level"].sel(condition=c), "location").assign(what=word) for c, word in words.items()]
-    )
-    x = alt.X("location:N", sort=list(data["location"].values), title=None, axis=alt.Axis(labelAngle=-45))
-    tip = ["location", "what", _number("middle")]
+    level = pd.concat([_quantiles(data["level"].sel(condition=c), "location", word) for c, word in words.items()])
     lines = alt.Chart(level).mark_line(point={"size": 28}).encode(
-        x=x, y=alt.Y("middle:Q", title=_ALONG), color=series(words.values()), tooltip=tip
+        x=_states(data), y=alt.Y("middle:Q", title=_ALONG), color=series(words.values()), **SAYS
     )  # fmt: skip
     erasers = [str(node) for node in data["node"].values if str(node) in _erasers(data)]
-    pr = pd.concat([_quantiles(data["pr"].sel(condition=c), "node").assign(what=word) for c, word in words.items()])
+    pr = pd.concat([_quantiles(data["pr"].sel(condition=c), "node", word) for c, word in words.items()])
     bars = alt.Chart(pr[pr["node"].isin(erasers)]).mark_bar().encode(
         x=alt.X("node:N", sort=erasers, title=None), xOffset=alt.XOffset("what:N"),
-        y=alt.Y("middle:Q", title=_ALONG), color=series(words.values()), tooltip=["node", "what", _number("middle")],
+        y=alt.Y("middle:Q", title=_ALONG), color=series(words.values()), **SAYS,
     )  # fmt: skip
     parts = alt.vconcat(lines.properties(width=WIDTH, height=HEIGHT), bars.properties(width=WIDTH, height=HEIGHT // 2))
     return finish(parts, f"{data.attrs['writer']}, and hidden from the values of its erasers' layers", None)
@@ -156,11 +152,11 @@ def fig4(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
         frame[f"direct, other {kind}"] = other[kind].values
     kinds = ["direct", *[f"direct, other {kind}" for kind in other.columns], "total"]
     long = frame.head(12).melt("prompt", var_name="what", value_name="logits")
+    long["says"] = [f"{what}, prompt {prompt}: {logits:+.3f}" for prompt, what, logits in long.to_numpy()]
     colour = alt.Color("what:N", title=None, sort=kinds, scale=alt.Scale(domain=kinds, range=_FOUR))
     chart = alt.Chart(long).mark_bar().encode(
         x=alt.X("prompt:N", sort=asked, title=None, axis=alt.Axis(labelAngle=-30)),
-        xOffset=alt.XOffset("what:N", sort=kinds), y=alt.Y("logits:Q", title="logits"), color=colour,
-        tooltip=["prompt", "what", _number("logits")],
+        xOffset=alt.XOffset("what:N", sort=kinds), y=alt.Y("logits:Q", title="logits"), color=colour, **SAYS,
     )  # fmt: skip
     return finish(chart, f"What {node} is credited with, and what it does", max(WIDTH, 46 * min(len(asked), 12)))
 
@@ -181,12 +177,13 @@ def fig5(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
     _require(writer in (None, own), "corpus", writer, [own])
     one = data.sel(path="values")
     frame = pd.DataFrame({"x": one[f"{prefix}sample_x"].values, "y": one[f"{prefix}sample_y"].values})
+    frame["says"] = [f"credited {x:+.2f}, taken back {y:+.2f}" for x, y in frame.to_numpy()]
     slope, base, r = (float(one[f"{prefix}{name}"]) for name in ("slope", "intercept", "correlation"))
     ends = np.array([frame["x"].min(), frame["x"].max()])
     lines = pd.DataFrame({"x": [*ends, *ends], "y": [*(base + slope * ends), *-ends]})
     lines["what"] = ["fit", "fit", "perfect clean-up", "perfect clean-up"]
     x, y = alt.X("x:Q", title=f"direct({own}), logits"), alt.Y("y:Q", title="direct(erasers), through values")
-    dots = alt.Chart(frame).mark_circle(size=9, opacity=0.35, color=COLOURS["level"]).encode(x=x, y=y)
+    dots = alt.Chart(frame).mark_circle(size=9, opacity=0.35, color=COLOURS["level"]).encode(x=x, y=y, **SAYS)
     scale = alt.Scale(domain=["fit", "perfect clean-up"], range=[COLOURS["survival"], GREY])
     drawn = alt.Chart(lines).mark_line().encode(x=x, y=y, color=alt.Color("what:N", title=None, scale=scale))
     n = int(data[f"{prefix}n"])
@@ -205,14 +202,27 @@ def _erasers(data: xr.Dataset) -> list[str]:
     return [str(node) for node in data["node"].values[data["eraser"].values.astype(bool)]]
 
 
-def _quantiles(part: xr.DataArray, axis: str) -> pd.DataFrame:
-    """A row for each place or node, with the middle half of positions."""
-    frame = part.sel(quantile=list(_MIDDLE)).to_series().unstack("quantile").rename(columns=_MIDDLE)
-    return frame.reindex(part[axis].values).rename_axis(axis).reset_index()
+def _quantiles(part: xr.DataArray, axis: str, what: str) -> pd.DataFrame:
+    """A row for each place or node, with the middle half of positions and what it says on hover."""
+    names = part[axis].values
+    numbers = part.sel(quantile=list(_MIDDLE)).transpose(axis, "quantile").values
+    frame = pd.DataFrame(numbers, columns=list(_MIDDLE.values())).assign(**{axis: names, "what": what})
+    frame["says"] = [
+        f"{what}, {name}: {middle:+.2f}, middle half of positions {low:+.2f} to {high:+.2f}"
+        for name, (low, middle, high) in zip(names, numbers, strict=True)
+    ]
+    return frame
 
 
-def _band(base: alt.Chart, x: alt.X, colour: str) -> alt.Chart:
-    return base.mark_area(color=colour, opacity=0.2).encode(x=x, y=alt.Y("low:Q"), y2="high:Q")
+def _states(data: xr.Dataset) -> alt.X:
+    """The states of the stream in order, of which no more are named than there is room for."""
+    places = list(data["location"].values)
+    named = places[:: -(-len(places) // _NAMED)]
+    return alt.X("location:N", sort=places, title=None, axis=alt.Axis(labelAngle=-45, values=named))
+
+
+def _band(base: alt.Chart, x: alt.X, colour: str, opacity: float) -> alt.Chart:
+    return base.mark_area(color=colour, opacity=opacity).encode(x=x, y=alt.Y("low:Q"), y2=alt.Y2("high:Q"))
 
 
 def series(names: Iterable[str]) -> alt.Color:
@@ -221,18 +231,14 @@ def series(names: Iterable[str]) -> alt.Color:
     return alt.Color("what:N", title=None, scale=alt.Scale(domain=names, range=[COLOURS[name] for name in names]))
 
 
-def _number(name: str) -> alt.Tooltip:
-    return alt.Tooltip(f"{name}:Q", format="+.2f")
-
-
 def finish(chart: alt.TopLevelMixin, title: str, width: int | None = WIDTH) -> alt.TopLevelMixin:
     """Size, title and fonts that can be read in a column."""
     if width is not None:
         chart = chart.properties(width=width, height=HEIGHT)
-    return (
-        chart.properties(title=alt.Title(plain(title), anchor="start", fontSize=12))
-        .configure(font="sans-serif", background="white")
-        .configure_axis(labelFontSize=11, titleFontSize=11, grid=False)
-        .configure_legend(orient="bottom", labelFontSize=11)
-        .configure_view(stroke=None)
+    return chart.properties(title=alt.Title(plain(title), anchor="start", fontSize=12)).configure(
+        font="sans-serif",
+        background="white",
+        axis=alt.AxisConfig(labelFontSize=11, titleFontSize=11, grid=False),
+        legend=alt.LegendConfig(orient="bottom", labelFontSize=11),
+        view=alt.ViewConfig(stroke=None),
     )

@@ -9,9 +9,19 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from unwrite.report.columns import Column
 from unwrite.result import Result
 
 _OPPONENTS = 2
+HEADER = (
+    Column("writer", holds="word"),
+    Column("‖w‖/‖x‖", "median of {relative_norm}"),
+    Column("after", "median of {level}, x right after the write"),
+    Column("end", "median of {level}, x at the end of the stream"),
+    Column("writes against it: share ± SE (median)", "{share} ± {share_se} (median of {pr})", "words", least=36),
+    Column("reading (energy-weighted)", "{level_share}, x right after the write → at the end", "word"),
+    Column("n", "{n_positions}"),
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,12 @@ class Row:
         if not self.opponents:
             return "–"
         return ", ".join(map(str, self.opponents)) + (f", +{self.more_opponents} more" if self.more_opponents else "")
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """What stands in a table, below `HEADER`."""
+        numbers = (f"{value:.2f}" for value in (self.relative_norm, self.start, self.end))
+        return (self.writer, *numbers, self.against, self.reading, f"{self.n:,}")
 
 
 def texts(result: Result) -> Iterator[tuple[str, xr.Dataset, Mapping[str, Any]]]:

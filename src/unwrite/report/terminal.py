@@ -13,16 +13,15 @@ from xarray import Dataset
 
 from unwrite.errors import plain
 from unwrite.report import audited, believed, found
-from unwrite.report.rows import Row, disagreements, folded_line, rows, soundness, texts
+from unwrite.report.columns import Column
+from unwrite.report.rows import HEADER, disagreements, folded_line, rows, soundness, texts
 from unwrite.report.verdict import verdict
-from unwrite.report.verified import actors, sentence, trajectory
+from unwrite.report.verified import ACTORS, TRAJECTORY, actors, sentence, trajectory
 from unwrite.result import Result
 
 Parts = Callable[[Result], Iterator[RenderableType]]
 
 _WIDE = 160
-_WORDY = ("how", "verdict", "erasers", "fate", "asked", "quantity", "setting", "erasers' attribution")
-_LONG = ("erasers",)
 
 
 def console(stderr: bool = False) -> Console:
@@ -43,10 +42,9 @@ def show(result: Result, screen: Console) -> None:
 
 
 def _verify(result: Result) -> Iterator[RenderableType]:
-    yield grid("", ("location", "level", "background", "survival ± SE", "generic", "decodable"), trajectory(result))
+    yield grid("", TRAJECTORY, trajectory(result))
     yield Text("")
-    header = ("node", "share", "without", "erased", "filled in", "through values", "one-reader", "how")
-    yield grid("later nodes that act on it", header, actors(result))
+    yield grid("later nodes that act on it", ACTORS, actors(result))
     yield Text("")
     yield Text(plain(last_word(result)))
 
@@ -81,7 +79,7 @@ def _audit(result: Result) -> Iterator[RenderableType]:
     yield Text(plain(last_word(result)))
 
 
-def _listed(header: tuple[str, ...], rows: Callable[[Dataset], list[tuple[str, ...]]]) -> Parts:
+def _listed(header: Iterable[Column], rows: Callable[[Dataset], list[tuple[str, ...]]]) -> Parts:
     """A result that is one table and a sentence."""
 
     def parts(result: Result) -> Iterator[RenderableType]:
@@ -92,11 +90,12 @@ def _listed(header: tuple[str, ...], rows: Callable[[Dataset], list[tuple[str, .
     return parts
 
 
-def grid(title: str, header: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> Table:
+def grid(title: str, header: Iterable[Column], lines: Iterable[tuple[str, ...]]) -> Table:
     """A table with a title and a header, every cell plain; it keeps its words together where there is room."""
     table = Table(title=Text(plain(title)) if title else None, title_justify="left", box=None, pad_edge=False)
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 or name in _WORDY else "right", no_wrap=name not in _LONG)
+    for column in header:
+        side, wraps = "right" if column.holds == "numbers" else "left", column.holds == "words"
+        table.add_column(column.name, justify=side, no_wrap=not wraps, min_width=column.least)
     for line in lines:
         table.add_row(*map(plain, line))
     return table
@@ -111,7 +110,8 @@ def _scan(result: Result) -> Iterator[RenderableType]:
 def _scanned(result: Result) -> Iterator[RenderableType]:
     for name, data, read in texts(result):
         shown, folded = rows(data)
-        yield _table(f"{name or read['source']}: {read['prompts']} × {read['length']} tokens", shown)
+        title = f"{name or read['source']}: {read['prompts']} × {read['length']} tokens"
+        yield grid(title, HEADER, (row.cells for row in shown))
         if folded:
             yield Text(folded_line(folded), "dim")
         yield Text(soundness(data, result.provenance["settings"]), "dim")
@@ -141,19 +141,6 @@ def certificate(result: Result) -> str:
     model = result.provenance["model"]
     parts = ", ".join(f"{name} {error:.0e}" for name, error in model["certificate"].items())
     return f"certificate: {parts} (relative error, limit {model['certificate_limit']:.0e})"
-
-
-def _table(title: str, shown: list[Row]) -> Table:
-    table = Table(title=Text(plain(title)), title_justify="left", box=None, pad_edge=False)
-    for name in ("writer", "‖w‖/‖x‖", "after", "end"):
-        table.add_column(name, justify="left" if name == "writer" else "right", no_wrap=True)
-    table.add_column("writes against it: share ± SE (median)", min_width=36)
-    table.add_column("reading (energy-weighted)", no_wrap=True)
-    table.add_column("n", justify="right", no_wrap=True)
-    for row in shown:
-        level = (f"{row.start:.2f}", f"{row.end:.2f}")
-        table.add_row(row.writer, f"{row.relative_norm:.2f}", *level, row.against, row.reading, f"{row.n:,}")
-    return table
 
 
 _PARTS: dict[str, Parts] = {

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import numpy as np
 
+from unwrite.report.columns import Column
 from unwrite.result import Result
 
 _NAMED = 5  # of the readers
+TRAJECTORY = (
+    Column("location", holds="word"),
+    Column("level", "{level_share}"),
+    Column("background", "{background}"),
+    Column("survival ± SE", "{survival} ± standard error, {survival_se}"),
+    Column("generic", "the mean of {generic}"),
+    Column("decodable", "{decodable}"),
+)
+ACTORS = (
+    Column("node", holds="word"),
+    Column("share", "{share}"),
+    Column("without", "{share_without}"),
+    Column("erased", "{erased}; {share}, {share_without}"),
+    Column("filled in", "{filled_in}; {share}, {share_without}"),
+    Column("through values", "{v_share}"),
+    Column("one-reader", "{one_reader_share}"),
+    Column("how", "through values: v_share beyond its 95 % interval; another way: {acts}; without it: {share}", "word"),
+)
 
 
-def sentence(result: Result, read: Mapping[str, Any] | None = None) -> str:
-    """The verdict with the numbers it rests on; `read` says on which text, where that is not the result's own."""
+def sentence(result: Result) -> str:
+    """The verdict with the numbers it rests on."""
     data, end = result.data, result.data.isel(location=-1)
     low, mean, high = (float(end["generic"].sel(bound=bound)) for bound in ("low", "mean", "high"))
-    text = result.provenance["tokens"][""] if read is None else read
+    text = result.provenance["tokens"][""]
     survival = f"{float(end['survival']):.2f} ± {float(end['survival_se']):.2f}"
     words = (
         f"{data.attrs['writer']} on {text['source']} ({text['prompts']} × {text['length']} tokens): "
@@ -76,15 +94,11 @@ def trajectory(result: Result) -> list[tuple[str, ...]]:
 
 def actors(result: Result) -> list[tuple[str, ...]]:
     """Later nodes with a share, a change or a value path worth naming, the strongest change first."""
-    columns = ("share", "share_without", "erased", "filled_in", "v_share", "one_reader_share")
-    data = result.data
-    order = sorted(data["node"].values, key=lambda node: float(data["acts"].sel(node=node)))
-    named = {str(node): str(data["class"].sel(node=node).item()) for node in order}
-    return [
-        (node, *(_signed(float(data[name].sel(node=node))) for name in columns), how)
-        for node, how in named.items()
-        if how
-    ]
+    data, names = result.data, ("share", "share_without", "erased", "filled_in", "v_share", "one_reader_share")
+    nodes, how = data["node"].values, data["class"].values
+    shares = np.column_stack([data[name].values for name in names]).tolist()
+    order = [i for i in np.argsort(data["acts"].values, kind="stable") if how[i]]
+    return [(str(nodes[i]), *map(_signed, shares[i]), str(how[i])) for i in order]
 
 
 def _signed(value: float) -> str:
