@@ -32,7 +32,7 @@ SEES = {
     "__init__": ALL,
     "__main__": {"cli"},
 }
-BACK_EDGE = ("result", "Result.figure", "unwrite.report")
+BACK_EDGES = {("result", "Result.figure"), ("result", "Result._repr_html_")}  # to the report
 NO_TORCH = {"nodes", "errors", "result", "report"}
 
 CODE_FROM_DATA = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
@@ -100,7 +100,7 @@ def upward(src: Path) -> Iterator[str]:
             continue
         for found in imports(file, src):
             target = target_of(found.module, src)
-            back = (own, found.where) == BACK_EDGE[:2] and f"{found.module}.".startswith(f"{BACK_EDGE[2]}.")
+            back = (own, found.where) in BACK_EDGES and f"{found.module}.".startswith("unwrite.report.")
             if target is not None and target not in {own, *SEES[own]} and not back:
                 yield f"{_place(file, src, found.line)}: {own} imports {target}"
 

@@ -29,6 +29,7 @@ from unwrite.report import page
 from unwrite.report.alerts import alerts
 from unwrite.report.audited import verified
 from unwrite.report.pictures import picture
+from unwrite.report.terminal import last_word
 from unwrite.result import Result
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -36,10 +37,18 @@ PER_WRITER = ("where", "who", "causal", "by_position")
 
 
 @pytest.fixture(scope="module")
-def audited() -> uw.Result:
+def every() -> dict[str, uw.Result]:
+    """Name of a method -> its result: an audit, and those that it was made of."""
+    heard: list[Any] = []
     lm = view(tiny.model("gpt2", 3))
     ids = torch.randint(lm.vocabulary, (12, 16), generator=torch.Generator().manual_seed(1))
-    return uw.audit(lm, ids, most=2)
+    whole = uw.audit(lm, ids, most=2, listener=heard.append)
+    return {part.method: part for part in (*(step.result for step in heard if step.result is not None), whole)}
+
+
+@pytest.fixture(scope="module")
+def audited(every) -> uw.Result:
+    return every["audit"]
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +56,21 @@ def source(audited) -> str:
     return page.page(audited)
 
 
+def poisoned(result: uw.Result) -> uw.Result:
+    """The same with hostile text wherever a model, a text or a token could have brought it."""
+    # xarray holds no lone surrogates; they come through names.
+    data, record, text = result.data.copy(), result.provenance, HOSTILE.replace("\ud800", "")
+    for name in {"prompt_text", "answer", "against", "strip_token", "found_answer", "prompt_kind"} & set(data):
+        data[name] = (data[name].dims, np.full(data[name].shape, text, dtype=object))
+    record["model"]["name"] = record["model"]["family"] = HOSTILE
+    for read in (*record["tokens"].values(), record["settings"].get("judged", {})):
+        read["source"] = HOSTILE
+    return Result(data.assign_attrs(provenance=json.dumps(record), verdict=text))
+
+
 @pytest.fixture(scope="module")
 def hostile(audited) -> uw.Result:
-    """The same with hostile text wherever a model, a text or a token could have brought it."""
-    data = audited.data.copy()
-    for name in ("prompt_text", "answer", "against", "strip_token", "found_answer", "prompt_kind"):
-        data[name] = (data[name].dims, np.full(data[name].shape, HOSTILE.replace("\ud800", ""), dtype=object))
-    record = audited.provenance
-    record["model"]["name"] = record["settings"]["judged"]["source"] = record["tokens"][""]["source"] = HOSTILE
-    return Result(data.assign_attrs(provenance=json.dumps(record), verdict=HOSTILE.replace("\ud800", "")))
+    return poisoned(audited)
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +189,31 @@ def test_a_large_model_is_shown_by_its_foremost_writers_and_the_page_says_so(lar
     (left,) = re.findall(r"(\d+) more writers", where)
     assert where.count('<th scope="row"') + int(left) == int(large["material"].sum())
     assert f"top 40 of {large.data.sizes['node'] - 1} nodes" in made
+
+
+@pytest.mark.parametrize("method", ["scan", "verify", "dla", "audit", "adversarial", "corpus_dla"])
+def test_a_notebook_shows_a_card(every, method) -> None:
+    result = every[method]
+    parsed = Page(result._repr_html_())
+    assert "".join(last_word(result).split()) in "".join(parsed.text.split())
+    assert result.provenance["model"]["family"] in parsed.text
+    assert parsed.tags.count("svg") == (method != "adversarial")
+    assert parsed.tags.count("tr") <= 6
+    assert f"{len(alerts(result))} alert" in parsed.text.replace("No alerts", "0 alerts")
+    assert not {"script", "link", "img", "iframe", "html"} & set(parsed.tags)
+    worse = poisoned(result)._repr_html_()
+    assert set(Page(worse).tags) <= {*parsed.tags, "i"}
+    assert not [name for name, _ in Page(worse).attributes if name.startswith("on") or name in ("src", "href")]
+    assert not {"\x1b", "\u202e", "\ud800"} & set(worse)
+    assert len(worse.encode()) < 2**18
+
+
+def test_a_notebook_shows_a_card_of_a_method_that_has_no_words_of_its_own(every) -> None:
+    scan = every["scan"]
+    record = scan.provenance | {"method": "of tomorrow"}
+    parsed = Page(Result(scan.data.assign_attrs(provenance=json.dumps(record)))._repr_html_())
+    assert "of tomorrow" in parsed.text
+    assert str(scan.table()["writer"].iloc[0]) in parsed.text
 
 
 @pytest.mark.parametrize("name", [None, "levels", "fig1", "fig2", "fig3", "fig4", "fig5", "positions"])

@@ -83,6 +83,12 @@ class Result:
 
         return figures.draw(self, name, writer)
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the finding, the main picture and the first rows."""
+        from unwrite.report import card
+
+        return card.card(self)
+
     def save(self, path: str | Path) -> Path:
         """Write the result as netCDF to `path` (a folder gets `result.nc`), whole or not at all; returns the file.
 

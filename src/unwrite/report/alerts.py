@@ -28,8 +28,10 @@ class Alert:
 
 def alerts(result: Result) -> list[Alert]:
     """All of them, in the order of doubt: the run, the sample, the text, what is concluded."""
-    found = [*_precision(result), *_sample(result)]
-    found += [Alert("text", f"the reading depends on the text. {line}") for line in disagreements(result)]
+    found = [*_precision(result)]
+    if result.method in ("scan", "audit"):
+        found += _sample(result)
+        found += [Alert("text", f"the reading depends on the text. {line}") for line in disagreements(result)]
     if result.method == "audit":
         found += [*_writers(result), *_attribution(result)]
     return found

@@ -13,7 +13,8 @@ from unwrite.report.paper import FIGURES, SAYS, finish, of_verified, series
 from unwrite.report.rows import rows, texts
 from unwrite.result import Result, write
 
-_MOST = 40
+# Rows; and of more columns than so many the numbers are left to the tooltips.
+_MOST, _WIDE = 40, 24
 # Orange below, white at 0, blue above: told apart by colour-blind readers too.
 DIVERGING = ("#d95f02", "#ffffff", "#2166ac")
 
@@ -88,6 +89,7 @@ def levels(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
         title="median level",
         scale=alt.Scale(domain=[-limit, 0, limit], range=list(DIVERGING), interpolate="rgb", clamp=True),
     )
+    many = len(data["location"]) > _WIDE
     base = alt.Chart(level).encode(x=x, y=y, **SAYS)
     cells = base.mark_rect().encode(color=colour)
     dark = alt.condition(f"abs(datum.level) > {0.6 * limit}", alt.value("white"), alt.value("black"))
@@ -101,13 +103,14 @@ def levels(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
         ],
         anchor="start",
     )
-    return alt.layer(cells, numbers, boxes, title=title).properties(width=alt.Step(46), height=alt.Step(15))
+    layers = (cells, boxes) if many else (cells, numbers, boxes)
+    return alt.layer(*layers, title=title).properties(width=alt.Step(14 if many else 46), height=alt.Step(15))
 
 
 def _caption(result: Result) -> str:
     name, _, read = next(texts(result))
     model = result.provenance["model"]["name"]
-    return f"{model} on {name or read['source']}, {read['prompts']} × {read['length']} tokens"
+    return plain(f"{model} on {name or read['source']}, {read['prompts']} × {read['length']} tokens")
 
 
 _NAMED = {"levels": levels, **FIGURES, "positions": places}

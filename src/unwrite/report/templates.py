@@ -13,8 +13,10 @@ from unwrite.errors import plain
 
 def render(name: str, **values: Any) -> Markup:
     """A template of the package, filled in; every text is escaped and printable, and a value that lacks is an error."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=_printable)
-    return Markup(environment.from_string(own(name)).render(values))  # noqa: S704 - escaped just now
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, finalize=_printable, loader=jinja2.FunctionLoader(own)
+    )
+    return Markup(environment.get_template(name).render(values))  # noqa: S704 - escaped just now
 
 
 def own(name: str) -> Markup:
