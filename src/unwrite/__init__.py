@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from unwrite import errors as errors
     from unwrite.combined.audit import audit as audit
+    from unwrite.combined.compare import compare as compare
     from unwrite.combined.doctor import doctor as doctor
     from unwrite.combined.reproduce import reproduce as reproduce
     from unwrite.contrasts import pairs as pairs
@@ -33,6 +34,7 @@ _PUBLIC = {
     "Tokens": "unwrite.tokens",
     "adversarial": "unwrite.methods.adversarial",
     "audit": "unwrite.combined.audit",
+    "compare": "unwrite.combined.compare",
     "corpus_dla": "unwrite.methods.corpus",
     "dla": "unwrite.methods.dla",
     "doctor": "unwrite.combined.doctor",

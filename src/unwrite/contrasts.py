@@ -6,9 +6,13 @@ number of tokens, so that a position means the same in both.
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
+import json
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -83,6 +87,64 @@ def pairs(
     if ids[1] is not None and (ids[0] == ids[1]).any():
         raise TokensError("answer and against are the same token", got=f"pair {int((ids[0] == ids[1]).argmax())}")
     return Pairs(read, given, ids[0], ids[1], row)
+
+
+def read_pairs(path: str | Path, tokenizer: Any) -> Pairs:
+    """Pairs from a CSV file (with a header) or from JSON lines: base, source, answer, and against and position or not.
+
+    Raises TokensError, naming the line, for what is missing or unknown, and as `pairs` does.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise TokensError(f"cannot read {file} as UTF-8 text", got=error, fix="check the path") from None
+    lines = _csv(text) if file.suffix == ".csv" else _json_lines(text)
+    if not lines:
+        raise TokensError(f"{file} holds no pair", expected="a line for each")
+    for number, line in lines:
+        wrong = [name for name in _NEEDED if not line.get(name)] or sorted(set(line) - {*_NEEDED, *_OPTIONAL})
+        if wrong:
+            expected = f"{', '.join(_NEEDED)}; and {' or '.join(_OPTIONAL)}"
+            raise TokensError(
+                f"line {number} of {file} is not a pair", got=", ".join(map(str, wrong)), expected=expected
+            )
+    columns = {name: [line.get(name) or None for _, line in lines] for name in (*_NEEDED, "against")}
+    against = None if not any(columns["against"]) else columns["against"]
+    position = [_position(number, line.get("position"), file) for number, line in lines]
+    return pairs(columns["base"], columns["source"], columns["answer"], against, position, tokenizer)
+
+
+_NEEDED, _OPTIONAL = ("base", "source", "answer"), ("against", "position")
+_Lines = list[tuple[int, dict[str, Any]]]
+
+
+def _csv(text: str) -> _Lines:
+    reader = csv.DictReader(io.StringIO(text))
+    return [(reader.line_num, dict(line)) for line in reader]
+
+
+def _json_lines(text: str) -> _Lines:
+    found: _Lines = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                read = json.loads(line)
+            except ValueError as error:
+                raise TokensError(f"line {number} is not JSON", got=error, expected="an object on each line") from None
+            if not isinstance(read, dict):
+                raise TokensError(f"line {number} is no object", got=type(read).__name__, expected='{"base": …}')
+            found.append((number, read))
+    return found
+
+
+def _position(number: int, given: Any, file: Path) -> int:
+    if given in (None, ""):
+        return -1
+    try:
+        return int(given)
+    except (TypeError, ValueError):
+        raise TokensError(f"line {number} of {file} has no position", got=given, expected="an integer") from None
 
 
 def _tokens(source: Any, tokenizer: Any, bos: Any) -> Tokens:

@@ -12,7 +12,7 @@ from rich.text import Text
 from xarray import Dataset
 
 from unwrite.errors import plain
-from unwrite.report import audited, believed, found
+from unwrite.report import audited, believed, found, patched
 from unwrite.report.columns import Column
 from unwrite.report.rows import HEADER, disagreements, folded_line, rows, soundness, texts
 from unwrite.report.verdict import verdict
@@ -76,6 +76,20 @@ def _audit(result: Result) -> Iterator[RenderableType]:
     yield from _attribution(result)
     yield Text(plain(audited.search(result)))
     yield Text("")
+    yield Text(plain(last_word(result)))
+
+
+def _patched(result: Result) -> Iterator[RenderableType]:
+    for one in patched.shown(result.data):
+        yield Text(plain(one.title))
+        yield Text(plain(one.sums), "dim")
+        yield grid("", one.header, one.rows)
+        yield Text("")
+    if more := patched.left_out(result.data):
+        yield Text(more, "dim")
+    if lines := patched.agreement(result.data):
+        yield grid("how estimates agree with what was executed", patched.AGREEMENT, lines)
+        yield Text("")
     yield Text(plain(last_word(result)))
 
 
@@ -147,6 +161,8 @@ _PARTS: dict[str, Parts] = {
     "verify": _verify,
     "dla": _dla,
     "audit": _audit,
+    "effects": _patched,
+    "compare": _patched,
     "adversarial": _listed(found.HEADER, found.rows),
     "corpus_dla": _listed(found.CORPUS_HEADER, found.corpus_rows),
     "reproduce": _listed(found.CLAIMS_HEADER, found.claims),
@@ -154,6 +170,8 @@ _PARTS: dict[str, Parts] = {
 _WORDS: dict[str, Callable[[Result], str]] = {
     "verify": sentence,
     "dla": believed.sentence,
+    "effects": patched.sentence,
+    "compare": patched.sentence,
     "adversarial": found.sentence,
     "corpus_dla": found.corpus_sentence,
     "reproduce": found.claims_sentence,

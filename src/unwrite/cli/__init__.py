@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 
+from unwrite.cli.voice import JSON, Voice, event, fail, produce
 from unwrite.errors import Stopped, UnwriteError, plain
 
 if TYPE_CHECKING:
@@ -27,8 +26,6 @@ app = typer.Typer(
     help="What each part of a transformer writes into the residual stream, and who writes against it.",
 )
 
-_JSON = "--json"
-
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A hub name, a folder of a model, or default.")]
 TextPath = Annotated[
     list[str], typer.Option("--text", metavar="[NAME=]PATH", help="A text file or folder; several are compared.")
@@ -43,7 +40,7 @@ Device = Annotated[str | None, typer.Option("--device", help="Where the model go
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, …; by default that of the weights.")]
 Convention = Annotated[str, typer.Option("--convention", help="paper or raw.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print the verdict alone.")]
-Json = Annotated[bool, typer.Option(_JSON, help="Print events for another program, one JSON object per line.")]
+Json = Annotated[bool, typer.Option(JSON, help="Print events for another program, one JSON object per line.")]
 
 
 P = ParamSpec("P")
@@ -58,9 +55,9 @@ def _command(body: Callable[P, None]) -> Callable[P, None]:
         try:
             body(*args, **kwargs)
         except Stopped as stop:
-            _fail("stopped", str(stop), 130, out=stop.place and str(stop.place), kept=stop.kept, missing=stop.missing)
+            fail("stopped", str(stop), 130, out=stop.place and str(stop.place), kept=stop.kept, missing=stop.missing)
         except KeyboardInterrupt:
-            _fail("stopped", "stopped.", 130)
+            fail("stopped", "stopped.", 130)
 
     return stoppable
 
@@ -97,8 +94,8 @@ def audit(
         raise typer.BadParameter("a text needs a MODEL to read it", param_hint="--text")
     lm = _load(model or DEFAULT, device, dtype, convention)
     tokens = _read(lm, text, n, length) if model else demonstration(lm, n, length)
-    voice = _Voice(quiet, as_json, "" if out is None else " · Ctrl-C stops and keeps what is done")
-    _produce(lm, tokens, lambda listener: run(lm, tokens, prompt or None, listener=listener), out, voice)
+    voice = Voice(quiet, as_json, "" if out is None else " · Ctrl-C stops and keeps what is done")
+    produce(lm, tokens, lambda listener: run(lm, tokens, prompt or None, listener=listener), out, voice)
 
 
 @_command
@@ -121,8 +118,8 @@ def scan(
 
     lm = _load(model, device, dtype, convention)
     tokens = _read(lm, text, n, length)
-    voice = _Voice(quiet, as_json)
-    _produce(lm, tokens, lambda listener: run(lm, tokens, _names(writers), skip, listener=listener), out, voice)
+    voice = Voice(quiet, as_json)
+    produce(lm, tokens, lambda listener: run(lm, tokens, _names(writers), skip, listener=listener), out, voice)
 
 
 @_command
@@ -145,8 +142,8 @@ def verify(
 
     lm = _load(model, device, dtype, convention)
     tokens = _one_text(lm, text, n, length)
-    voice = _Voice(quiet, as_json)
-    _produce(lm, tokens, lambda listener: run(lm, tokens, writer, _names(erasers), listener=listener), out, voice)
+    voice = Voice(quiet, as_json)
+    produce(lm, tokens, lambda listener: run(lm, tokens, writer, _names(erasers), listener=listener), out, voice)
 
 
 @_command
@@ -183,7 +180,43 @@ def dla(
     def method(listener: Listener) -> Result:
         return run(lm, prompt, answer, against, at=at, replace=replace, texts=texts, listener=listener)
 
-    _produce(lm, asked, method, out, _Voice(quiet, as_json))
+    produce(lm, asked, method, out, Voice(quiet, as_json))
+
+
+@_command
+def effects(
+    model: ModelName,
+    pairs: Annotated[
+        Path,
+        typer.Option("--pairs", metavar="FILE", help="CSV or JSON lines: base, source, answer[, against, position]."),
+    ],
+    nodes: Annotated[
+        str, typer.Option("--nodes", help="heads, q, k, v, attn_out, mlp_out, …, or names: L0H1,MLP2.")
+    ] = "heads",
+    at: Annotated[str, typer.Option("--at", help="Patch 'all' positions at once, 'each', or the 'last'.")] = "all",
+    metric: Annotated[str, typer.Option("--metric", help="logit_diff, log_prob, prob or kl.")] = "logit_diff",
+    methods: Annotated[
+        str, typer.Option("--methods", help="Some of exact, atp, atp*, relp, ig, direct, net.")
+    ] = "direct,net,atp,relp,exact",
+    out: TableOut = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    convention: Convention = "paper",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """What does each node do when it is set to its value in another prompt: guesses beside the executed truth."""
+    from unwrite.combined.compare import compare as run
+    from unwrite.contrasts import read_pairs
+    from unwrite.run.slots import KINDS
+
+    lm = _load(model, device, dtype, convention)
+    asked, names = read_pairs(pairs, lm.tokenizer), nodes if nodes in KINDS else _names(nodes)
+
+    def method(listener: Listener) -> Result:
+        return run(lm, asked, names or nodes, at, methods.split(","), metric, listener=listener)
+
+    produce(lm, asked.base, method, out, Voice(quiet, as_json))
 
 
 @_command
@@ -207,8 +240,8 @@ def reproduce(
 
     lm = _load(str(weights or WEIGHTS), None, None, "paper")
     tokens = _one_text(lm, text, n, length) if text else None
-    voice = _Voice(quiet, as_json)
-    _produce(lm, tokens or {}, lambda listener: run(name, lm, tokens, n, listener=listener), out, voice)
+    voice = Voice(quiet, as_json)
+    produce(lm, tokens or {}, lambda listener: run(name, lm, tokens, n, listener=listener), out, voice)
 
 
 @_command
@@ -231,7 +264,7 @@ def show(
     elif figure or writer:
         raise typer.BadParameter("name the file that the picture goes to", param_hint="--out")
     else:
-        _Voice(quiet, False).end(found, None, ())
+        Voice(quiet, False).end(found, None, ())
 
 
 @_command
@@ -296,100 +329,19 @@ def _names(listed: str | None) -> list[str] | None:
     return listed.split(",") if listed else None
 
 
-@dataclass(frozen=True)
-class _Voice:
-    """Who listens: a person, a person who wants the verdict alone, or another program."""
-
-    quiet: bool
-    as_json: bool
-    hint: str = ""
-
-    def start(self, lm: Model, tokens: Tokens | dict[str, Tokens]) -> None:
-        """Say what is about to be read by which model, and that the model is exact."""
-        from unwrite.model.load import provenance
-        from unwrite.report import events, terminal
-
-        if self.as_json:
-            read = {name: part.about() for name, part in (tokens if isinstance(tokens, dict) else {"": tokens}).items()}
-            events.say("start", model=provenance(lm), tokens=read, certificate=lm.certificate.explain())
-        elif not self.quiet:
-            terminal.console(stderr=True).print(plain(f"certificate: {lm.certificate.explain()}"))
-
-    @contextmanager
-    def listening(self) -> Iterator[Listener | None]:
-        """What a method tells of its way: events, a live screen, plain lines, or nobody listens."""
-        from unwrite.report import events, live, terminal
-        from unwrite.run.stream import device_memory
-
-        if self.quiet:
-            yield None
-        elif self.as_json:
-            yield events.hear
-        else:
-            with live.listening(terminal.console(stderr=True), device_memory, self.hint) as listener:
-                yield listener
-
-    def end(self, found: Result, out: Path | None, files: tuple[str, ...]) -> None:
-        """Say what was found, and where it is."""
-        from unwrite.report import events, terminal
-
-        if self.as_json:
-            events.say("result", **events.found(found), out=None if out is None else str(out), files=files)
-            return
-        screen = terminal.console()
-        if self.quiet:
-            screen.print(plain(terminal.last_word(found)))
-            return
-        terminal.show(found, screen)
-        if files:
-            screen.print("\n" + plain(f"written: {out}/{', '.join(files)}"))
-
-
-def _produce(
-    lm: Model, tokens: Tokens | dict[str, Tokens], run: Callable[[Listener], Result], out: Path | None, voice: _Voice
-) -> None:
-    """Run a method into a folder that was found to be writable before, and say what it finds."""
-    from unwrite.combined.keep import keep
-
-    voice.start(lm, tokens)
-    with voice.listening() as listener:
-        found, files = keep(run, out, listener)
-    voice.end(found, out, files)
-
-
 def main() -> None:
     """Entry point: one clear message and exit code 1 for what a user can cause, 2 for usage, 130 for Ctrl-C."""
     try:
         app()
     except UnwriteError as error:
-        _fail(type(error).__name__, str(error), 1)
+        fail(type(error).__name__, str(error), 1)
     except BrokenPipeError:
         sys.exit(1)
     except SystemExit as stop:
         # A person has been told what is wrong with the usage; another program reads events alone.
         if stop.code == 2:
-            _event("usage", getattr(stop.__context__, "format_message", lambda: "wrong usage")(), 2)
+            event("usage", getattr(stop.__context__, "format_message", lambda: "wrong usage")(), 2)
         raise
     except Exception as error:
-        _event(type(error).__name__, str(error), 1)
+        event(type(error).__name__, str(error), 1)
         raise
-
-
-def _fail(kind: str, message: str, code: int, **more: object) -> NoReturn:
-    if "--debug" in sys.argv:
-        import traceback
-
-        traceback.print_exc()
-    if not _event(kind, message, code, **more):
-        print(f"error: {message}" if code == 1 else message, file=sys.stderr)  # noqa: T201
-    sys.exit(code)
-
-
-def _event(kind: str, message: str, code: int, **more: object) -> bool:
-    """Tell another program of an error, if one listens."""
-    if _JSON not in sys.argv:
-        return False
-    from unwrite.report import events
-
-    events.say("error", kind=kind, message=message, code=code, **more)
-    return True

@@ -1,0 +1,76 @@
+"""How do the guesses at a patch's effect look beside what it does? Several estimators of one quantity, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from unwrite.contrasts import Pairs
+from unwrite.errors import NumericError
+from unwrite.methods.agree import agree
+from unwrite.methods.effects import METHODS, effects
+from unwrite.model.load import provenance
+from unwrite.model.view import Model
+from unwrite.result import Result, build, quantity
+from unwrite.run.stream import Listener
+
+SIDE_BY_SIDE = ("direct", "net", "atp", "relp", "exact")
+
+
+def compare(
+    lm: Model,
+    pairs: Pairs,
+    nodes: str | Iterable[str] = "heads",
+    at: str = "all",
+    methods: Sequence[str] = SIDE_BY_SIDE,
+    metric: Any = "logit_diff",
+    *,
+    batch: int | None = None,
+    listener: Listener | None = None,
+) -> Result:
+    """Every node's effect by several estimators, and how well each predicts the executed one (see `uw.effects`).
+
+    Arguments as in `uw.effects`; `methods` any of its methods. Returns a Result with a variable for each method,
+    [pair, node] (and position for at="each"), of AtP* the signed one; by `method` the `pearson` (with
+    `_low` and `_high`, 95 % over pairs) and `spearman` correlations with "exact" over all cells, where it is among
+    them, and `cost`, the passes over one prompt.
+    Raises NumericError for a method that there is none of, and as `uw.effects` does.
+
+    Example: `uw.compare(lm, pairs, "mlp_out").table()`
+    """
+    if isinstance(methods, str) or not methods or (unknown := [name for name in methods if name not in METHODS]):
+        got = methods if isinstance(methods, str) or not methods else unknown
+        raise NumericError("methods are names of estimators", got=got, expected=f"some of {', '.join(METHODS)}")
+    chosen = nodes if isinstance(nodes, str) else list(nodes)
+    found = {
+        name: effects(lm, pairs, chosen, at, name, metric, batch=batch, listener=listener)
+        for name in dict.fromkeys(methods)
+    }
+    first = next(iter(found.values()))
+    axes = tuple(map(str, first["effect"].dims))
+    variables = {
+        name: quantity(axes, _signed(one), first["effect"].attrs["units"], one["effect"].attrs["equation"])
+        for name, one in found.items()
+    }
+    rest = first.data.drop_vars([name for name in ("effect", "signed", "inputs") if name in first.data])
+    data = rest.assign(variables).assign_coords(method=list(found)).assign(_agreement(found))
+    settings = first.provenance["settings"] | {"methods": list(found)}
+    return build("compare", data, settings, provenance(lm), {"": pairs.about()})
+
+
+def _signed(one: Result) -> np.ndarray:
+    return one["signed" if "signed" in one.data else "effect"].values
+
+
+def _agreement(found: dict[str, Result]) -> dict[str, xr.Variable]:
+    costs = np.array([one.data.attrs["cost"] for one in found.values()])
+    variables = {"cost": quantity(("method",), costs, "passes over one prompt", "a backward pass counts as two")}
+    if "exact" in found:
+        every = [agree(one, found["exact"]).data.sel(group="all").isel(reading=-1) for one in found.values()]
+        for name in ("pearson", "pearson_low", "pearson_high", "spearman"):
+            values = np.array([float(one[name]) for one in every])
+            variables[name] = quantity(("method",), values, "1", every[0][name].attrs["equation"])
+    return variables

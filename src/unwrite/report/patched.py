@@ -1,0 +1,104 @@
+"""What do patches do, by every estimator that was asked? Lines for a terminal, from a saved result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+
+from unwrite.result import Result
+
+# Pairs that are shown, and nodes of each.
+_PAIRS, _NODES = 3, 12
+_ALONE = ("effect", "signed", "inputs")
+AGREEMENT = ("method", "passes", "correlation with exact [95 %]", "of ranks")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What is shown of one pair."""
+
+    title: str
+    sums: str
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def shown(data: xr.Dataset) -> Iterator[Shown]:
+    """The first pairs, with the nodes that do most."""
+    names = estimates(data)
+    where = ("position",) if "position" in data.dims else ()
+    for pair in range(min(_PAIRS, data.sizes["pair"])):
+        one = data.isel(pair=pair)
+        yield Shown(_title(one), _sums(one, names), ("node", *where, *names), _rows(one, names))
+
+
+def estimates(data: xr.Dataset) -> list[str]:
+    """The variables that hold effects: one for each estimator, or those of a lone one."""
+    names = data["method"].values if "method" in data.coords else _ALONE
+    return [str(name) for name in names if str(name) in data.data_vars]
+
+
+def _lead(data: xr.Dataset) -> xr.DataArray:
+    """What nodes are ordered by: what was executed, where it was."""
+    names = estimates(data)
+    return data["exact" if "exact" in names else names[0]]
+
+
+def _title(one: xr.Dataset) -> str:
+    against = f" − “{one['against'].item()}”" if "against" in one else ""
+    return f"{int(one['pair'])}: “{one['base_text'].item()}” → “{one['answer'].item()}”{against}"
+
+
+def _sums(one: xr.Dataset, names: list[str]) -> str:
+    unit = one[names[0]].attrs["units"]
+    return f"values from “{one['source_text'].item()}”; {unit} of the base run {float(one['base']):+.3f}"
+
+
+def _rows(one: xr.Dataset, names: list[str]) -> list[tuple[str, ...]]:
+    """One line for every node (and position) that does most, by what was executed where it was."""
+    size = np.nan_to_num(np.abs(_lead(one).values))
+    order = np.argsort(-size, axis=None, kind="stable")[:_NODES]
+    lines = []
+    for place in zip(*np.unravel_index(order, size.shape), strict=True):
+        where = [str(int(one["position"].values[place[1]]))] if len(place) == 2 else []
+        numbers = [f"{float(one[name].values[place]):+.3f}" for name in names]
+        lines.append((str(one["node"].values[place[0]]), *where, *numbers))
+    return lines
+
+
+def left_out(data: xr.Dataset) -> str:
+    """What is not shown, in words; empty where everything is."""
+    more = data.sizes["pair"] - _PAIRS
+    return f"{more} more pairs are in the table" if more > 0 else ""
+
+
+def agreement(data: xr.Dataset) -> list[tuple[str, ...]]:
+    """One line for each estimator: what it costs, and how well it predicts what was executed."""
+    if "pearson" not in data:
+        return []
+    lines = []
+    for name in data["method"].values:
+        one = data.sel(method=name)
+        low, high = float(one["pearson_low"]), float(one["pearson_high"])
+        interval = "" if np.isnan(low) else f" [{low:+.2f}, {high:+.2f}]"
+        cost = f"{float(one['cost']):.1f}"
+        lines.append((str(name), cost, f"{float(one['pearson']):+.3f}{interval}", f"{float(one['spearman']):+.3f}"))
+    return lines
+
+
+def sentence(result: Result) -> str:
+    """Which guess comes nearest to what was executed; without guesses, which node does most."""
+    data = result.data
+    if "pearson" in data:
+        known = data["pearson"].sel(method=data["method"] != "exact").dropna("method")
+        if known.size:
+            best = known.isel(method=int(known.argmax()))
+            name, r = best["method"].item(), float(best)
+            return f"Of the guesses {name} comes nearest to the executed effects: correlation {r:+.3f} over all cells."
+    size = np.abs(_lead(data))
+    each = size.mean([dim for dim in size.dims if dim != "node"])
+    foremost = each.isel(node=int(each.argmax()))
+    return f"{foremost['node'].item()} does most: {float(foremost):.3f} on average, of either sign."
