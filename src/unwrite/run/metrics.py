@@ -26,7 +26,7 @@ Custom = Callable[[Float[Tensor, "pair vocabulary"]], Float[Tensor, " pair"]]
 
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """A metric of some pairs. `clean`: the final stream of their base runs at the row that is read, for "kl"."""
+    """A metric of some pairs. `clean`: what the final norm gives at the row that is read in base runs, for "kl"."""
 
     lm: Model
     name: str | Custom
@@ -53,7 +53,7 @@ class Metric:
             return value if self.against is None else value - self._logit(normed, self.against[pair])
         logits = self._bounded(self.lm.hf.get_output_embeddings()(normed).to(self.lm.compute_dtype))
         if callable(self.name):
-            return _numbers(self.name(logits), len(normed))
+            return _numbers(self.name(logits), logits)
         log_p = logits.log_softmax(-1)
         if self.name == "kl":
             clean = self._reference()[pair]
@@ -64,7 +64,7 @@ class Metric:
     def _reference(self) -> Float[Tensor, "pair vocabulary"]:
         assert self.clean is not None  # noqa: S101 (given wherever runs are continued)
         with torch.no_grad():
-            logits = self.lm.hf.get_output_embeddings()(final_norm(self.lm)(self.clean))
+            logits = self.lm.hf.get_output_embeddings()(self.clean)
             return self._bounded(logits.to(self.lm.compute_dtype)).log_softmax(-1)
 
     def _logit(self, normed: Tensor, ids: Tensor) -> Tensor:
@@ -82,13 +82,15 @@ class Metric:
 
 def known(metric: Any) -> str | Custom:
     """The metric again. Raises NumericError for a name that is none."""
-    if callable(metric) or metric in METRICS:
+    if callable(metric) or (isinstance(metric, str) and metric in METRICS):
         return metric  # pyright: ignore[reportReturnType]
     raise NumericError("metric is unknown", got=repr(metric), expected=f"{', '.join(METRICS)}, or a function of logits")
 
 
-def _numbers(value: Any, n: int) -> Tensor:
-    if not isinstance(value, Tensor) or value.shape != (n,):
-        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise NumericError("the metric gives something else than a number for each pair", got=got, expected=f"[{n}]")
-    return value
+def _numbers(value: Any, logits: Float[Tensor, "run vocabulary"]) -> Tensor:
+    if not isinstance(value, Tensor) or value.shape != logits.shape[:1] or value.is_complex():
+        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        what = "the metric gives something else than a number for each pair"
+        raise NumericError(what, got=got, expected=f"real numbers [{len(logits)}]")
+    # One that counts or compares gives whole numbers, or truths.
+    return value.to(logits)
