@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from unwrite.combined.reproduce import reproduce as reproduce
     from unwrite.contrasts import pairs as pairs
     from unwrite.methods.adversarial import adversarial as adversarial
+    from unwrite.methods.agree import agree as agree
     from unwrite.methods.corpus import corpus_dla as corpus_dla
     from unwrite.methods.dla import dla as dla
     from unwrite.methods.effects import effects as effects
@@ -33,6 +34,7 @@ _PUBLIC = {
     "Result": "unwrite.result",
     "Tokens": "unwrite.tokens",
     "adversarial": "unwrite.methods.adversarial",
+    "agree": "unwrite.methods.agree",
     "audit": "unwrite.combined.audit",
     "compare": "unwrite.combined.compare",
     "corpus_dla": "unwrite.methods.corpus",

@@ -26,7 +26,10 @@ SCHEMA = 1
 QUANTILES = (0.125, 0.25, 0.5, 0.75, 0.875)
 _FILE = "result.nc"
 # The axes of a table's rows, where they are not writers or nodes.
-_ROWS = {"dla": ("prompt", "node"), "adversarial": ("hit",), "corpus_dla": ("path",), "reproduce": ("claim",)}
+_ROWS = {
+    "dla": ("prompt", "node"), "adversarial": ("hit",), "corpus_dla": ("path",), "reproduce": ("claim",),
+    "agree": ("reading", "group"),
+}  # fmt: skip
 _VERSIONS = ("unwrite", "torch", "transformers", "numpy", "xarray")
 # A spreadsheet takes a cell that begins with one of these for a formula, some also the full-width forms.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "＝", "＋", "－", "＠")

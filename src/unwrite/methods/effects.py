@@ -193,7 +193,7 @@ def _cost(request: Request) -> float:
     backwards = {"atp*": 1 + (layers - 1) / 2, "ig": request.steps}
     passes = {"atp*": 3, "ig": 2 * request.steps + 2}
     name = request.method if isinstance(request.method, str) else ""
-    return passes.get(name, 2) + 2 * backwards.get(name, 1)
+    return float(passes.get(name, 2) + 2 * backwards.get(name, 1))
 
 
 @torch.no_grad()

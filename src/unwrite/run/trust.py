@@ -96,11 +96,19 @@ def interval(sums: Float[np.ndarray, "moment cluster k"]) -> tuple[float, float]
     clusters, columns = sums.shape[1:]
     if clusters < 2:
         return np.nan, np.nan
-    times = np.random.default_rng(0).multinomial(clusters, np.full(clusters, 1 / clusters), size=_DRAWS)
-    step = max(1, _BLOCK // (clusters * columns))
-    drawn = [fit(np.einsum("dc,mck->mdk", times[i : i + step], sums))[0] for i in range(0, _DRAWS, step)]
-    known = np.concatenate(drawn)
-    known = known[np.isfinite(known)]
+    times, step = draws(clusters), max(1, _BLOCK // (clusters * columns))
+    drawn = [fit(np.einsum("dc,mck->mdk", times[i : i + step], sums))[0] for i in range(0, len(times), step)]
+    return percentiles(np.concatenate(drawn))
+
+
+def draws(clusters: int) -> Int[np.ndarray, "draw cluster"]:
+    """How often each cluster is taken in each draw of a bootstrap."""
+    return np.random.default_rng(0).multinomial(clusters, np.full(clusters, 1 / clusters), size=_DRAWS)
+
+
+def percentiles(drawn: Float[np.ndarray, " draw"]) -> tuple[float, float]:
+    """The 95 % interval of what draws gave; those in which nothing varies are left out."""
+    known = drawn[np.isfinite(drawn)]
     low, high = np.quantile(known, _LEVELS) if len(known) else (np.nan, np.nan)
     return float(low), float(high)
 
