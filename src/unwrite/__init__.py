@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from unwrite.result import Result as Result
     from unwrite.result import read as read
     from unwrite.run.edits import Edit as Edit
+    from unwrite.run.rules import Rules as Rules
     from unwrite.run.trace import trace as trace
     from unwrite.tokens import Tokens as Tokens
     from unwrite.tokens import text as text
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "Edit": "unwrite.run.edits",
     "Result": "unwrite.result",
+    "Rules": "unwrite.run.rules",
     "Tokens": "unwrite.tokens",
     "adversarial": "unwrite.methods.adversarial",
     "agree": "unwrite.methods.agree",

@@ -17,7 +17,7 @@ import pandas as pd
 import xarray as xr
 
 from unwrite.errors import ResultError, plain
-from unwrite.nodes import parse_location, parse_node
+from unwrite.nodes import parse_location, parse_node, parse_site
 
 if TYPE_CHECKING:
     import altair as alt
@@ -29,6 +29,7 @@ _FILE = "result.nc"
 _ROWS = {
     "dla": ("prompt", "node"), "adversarial": ("hit",), "corpus_dla": ("path",), "reproduce": ("claim",),
     "agree": ("reading", "group"),
+    "effects": ("pair", "node", "position"), "compare": ("pair", "node", "position"),
 }  # fmt: skip
 _VERSIONS = ("unwrite", "torch", "transformers", "numpy", "xarray")
 # A spreadsheet takes a cell that begins with one of these for a formula, some also the full-width forms.
@@ -37,6 +38,8 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r", "＝", "＋", "－", "＠")
 
 # Names on these axes are nothing else, whoever wrote the file.
 _NAMES = {"writer": parse_node, "node": parse_node, "verified": parse_node, "location": parse_location}
+# Methods whose nodes may be queries, neurons, states of the stream and other sites.
+_OF_SITES = ("effects",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +66,7 @@ class Result:
 
     def table(self) -> pd.DataFrame:
         """One row per writer (and text), most energy moved first; of a verification one per node, of an attribution one
-        per prompt and node, of a search one per hit.
+        per prompt and node, of effects one per pair, node and position, of a search one per hit.
 
         Columns are the variables with no further axis, and medians of those with quantiles.
         """
@@ -122,8 +125,8 @@ def read(path: str | Path) -> Result:
         with xr.open_dataset(file, engine="h5netcdf") as opened:
             data = opened.load()
         schema = int(data.attrs["schema"])
-        json.loads(data.attrs["provenance"])["method"]
-        for axis, parse in _NAMES.items():
+        of_sites = json.loads(data.attrs["provenance"])["method"] in _OF_SITES
+        for axis, parse in (_NAMES | ({"node": parse_site} if of_sites else {})).items():
             for name in np.unique(data[axis].values) if axis in data.coords else ():
                 parse(str(name))
     except Exception as error:  # noqa: BLE001 - whatever HDF5 raises on a damaged file means the same to the user

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unwrite.contrasts import Pairs
-from unwrite.errors import NumericError
+from unwrite.errors import NumericError, TokensError
 from unwrite.model.load import provenance
 from unwrite.model.view import Model
 from unwrite.result import Result, build, quantity
@@ -115,17 +115,37 @@ def _request(
 ) -> Request:
     if not isinstance(pairs, Pairs):
         raise NumericError("effects are those of pairs", got=type(pairs).__name__, expected="what uw.pairs returns")
-    if at not in AT:
-        raise NumericError("at is unknown", got=repr(at), expected=", ".join(map(repr, AT)))
-    if not isinstance(method, Rules) and method not in METHODS:
-        raise NumericError("method is unknown", got=repr(method), expected=f"{', '.join(METHODS)}, or uw.Rules")
-    if type(steps) is not int or steps < 1:
-        raise NumericError("steps is a number of steps", got=steps, expected="a positive integer")
+    _require_settings(at, method, metric, steps)
     pairs.check(lm.vocabulary, lm.context)
-    if method == "ig" and source != "source":
-        raise NumericError("ig goes from base to source prompts", got=f"source={source!r}", fix="leave source out")
+    if isinstance(source, str) and source == "source":
+        _require_differences(pairs)
+    elif method == "ig":
+        raise NumericError("ig goes from base to source prompts", got=f"source={_named(source)}", fix="leave it out")
     asked = slots(lm, nodes)
     return Request(lm, pairs, asked, at, method, known(metric), donor(lm, pairs, asked, source), steps)
+
+
+def _require_settings(at: Any, method: Any, metric: Any, steps: Any) -> None:
+    if not isinstance(at, str) or at not in AT:
+        raise NumericError("at is unknown", got=repr(at), expected=", ".join(map(repr, AT)))
+    if not isinstance(method, Rules) and not (isinstance(method, str) and method in METHODS):
+        raise NumericError("method is unknown", got=repr(method), expected=f"{', '.join(METHODS)}, or uw.Rules")
+    if type(steps) is not int or steps < 1:
+        raise NumericError("steps is a number of steps", got=repr(steps), expected="a positive integer")
+    if isinstance(metric, str) and metric == "kl" and method not in ("exact", "ig"):
+        raise NumericError(
+            f"{_named(method)} says 0 for every node: kl has no slope at the base run, which it is measured against",
+            fix="use method='exact' or 'ig', or another metric",
+        )
+
+
+def _require_differences(pairs: Pairs) -> None:
+    same = np.flatnonzero(pairs.first > pairs.row)
+    if len(same):
+        raise TokensError(
+            f"base and source prompt of pair {same[0]} are the same up to the row that is read",
+            got=f"row {pairs.row[same[0]]}", fix="leave this pair out, or take values from elsewhere by source=",
+        )  # fmt: skip
 
 
 def _named(setting: Any) -> str:
@@ -147,12 +167,7 @@ class _Tally:
         request, rows = self._request, slice(batch.first, batch.first + batch.real)
         made = (_executed if request.method == "exact" else _guessed)(request, rows)
         found = {name: part.double().cpu().numpy() for name, part in made.items()}
-        bad = np.argwhere(~np.isfinite(found["base"]))
-        if len(bad):
-            raise NumericError(
-                f"the metric of pair {batch.first + int(bad[0, 0])} is not finite",
-                fix="load the model in float32, or leave this pair out",
-            )
+        _require_finite(request, rows, found)
         return found
 
     def dataset(self) -> xr.Dataset:
@@ -168,6 +183,22 @@ class _Tally:
         variables |= {name: ("pair", np.array(words, dtype=object)) for name, words in _words(request).items()}
         axes = {"pair": np.arange(len(pairs)), "node": request.names, "position": np.arange(pairs.base.length)}
         return xr.Dataset(variables, {name: axes[name] for name in request.cells}).assign_attrs(cost=_cost(request))
+
+
+def _require_finite(request: Request, rows: slice, found: Mapping[str, np.ndarray]) -> None:
+    """Raise NumericError naming the first pair, and node, whose number is none."""
+    seen = np.arange(request.pairs.base.length) <= request.pairs.row[rows, None, None]
+    for name, part in found.items():
+        bad = np.argwhere(~np.isfinite(part) & (seen if part.ndim == 3 else True))
+        if len(bad):
+            pair, *where = (int(index) for index in bad[0])
+            at = "".join([f" with {request.names[where[0]]}"] if where else []) + "".join(
+                f" at position {position}" for position in where[1:]
+            )
+            raise NumericError(
+                f"the {'metric' if name == 'base' else name} of pair {rows.start + pair}{at} is not finite",
+                fix="load the model in float32, or leave this pair out",
+            )
 
 
 def _equation(request: Request, name: str) -> str:

@@ -65,14 +65,17 @@ def donor(lm: Model, pairs: Pairs, asked: tuple[Slot, ...], source: Any) -> Dono
     has no other to take values from.
     """
     order = np.arange(len(pairs))
-    if isinstance(source, Model):
-        return Donor(_other_name(lm, source), pairs, asked, source, _same(source, asked), order)
-    if source not in DONORS:
-        raise NumericError("source is unknown", got=repr(source), expected=f"{', '.join(DONORS)}, or a model")
-    if source == "zero" and lm.row.pos_embed and any(slot.kind == "embed" for slot in asked):
+    if not isinstance(source, Model) and not (isinstance(source, str) and source in DONORS):
+        got = repr(source) if isinstance(source, str) else type(source).__name__
+        raise NumericError("source is unknown", got=got, expected=f"{', '.join(DONORS)}, or a model of uw.load")
+    own_positions = lm.row.pos_embed and (isinstance(source, Model) or source == "zero")
+    if own_positions and any(slot.kind == "embed" for slot in asked):
         raise NumericError(
-            "without its embedding a stream still holds positions", fix="patch 'resid_pre0', or use mean"
+            "beside its embedding the stream holds positions of the model's own", fix="patch 'resid_pre0', or use mean"
         )
+    if isinstance(source, Model):
+        pairs.source.check(source.vocabulary, source.context)
+        return Donor(_other_name(lm, source), pairs, asked, source, _same(source, asked), order)
     if source == "resample":
         order = _others(pairs)
     return Donor(source, pairs, asked, lm, asked, order)

@@ -21,13 +21,12 @@ from unwrite.model.view import Model
 from unwrite.run.graph import Graph, Slopes, graph
 from unwrite.run.rules import RULES, Rules, leaf
 from unwrite.run.saturation import of_keys, of_queries
-from unwrite.run.slots import Slot, slots
+from unwrite.run.slots import SCORED, Slot, slots
 from unwrite.run.sweep import values
 
 Values = Mapping[Slot, Float[Tensor, "pair position unit d"]]
 Estimate = dict[Slot, Float[Tensor, "pair position unit"]]
 MetricOf = Callable[[Float[Tensor, "pair position d_model"]], Float[Tensor, " pair"]]
-_FIXED = ("q", "k", "shared_k")
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +55,7 @@ def star(asked: Asked, source: Values, summed: Callable[[Tensor], Tensor]) -> tu
     signed is AtP with the QK fix; magnitude is GradDrop's, Σ_l |signed without layer l| / (L − 1), where the node's own
     layer counts 0; a node of no layer has L variants that count.
     """
-    lm, fixed = asked.lm, [slot for slot in asked.slots if slot.kind in _FIXED]
+    lm, fixed = asked.lm, [slot for slot in asked.slots if slot.kind in SCORED]
     heads = {slot.layer: slot for slot in slots(lm, "heads")} if fixed else {}
     inner = [heads[layer] for layer in sorted({slot.layer for slot in fixed}) if heads[layer] not in asked.slots]
     calls = _calls(asked) if fixed else {}

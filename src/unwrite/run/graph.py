@@ -14,11 +14,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from unwrite.errors import NumericError
 from unwrite.model.capture import evaluating
 from unwrite.model.view import Model
 from unwrite.run.logits import final_norm
 from unwrite.run.rules import Rules, leaf, put
-from unwrite.run.slots import Slot, values_of, watching
+from unwrite.run.slots import SCORED, Slot, values_of, watching
 
 Slopes = dict[Slot, Float[Tensor, "pair position unit d"]]
 
@@ -79,12 +80,16 @@ def graph(
             stack.callback(module.register_forward_pre_hook(_keep(stream, index), with_kwargs=True).remove)
         tensors = stack.enter_context(watching(lm, slots))
         value = metric(lm.decoder(input_ids=ids.to(lm.device), use_cache=False).last_hidden_state)
+        if not value.requires_grad:
+            raise NumericError("the metric has no slope", fix="use method='exact', or make it of torch's own functions")
         tensors = {slot: tensors[slot] for slot in slots}
         inputs = [stream[index] for index in range(len(lm.layers) + 1)]
         # Rows do not mix, so the slope of the sum is every pair's own.
         found = torch.autograd.grad(value.sum(), [*tensors.values(), *inputs], retain_graph=keep, allow_unused=True)
     values = values_of(lm, tensors, inputs, len(ids))
     slopes = _named(list(tensors), list(tensors.values()), found[: len(tensors)], len(ids))
+    if rules.attention != "free":
+        slopes |= {slot: torch.zeros_like(slopes[slot]) for slot in slots if slot.kind in SCORED}
     cotangents = [_zero_if_none(part, x) for part, x in zip(found[len(tensors) :], inputs, strict=True)]
     scale = lm.row.residual_scale(lm.config)
     return Graph(value.detach(), values, slopes, cotangents, tensors if keep else {}, inputs if keep else (), scale)

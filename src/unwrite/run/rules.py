@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from unwrite.errors import NumericError
 from unwrite.model.capture import evaluating
 from unwrite.model.view import Layer, Model, gain_of, is_norm, norm_scale, value_columns
 from unwrite.nodes import Location
@@ -31,6 +32,9 @@ _STABLE = 1e-6
 _ROUTERS = ("gate", "shared_expert_gate")
 
 Hook = Callable[[nn.Module, Any, Any], Any]
+_SETTINGS = {
+    "norm": ("free", "held"), "mlp": ("free", "relp", "stopped"), "attention": ("free", "values", "stopped"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,11 @@ class Rules:
     norm: str = "free"
     mlp: str = "free"
     attention: str = "free"
+
+    def __post_init__(self) -> None:
+        for name, known in _SETTINGS.items():
+            if (got := getattr(self, name)) not in known:
+                raise NumericError(f"no rule for {name} is called so", got=repr(got), expected=", ".join(known))
 
 
 RULES: Mapping[str, Rules] = {

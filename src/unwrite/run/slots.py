@@ -33,6 +33,8 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "attn_out": ("attn_out",), "mlp_out": ("mlp",), "neurons": ("neuron",), "resid": ("pre", "mid", "post"),
     "embed": ("embed",),
 }  # fmt: skip
+# What the scores of attention are made of: where its pattern is held, they do nothing.
+SCORED = ("q", "k", "shared_k")
 _STATES = ("embed", "pre", "post")
 _ATTENDED = ("q", "k", "v", "shared_k", "shared_v")
 
@@ -81,6 +83,8 @@ def slots(lm: Model, nodes: str | Iterable[str]) -> tuple[Slot, ...]:
 
     Raises NodeError, with the nearest names, for what this model does not have or what cannot be patched in it.
     """
+    if not isinstance(nodes, Iterable):
+        raise NodeError("nodes are names", got=repr(nodes), expected=f"names, or a kind: {', '.join(KINDS)}")
     if isinstance(nodes, str) and nodes in KINDS:
         sites = [site for kind in KINDS[nodes] for site in _every(lm, kind)]
         if not sites:
