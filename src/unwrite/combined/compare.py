@@ -34,16 +34,15 @@ def compare(
     """Every node's effect by several estimators, and how well each predicts the executed one (see `uw.effects`).
 
     Arguments as in `uw.effects`; `methods` any of its methods. Returns a Result with a variable for each method,
-    [pair, node] (and position for at="each"), of AtP* the signed one; by `method` the `pearson` (with
+    [pair, node] (and position for at="each"), of AtP* the signed one; by `estimator` the `pearson` (with
     `_low` and `_high`, 95 % over pairs) and `spearman` correlations with "exact" over all cells, where it is among
     them, and `cost`, the passes over one prompt.
     Raises NumericError for a method that there is none of, and as `uw.effects` does.
 
     Example: `uw.compare(lm, pairs, "mlp_out").table()`
     """
-    if isinstance(methods, str) or not methods or (unknown := [name for name in methods if name not in METHODS]):
-        got = methods if isinstance(methods, str) or not methods else unknown
-        raise NumericError("methods are names of estimators", got=got, expected=f"some of {', '.join(METHODS)}")
+    if isinstance(methods, str) or not methods or not set(methods) <= set(METHODS):
+        raise NumericError("methods are names of estimators", got=methods, expected=f"some of {', '.join(METHODS)}")
     chosen = nodes if isinstance(nodes, str) else list(nodes)
     found = {
         name: effects(lm, pairs, chosen, at, name, metric, batch=batch, listener=listener)
@@ -56,7 +55,7 @@ def compare(
         for name, one in found.items()
     }
     rest = first.data.drop_vars([name for name in ("effect", "signed", "inputs") if name in first.data])
-    data = rest.assign(variables).assign_coords(method=list(found)).assign(_agreement(found))
+    data = rest.assign(variables).assign_coords(estimator=list(found)).assign(_agreement(found))
     settings = first.provenance["settings"] | {"methods": list(found)}
     return build("compare", data, settings, provenance(lm), {"": pairs.about()})
 
@@ -67,10 +66,10 @@ def _signed(one: Result) -> np.ndarray:
 
 def _agreement(found: dict[str, Result]) -> dict[str, xr.Variable]:
     costs = np.array([one.data.attrs["cost"] for one in found.values()])
-    variables = {"cost": quantity(("method",), costs, "passes over one prompt", "a backward pass counts as two")}
+    variables = {"cost": quantity(("estimator",), costs, "passes over one prompt", "a backward pass counts as two")}
     if "exact" in found:
         every = [agree(one, found["exact"]).data.sel(group="all").isel(reading=-1) for one in found.values()]
         for name in ("pearson", "pearson_low", "pearson_high", "spearman"):
             values = np.array([float(one[name]) for one in every])
-            variables[name] = quantity(("method",), values, "1", every[0][name].attrs["equation"])
+            variables[name] = quantity(("estimator",), values, "1", every[0][name].attrs["equation"])
     return variables

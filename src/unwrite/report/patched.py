@@ -8,12 +8,18 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
+from unwrite.report.columns import Column
 from unwrite.result import Result
 
 # Pairs that are shown, and nodes of each.
 _PAIRS, _NODES = 3, 12
 _ALONE = ("effect", "signed", "inputs")
-AGREEMENT = ("method", "passes", "correlation with exact [95 %]", "of ranks")
+AGREEMENT = (
+    Column("estimator", holds="word"),
+    Column("passes", "{cost}"),
+    Column("correlation with exact [95 %]", "{pearson}"),
+    Column("of ranks", "{spearman}"),
+)
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ class Shown:
 
     title: str
     sums: str
-    header: tuple[str, ...]
+    header: tuple[Column, ...]
     rows: list[tuple[str, ...]]
 
 
@@ -30,14 +36,15 @@ def shown(data: xr.Dataset) -> Iterator[Shown]:
     """The first pairs, with the nodes that do most."""
     names = estimates(data)
     where = ("position",) if "position" in data.dims else ()
+    header = (Column("node", holds="word"), *map(Column, where), *(Column(name, f"{{{name}}}") for name in names))
     for pair in range(min(_PAIRS, data.sizes["pair"])):
         one = data.isel(pair=pair)
-        yield Shown(_title(one), _sums(one, names), ("node", *where, *names), _rows(one, names))
+        yield Shown(_title(one), _sums(one, names), header, _rows(one, names))
 
 
 def estimates(data: xr.Dataset) -> list[str]:
     """The variables that hold effects: one for each estimator, or those of a lone one."""
-    names = data["method"].values if "method" in data.coords else _ALONE
+    names = data["estimator"].values if "estimator" in data.coords else _ALONE
     return [str(name) for name in names if str(name) in data.data_vars]
 
 
@@ -80,8 +87,8 @@ def agreement(data: xr.Dataset) -> list[tuple[str, ...]]:
     if "pearson" not in data:
         return []
     lines = []
-    for name in data["method"].values:
-        one = data.sel(method=name)
+    for name in data["estimator"].values:
+        one = data.sel(estimator=name)
         low, high = float(one["pearson_low"]), float(one["pearson_high"])
         interval = "" if np.isnan(low) else f" [{low:+.2f}, {high:+.2f}]"
         cost = f"{float(one['cost']):.1f}"
@@ -93,12 +100,12 @@ def sentence(result: Result) -> str:
     """Which guess comes nearest to what was executed; without guesses, which node does most."""
     data = result.data
     if "pearson" in data:
-        known = data["pearson"].sel(method=data["method"] != "exact").dropna("method")
-        if known.size:
-            best = known.isel(method=int(known.argmax()))
-            name, r = best["method"].item(), float(best)
+        named = zip(data["estimator"].values, data["pearson"].values, strict=True)
+        known = [(float(r), str(name)) for name, r in named if name != "exact" and np.isfinite(r)]
+        if known:
+            r, name = max(known)
             return f"Of the guesses {name} comes nearest to the executed effects: correlation {r:+.3f} over all cells."
-    size = np.abs(_lead(data))
-    each = size.mean([dim for dim in size.dims if dim != "node"])
-    foremost = each.isel(node=int(each.argmax()))
-    return f"{foremost['node'].item()} does most: {float(foremost):.3f} on average, of either sign."
+    size = np.abs(_lead(data).transpose("node", ...).values)
+    each = np.nanmean(size.reshape(len(size), -1), 1)
+    node = data["node"].values[int(np.nanargmax(each))]
+    return f"{node} does most: {np.nanmax(each):.3f} on average, of either sign."
