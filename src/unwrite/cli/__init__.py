@@ -214,7 +214,8 @@ def effects(
     asked, names = read_pairs(pairs, lm.tokenizer), nodes if nodes in KINDS else _names(nodes)
 
     def method(listener: Listener) -> Result:
-        return run(lm, asked, names or nodes, at, methods.split(","), metric, listener=listener)
+        kept = None if out is None else out / "sweep.npz"
+        return run(lm, asked, names or nodes, at, methods.split(","), metric, checkpoint=kept, listener=listener)
 
     produce(lm, asked.base, method, out, Voice(quiet, as_json))
 

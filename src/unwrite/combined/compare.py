@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ def compare(
     metric: Any = "logit_diff",
     *,
     batch: int | None = None,
+    checkpoint: str | Path | None = None,
     listener: Listener | None = None,
 ) -> Result:
     """Every node's effect by several estimators, and how well each predicts the executed one (see `uw.effects`).
@@ -45,9 +47,12 @@ def compare(
         raise NumericError("methods are names of estimators", got=methods, expected=f"some of {', '.join(METHODS)}")
     chosen = nodes if isinstance(nodes, str) else list(nodes)
     found = {
-        name: effects(lm, pairs, chosen, at, name, metric, batch=batch, listener=listener)
+        name: effects(
+            lm, pairs, chosen, at, name, metric,
+            batch=batch, checkpoint=checkpoint if name == "exact" else None, listener=listener,
+        )
         for name in dict.fromkeys(methods)
-    }
+    }  # fmt: skip
     first = next(iter(found.values()))
     axes = tuple(map(str, first["effect"].dims))
     variables = {
@@ -66,7 +71,11 @@ def _signed(one: Result) -> np.ndarray:
 
 def _agreement(found: dict[str, Result]) -> dict[str, xr.Variable]:
     costs = np.array([one.data.attrs["cost"] for one in found.values()])
-    variables = {"cost": quantity(("estimator",), costs, "passes over one prompt", "a backward pass counts as two")}
+    variables = {
+        "cost": quantity(
+            ("estimator",), costs, "passes over one prompt", "forward passes and backward passes, to activations alone"
+        )
+    }
     if "exact" in found:
         every = [agree(one, found["exact"]).data.sel(group="all").isel(reading=-1) for one in found.values()]
         for name in ("pearson", "pearson_low", "pearson_high", "spearman"):

@@ -7,9 +7,12 @@ arXiv 2508.21258), integrated gradients (conductance). (facts: attribution)
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,13 +26,14 @@ from unwrite.errors import NumericError, TokensError
 from unwrite.model.load import provenance
 from unwrite.model.view import Model
 from unwrite.result import Result, build, quantity
+from unwrite.run.checkpoint import Checkpoint
 from unwrite.run.donors import Donor, donor
 from unwrite.run.estimates import Asked, Estimate, attributed, integrated, star
 from unwrite.run.metrics import Custom, Metric, known
 from unwrite.run.rules import RULES, Rules
 from unwrite.run.slots import Slot, slots
-from unwrite.run.stream import Batch, Listener, batch_size, parts, stream
-from unwrite.run.sweep import base_run, forwards, swept
+from unwrite.run.stream import Batch, Listener, Progress, batch_size, parts, stream
+from unwrite.run.sweep import base_run, forwards, patched, patches
 from unwrite.tokens import spelled
 
 AT = ("each", "all", "last")
@@ -77,6 +81,7 @@ def effects(
     *,
     steps: int = _STEPS,
     batch: int | None = None,
+    checkpoint: str | Path | None = None,
     listener: Listener | None = None,
 ) -> Result:
     """What replacing each node by its value in a source run does to a metric of the base run's logits.
@@ -100,14 +105,28 @@ def effects(
     Example: `uw.effects(lm, pairs, "heads", method="relp").table()`
     """
     request = _request(lm, pairs, nodes, at, method, metric, source, steps)
+    if checkpoint is not None and (method != "exact" or callable(metric)):
+        raise NumericError(
+            "no checkpoint is kept of this", got=f"method {_named(method)}, metric {_named(metric)}",
+            expected="an exact sweep by a metric that has a name",
+        )  # fmt: skip
     size = batch_size(lm, pairs.base, batch, held=4)
-    tally = _Tally(request)
-    stream(lm, pairs.base, tally.step, size, f"effects {_named(method)}", listener)
     settings = {
         "nodes": nodes if isinstance(nodes, str) else [*nodes], "at": at, "method": _named(method),
         "metric": _named(metric), "source": request.donor.name, "steps": steps, "batch": batch,
     }  # fmt: skip
-    return build("effects", tally.dataset(), settings, provenance(lm), {"": pairs.about()})
+    model, read = provenance(lm), pairs.about()
+    key = json.dumps([model["weights"], model["dtype"], read["hash"], request.names, settings], sort_keys=True)
+    kept = None if checkpoint is None else Checkpoint(Path(checkpoint), key)
+    tally = _Tally(request, kept)
+    stage = f"effects {_named(method)}"
+    if method == "exact" and listener is not None:
+        # What a sweep will take is said before it starts.
+        stage = f"exact, {tally.cost:,.0f} passes"
+        listener(Progress(stage, 0, len(pairs), 0, 0.0))
+    with kept or nullcontext():
+        stream(lm, pairs.base, tally.step, size, stage, listener)
+    return build("effects", tally.dataset(), settings, model, {"": read})
 
 
 def _request(
@@ -155,8 +174,9 @@ def _named(setting: Any) -> str:
 class _Tally:
     """Effects of all pairs, filled in batch by batch."""
 
-    def __init__(self, request: Request):
-        self._request = request
+    def __init__(self, request: Request, checkpoint: Checkpoint | None):
+        self._request, self._checkpoint = request, checkpoint
+        self.cost = _cost(request)
         self._parts: list[dict[str, np.ndarray]] = []
 
     def step(self, batch: Batch) -> None:
@@ -165,7 +185,8 @@ class _Tally:
 
     def _measured(self, batch: Batch) -> dict[str, np.ndarray]:
         request, rows = self._request, slice(batch.first, batch.first + batch.real)
-        made = (_executed if request.method == "exact" else _guessed)(request, rows)
+        exact = request.method == "exact"
+        made = _executed(request, rows, self._checkpoint) if exact else _guessed(request, rows)
         found = {name: part.double().cpu().numpy() for name, part in made.items()}
         _require_finite(request, rows, found)
         return found
@@ -182,7 +203,7 @@ class _Tally:
         variables |= {"row": ("pair", pairs.row), "first": ("pair", pairs.first)}
         variables |= {name: ("pair", np.array(words, dtype=object)) for name, words in _words(request).items()}
         axes = {"pair": np.arange(len(pairs)), "node": request.names, "position": np.arange(pairs.base.length)}
-        return xr.Dataset(variables, {name: axes[name] for name in request.cells}).assign_attrs(cost=_cost(request))
+        return xr.Dataset(variables, {name: axes[name] for name in request.cells}).assign_attrs(cost=self.cost)
 
 
 def _require_finite(request: Request, rows: slice, found: Mapping[str, np.ndarray]) -> None:
@@ -217,30 +238,48 @@ def _words(request: Request) -> dict[str, list[str]]:
 
 
 def _cost(request: Request) -> float:
-    """Passes over one prompt that each pair takes, a backward pass counted as two forward ones."""
+    """Passes over one prompt that each pair takes, forward ones and backward ones (to activations alone)."""
     layers = len(request.lm.layers)
     if request.method == "exact":
         return forwards(request.lm, request.slots, request.pairs.row, request.pairs.first, request.at)
     backwards = {"atp*": 1 + (layers - 1) / 2, "ig": request.steps}
     passes = {"atp*": 3, "ig": 2 * request.steps + 2}
     name = request.method if isinstance(request.method, str) else ""
-    return float(passes.get(name, 2) + 2 * backwards.get(name, 1))
+    return float(passes.get(name, 2) + backwards.get(name, 1))
 
 
 @torch.no_grad()
-def _executed(request: Request, rows: slice) -> dict[str, Tensor]:
+def _executed(request: Request, rows: slice, checkpoint: Checkpoint | None) -> dict[str, Tensor]:
     """Effects of really patched runs."""
     lm, pairs = request.lm, request.pairs
     row = torch.from_numpy(pairs.row[rows]).to(lm.device)
     base = base_run(lm, torch.from_numpy(pairs.base.ids[rows]), row, request.slots)
     metric = _metric(request, rows, base.final)
     clean = metric(base.final)
-    found = clean.new_zeros(len(row), pairs.base.length, len(request.names))
+    found, done = _held(checkpoint, rows, clean.new_zeros(len(row), pairs.base.length, len(request.names)))
     offset = dict(zip(request.slots, np.cumsum([0, *(len(slot.units) for slot in request.slots)]), strict=False))
-    for part, start, final in swept(base, request.donor.values(rows), request.at):
+    source = request.donor.values(rows)
+    for start, jobs in patches(base, source, request.at):
+        if start < done:
+            continue
         place = start if request.at == "each" else 0
-        found[part.pair, place, part.unit + int(offset[part.slot])] = metric(final, part.pair) - clean[part.pair]
+        for part, final in patched(base, source, jobs, start, request.at == "all"):
+            found[part.pair, place, part.unit + int(offset[part.slot])] = metric(final, part.pair) - clean[part.pair]
+        if checkpoint is not None:
+            checkpoint.keep({_name(rows): found.cpu().numpy(), f"{_name(rows)} done": np.array(start + 1)})
     return {"base": clean, "effect": _shaped(request, found if request.at == "each" else found[:, :1], row)}
+
+
+def _held(checkpoint: Checkpoint | None, rows: slice, empty: Tensor) -> tuple[Tensor, int]:
+    """What of these pairs' effects is known already, and the position from which on they are not."""
+    if checkpoint is None or _name(rows) not in checkpoint.arrays:
+        return empty, 0
+    known = torch.from_numpy(checkpoint.arrays[_name(rows)].copy()).to(empty)
+    return known, int(checkpoint.arrays[f"{_name(rows)} done"])
+
+
+def _name(rows: slice) -> str:
+    return f"pairs {rows.start} to {rows.stop}"
 
 
 def _metric(request: Request, rows: slice, clean: Tensor | None) -> Metric:

@@ -140,7 +140,8 @@ def _line(step: Step, width: int, before: Step | None = None) -> str:
     if before is not None:
         name, seconds = before.stage, before.seconds + step.seconds
         rate = (before.tokens + step.tokens) / seconds if seconds else 0.0
-    left = f"in {duration(seconds)}" if step.done == step.total else f"left {duration(step.left)}"
+    left = f"left {duration(step.left)}" if step.done else ""
+    left = f"in {duration(seconds)}" if step.done == step.total else left
     return (
         f"{set_cell_size(plain(name), _STAGE)} {'█' * filled}{'·' * (bar - filled)} "
         f"{f'{step.done}/{step.total} prompts':>15}  {f'{rate:,.0f} tok/s':>12}  {left}"

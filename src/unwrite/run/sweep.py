@@ -101,17 +101,6 @@ class Jobs:
         return Jobs(self.slot, self.pair[rows], self.unit[rows])
 
 
-def swept(base: Base, source: Values, at: str) -> Iterator[tuple[Jobs, int, Float[Tensor, "patch d_model"]]]:
-    """The final stream at the read row of every patched run, with the patches and the position where they begin.
-
-    `at` "each" position by itself, "all" at once, or the "last" one, which is read. Patches that change nothing are not
-    run and not handed out.
-    """
-    for start, jobs in _begin(differing(base, source), base.row, at):
-        for part, final in patched(base, source, jobs, start, at == "all"):
-            yield part, start, final
-
-
 def differing(base: Base, source: Values) -> dict[Slot, Bool[Tensor, "pair position unit"]]:
     """Where a node's value is another one, at rows that the read row can see: elsewhere a patch does nothing."""
     position = torch.arange(base.ids.shape[1], device=base.row.device)
@@ -119,13 +108,14 @@ def differing(base: Base, source: Values) -> dict[Slot, Bool[Tensor, "pair posit
     return {slot: (source[slot] != own).any(-1) & seen.to(own.device) for slot, own in base.values.items()}
 
 
-def _begin(
-    where: Mapping[Slot, Bool[Tensor, "pair position unit"]], row: Int[Tensor, " pair"], at: str
-) -> Iterator[tuple[int, list[Jobs]]]:
-    """Patches by the position where they begin."""
-    any_unit = torch.stack([changes.any(-1) for changes in where.values()]).any(0)
-    first = any_unit.int().argmax(1)
-    for start in range(any_unit.shape[1]):
+def patches(base: Base, source: Values, at: str) -> Iterator[tuple[int, list[Jobs]]]:
+    """The patches that change anything, by the position where they begin, which goes up.
+
+    `at` "each" position by itself, "all" at once, or the "last" one, which is read.
+    """
+    where, row = differing(base, source), base.row
+    first = torch.stack([changes.any(-1) for changes in where.values()]).any(0).int().argmax(1)
+    for start in range(base.ids.shape[1]):
         if at == "each":
             chosen = {slot: changes[:, start] for slot, changes in where.items()}
         elif at == "last":
