@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from unwrite.combined.compare import compare as compare
     from unwrite.combined.doctor import doctor as doctor
     from unwrite.combined.reproduce import reproduce as reproduce
+    from unwrite.contrasts import Pairs as Pairs
     from unwrite.contrasts import pairs as pairs
     from unwrite.methods.adversarial import adversarial as adversarial
     from unwrite.methods.agree import agree as agree
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 # Public name -> the module that has it; imported on first use, so that `import unwrite` loads neither torch nor xarray.
 _PUBLIC = {
     "Edit": "unwrite.run.edits",
+    "Pairs": "unwrite.contrasts",
     "Result": "unwrite.result",
     "Rules": "unwrite.run.rules",
     "Tokens": "unwrite.tokens",
