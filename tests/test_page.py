@@ -28,12 +28,13 @@ from unwrite.model.load import view
 from unwrite.report import page
 from unwrite.report.alerts import alerts
 from unwrite.report.audited import verified
+from unwrite.report.figures import save
 from unwrite.report.pictures import picture
 from unwrite.report.terminal import last_word
 from unwrite.result import Result
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-PER_WRITER = ("where", "who", "causal", "by_position")
+SVG = {"svg", "g", "path", "line", "rect", "text", "tspan", "defs", "clipPath", "linearGradient", "stop"}
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +227,20 @@ def test_figures_are_valid_and_export_without_a_browser(audited, name, tmp_path)
         for kind, sign in (("png", b"\x89PNG"), ("pdf", b"%PDF")):
             chart.save(str(tmp_path / f"x.{kind}"))
             assert (tmp_path / f"x.{kind}").read_bytes().startswith(sign)
+
+
+@pytest.mark.parametrize("name", ["levels", "fig4"])
+def test_hostile_text_in_a_figure_is_text(audited, hostile, name, tmp_path) -> None:
+    pages = [
+        save(one.figure(name), tmp_path / f"{i}.html").read_text("utf-8") for i, one in enumerate((audited, hostile))
+    ]
+    clean, drawn = (Page(made) for made in pages)
+    assert drawn.tags == clean.tags
+    assert "alert(1)" in pages[1]
+    svg = save(hostile.figure(name), tmp_path / "x.svg").read_text("utf-8")
+    assert {element.tag.partition("}")[2] for element in ElementTree.fromstring(svg).iter()} <= SVG
+    assert not {"\x1b", "\u202e", "\ud800"} & {*svg, *pages[1].partition("</head>")[2]}
+    assert save(hostile.figure(name), tmp_path / "x.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_figure_1_draws_the_quantiles_survival_and_generic(audited) -> None:

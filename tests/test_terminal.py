@@ -65,7 +65,7 @@ def told(lm: Model, tokens: Tokens) -> tuple[list[Progress], Result]:
 @pytest.fixture(autouse=True)
 def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages are drawn elsewhere, and take longer than all the rest."""
-    monkeypatch.setattr(page, "page", lambda result: f"the page of a {result.method}")
+    monkeypatch.setattr(page, "page", lambda result, *_: f"the page of a {result.method}")
 
 
 @pytest.fixture

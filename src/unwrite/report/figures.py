@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from unwrite.errors import ResultError, plain
-from unwrite.report.paper import FIGURES, SAYS, finish, of_verified, series
+from unwrite.report.paper import FIGURES, SAYS, finish, harmless, of_verified, series
 from unwrite.report.rows import rows, texts
 from unwrite.result import Result, write
 
@@ -38,7 +38,8 @@ def save(chart: alt.TopLevelMixin, path: Path) -> Path:
     if path.suffix not in _KINDS:
         raise ResultError("unknown kind of picture", got=path.name, expected=f"a name ending in {', '.join(_KINDS)}")
     # A page without network carries its scripts with it; a picture of pixels is twice as fine.
-    return write(path, lambda place: chart.save(str(place), scale_factor=2, inline=path.suffix == ".html"))
+    fine, inline = 2 if path.suffix == ".png" else 1, path.suffix == ".html"
+    return write(path, lambda place: chart.save(str(place), scale_factor=fine, inline=inline))
 
 
 _KINDS = (".png", ".svg", ".pdf", ".html")
@@ -81,7 +82,8 @@ def levels(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
     said = zip(level["writer"], level["location"], level["level"], *middle.T, strict=True)
     level["says"] = [f"{w}, {at}: {v:+.2f}, middle half of positions {a:+.2f} to {b:+.2f}" for w, at, v, a, b in said]
     limit = max(2.0, float(np.nanquantile(np.abs(level["level"]), 0.9)))
-    after = pd.DataFrame({"writer": writers, "location": data["right_after"].sel(writer=writers).values})
+    places = [harmless(place) for place in data["right_after"].sel(writer=writers).values]
+    after = pd.DataFrame({"writer": writers, "location": places})
     x = alt.X("location:N", sort=list(data["location"].values), title=None, axis=alt.Axis(labelAngle=-40, orient="top"))
     y = alt.Y("writer:N", sort=writers, title="writer (most energy moved first)")
     colour = alt.Color(
@@ -110,7 +112,7 @@ def levels(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
 def _caption(result: Result) -> str:
     name, _, read = next(texts(result))
     model = result.provenance["model"]["name"]
-    return plain(f"{model} on {name or read['source']}, {read['prompts']} × {read['length']} tokens")
+    return harmless(f"{model} on {name or read['source']}, {read['prompts']} × {read['length']} tokens")
 
 
 _NAMED = {"levels": levels, **FIGURES, "positions": places}

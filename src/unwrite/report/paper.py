@@ -145,12 +145,11 @@ def fig4(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
     )
     _require(node in data["node"].values, "result", node, [str(name) for name in data["node"].values])
     one = data.sel(node=node)
-    asked = [f"{int(p)}: {plain(one['answer'].values[i])}" for i, p in enumerate(one["prompt"].values)]
+    asked = [f"{int(p)}: {harmless(one['answer'].values[i])}" for i, p in enumerate(one["prompt"].values)]
     other = one["other_direct"].median("quartile").to_series().unstack("replaced")
     frame = pd.DataFrame({"prompt": asked, "direct": one["direct"].values, "total": one["total"].values})
-    for kind in other.columns:
-        frame[f"direct, other {kind}"] = other[kind].values
-    kinds = ["direct", *[f"direct, other {kind}" for kind in other.columns], "total"]
+    others = {f"direct, other {harmless(kind)}": other[kind].values for kind in other.columns}
+    frame, kinds = frame.assign(**others), ["direct", *others, "total"]
     long = frame.head(12).melt("prompt", var_name="what", value_name="logits")
     long["says"] = [f"{what}, prompt {prompt}: {logits:+.3f}" for prompt, what, logits in long.to_numpy()]
     colour = alt.Color("what:N", title=None, sort=kinds, scale=alt.Scale(domain=kinds, range=_FOUR))
@@ -182,7 +181,7 @@ def fig5(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
     ends = np.array([frame["x"].min(), frame["x"].max()])
     lines = pd.DataFrame({"x": [*ends, *ends], "y": [*(base + slope * ends), *-ends]})
     lines["what"] = ["fit", "fit", "perfect clean-up", "perfect clean-up"]
-    x, y = alt.X("x:Q", title=f"direct({own}), logits"), alt.Y("y:Q", title="direct(erasers), through values")
+    x, y = alt.X("x:Q", title=f"direct({harmless(own)}), logits"), alt.Y("y:Q", title="direct(erasers), through values")
     dots = alt.Chart(frame).mark_circle(size=9, opacity=0.35, color=COLOURS["level"]).encode(x=x, y=y, **SAYS)
     scale = alt.Scale(domain=["fit", "perfect clean-up"], range=[COLOURS["survival"], GREY])
     drawn = alt.Chart(lines).mark_line().encode(x=x, y=y, color=alt.Color("what:N", title=None, scale=scale))
@@ -231,11 +230,16 @@ def series(names: Iterable[str]) -> alt.Color:
     return alt.Color("what:N", title=None, scale=alt.Scale(domain=names, range=[COLOURS[name] for name in names]))
 
 
+def harmless(text: object) -> str:
+    """Words of a stranger on one line, as no tag: a chart's own HTML holds them in a script, which `</script>` ends."""
+    return plain(text).replace("<", "‹")
+
+
 def finish(chart: alt.TopLevelMixin, title: str, width: int | None = WIDTH) -> alt.TopLevelMixin:
     """Size, title and fonts that can be read in a column."""
     if width is not None:
         chart = chart.properties(width=width, height=HEIGHT)
-    return chart.properties(title=alt.Title(plain(title), anchor="start", fontSize=12)).configure(
+    return chart.properties(title=alt.Title(harmless(title), anchor="start", fontSize=12)).configure(
         font="sans-serif",
         background="white",
         axis=alt.AxisConfig(labelFontSize=11, titleFontSize=11, grid=False),
