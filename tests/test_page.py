@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import hashlib
 import html
 import json
@@ -25,15 +26,15 @@ import unwrite as uw
 from test_report import HOSTILE, Page
 from unwrite.errors import ResultError
 from unwrite.model.load import view
-from unwrite.report import page
+from unwrite.report import events, page, terminal
 from unwrite.report.alerts import alerts
 from unwrite.report.audited import verified
 from unwrite.report.figures import save
 from unwrite.report.pictures import picture
-from unwrite.report.terminal import last_word
 from unwrite.result import Result
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+METHODS = ("scan", "verify", "dla", "audit", "adversarial", "corpus_dla")
 SVG = {"svg", "g", "path", "line", "rect", "text", "tspan", "defs", "clipPath", "linearGradient", "stop"}
 
 
@@ -60,7 +61,7 @@ def source(audited) -> str:
 def poisoned(result: uw.Result) -> uw.Result:
     """The same with hostile text wherever a model, a text or a token could have brought it."""
     # xarray holds no lone surrogates; they come through names.
-    data, record, text = result.data.copy(), result.provenance, HOSTILE.replace("\ud800", "")
+    data, record, text = result.data.copy(), result.provenance, '=HYPERLINK("x")' + HOSTILE.replace("\ud800", "")
     for name in {"prompt_text", "answer", "against", "strip_token", "found_answer", "prompt_kind"} & set(data):
         data[name] = (data[name].dims, np.full(data[name].shape, text, dtype=object))
     record["model"]["name"] = record["model"]["family"] = HOSTILE
@@ -192,11 +193,25 @@ def test_a_large_model_is_shown_by_its_foremost_writers_and_the_page_says_so(lar
     assert f"top 40 of {large.data.sizes['node'] - 1} nodes" in made
 
 
-@pytest.mark.parametrize("method", ["scan", "verify", "dla", "audit", "adversarial", "corpus_dla"])
+@pytest.mark.parametrize("method", METHODS)
+def test_hostile_text_reaches_no_terminal_no_program_and_no_spreadsheet(every, method, capsys, tmp_path) -> None:
+    worse, screen = poisoned(every[method]), terminal.console()
+    with screen.capture() as seen:
+        terminal.show(worse, screen)
+    events.say("part", **events.found(worse))
+    (event,) = capsys.readouterr().out.splitlines()
+    assert json.loads(event)["method"] == method
+    assert not {"\x1b", "\u202e", "\ud800"} & {*seen.get(), *event}
+    with worse.save_table(tmp_path / "table.csv").open(encoding="utf-8", newline="") as file:
+        cells = {cell for row in csv.reader(file) for cell in row}
+    assert not [cell for cell in cells if cell.startswith(("=", "@", "\t")) or {"\x1b", "\u202e"} & set(cell)]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_a_notebook_shows_a_card(every, method) -> None:
     result = every[method]
     parsed = Page(result._repr_html_())
-    assert "".join(last_word(result).split()) in "".join(parsed.text.split())
+    assert "".join(terminal.last_word(result).split()) in "".join(parsed.text.split())
     assert result.provenance["model"]["family"] in parsed.text
     assert parsed.tags.count("svg") == (method != "adversarial")
     assert parsed.tags.count("tr") <= 6
