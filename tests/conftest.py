@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hypothesis
+import jaxtyping
 import pytest
 
 # Set before torch is loaded: xdist runs one worker for each core, and one thread gives the same sums everywhere.
@@ -14,6 +17,20 @@ os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1", 
 # A slow machine must not fail a property; in CI the same examples are drawn every time.
 hypothesis.settings.register_profile("unwrite", deadline=None, derandomize="CI" in os.environ, print_blob=True)
 hypothesis.settings.load_profile("unwrite")
+
+_jaxtyped = jaxtyping.jaxtyped
+
+
+def _checked_once(*, typechecker: Callable[..., Any]) -> Callable[[Any], Any]:
+    """Checks types of functions and classes, but not of functions that are made anew whenever another one is called.
+
+    Their checks would be compiled at every call, which took nine tenths of the time of all tests.
+    """
+    check = _jaxtyped(typechecker=typechecker)
+    return lambda made: made if "<locals>" in getattr(made, "__qualname__", "") else check(made)
+
+
+jaxtyping.jaxtyped = _checked_once  # what --jaxtyping-packages puts on everything that is imported from here on
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
