@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny
 import unwrite as uw
-from test_report import Page
+from test_report import OWN, Page
 from unwrite.combined.audit import demonstration
 from unwrite.errors import NumericError, TokensError
 from unwrite.model.load import view
@@ -318,14 +318,15 @@ def test_where_nothing_is_erased_the_lowest_ends_are_verified(strange, tmp_path)
     assert "Nowriteriserased(" in shown(result)
 
 
-def test_hostile_tokens_are_no_markup_and_no_commands(strange, audited, tmp_path) -> None:
+def test_hostile_tokens_are_no_markup_and_no_commands(strange, tmp_path) -> None:
     result, _, _ = strange
     for name in ("prompt_text", "answer", "against"):
         assert any("<" in word for word in result[name].values.tolist())
     page.save_all(result, tmp_path)
-    source, plain = (tmp_path / "report.html").read_text("utf-8"), Page(page.page(audited[0]))
+    source = (tmp_path / "report.html").read_text("utf-8")
     parsed = Page(source)
-    assert set(parsed.tags) == set(plain.tags)
+    assert set(parsed.tags) <= OWN
+    assert parsed.tags.count("script") == 1
     assert not [name for name, _ in parsed.attributes if name.startswith("on") or name == "src"]
     assert not [to for name, to in parsed.attributes if name == "href" and not str(to).startswith(("#", "data:"))]
     assert "alert(" in parsed.text
