@@ -105,6 +105,13 @@ def frame(number: str) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index(["model", "nodes"])
 
 
+def passes() -> pd.DataFrame:
+    """How many passes over a prompt each takes, of heads at every position."""
+    found = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
+    rows = [{name: f"{part['passes']:.0f}" for name, part in one["kinds"]["heads"].items()} for one in found]
+    return pd.DataFrame(rows, [one["model"] for one in found]).rename_axis("passes, of heads")
+
+
 def _said(part: dict[str, float], number: str) -> str:
     low, high = part.get(f"{number}_low"), part.get(f"{number}_high")
     return f"{part[number]:.3f}" + (f" [{low:.2f}, {high:.2f}]" if low is not None and high is not None else "")
