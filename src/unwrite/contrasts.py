@@ -103,7 +103,8 @@ def read_pairs(path: str | Path, tokenizer: Any) -> Pairs:
     if not lines:
         raise TokensError(f"{file} holds no pair", expected="a line for each")
     for number, line in lines:
-        wrong = [name for name in _NEEDED if not line.get(name)] or sorted(set(line) - {*_NEEDED, *_OPTIONAL})
+        missing = [name for name in _NEEDED if not _given(name, line.get(name))]
+        wrong = missing or [name for name in line if name not in (*_NEEDED, *_OPTIONAL)]
         if wrong:
             expected = f"{', '.join(_NEEDED)}; and {' or '.join(_OPTIONAL)}"
             raise TokensError(
@@ -113,6 +114,11 @@ def read_pairs(path: str | Path, tokenizer: Any) -> Pairs:
     against = None if not any(columns["against"]) else columns["against"]
     position = [_position(number, line.get("position"), file) for number, line in lines]
     return pairs(columns["base"], columns["source"], columns["answer"], against, position, tokenizer)
+
+
+def _given(name: str, value: Any) -> bool:
+    """A text; an answer may also be an id."""
+    return value is not None and value != "" and (isinstance(value, str) or name == "answer")
 
 
 _NEEDED, _OPTIONAL = ("base", "source", "answer"), ("against", "position")

@@ -28,7 +28,7 @@ from unwrite.model.view import Model
 from unwrite.result import Result, build, quantity
 from unwrite.run.checkpoint import Checkpoint
 from unwrite.run.donors import Donor, donor
-from unwrite.run.estimates import Asked, Estimate, attributed, integrated, star
+from unwrite.run.estimates import Asked, Taken, attributed, integrated, star
 from unwrite.run.metrics import Custom, Metric, known
 from unwrite.run.rules import RULES, Rules
 from unwrite.run.slots import Slot, slots
@@ -320,7 +320,7 @@ def _guessed(request: Request, rows: slice) -> dict[str, Tensor]:
     return {"base": base, **{name: _shaped(request, part, row) for name, part in shaped.items()}}
 
 
-def _estimates(request: Request, rows: slice, asked: Asked, row: Tensor) -> dict[str, Estimate]:
+def _estimates(request: Request, rows: slice, asked: Asked, row: Tensor) -> dict[str, Taken]:
     """By the name of the result's variable."""
     summed = partial(_taken, request.at, row)
     if request.method == "ig":

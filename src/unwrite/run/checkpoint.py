@@ -56,7 +56,7 @@ def _write(place: Path, key: str, arrays: dict[str, np.ndarray]) -> None:
 
 def _read(path: Path, key: str) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as kept:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as kept:
             found = {name: kept[name] for name in kept.files}
             own = str(found.pop("key"))
     except Exception as error:  # noqa: BLE001 - whatever a damaged archive raises means the same to the user

@@ -26,6 +26,7 @@ from unwrite.run.sweep import values
 
 Values = Mapping[Slot, Float[Tensor, "pair position unit d"]]
 Estimate = dict[Slot, Float[Tensor, "pair position unit"]]
+Taken = dict[Slot, Float[Tensor, "pair _ unit"]]  # positions as they were asked for: each, one, or all together
 MetricOf = Callable[[Float[Tensor, "pair position d_model"]], Float[Tensor, " pair"]]
 
 
@@ -49,7 +50,7 @@ def _products(base: Values, source: Values, slopes: Slopes) -> Estimate:
     return {slot: ((source[slot] - base[slot]) * slope).sum(-1) for slot, slope in slopes.items() if slot in source}
 
 
-def star(asked: Asked, source: Values, summed: Callable[[Tensor], Tensor]) -> tuple[Estimate, Estimate]:
+def star(asked: Asked, source: Values, summed: Callable[[Tensor], Tensor]) -> tuple[Taken, Estimate]:
     """AtP*: (magnitude, signed) of every node. `summed` takes positions together, before magnitudes are.
 
     signed is AtP with the QK fix; magnitude is GradDrop's, Σ_l |signed without layer l| / (L − 1), where the node's own
@@ -78,7 +79,7 @@ def _dropped(
     effects: Callable[[Slopes], Estimate],
     layers: int,
     summed: Callable[[Tensor], Tensor],
-) -> Estimate:
+) -> Taken:
     whole = {slot: summed(part).abs() for slot, part in signed.items()}
     # Variants before a node's own layer leave its slope as it is.
     total = {slot: slot.layer * part for slot, part in whole.items()}
