@@ -28,7 +28,8 @@ from unwrite.model.view import Model
 from unwrite.result import Result, build, quantity
 from unwrite.run.checkpoint import Checkpoint
 from unwrite.run.donors import Donor, donor
-from unwrite.run.estimates import Asked, Taken, attributed, integrated, star
+from unwrite.run.estimates import Asked, Summed, attributed, integrated, star
+from unwrite.run.logits import final_norm
 from unwrite.run.metrics import Custom, Metric, known
 from unwrite.run.rules import RULES, Rules
 from unwrite.run.slots import Slot, slots
@@ -287,7 +288,9 @@ def _metric(request: Request, rows: slice, clean: Tensor | None) -> Metric:
     ids = [None if part is None else torch.from_numpy(part).to(request.lm.device)
            for part in (answer, None if against is None else against[rows])]  # fmt: skip
     assert ids[0] is not None  # noqa: S101
-    return Metric(request.lm, request.metric, ids[0], ids[1], clean)
+    # Before any graph is recorded: hooks would take this pass through the final norm for one of the run's own.
+    normed = None if clean is None else final_norm(request.lm)(clean).detach()
+    return Metric(request.lm, request.metric, ids[0], ids[1], normed)
 
 
 def _shaped(request: Request, found: Float[Tensor, "pair position node"], row: Tensor) -> Tensor:
@@ -320,7 +323,7 @@ def _guessed(request: Request, rows: slice) -> dict[str, Tensor]:
     return {"base": base, **{name: _shaped(request, part, row) for name, part in shaped.items()}}
 
 
-def _estimates(request: Request, rows: slice, asked: Asked, row: Tensor) -> dict[str, Taken]:
+def _estimates(request: Request, rows: slice, asked: Asked, row: Tensor) -> dict[str, Summed]:
     """By the name of the result's variable."""
     summed = partial(_taken, request.at, row)
     if request.method == "ig":

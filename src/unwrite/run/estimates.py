@@ -26,7 +26,7 @@ from unwrite.run.sweep import values
 
 Values = Mapping[Slot, Float[Tensor, "pair position unit d"]]
 Estimate = dict[Slot, Float[Tensor, "pair position unit"]]
-Taken = dict[Slot, Float[Tensor, "pair _ unit"]]  # positions as they were asked for: each, one, or all together
+Summed = dict[Slot, Float[Tensor, "pair _ unit"]]
 MetricOf = Callable[[Float[Tensor, "pair position d_model"]], Float[Tensor, " pair"]]
 
 
@@ -50,7 +50,7 @@ def _products(base: Values, source: Values, slopes: Slopes) -> Estimate:
     return {slot: ((source[slot] - base[slot]) * slope).sum(-1) for slot, slope in slopes.items() if slot in source}
 
 
-def star(asked: Asked, source: Values, summed: Callable[[Tensor], Tensor]) -> tuple[Taken, Estimate]:
+def star(asked: Asked, source: Values, summed: Callable[[Tensor], Tensor]) -> tuple[Summed, Estimate]:
     """AtP*: (magnitude, signed) of every node. `summed` takes positions together, before magnitudes are.
 
     signed is AtP with the QK fix; magnitude is GradDrop's, Σ_l |signed without layer l| / (L − 1), where the node's own
@@ -66,7 +66,9 @@ def star(asked: Asked, source: Values, summed: Callable[[Tensor], Tensor]) -> tu
         found = _products(made.values, source, slopes)
         for slot in fixed:
             if slot in slopes:
-                found[slot] = _through_softmax(calls[slot.layer], slot, source[slot], slopes[heads[slot.layer]])
+                fix = _through_softmax(calls[slot.layer], slot, source[slot], slopes[heads[slot.layer]])
+                # The scores come from another run than the values, whose rounding is no difference.
+                found[slot] = fix.masked_fill((source[slot] == made.values[slot]).all(-1), 0.0)
         return found
 
     signed = effects(made.slopes)
@@ -79,7 +81,7 @@ def _dropped(
     effects: Callable[[Slopes], Estimate],
     layers: int,
     summed: Callable[[Tensor], Tensor],
-) -> Taken:
+) -> Summed:
     whole = {slot: summed(part).abs() for slot, part in signed.items()}
     # Variants before a node's own layer leave its slope as it is.
     total = {slot: slot.layer * part for slot, part in whole.items()}
