@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from unwrite.methods.corpus import corpus_dla as corpus_dla
     from unwrite.methods.dla import dla as dla
     from unwrite.methods.effects import effects as effects
+    from unwrite.methods.paths import paths as paths
     from unwrite.methods.scan import scan as scan
     from unwrite.methods.verify import verify as verify
     from unwrite.model.load import load as load
@@ -47,6 +48,7 @@ _PUBLIC = {
     "effects": "unwrite.methods.effects",
     "load": "unwrite.model.load",
     "pairs": "unwrite.contrasts",
+    "paths": "unwrite.methods.paths",
     "planted": "unwrite.model.planted",
     "read": "unwrite.result",
     "reproduce": "unwrite.combined.reproduce",

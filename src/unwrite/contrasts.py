@@ -51,6 +51,14 @@ class Pairs:
             if ids is not None and (ids >= vocabulary).any():
                 raise TokensError(f"{name} is outside the vocabulary", got=ids.max(), expected=f"0 to {vocabulary - 1}")
 
+    def words(self, tokenizer: Any) -> dict[str, list[str]]:
+        """The prompts up to the row that is read, and the tokens that are asked for, as texts, pair by pair."""
+        asked = {"answer": self.answer} | ({} if self.against is None else {"against": self.against})
+        words = {name: [spelled([i], tokenizer) for i in ids] for name, ids in asked.items()}
+        for name, tokens in (("base_text", self.base), ("source_text", self.source)):
+            words[name] = [spelled(ids[: n + 1], tokenizer) for ids, n in zip(tokens.ids, self.row, strict=True)]
+        return words
+
     def about(self) -> dict[str, Any]:
         """What a result says about the pairs."""
         parts = [self.answer, self.row] if self.against is None else [self.answer, self.row, self.against]

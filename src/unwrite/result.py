@@ -28,8 +28,8 @@ _FILE = "result.nc"
 # The axes of a table's rows, where they are not writers or nodes.
 _ROWS = {
     "dla": ("prompt", "node"), "adversarial": ("hit",), "corpus_dla": ("path",), "reproduce": ("claim",),
-    "agree": ("reading", "group"),
     "effects": ("pair", "node", "position"), "compare": ("pair", "node", "position"),
+    "agree": ("reading", "group"), "paths": ("pair", "sender", "receiver"), "bound": ("node", "position"),
 }  # fmt: skip
 _VERSIONS = ("unwrite", "torch", "transformers", "numpy", "xarray")
 # A spreadsheet takes a cell that begins with one of these for a formula, some also the full-width forms.

@@ -244,7 +244,7 @@ def _cost(request: Request) -> float:
     if request.method == "exact":
         return forwards(request.lm, request.slots, request.pairs.row, request.pairs.first, request.at)
     backwards = {"atp*": 1 + (layers - 1) / 2, "ig": request.steps}
-    passes = {"atp*": 3, "ig": 2 * request.steps + 2}
+    passes = {"atp*": 3, "ig": 2 * request.steps + 4}
     name = request.method if isinstance(request.method, str) else ""
     return float(passes.get(name, 2) + backwards.get(name, 1))
 

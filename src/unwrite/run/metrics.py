@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from unwrite.contrasts import Pairs
 from unwrite.errors import NumericError
 from unwrite.model.view import Model
 from unwrite.run.logits import final_norm
@@ -78,6 +79,16 @@ class Metric:
         logits = logits * self.lm.row.logit_scale(self.lm.config)
         cap = self.lm.row.logit_cap(self.lm.config)
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def metric_of(
+    lm: Model, pairs: Pairs, name: str | Custom, rows: slice, clean: Float[Tensor, "pair d_model"] | None = None
+) -> Metric:
+    """The metric of some rows of pairs."""
+    answer, against = torch.from_numpy(pairs.answer[rows]).to(lm.device), None
+    if pairs.against is not None:
+        against = torch.from_numpy(pairs.against[rows]).to(lm.device)
+    return Metric(lm, name, answer, against, clean)
 
 
 def known(metric: Any) -> str | Custom:

@@ -147,7 +147,7 @@ def patched(
     At position `start`, or with `every_row` there and at all later ones. In as many waves as memory asks for.
     """
     end = int(torch.cat([base.row[part.pair] for part in jobs]).max()) + 1
-    first, later = (_calls(base, start, stop) for stop in (start + 1, end))
+    first, later = (calls_of(base, start, stop) for stop in (start + 1, end))
     for wave in _waves(jobs, max(1, _ROWS // (end - start))):
         yield from zip(wave, _wave(base, source, wave, (start, end, every_row), first, later), strict=True)
 
@@ -189,7 +189,7 @@ def _wave(
         if index == len(base.lm.layers):
             break
         if len(pair):
-            x = _block(base, index, x, pair, start, later)
+            x = through_block(base, index, x, pair, start, later)
         for part in here:
             if part.slot.at is not None:
                 alone = not every_row and not part.slot.lasting
@@ -221,14 +221,15 @@ def _set_inside(base: Base, source: Values, part: Jobs, span: tuple[int, int, bo
     seen_rows = rows + start if slot.lasting and not hasattr(slot.at, "module") else rows
     unit = slot.units[part.unit]
     with visiting(base.lm, {slot: lambda tensor: slot.put(tensor, unit, seen_rows, put_in)}):
-        return _block(base, slot.layer, x, pair, start, calls)
+        return through_block(base, slot.layer, x, pair, start, calls)
 
 
 def _scale(lm: Model) -> float:
     return lm.row.residual_scale(lm.config)
 
 
-def _block(base: Base, index: int, x: Tensor, pair: Int[Tensor, " run"], start: int, calls: Calls) -> Tensor:
+def through_block(base: Base, index: int, x: Tensor, pair: Int[Tensor, " run"], start: int, calls: Calls) -> Tensor:
+    """What a block makes of rows `start` and later of runs that before them are base runs; `calls` from `calls_of`."""
     keys, remembered = base.kept[index]
     past = remembering({index: (keys[pair, :, :start], remembered[pair, :, :start])}, len(base.lm.layers))
     args, kwargs = with_past(calls[index], past, len(pair))
@@ -237,7 +238,7 @@ def _block(base: Base, index: int, x: Tensor, pair: Int[Tensor, " run"], start: 
     return out if isinstance(out, Tensor) else out[0]
 
 
-def _calls(base: Base, start: int, end: int) -> Calls:
+def calls_of(base: Base, start: int, end: int) -> Calls:
     """How the model calls each block for rows start … end of one prompt that follow on earlier ones."""
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 

@@ -1,0 +1,138 @@
+"""What does a node do to an answer through one receiver alone, when it is set to its value in another run?
+
+Path patching in its two meanings, which differ wherever MLPs lie between sender and receiver: Wang et al. 2022
+(arXiv 2211.00593), where MLPs recompute, and the direct edge alone (Goldowsky-Dill et al. 2023, arXiv 2304.05969).
+(facts: attribution, §1.5)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+
+from unwrite.contrasts import Pairs
+from unwrite.errors import NumericError
+from unwrite.model.load import provenance
+from unwrite.model.view import Model
+from unwrite.result import Result, build, quantity
+from unwrite.run.donors import Donor, donor
+from unwrite.run.ends import Ends, ends
+from unwrite.run.metrics import Custom, known, metric_of
+from unwrite.run.paths import MODES, effects_of_edges
+from unwrite.run.stream import Batch, Listener, batch_size, parts, stream
+from unwrite.run.sweep import base_run
+
+_EQUATIONS = {
+    "recompute": "metric(base run with the receiver set to what it is when the sender has its source value, all other "
+    "heads are held at base, and MLPs and norms recompute) − metric(base run)",
+    "frozen": "metric(base run in which the receiver alone reads x + Δ, Δ = the sender's write at its source value − "
+    "its write, and its norm of x + Δ) − metric(base run)",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class _Request:
+    lm: Model
+    pairs: Pairs
+    ends: Ends
+    mode: str
+    metric: str | Custom
+    donor: Donor
+
+
+@torch.no_grad()
+def paths(
+    lm: Model,
+    pairs: Pairs,
+    senders: str | Iterable[str] = "heads",
+    receivers: str | Iterable[str] = "logits",
+    mlps: str = "recompute",
+    metric: str | Custom = "logit_diff",
+    source: str | Model = "source",
+    *,
+    batch: int | None = None,
+    listener: Listener | None = None,
+) -> Result:
+    """What each sender, set to its value in a source run, does to a metric through each receiver alone.
+
+    `mlps` "recompute" (Wang et al. 2022 as commonly used): in a base run the sender has its source value, every other
+    head's output is held, MLPs and norms recompute; what the receiver is there is put into a base run in which all that
+    follows runs freely. "frozen": the receiver alone reads x + Δ, Δ what the sender writes more, its norm evaluated
+    anew; everything else in between stays, so this is the direct edge, and needs no pass up to the receiver. The two
+    are one where no MLP lies between. At all positions at once.
+
+    Arguments: `pairs` from `uw.pairs`; `senders` "heads", "mlp_out", "attn_out", "embed", or names ("L0H1", "MLP0",
+    "L0.attn_out", "embed"); `receivers` "heads", "q", "k", "v", "mlp_out", "logits", or names ("L2H3", "L2H3.q",
+    "L2KV1.k", "MLP2", "logits": the stream that the final norm reads). "L1H0+MLP2" are several nodes set, or reading,
+    at once, as one end. `metric` and `source` as in `uw.effects`.
+    Returns a Result with `effect[pair, sender, receiver]` in units of the metric, and `base[pair]`, the metric of the
+    base run. An edge that does not exist, the receiver lying before the sender or beside it (attention and MLP of a
+    parallel block), is NaN.
+    Raises NodeError for a node that is not there or cannot be such an end, and where none of the edges asked for
+    exists; NumericError for unknown settings; TokensError for pairs that this model cannot read.
+
+    Example: `uw.paths(lm, pairs, "heads", ["L9H9.q", "logits"], mlps="frozen").table()`
+    """
+    if not isinstance(pairs, Pairs):
+        raise NumericError("paths are those of pairs", got=type(pairs).__name__, expected="what uw.pairs returns")
+    if mlps not in MODES:
+        raise NumericError("mlps is unknown", got=repr(mlps), expected=" or ".join(map(repr, MODES)))
+    pairs.check(lm.vocabulary, lm.context)
+    named = [[part] if isinstance(part, str) else [str(name) for name in part] for part in (senders, receivers)]
+    found = ends(lm, *named)
+    request = _Request(lm, pairs, found, mlps, known(metric), donor(lm, pairs, found.sent, source))
+    done: list[dict[str, np.ndarray]] = []
+
+    def step(batch: Batch) -> None:
+        done.extend(part for _, part in parts(batch.part(slice(0, batch.real)), lambda part: _measured(request, part)))
+
+    size = batch_size(lm, pairs.base, max(1, batch_size(lm, pairs.base) // 4) if batch is None else batch)
+    stream(lm, pairs.base, step, size, f"paths {mlps}", listener)
+    metric_name = metric if isinstance(metric, str) else getattr(metric, "__name__", repr(metric))
+    settings = {
+        "senders": named[0], "receivers": named[1], "mlps": mlps, "metric": metric_name,
+        "source": request.donor.name, "batch": batch,
+    }  # fmt: skip
+    whole = {name: np.concatenate([part[name] for part in done]) for name in done[0]}
+    data = _dataset(request, whole, metric_name)
+    return build("paths", data, settings, provenance(lm), {"": pairs.about()})
+
+
+def _measured(request: _Request, batch: Batch) -> dict[str, np.ndarray]:
+    """All edges of a batch of pairs."""
+    lm, pairs, rows = request.lm, request.pairs, slice(batch.first, batch.first + batch.real)
+    row = torch.from_numpy(pairs.row[rows]).to(lm.device)
+    base = base_run(lm, torch.from_numpy(pairs.base.ids[rows]), row, request.ends.slots)
+    metric = metric_of(lm, pairs, request.metric, rows, base.final)
+    clean = metric(base.final)
+    if not bool(clean.isfinite().all()):
+        pair = batch.first + int((~clean.isfinite()).int().argmax())
+        raise NumericError(
+            f"the metric of pair {pair} is not finite", fix="load the model in float32, or leave this pair out"
+        )
+    joins = torch.from_numpy(request.ends.joins).to(clean.device)
+    found = torch.where(joins, 0.0, torch.nan).to(clean.dtype).repeat(len(row), 1, 1)
+    for pair, sender, receiver, final in effects_of_edges(base, request.donor.values(rows), request.ends, request.mode):
+        found[pair, sender, receiver] = metric(final, pair) - clean[pair]
+    return {"base": clean.double().cpu().numpy(), "effect": found.double().cpu().numpy()}
+
+
+def _dataset(request: _Request, whole: dict[str, np.ndarray], unit: str) -> xr.Dataset:
+    """Everything that was found, named."""
+    pairs, axes = request.pairs, ("pair", "sender", "receiver")
+    variables: dict[str, Any] = {
+        "base": quantity(("pair",), whole["base"], unit, "metric of the base run"),
+        "effect": quantity(axes, whole["effect"], unit, _EQUATIONS[request.mode]),
+        "row": ("pair", pairs.row), "first": ("pair", pairs.first),
+    }  # fmt: skip
+    words = pairs.words(request.lm.tokenizer)
+    variables |= {name: ("pair", np.array(part, dtype=object)) for name, part in words.items()}
+    coordinates = {
+        "pair": np.arange(len(pairs)), "sender": list(request.ends.senders), "receiver": list(request.ends.receivers),
+    }  # fmt: skip
+    return xr.Dataset(variables, coordinates)
