@@ -25,6 +25,8 @@ from unwrite.run import trust, without
 FAMILIES = ("gpt2", "llama", "gemma2", "falcon", "gptj")
 IDS = torch.randint(3, 50, (4, 6), generator=torch.Generator().manual_seed(0))
 
+PAIRS = uw.pairs(IDS[:2], IDS[2:], 5, 9)
+
 
 def _traced(lm: Model) -> None:
     with uw.trace(lm, "L1H0.v", "resid_post0", edits=uw.Edit.set("L0H0", 0.0)):
@@ -38,6 +40,8 @@ METHODS: dict[str, Callable[[Model], Any]] = {
     "corpus_dla": lambda lm: uw.corpus_dla(lm, IDS, "L0H0", ["L1H0"]),
     "adversarial": lambda lm: uw.adversarial(lm, IDS, "L0H0"),
     "audit": lambda lm: uw.audit(lm, IDS, IDS[:2], most=1),
+    "paths": lambda lm: uw.paths(lm, PAIRS, "heads", ["L1H0.v", "MLP1", "logits"], "frozen"),
+    "bound": lambda lm: uw.bound(lm, PAIRS, uw.effects(lm, PAIRS, method="atp"), subsets=12, p=0.5),
     "trace": _traced,
 }
 
@@ -151,7 +155,8 @@ def test_a_model_is_untouched_by_a_listener_that_raises(method: str) -> None:
     settings: dict[str, Any] = {"listener": fails}
     asked = {
         "verify": ("L0H0",), "corpus_dla": ("L0H0", ["L1H0"]), "adversarial": ("L0H0",),
+        "bound": (uw.effects(lm, PAIRS, method="atp"),) if method == "bound" else (),
     }.get(method, ())  # fmt: skip
     with pytest.raises(KeyboardInterrupt):
-        getattr(uw, method)(lm, IDS, *asked, **settings)
+        getattr(uw, method)(lm, PAIRS if method in ("paths", "bound") else IDS, *asked, **settings)
     assert snapshot(lm.hf) == before

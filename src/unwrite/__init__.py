@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from unwrite.contrasts import pairs as pairs
     from unwrite.methods.adversarial import adversarial as adversarial
     from unwrite.methods.agree import agree as agree
+    from unwrite.methods.bound import bound as bound
     from unwrite.methods.corpus import corpus_dla as corpus_dla
     from unwrite.methods.dla import dla as dla
     from unwrite.methods.effects import effects as effects
@@ -41,6 +42,7 @@ _PUBLIC = {
     "adversarial": "unwrite.methods.adversarial",
     "agree": "unwrite.methods.agree",
     "audit": "unwrite.combined.audit",
+    "bound": "unwrite.methods.bound",
     "compare": "unwrite.combined.compare",
     "corpus_dla": "unwrite.methods.corpus",
     "dla": "unwrite.methods.dla",

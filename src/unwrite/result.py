@@ -29,7 +29,7 @@ _FILE = "result.nc"
 _ROWS = {
     "dla": ("prompt", "node"), "adversarial": ("hit",), "corpus_dla": ("path",), "reproduce": ("claim",),
     "effects": ("pair", "node", "position"), "compare": ("pair", "node", "position"),
-    "agree": ("reading", "group"), "paths": ("pair", "sender", "receiver"), "bound": ("node", "position"),
+    "agree": ("reading", "group"), "paths": ("pair", "sender", "receiver"), "bound": ("pair",),
 }  # fmt: skip
 _VERSIONS = ("unwrite", "torch", "transformers", "numpy", "xarray")
 # A spreadsheet takes a cell that begins with one of these for a formula, some also the full-width forms.
@@ -37,9 +37,13 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r", "＝", "＋", "－", "＠")
 
 
 # Names on these axes are nothing else, whoever wrote the file.
+<<<<<<< HEAD
 _NAMES = {"writer": parse_node, "node": parse_node, "verified": parse_node, "location": parse_location}
 # Methods whose nodes may be queries, neurons, states of the stream and other sites.
 _OF_SITES = ("effects",)
+=======
+_NAMES = {"writer": parse_node, "node": parse_site, "verified": parse_node, "location": parse_location}
+>>>>>>> 534dd7f (A bound on effects that an estimate may have missed: random subsets of the unverified nodes patched at once, and Welch's test)
 
 
 @dataclass(frozen=True, eq=False)
