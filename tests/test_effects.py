@@ -187,7 +187,7 @@ def test_a_metric_is_one_of_the_logits_that_the_model_returns(family: str, metri
         close(found["effect"].sel(node=names).values, executed(lm, pairs, names, metric)[0])
         close(found["base"].values, np.array([float(a.score(a.clean[None])) for a in alone(lm, pairs, metric)]))
     assert found["effect"].attrs["units"] == metric
-    assert metric != "kl" or (found["effect"].fillna(0) >= 0).all()
+    assert metric != "kl" or (found["effect"].fillna(0) >= -1e-15).all()  # that of the base run is 0 to rounding
 
 
 def test_a_metric_may_count_where_it_is_executed() -> None:

@@ -37,13 +37,9 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r", "＝", "＋", "－", "＠")
 
 
 # Names on these axes are nothing else, whoever wrote the file.
-<<<<<<< HEAD
 _NAMES = {"writer": parse_node, "node": parse_node, "verified": parse_node, "location": parse_location}
 # Methods whose nodes may be queries, neurons, states of the stream and other sites.
-_OF_SITES = ("effects",)
-=======
-_NAMES = {"writer": parse_node, "node": parse_site, "verified": parse_node, "location": parse_location}
->>>>>>> 534dd7f (A bound on effects that an estimate may have missed: random subsets of the unverified nodes patched at once, and Welch's test)
+_OF_SITES = ("effects", "compare", "bound", "paths")
 
 
 @dataclass(frozen=True, eq=False)

@@ -114,7 +114,7 @@ def bound(
     _require_numbers(verified, subsets, p, alpha)
     chosen = {"verified": verified, "subsets": subsets, "p": p, "alpha": alpha, "seed": seed, "batch": batch}
     request = _request(lm, pairs, guess, metric, source, chosen)
-    size = batch_size(lm, pairs.base, max(1, batch_size(lm, pairs.base) // 4) if batch is None else batch)
+    size = batch_size(lm, pairs.base, batch, held=4)
     moving: list[np.ndarray] = []
     done: list[tuple[np.ndarray, Contexts]] = []
     stream(lm, pairs.base, _each(lambda part: _moves(request, part), moving), size, "bound: what differs", listener)

@@ -29,8 +29,7 @@ from unwrite.result import Result, build, quantity
 from unwrite.run.checkpoint import Checkpoint
 from unwrite.run.donors import Donor, donor
 from unwrite.run.estimates import Asked, Summed, attributed, integrated, star
-from unwrite.run.logits import final_norm
-from unwrite.run.metrics import Custom, Metric, known
+from unwrite.run.metrics import Custom, known, metric_of
 from unwrite.run.rules import RULES, Rules
 from unwrite.run.slots import Slot, slots
 from unwrite.run.stream import Batch, Listener, Progress, batch_size, parts, stream
@@ -255,7 +254,7 @@ def _executed(request: Request, rows: slice, checkpoint: Checkpoint | None) -> d
     lm, pairs = request.lm, request.pairs
     row = torch.from_numpy(pairs.row[rows]).to(lm.device)
     base = base_run(lm, torch.from_numpy(pairs.base.ids[rows]), row, request.slots)
-    metric = _metric(request, rows, base.final)
+    metric = metric_of(lm, pairs, request.metric, rows, base.final)
     clean = metric(base.final)
     found, done = _held(checkpoint, rows, clean.new_zeros(len(row), pairs.base.length, len(request.names)))
     offset = dict(zip(request.slots, np.cumsum([0, *(len(slot.units) for slot in request.slots)]), strict=False))
@@ -283,16 +282,6 @@ def _name(rows: slice) -> str:
     return f"pairs {rows.start} to {rows.stop}"
 
 
-def _metric(request: Request, rows: slice, clean: Tensor | None) -> Metric:
-    answer, against = request.pairs.answer[rows], request.pairs.against
-    ids = [None if part is None else torch.from_numpy(part).to(request.lm.device)
-           for part in (answer, None if against is None else against[rows])]  # fmt: skip
-    assert ids[0] is not None  # noqa: S101
-    # Before any graph is recorded: hooks would take this pass through the final norm for one of the run's own.
-    normed = None if clean is None else final_norm(request.lm)(clean).detach()
-    return Metric(request.lm, request.metric, ids[0], ids[1], normed)
-
-
 def _shaped(request: Request, found: Float[Tensor, "pair position node"], row: Tensor) -> Tensor:
     """As a result has it: [pair, node] or [pair, node, position], NaN behind the row that is read."""
     if request.at != "each":
@@ -307,7 +296,7 @@ def _guessed(request: Request, rows: slice) -> dict[str, Tensor]:
     row = torch.from_numpy(pairs.row[rows]).to(lm.device)
     ids = torch.from_numpy(pairs.base.ids[rows])
     clean = base_run(lm, ids, row, ()).final if request.metric == "kl" else None
-    metric = _metric(request, rows, clean)
+    metric = metric_of(lm, pairs, request.metric, rows, clean)
     place = torch.arange(len(row), device=row.device)
     seen: list[Tensor] = []
 

@@ -91,7 +91,7 @@ def paths(
     def step(batch: Batch) -> None:
         done.extend(part for _, part in parts(batch.part(slice(0, batch.real)), lambda part: _measured(request, part)))
 
-    size = batch_size(lm, pairs.base, max(1, batch_size(lm, pairs.base) // 4) if batch is None else batch)
+    size = batch_size(lm, pairs.base, batch, held=4)
     stream(lm, pairs.base, step, size, f"paths {mlps}", listener)
     metric_name = metric if isinstance(metric, str) else getattr(metric, "__name__", repr(metric))
     settings = {

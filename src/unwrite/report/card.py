@@ -7,27 +7,26 @@ from collections.abc import Callable, Iterable
 from unwrite.errors import ResultError
 from unwrite.report import audited, believed, found, verified
 from unwrite.report.alerts import alerts
-from unwrite.report.columns import Column, Table, table
+from unwrite.report.columns import Column, Table, listed, table
 from unwrite.report.pictures import Picture, picture
 from unwrite.report.rows import HEADER, rows, texts
 from unwrite.report.templates import own, render
 from unwrite.report.terminal import headline, last_word
 from unwrite.result import Result
 
-_ROWS, _COLUMNS = 5, 8
+_ROWS = 5
 Rows = Callable[[Result], Iterable[tuple[str, ...]]]
 
 
 def card(result: Result) -> str:
     """A fragment of HTML without scripts and network; every text in it is escaped."""
-    known = result.method in _TABLES
     made = render(
         "card.html.j2",
         headline=headline(result),
-        words=last_word(result) if known else result.data.attrs.get("verdict", result.method),
+        words=last_word(result),
         alerts=alerts(result),
         picture=_picture(result),
-        table=_own(result) if known else _plain(result),
+        table=_first(result),
         style=own("card.css"),
     )
     return str(made)
@@ -41,19 +40,13 @@ def _picture(result: Result) -> Picture | None:
         return None
 
 
-def _own(result: Result) -> Table:
+def _first(result: Result) -> Table:
     """What a terminal shows first of this method."""
+    if result.method not in _TABLES:
+        return table("", *listed(result), result.data, most=_ROWS)
     columns, lines = _TABLES[result.method]
     data = next(audited.verified(result)) if result.method == "audit" else result.data
     return table("", columns, lines(result), data, most=_ROWS)
-
-
-def _plain(result: Result) -> Table:
-    """The first columns of the table of any other method."""
-    frame = result.table().iloc[:, :_COLUMNS]
-    columns = [Column(str(name), f"{{{name}}}" if name in result.data else "") for name in frame.columns]
-    cells = (tuple(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row) for row in frame.to_numpy(object))
-    return table("", columns, cells, result.data, most=_ROWS)
 
 
 _TABLES: dict[str, tuple[Iterable[Column], Rows]] = {

@@ -8,7 +8,9 @@ from typing import Literal
 
 import xarray as xr
 
-_MOST = 200
+from unwrite.result import Result
+
+_MOST, _COLUMNS = 200, 8
 
 
 @dataclass(frozen=True)
@@ -59,3 +61,11 @@ def table(
     every = (notes,) * len(lines) if isinstance(notes, str) else tuple(notes)
     heads = tuple((column, column.equation.format_map(known)) for column in columns)
     return Table(caption, heads, lines[:most], every[:most], max(0, len(lines) - most))
+
+
+def listed(result: Result, most: int = _COLUMNS) -> tuple[list[Column], list[tuple[str, ...]]]:
+    """The first columns of a result's table, of a method that has no view of its own."""
+    frame = result.table().iloc[:, :most]
+    columns = [Column(str(name), f"{{{name}}}" if name in result.data else "") for name in frame.columns]
+    lines = [tuple(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row) for row in frame.to_numpy(object)]
+    return columns, lines

@@ -109,3 +109,28 @@ def sentence(result: Result) -> str:
     each = np.nanmean(size.reshape(len(size), -1), 1)
     node = data["node"].values[int(np.nanargmax(each))]
     return f"{node} does most: {np.nanmax(each):.3f} on average, of either sign."
+
+
+def agreed(result: Result) -> str:
+    """How well a guess predicts what was executed."""
+    one = result.data.sel(group="all").isel(reading=-1)
+    r, ranks = float(one["pearson"]), float(one["spearman"])
+    cells = f"{int(one['n']):,} cells"
+    return f"The guess agrees with the executed effects: correlation {r:+.3f}, of ranks {ranks:+.3f}, {cells}."
+
+
+def bounded(result: Result) -> str:
+    """What a guess may have missed, of the pair where that is most."""
+    return str(result.data["says"].values[int(np.nanargmax(result.data["theta"].values))])
+
+
+def along(result: Result) -> str:
+    """The edge that does most."""
+    size = np.nanmean(np.abs(result.data["effect"].transpose("pair", "sender", "receiver").values), 0)
+    sender, receiver = np.unravel_index(np.nanargmax(size), size.shape)
+    edge = f"{result.data['sender'].values[sender]} → {result.data['receiver'].values[receiver]}"
+    return f"{edge} does most: {size[sender, receiver]:.3f} on average, of either sign (MLPs {_mlps(result)})."
+
+
+def _mlps(result: Result) -> str:
+    return str(result.provenance["settings"]["mlps"])

@@ -13,7 +13,7 @@ from xarray import Dataset
 
 from unwrite.errors import plain
 from unwrite.report import audited, believed, found, patched
-from unwrite.report.columns import Column
+from unwrite.report.columns import Column, listed
 from unwrite.report.rows import HEADER, disagreements, folded_line, rows, soundness, texts
 from unwrite.report.verdict import verdict
 from unwrite.report.verified import ACTORS, TRAJECTORY, actors, sentence, trajectory
@@ -21,7 +21,7 @@ from unwrite.result import Result
 
 Parts = Callable[[Result], Iterator[RenderableType]]
 
-_WIDE = 160
+_WIDE, _LINES = 160, 40
 
 
 def console(stderr: bool = False) -> Console:
@@ -37,7 +37,7 @@ def show(result: Result, screen: Console) -> None:
     """Print what a result says: model and certificate, its tables, and the verdict."""
     screen.print(Text(plain(headline(result)), style="bold"))
     screen.print(Text(plain(certificate(result))))
-    for part in _PARTS.get(result.method, _scan)(result):
+    for part in _PARTS.get(result.method, _any)(result):
         screen.print(part)
 
 
@@ -90,6 +90,15 @@ def _patched(result: Result) -> Iterator[RenderableType]:
     if lines := patched.agreement(result.data):
         yield grid("how estimates agree with what was executed", patched.AGREEMENT, lines)
         yield Text("")
+    yield Text(plain(last_word(result)))
+
+
+def _any(result: Result) -> Iterator[RenderableType]:
+    columns, lines = listed(result)
+    yield grid("", columns, lines[:_LINES])
+    if more := len(lines[_LINES:]):
+        yield Text(f"{more} more rows are in the table", "dim")
+    yield Text("")
     yield Text(plain(last_word(result)))
 
 
@@ -158,6 +167,7 @@ def certificate(result: Result) -> str:
 
 
 _PARTS: dict[str, Parts] = {
+    "scan": _scan,
     "verify": _verify,
     "dla": _dla,
     "audit": _audit,
@@ -172,6 +182,9 @@ _WORDS: dict[str, Callable[[Result], str]] = {
     "dla": believed.sentence,
     "effects": patched.sentence,
     "compare": patched.sentence,
+    "agree": patched.agreed,
+    "bound": patched.bounded,
+    "paths": patched.along,
     "adversarial": found.sentence,
     "corpus_dla": found.corpus_sentence,
     "reproduce": found.claims_sentence,

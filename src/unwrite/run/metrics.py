@@ -84,11 +84,14 @@ class Metric:
 def metric_of(
     lm: Model, pairs: Pairs, name: str | Custom, rows: slice, clean: Float[Tensor, "pair d_model"] | None = None
 ) -> Metric:
-    """The metric of some rows of pairs."""
+    """The metric of some rows of pairs, `clean` the final stream of their base runs at the row that is read, for "kl".
+
+    To be made before any graph is recorded: hooks would take its pass through the final norm for one of the run's own.
+    """
     answer, against = torch.from_numpy(pairs.answer[rows]).to(lm.device), None
     if pairs.against is not None:
         against = torch.from_numpy(pairs.against[rows]).to(lm.device)
-    return Metric(lm, name, answer, against, clean)
+    return Metric(lm, name, answer, against, None if clean is None else final_norm(lm)(clean).detach())
 
 
 def known(metric: Any) -> str | Custom:
