@@ -475,7 +475,8 @@ def test_a_reproduction_is_kept_printed_and_tabled(result, tmp_path) -> None:
         line = " ".join(f"{figure} {quantity} {setting}".replace("\n", "\\n").replace("\t", "\\t").split())
         assert any(found.startswith(line) and found.endswith(f"{paper:+.3f} {ours:+.3f}") for found in lines), line
     near = int((np.abs(result["ours"] - result["paper"]) <= 0.05).sum())
-    assert f"{near} of {result.data.sizes['claim']} numbers within 0.05 of the paper" in " ".join(lines)
+    for words in (" ".join(lines), again._repr_html_()):
+        assert f"{near} of {result.data.sizes['claim']} numbers within 0.05 of the paper" in words
     settings = result.provenance["settings"]
     assert (settings["name"], settings["paper_text"]) == ("gelu-4l", False)
 
