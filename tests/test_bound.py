@@ -281,8 +281,10 @@ def test_it_says_what_it_is(tmp_path: Path) -> None:
     table = again.table()
     assert len(table) == 2
     assert {"theta", "by_node", "by_d", "by_se", "by_df", "by_n_in", "by_n_out", "says"} <= set(table)
-    assert table["says"].str.contains("if effects add up").all()
-    assert table["says"].str.contains("0.95 confidence").all()
+    assert table["says"].str.contains("If effects add up, with 95 % confidence").all()
+    for i in (0, 1):
+        assert f"{table.by_node[i]} sets this bound" in table.says[i]
+        assert f"logit_diff by {table.theta[i]:.4g} or more" in table.says[i]
     assert found.provenance["settings"]["guess"]["method"] == "atp"
     assert found.provenance["settings"]["subsets"] == 40
     assert found.data.attrs["cost"] == 42

@@ -13,6 +13,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+import tiny
 import unwrite as uw
 from executed import exact, weights
 from unwrite.contrasts import Pairs
@@ -173,6 +174,19 @@ def test_an_edge_is_what_three_traced_passes_find(name: str, mlps: str) -> None:
         got = float(found.sel(pair=0, sender=sender, receiver=receiver))
         assert got == pytest.approx(other.effect(sender, receiver, mlps), abs=1e-12)
     assert np.nanmax(np.abs(found)) > 1e-3
+
+
+@pytest.mark.parametrize("family", sorted({*tiny.FAMILIES} - {family for family, _ in FAMILIES.values()}))
+def test_in_every_other_family_too(family: str) -> None:
+    lm, given = view(weights(family, 0, num_hidden_layers=2, num_attention_heads=2)), pairs()
+    naive = Naive(lm, given, 1)
+    for mlps in MODES:
+        found = uw.paths(lm, given, ["L0H1", "MLP0"], ["L1H0", "MLP1", "logits"], mlps)["effect"].sel(pair=1)
+        for sender, receiver in (("L0H1", "L1H0"), ("L0H1", "MLP1"), ("L0H1", "logits"), ("MLP0", "MLP1")):
+            want = naive.effect(sender, receiver, mlps)
+            assert float(found.sel(sender=sender, receiver=receiver)) == pytest.approx(want, abs=1e-12)
+    edges = uw.paths(lm, given, ["L0H1", "MLP0"], everything(lm), "frozen")["effect"][:, :, 0]
+    np.testing.assert_allclose(edges, uw.effects(lm, given, ["L0H1", "MLP0"], at="all")["effect"], atol=1e-12, rtol=0)
 
 
 @each_mode

@@ -50,12 +50,12 @@ def agree(guess: Result, exact: Result, k: int = 10) -> Result:
     Returns a Result. Over cells, for each `reading` of the guess ("effect", and "signed" of atp* or "inputs" of ig) and
     each `group` ("all", and each kind of node where there are several): `pearson`, `spearman`, each with `_low` and
     `_high` (95 % by resampling pairs; pairs that share a prompt are taken together; NaN for a lone one) and `_median`
-    over pairs; `same_sign`; `n`. The `effect` of atp* is a magnitude: it is compared with |exact| and has no sign. A
-    column that does not vary has no correlation: NaN. `miss`: the cells that are worst misjudged, by |exact| times how
-    many times its rank is doubled, log2(rank_guess / rank_exact), ranks being those of magnitudes over all cells.
+    over pairs; `same_sign`; `n`. The `effect` of atp* is a magnitude: it is compared with magnitudes and has no sign. A
+    column that does not vary has no correlation: NaN. `miss`: the cells that are worst misjudged, by the size of their
+    exact effect times how often its rank is doubled, log2(rank_guess / rank_exact); ranks are of sizes, over all cells.
     `recall[top, executed]`: how much of the true top nodes (a node at a position where each is by itself; by the mean
-    over pairs of |exact|) is seen when so many are executed in the order of the guess, at `cost[executed]` forward
-    passes a pair; `verified_cost[top]` is what it takes to see them all; NaN beyond the nodes that do anything.
+    size over pairs) is seen when so many are executed in the order of the guess, at `cost[executed]` forward passes a
+    pair; `verified_cost[top]` is what it takes to see them all; NaN beyond the nodes that do anything.
     Raises ResultError for results that are not of the same pairs, nodes, positions, metric, source and model.
 
     Example: `uw.agree(uw.effects(lm, pairs, method="relp"), uw.effects(lm, pairs)).table()`

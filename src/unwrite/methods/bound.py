@@ -92,13 +92,14 @@ def bound(
 ) -> Result:
     """The largest effect that a node may still have which a guess ranks below those that were executed.
 
-    θ* = max_n (|d̂_n| + t_{ν,1−α} · se_n): d̂_n how much larger the metric's change is over random sets with n than over
-    those without it, se and ν those of Welch's test. It says: at confidence 1 − α no node that is left has |d| ≥ θ*. d
-    is a node's average over random sets of the others being patched too; it is the node's own effect only if effects
-    add up, which is an assumption, and the result says so. A small `p` brings it nearer to that and raises se.
+    `θ* = max_n (|d̂_n| + t_{ν,1−α} · se_n)`: d̂_n how much larger the metric's change is over random sets with n than
+    over those without it, se and ν those of Welch's test. It says: at confidence 1 − α no node that is left has
+    `|d| ≥ θ*`. d is a node's average over random sets of the others being patched too; it is the node's own effect only
+    if effects add up, which is an assumption, and the result says so. A small `p` brings it nearer to that and raises
+    se.
 
     Arguments: `pairs` and `guess`, a result of `uw.effects` of these pairs; `verified` the nodes first in its order (by
-    the mean over pairs of |effect|; a node at a position where each is by itself) that count as executed; `subsets`
+    the mean size over pairs; a node at a position where each is by itself) that count as executed; `subsets`
     random sets of the rest, each node in one with probability `p`; `alpha` one minus the confidence; `metric` and
     `source` those of the guess, to be given again where they are a function or a model.
     Returns a Result with `d`, `se`, `df` and `upper[pair, node, position]` (positions as in the guess; NaN for nodes
@@ -335,12 +336,13 @@ def _largest(request: _Request, sets: _Sets, found: dict[str, np.ndarray], unit:
         made[f"by_{name}"] = quantity(("pair",), part, "1" if name == "df" else unit, f"{_EQUATIONS[name]}: of by_node")
     for name, part in (("by_n_in", sets.counts[at]), ("by_n_out", sets.subsets - sets.counts[at])):
         made[name] = quantity(("pair",), np.where(some, part, np.nan), "1", "random sets with, or without, by_node")
+    cells = [" at ".join([name, *map(str, place)]) for name, *place in zip(names, *where[1:], strict=True)]
     says = [
-        f"{1 - alpha:.4g} confidence that no node left moves {unit} by {value:.4g} or more, if effects add up; "
-        f"{name} sets this bound"
+        f"If effects add up, with {100 * (1 - alpha):.4g} % confidence no node left moves {unit} by {value:.4g} or "
+        f"more; {cell} sets this bound"
         if moved
-        else "nothing that is left moves"
-        for value, name, moved in zip(theta, names, some, strict=True)
+        else "Nothing that is left moves"
+        for value, cell, moved in zip(theta, cells, some, strict=True)
     ]
     made["says"] = ("pair", np.array(says, dtype=object))
     return made
