@@ -45,7 +45,8 @@ def effects_of_edges(
     each = max(1, _ROWS // (n_pairs * (end - start)))
     for at in range(0, len(names), each):
         sent = {i: ends.senders[names[i]] for i in range(at, min(at + each, len(names)))}
-        writes = {write for part in sent.values() for write in part}
+        # In a fixed order: sums round by it.
+        writes = dict.fromkeys(write for part in sent.values() for write in part)
         deltas = {write: _delta(base, source, ends, write)[:, start:end] for write in writes}
         asked = _Asked(base, ends, sent, deltas, start, calls)
         yield from asked.through_receivers(mode)
