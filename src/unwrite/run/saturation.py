@@ -39,7 +39,7 @@ def exact_change(
     seen = scores.isfinite()
     step = step.masked_fill(~seen, 0.0)
     p = scores.softmax(-1)
-    change = _closed_form(p, step) * (worth - (p * worth).sum(-1, keepdim=True))
+    change = _closed_form(scores.log_softmax(-1), step) * (worth - (p * worth).sum(-1, keepdim=True))
     top = scores.argmax(-1, keepdim=True)
     alone = seen.sum(-1, keepdim=True) == 1
     others = scores.scatter(-1, top, -torch.inf).masked_fill(alone, 0.0)
@@ -49,13 +49,16 @@ def exact_change(
     return change.scatter(-1, top, of_top.masked_fill(alone, 0.0))
 
 
-def _closed_form(p: Tensor, step: Tensor) -> Tensor:
-    """(p' − p) / (1 − p) of the key whose score makes a step, in the form that does not overflow."""
-    up, down = step.clamp(min=0), step.clamp(max=0)
-    rising = -p * torch.expm1(-up) / (p + (1 - p) * torch.exp(-up))
+def _closed_form(log_p: Tensor, step: Tensor) -> Tensor:
+    """(p' − p) / (1 − p) of the key whose score makes a step, in the form that does not overflow.
+
+    By log p: a key too small for a number of this dtype is not too small for a step that lifts it as high.
+    """
+    p, up, down = log_p.exp(), step.clamp(min=0), step.clamp(max=0)
+    rising = -torch.expm1(-up) * torch.sigmoid(log_p - torch.log1p(-p) + up)
     falling = p * torch.expm1(down) / (1 + p * torch.expm1(down))
-    # p is 0 for keys that are not seen, and where it is beyond the least number.
-    return torch.where(step > 0, rising, falling).masked_fill(p == 0, 0.0)
+    # A key that is not seen has no share to lose.
+    return torch.where(step > 0, rising, falling).masked_fill(log_p == -torch.inf, 0.0)
 
 
 def _sigmoid_step(start: Tensor, step: Tensor) -> Tensor:
