@@ -7,7 +7,7 @@ plain hooks. Nothing of the sweep, of the rules or of the estimates is used.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,9 @@ METRICS: dict[str, Callable[[Tensor, Tensor, int, int | None], Tensor]] = {
     "kl": lambda y, y0, a, b: (y0.softmax(-1) * (y0.log_softmax(-1) - y.log_softmax(-1))).sum(-1),
     "entropy": lambda y, *_: -(y.softmax(-1) * y.log_softmax(-1)).sum(-1),
 }
+
+
+NOTHING: Mapping[str, Tensor] = {}
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -78,36 +81,47 @@ class Alone:
         return self.lm.hf(input_ids=self.base[None], use_cache=False).logits[0, self.row]
 
     @torch.no_grad()
-    def values(self, names: Sequence[str], ids: Tensor | None = None) -> dict[str, Tensor]:
-        """Values [position, d] of nodes, in a run of the source prompt or of another."""
-        with uw.trace(self.lm, *map(site, names)) as t:
+    def values(self, names: Sequence[str], ids: Tensor | None = None, start: Tensor | None = None) -> dict[str, Tensor]:
+        """Values [position, d] of nodes, in a run of the source prompt, of another, or from another stream on."""
+        with uw.trace(self.lm, *map(site, names), edits=_starting(start)) as t:
             self.lm.hf(input_ids=(self.source if ids is None else ids)[None], use_cache=False)
         return {name: t[site(name)][0] for name in names}
 
     @torch.no_grad()
-    def patched(self, name: str, value: Tensor, also: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits at the read row, and the values of other nodes, when one is set at one position, and last at all."""
+    def patched(
+        self, name: str, value: Tensor, also: Sequence[str] = (), held: Mapping[str, Tensor] = NOTHING
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits at the read row, and the values of other nodes, when one is set at one position, and last at all.
+
+        `held` are sites that are set to a value in all of these runs.
+        """
         n = len(self.base)
         where = torch.cat([torch.eye(n, dtype=torch.bool), torch.ones(1, n, dtype=torch.bool)])
-        edit = uw.Edit.set(site(name), value.expand(n + 1, *value.shape), at=where)
-        with uw.trace(self.lm, *map(site, also), edits=edit) as t:
+        edits = [uw.Edit.set(other, there.expand(n + 1, *there.shape)) for other, there in held.items()]
+        edits.append(uw.Edit.set(site(name), value.expand(n + 1, *value.shape), at=where))
+        with uw.trace(self.lm, *map(site, also), edits=edits) as t:
             logits = self.lm.hf(input_ids=self.base.expand(n + 1, -1), use_cache=False).logits[:, self.row]
         return logits, {other: t[site(other)] for other in also}
 
-    def effect(self, name: str, value: Tensor) -> Tensor:
+    def effect(self, name: str, value: Tensor, held: Mapping[str, Tensor] = NOTHING) -> Tensor:
         """What the patch does to the metric: at each position up to the read row, and last at all."""
-        moved = self.score(self.patched(name, value)[0]) - self.score(self.clean[None])
+        moved = self.score(self.patched(name, value, held=held)[0]) - self.score(self.clean[None])
         return torch.cat([moved[: self.row + 1], moved[-1:]])
 
     def slopes(
-        self, names: Sequence[str], without: int | None = None, start: Tensor | None = None
+        self,
+        names: Sequence[str],
+        without: int | None = None,
+        mlp_only: bool = False,
+        start: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The metric's gradient [position, d] at nodes, by one ordinary backward pass.
 
-        `without` a layer none enters what that layer writes; `start` stands in for the stream before the first layer.
+        `without` a layer none enters what that layer writes, or with `mlp_only` what its MLP does; `start` stands in
+        for the stream before the first layer.
         """
-        edits = () if start is None else uw.Edit.set("resid_pre0", start[None])
-        with uw.trace(self.lm, *map(site, names), edits=edits) as t, stopped(self.lm, without):
+        edits = _starting(start)
+        with uw.trace(self.lm, *map(site, names), edits=edits) as t, stopped(self.lm, without, mlp_only):
             logits = self.lm.hf(input_ids=self.base[None], use_cache=False).logits[:, self.row]
             seen = [t[site(name)] for name in names]
             found = torch.autograd.grad(self.score(logits).sum(), seen, allow_unused=True)
@@ -126,6 +140,10 @@ class Alone:
         z = self.values(heads, self.base)
         moved = self.patched(name, self.values([name])[name], heads)[1]
         return sum(((moved[head][:-1] - z[head]) * slopes[head]).sum((1, 2)) for head in heads)  # pyright: ignore
+
+
+def _starting(start: Tensor | None) -> tuple[uw.Edit, ...]:
+    return () if start is None else (uw.Edit.set("resid_pre0", start[None]),)
 
 
 def alone(lm: Model, pairs: Pairs, metric: str = "logit_diff") -> Iterator[Alone]:

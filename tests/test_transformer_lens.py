@@ -1,4 +1,4 @@
-"""Do heads, MLPs and states of the stream agree with TransformerLens on the same model, raw weights?"""
+"""Do heads, MLPs, states of the stream and patches agree with TransformerLens on the same model, raw weights?"""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import tiny
+import unwrite as uw
 from unwrite.model import capture
 from unwrite.model.load import view
 from unwrite.model.view import Model, expand, fold
@@ -27,6 +28,11 @@ NO_HEADS = ("gpt_neo", "gptj", "opt", "gemma2", "gemma3_text", "olmo2")
 LEFT_OUT = ("bloom", "falcon")
 
 
+# What a patch replaces, in the order of TransformerLens's stacked results.
+OF_HEADS = ("heads", "q", "k", "v")
+OF_BLOCKS = (["resid_pre0", "resid_post0"], ["L0.attn_out", "L1.attn_out"], ["MLP0", "MLP1"])
+
+
 class Both(NamedTuple):
     """One model's writes and states by this library, and a cache of the other's."""
 
@@ -36,8 +42,13 @@ class Both(NamedTuple):
     cache: Any
 
 
-def both(family: str, seed: int) -> Both:
+def bridged(hf: Any) -> Any:
+    """The same model as the other library sees it, which rebuilds what it is given."""
     sources = pytest.importorskip("transformer_lens.model_bridge.sources")
+    return sources.build_bridge_from_module(copy.deepcopy(hf), type(hf).__name__, hf_config=hf.config)
+
+
+def both(family: str, seed: int) -> Both:
     hf = tiny.model(family, seed, attn_implementation="eager", **SETTINGS.get(family, {}))
     lm = view(hf, convention="raw")
     ids = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(seed))
@@ -45,8 +56,7 @@ def both(family: str, seed: int) -> Both:
     rows = capture.run(lm, ids, folded).map(lambda part: part.flatten(0, 1))
     nodes = expand(lm, folded, rows).unflatten(1, ids.shape)
     states = torch.einsum("ln,nptd->lptd", lm.holds().to(nodes), nodes)
-    # The bridge rebuilds the model that it is given.
-    bridge = sources.build_bridge_from_module(copy.deepcopy(hf), type(hf).__name__, hf_config=hf.config)
+    bridge = bridged(hf)
     if family not in NO_HEADS:
         bridge.set_use_attn_result(True)
     with torch.no_grad():
@@ -75,3 +85,54 @@ def test_transformer_lens_sees_the_same_writes_and_states(family: str, seed: int
     for name, state in states.items():
         location = parse_location(name)
         close(cache[f"blocks.{location.layer}.hook_resid_{location.state}"], state)
+
+
+class Patched(NamedTuple):
+    """One pair of prompts, and how the other library asks what the base run says."""
+
+    lm: Model
+    bridge: Any
+    pairs: Any
+    base: Tensor
+    source: Tensor
+
+    def metric(self, logits: Tensor) -> Tensor:
+        return logits[0, -1, 5] - logits[0, -1, 9]
+
+    def effects(self, nodes: Any, method: str) -> Any:
+        return uw.effects(self.lm, self.pairs, nodes, method=method)["effect"].squeeze("pair")
+
+
+def patched() -> Patched:
+    hf = tiny.model("gpt2", 1, attn_implementation="eager", num_hidden_layers=2, **SETTINGS["gpt2"])
+    base = torch.randint(3, 50, (1, 6), generator=torch.Generator().manual_seed(1))
+    source = torch.where(torch.arange(6) % 3 == 1, 3 + (base + 7) % 40, base)
+    return Patched(view(hf), bridged(hf), uw.pairs(base, source, 5, 9), base, source)
+
+
+def test_transformer_lens_guesses_the_same_by_the_slope() -> None:
+    one = patched()
+    analysis = pytest.importorskip("transformer_lens.tools.analysis.attribution_patching")
+    scores = analysis.attribution_patch(one.bridge, one.source, one.base, one.metric).node_scores
+    heads = [name for name in one.lm.nodes if "H" in name]
+    found = one.effects(["embed", *heads, "MLP0", "MLP1"], "atp")
+    names = {"embed": "embed", "attn_head_out": "L{0}H{1}", "mlp_out": "MLP{0}"}
+    theirs = {(names[n.kind].format(n.layer, n.head), n.position): score for n, score in scores.items()}
+    assert len(theirs) == found.size
+    ours = [float(found.sel(node=name, position=position)) for name, position in theirs]
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(list(theirs.values())), rtol=0, atol=1e-6)
+
+
+def test_transformer_lens_patches_the_same() -> None:
+    one = patched()
+    patching = pytest.importorskip("transformer_lens.patching")
+    with torch.no_grad():
+        cache = one.bridge.run_with_cache(one.source)[1]
+        heads = patching.get_act_patch_attn_head_by_pos_every(one.bridge, one.base, cache, one.metric)
+        blocks = patching.get_act_patch_block_every(one.bridge, one.base, cache, one.metric)
+        clean = one.metric(one.bridge(one.base)).float()
+    for kind, theirs in zip(OF_HEADS, heads, strict=False):
+        ours = one.effects(kind, "exact").values.reshape(2, one.lm.n_heads, 6)
+        close(theirs.transpose(1, 2) - clean, torch.from_numpy(ours).float())
+    for nodes, theirs in zip(OF_BLOCKS, blocks, strict=True):
+        close(theirs - clean, torch.from_numpy(one.effects(nodes, "exact").sel(node=nodes).values).float())

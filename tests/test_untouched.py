@@ -26,6 +26,7 @@ FAMILIES = ("gpt2", "llama", "gemma2", "falcon", "gptj")
 IDS = torch.randint(3, 50, (4, 6), generator=torch.Generator().manual_seed(0))
 
 PAIRS = uw.pairs(IDS[:2], IDS[2:], 5, 9)
+HEADS = ("L0H0", "L1H1")
 
 
 def _traced(lm: Model) -> None:
@@ -42,6 +43,8 @@ METHODS: dict[str, Callable[[Model], Any]] = {
     "audit": lambda lm: uw.audit(lm, IDS, IDS[:2], most=1),
     "paths": lambda lm: uw.paths(lm, PAIRS, "heads", ["L1H0.v", "MLP1", "logits"], "frozen"),
     "bound": lambda lm: uw.bound(lm, PAIRS, uw.effects(lm, PAIRS, method="atp"), subsets=12, p=0.5),
+    "effects": lambda lm: uw.effects(lm, PAIRS, [*HEADS, "MLP0"]),
+    "effects atp*": lambda lm: uw.effects(lm, PAIRS, [*HEADS, *("L1H1.k",) * lm.row.interface], method="atp*"),
     "trace": _traced,
 }
 
@@ -130,8 +133,21 @@ def test_a_model_is_untouched_by_what_is_raised_in_the_middle(method: str, famil
             assert snapshot(lm.hf) == before
 
 
-@pytest.mark.parametrize("inside", ["torch.autograd.grad", "unwrite.methods.dla.readings", "unwrite.run.account.added"])
-def test_a_model_is_untouched_by_what_fails_between_passes(inside: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("method", "inside"),
+    [
+        ("dla", "torch.autograd.grad"),
+        ("dla", "unwrite.methods.dla.readings"),
+        ("dla", "unwrite.run.account.added"),
+        ("effects", "unwrite.run.slots.Slot.put"),
+        ("effects", "unwrite.run.metrics.Metric.of"),
+        ("effects atp*", "torch.autograd.grad"),
+        ("effects atp*", "unwrite.run.estimates.of_keys"),
+    ],
+)
+def test_a_model_is_untouched_by_what_fails_between_passes(
+    method: str, inside: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lm = model("gemma2")
     before = snapshot(lm.hf)
 
@@ -140,7 +156,7 @@ def test_a_model_is_untouched_by_what_fails_between_passes(inside: str, monkeypa
 
     monkeypatch.setattr(inside, fails)
     with pytest.raises(Planted):
-        METHODS["dla"](lm)
+        METHODS[method](lm)
     assert snapshot(lm.hf) == before
 
 
@@ -154,9 +170,10 @@ def test_a_model_is_untouched_by_a_listener_that_raises(method: str) -> None:
 
     settings: dict[str, Any] = {"listener": fails}
     asked = {
-        "verify": ("L0H0",), "corpus_dla": ("L0H0", ["L1H0"]), "adversarial": ("L0H0",),
-        "bound": (uw.effects(lm, PAIRS, method="atp"),) if method == "bound" else (),
-    }.get(method, ())  # fmt: skip
+        "verify": (IDS, "L0H0"), "corpus_dla": (IDS, "L0H0", ["L1H0"]), "adversarial": (IDS, "L0H0"), "paths": (PAIRS,),
+        "effects": (PAIRS, HEADS), "effects atp*": (PAIRS, HEADS, "each", "atp*"),
+        "bound": (PAIRS, uw.effects(lm, PAIRS, method="atp")) if method == "bound" else (),
+    }.get(method, (IDS,))  # fmt: skip
     with pytest.raises(KeyboardInterrupt):
-        getattr(uw, method)(lm, PAIRS if method in ("paths", "bound") else IDS, *asked, **settings)
+        getattr(uw, method.split()[0])(lm, *asked, **settings)
     assert snapshot(lm.hf) == before
