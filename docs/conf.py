@@ -47,7 +47,19 @@ default_role = "literal"
 highlight_language = "text"
 smartquotes = False  # "paper" is what is typed
 # Python and other libraries: their inventories would have to be downloaded.
-_ELSEWHERE = ("collections", "pathlib", "typing", "jaxtyping", "torch", "numpy", "ndarray", "pandas", "xarray", "alt")
+_ELSEWHERE = (
+    "collections",
+    "pathlib",
+    "typing",
+    "jaxtyping",
+    "torch",
+    "Tensor",
+    "numpy",
+    "ndarray",
+    "pandas",
+    "xarray",
+    "alt",
+)
 nitpick_ignore_regex = [("py:.*", rf"({'|'.join(_ELSEWHERE)})(\..*)?")]
 
 _FIELD = re.compile(r"(Arguments|Returns|Yields|Raises|Example)(: | )(?=\S)")
