@@ -329,6 +329,15 @@ def test_nothing_comes_of_nothing(mlps: str) -> None:
     same = uw.pairs(given.base, given.base, ANSWER, AGAINST, position=ROWS)
     found = uw.paths(lm, same, ["heads", "embed"], ["heads", "logits"], mlps)["effect"].values
     assert set(np.unique(found[np.isfinite(found)])) == {0.0}
+    # Nor where another pair of the batch differs.
+    mixed = given.source.ids.copy()
+    mixed[0] = given.base.ids[0]
+    one = uw.pairs(
+        given.base, from_ids(mixed, np.arange(6) < np.array(LENGTHS)[:, None]), ANSWER, AGAINST, position=ROWS
+    )
+    found = uw.paths(lm, one, ["heads", "embed"], ["heads", "logits"], mlps, batch=2)["effect"].values
+    assert set(np.unique(found[0][np.isfinite(found[0])])) == {0.0}
+    assert np.nanmax(np.abs(found[1])) > 1e-3
     # What differs only behind the row that is read does nothing either.
     source = given.base.ids.copy()
     source[0, 5] += 1
