@@ -161,7 +161,7 @@ def _waves(jobs: Sequence[Jobs], size: int) -> Iterator[list[Jobs]]:
             room = size - sum(len(other.pair) for other in wave)
             wave.append(part.part(slice(at, at + room)))
             at += room
-            if at <= len(part.pair) and sum(len(other.pair) for other in wave) == size:
+            if room == len(wave[-1].pair):
                 yield wave
                 wave = []
     if wave:
