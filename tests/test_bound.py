@@ -225,7 +225,7 @@ def test_a_subset_is_one_trace_with_all_its_edits(name: str) -> None:
 def test_the_bound_is_that_of_really_patched_subsets(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lm, given = model("llama"), pairs(2)
     guess = uw.effects(lm, given, "heads", at=at, method="atp")
-    found = uw.bound(lm, given, guess, verified=3, subsets=30, p=0.4, seed=2)
+    found = uw.bound(lm, given, guess, verified=3, subsets=30, p=0.4, seed=2, batch=2)
     effect = guess["effect"].values
     # From the first token that differs to the row that is read; elsewhere a node by itself does nothing.
     position = np.arange(6)
