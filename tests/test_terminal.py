@@ -59,6 +59,8 @@ def told(lm: Model, tokens: Tokens) -> tuple[list[Progress], Result]:
     heard: list[Progress] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AUDIT, "LOWEST", 2)
+        # Half of the prompts are verified, and two runs of them held at once: so every stage takes several batches.
+        patch.setattr("unwrite.run.stream._BATCH_TOKENS", tokens.ids.size // 2)
         return heard, uw.audit(lm, tokens, PROMPT, listener=heard.append)
 
 
