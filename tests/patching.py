@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,7 @@ class Alone:
         """The metric of logits [run, vocabulary]."""
         return METRICS[self.metric](logits, self.clean, self.answer, self.against)
 
-    @property
+    @cached_property
     @torch.no_grad()
     def clean(self) -> Tensor:
         """What the model itself returns at the row that is read."""
