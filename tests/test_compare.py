@@ -138,7 +138,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(lm, asked, tmp_path, monkeypatch) 
     assert len(begun) == last
     begun.clear()
     last = 99
-    with pytest.raises(ResultError, match="checkpoint of another sweep"):
+    with pytest.raises(ResultError, match="checkpoint of another run"):
         uw.effects(lm, asked, batch=2, metric="prob", checkpoint=tmp_path / "sweep.npz")
     again = uw.effects(lm, asked, batch=2, checkpoint=tmp_path / "sweep.npz")
     assert np.array_equal(again["effect"], whole["effect"], equal_nan=True)

@@ -57,6 +57,8 @@ class Stopped(KeyboardInterrupt):
             words = "Nothing is kept of what was finished, since no folder was named"
         else:
             words = "Nothing was finished, nothing is kept"
+        if any(name.endswith(".npz") for name in kept):
+            words += ", from which the same command goes on"
         lacking = f". Missing: {', '.join(missing)}" if missing else ""
         super().__init__(plain(f"stopped at {stage}. {words}{lacking}."))
 

@@ -118,8 +118,11 @@ def scan(
 
     lm = _load(model, device, dtype, convention)
     tokens = _read(lm, text, n, length)
-    voice = Voice(quiet, as_json)
-    produce(lm, tokens, lambda listener: run(lm, tokens, _names(writers), skip, listener=listener), out, voice)
+
+    def method(listener: Listener) -> Result:
+        return run(lm, tokens, _names(writers), skip, checkpoint=out, listener=listener)
+
+    produce(lm, tokens, method, out, Voice(quiet, as_json))
 
 
 @_command

@@ -56,7 +56,9 @@ def keep(
             parts.done, parts.last = [found], replace(parts.last, stage="saving")
             return found, () if place is None else page.save_all(found, place)
         except KeyboardInterrupt as stop:
-            kept = () if place is None else _save(parts.done, place)
+            # Of a run that was stopped in the middle, what it can go on from.
+            begun = () if place is None else tuple(sorted(file.name for file in place.glob("*.npz")))
+            kept = begun if place is None else _save(parts.done, place) + begun
             raise Stopped(parts.last.stage, place, kept, _missing(parts)) from stop
 
 

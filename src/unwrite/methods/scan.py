@@ -8,7 +8,11 @@ falls or reverses; whether a write was erased only an executed run without it ca
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +21,13 @@ from jaxtyping import Bool, Float
 from scipy import stats
 
 from unwrite.errors import NumericError, TokensError, plain
-from unwrite.model.load import provenance
+from unwrite.model.load import provenance, weights_hash
 from unwrite.model.view import Model
 from unwrite.nodes import Node, choose, reads
 from unwrite.result import QUANTILES, Result, build, quantity
+from unwrite.run.checkpoint import Checkpoint
 from unwrite.run.gram import GramTally
-from unwrite.run.stream import Listener, admit, admit_floor, batch_size, stream
+from unwrite.run.stream import Batch, Listener, admit, admit_floor, batch_size, stream
 from unwrite.tokens import Tokens
 
 # A candidate eraser's share is below −ERASES with a false discovery rate of FDR over all pairs that can read.
@@ -43,6 +48,7 @@ def scan(
     *,
     mask: Any = None,
     batch: int | None = None,
+    checkpoint: str | Path | None = None,
     listener: Listener | None = None,
 ) -> Result:
     """What every node writes, the level along every write at every later location, and who writes against it.
@@ -50,8 +56,9 @@ def scan(
     Arguments: `tokens` from `uw.text`, a mapping from names to them (several texts side by side), or a LongTensor
     [prompt, position] with `mask` for its padding; `writers` names of nodes, all by default; `skip` positions at the
     start of each prompt (attention sinks) are reported apart; where a write's norm is below `floor` times the largest
-    norm of the stream at that position its ratios are left out and counted; `batch` prompts at a time; `listener` is
-    told the progress.
+    norm of the stream at that position its ratios are left out and counted; `batch` prompts at a time; `checkpoint` a
+    folder in which what is done is kept every half minute: however the run was stopped, the same call goes on from
+    there, to the same bits; `listener` is told the progress.
     Returns a Result (axes writer, node, location, quantile; text first where there are several):
     `pr`, `level`, `change`, `norm`, `relative_norm`, `dilution` as quantiles over positions; energy-weighted, with
     standard errors clustered by prompt, `share` (= `share_position` + `share_token`), `share_se`, `level_share`,
@@ -68,7 +75,12 @@ def scan(
         raise TokensError("no text was given", expected="at least one")
     texts = {plain(name): admit(lm, part, mask, skip) for name, part in texts.items()}
     chosen, floor = choose(writers, lm.parts), admit_floor(floor)
-    data = [_scan(lm, part, chosen, skip, floor, batch, listener, name) for name, part in texts.items()]
+    with ExitStack() as stack:
+        data: list[xr.Dataset] = []
+        for i, (name, part) in enumerate(texts.items()):
+            asked = _Asked(lm, part, chosen, skip, floor, batch_size(lm, part, batch))
+            kept = None if checkpoint is None else Checkpoint(Path(checkpoint) / f"scan-{i}.npz", asked.key)
+            data.append(_scan(asked, kept and stack.enter_context(kept), listener, name))
     if writers is not None:
         for part in data:
             _require_writes(part)
@@ -79,13 +91,42 @@ def scan(
     return build("scan", whole, settings, provenance(lm), about)
 
 
-def _scan(
-    lm: Model, tokens: Tokens, writers: tuple[Node, ...], skip: int, floor: float, batch: int | None,
-    listener: Listener | None, name: str,
-) -> xr.Dataset:  # fmt: skip
-    size = batch_size(lm, tokens, batch)
-    tally = GramTally(lm, tokens, writers, skip, floor, n_batches=-(-len(tokens) // size))
-    stream(lm, tokens, tally.step, size, f"scan {name}".strip(), listener)
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """What is asked of one text."""
+
+    lm: Model
+    tokens: Tokens
+    writers: tuple[Node, ...]
+    skip: int
+    floor: float
+    size: int
+
+    @property
+    def key(self) -> str:
+        """All that the numbers depend on."""
+        lm = self.lm
+        model = [weights_hash(lm), str(lm.dtype), str(lm.device), lm.convention, lm.config._attn_implementation]
+        return json.dumps([*model, self.tokens.hash, [*map(str, self.writers)], self.skip, self.floor, self.size])
+
+
+def _scan(asked: _Asked, checkpoint: Checkpoint | None, listener: Listener | None, name: str) -> xr.Dataset:
+    lm, tokens, writers, size = asked.lm, asked.tokens, asked.writers, asked.size
+    total = -(-len(tokens) // size)
+    tally = GramTally(lm, tokens, writers, asked.skip, asked.floor, n_batches=total)
+    done = 0
+    if checkpoint is not None and checkpoint.arrays:
+        done = int(checkpoint.arrays["done"])
+        tally.restore(checkpoint.arrays)
+        checkpoint.arrays = {}
+
+    def step(batch: Batch) -> None:
+        tally.step(batch)
+        last = batch.index + 1 == total
+        if checkpoint is not None and (last or checkpoint.due):
+            checkpoint.save({"done": np.array(batch.index + 1), **tally.state()})
+
+    stream(lm, tokens, step, size, f"scan {name}".strip(), listener, done)
     data = xr.Dataset({**_quantiles(tally), **_shares(tally), **_counts(tally)}, _coordinates(lm, writers))
     return _judge(data.assign_attrs(n_prompts=len(tokens)), lm, writers)
 

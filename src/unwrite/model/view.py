@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from unwrite.model.families import Family
-from unwrite.nodes import Location, Node
+from unwrite.nodes import Location, Node, parse_node
 
 CONVENTIONS = ("paper", "raw")
 
@@ -339,6 +339,19 @@ class Writes:
             tuple(None if gain is None else change(gain) for gain in self.gain),
             {node: change(vector) for node, vector in self.vectors.items()},
         )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All factors by name."""
+        scales = {f"gain{i}": gain for i, gain in enumerate(self.gain) if gain is not None}
+        vectors = {str(node): vector for node, vector in self.vectors.items()}
+        return {f"z{i}": z for i, z in enumerate(self.z)} | scales | vectors
+
+    @staticmethod
+    def of_tensors(named: Mapping[str, Tensor]) -> Writes:
+        """What `tensors` was made of."""
+        layers = range(sum(name.startswith("z") for name in named))
+        vectors = {parse_node(name): part for name, part in named.items() if name[0] != "z" and name[:4] != "gain"}
+        return Writes(tuple(named[f"z{i}"] for i in layers), tuple(named.get(f"gain{i}") for i in layers), vectors)
 
     def __add__(self, other: Writes) -> Writes:
         gain = tuple(None if a is None or b is None else a + b for a, b in zip(self.gain, other.gain, strict=True))

@@ -7,7 +7,7 @@ ratios go into histograms, products into sums over prompts and over positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -20,11 +20,12 @@ from torch import Tensor
 from unwrite.model.view import Model, Writes, expand, fold
 from unwrite.nodes import Node
 from unwrite.run.positions import Positions
-from unwrite.run.stats import LENGTH, RATIO, ClusterSums, Histogram, Tree
+from unwrite.run.stats import LENGTH, RATIO, ClusterSums, Histogram, Tree, under
 from unwrite.run.stream import Batch, forward
 from unwrite.tokens import Tokens
 
 _CHUNK_BYTES = 32 * 2**20
+_HISTOGRAMS, _TREES = ("ratios", "dilution", "sizes"), ("skipped", "stream_energy")
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,23 @@ class GramTally:
         self.skipped.add(batch.index, skipped)
         self.stream_energy.add(batch.index, energy)
         self.positions.close(batch.index)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything that is kept between two batches, as arrays by name."""
+        alone = {name: getattr(self, name).state() for name in _HISTOGRAMS}
+        sums = {"sums": self.sums.state(ClusterSums.tensors), "positions": self.positions.state()}
+        sums |= {name: getattr(self, name).state(lambda part: {"": part}) for name in _TREES}
+        return alone | {f"{name}/{path}": array for name, arrays in sums.items() for path, array in arrays.items()}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on from a `state`."""
+        device = self.lm.device
+        for name in _HISTOGRAMS:
+            getattr(self, name).restore(state[name])
+        self.sums.restore(under(state, "sums"), lambda named: ClusterSums.of_tensors(named, device))
+        for name in _TREES:
+            getattr(self, name).restore(under(state, name), lambda named: named[""].to(device))
+        self.positions.restore(under(state, "positions"))
 
     def _chunk_rows(self) -> int:
         nodes = len(self.lm.parts)

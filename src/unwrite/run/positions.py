@@ -8,14 +8,16 @@ Where even that is too much, neighbouring positions share a bucket. (facts: meas
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from operator import add
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unwrite.model.view import Folded, Model, Writes, expand
-from unwrite.run.stats import Tree
+from unwrite.run.stats import Tree, under
 from unwrite.tokens import Tokens
 
 _BYTES = 2**30
@@ -69,6 +71,17 @@ class Positions:
             self._products.add(batch, self._within)
         self._open, self._within = None, None
 
+    def state(self) -> dict[str, np.ndarray]:
+        """What is kept between two batches, as arrays by name."""
+        kept = {"sums": self._sums.state(Writes.tensors), "products": self._products.state(lambda part: {"": part})}
+        return {f"{name}/{path}": array for name, arrays in kept.items() for path, array in arrays.items()}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on from a `state`."""
+        device = self.lm.device
+        self._sums.restore(under(state, "sums"), lambda named: Writes.of_tensors(_on(named, device)))
+        self._products.restore(under(state, "products"), lambda named: named[""].to(device))
+
     def split(self) -> Float[Tensor, "node writer"]:
         """P, the summed position part of every pair, in float64."""
         return self._gram(self._sums.total(), self._count) - self._products.total()
@@ -88,6 +101,10 @@ class Positions:
             return factor
         sums = factor.new_zeros(self.buckets, *factor.shape[1:])
         return sums.index_add_(0, self.bucket.to(factor.device), factor)
+
+
+def _on(named: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: part.to(device) for name, part in named.items()}
 
 
 def _buckets(lm: Model, length: int, n_batches: int) -> int:

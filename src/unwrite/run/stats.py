@@ -7,7 +7,7 @@ fixed binary tree over the batch index, so the tree, not the order of arrival, d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -115,6 +115,15 @@ class Histogram:
         other._flush()
         self._counts += other._counts
 
+    def restore(self, counts: Int[np.ndarray, "channels bins"]) -> None:
+        """Go on from `state` of a histogram of the same channels, grid and rows."""
+        self._counts, self._stashed = torch.from_numpy(counts.copy()).to(self._counts), 0
+
+    def state(self) -> Int[np.ndarray, "channels bins"]:
+        """All counts, with that of what is left out."""
+        self._flush()
+        return self._counts.cpu().numpy()
+
     def quantiles(self, q: tuple[float, ...]) -> Float[np.ndarray, "channels q"]:
         """Quantiles of every channel, interpolated between neighbouring order statistics; NaN where nothing counts.
 
@@ -181,6 +190,22 @@ class Tree(Generic[V]):
         for (level, batch), value in other._parts.items():
             self.add(batch, value, level)
 
+    def state(self, tensors: Callable[[V], Mapping[str, Tensor]]) -> dict[str, np.ndarray]:
+        """Arrays by level, batch and what `tensors` calls the parts of a value."""
+        return {
+            f"{level}/{batch}/{name}": part.cpu().numpy()
+            for (level, batch), value in self._parts.items()
+            for name, part in tensors(value).items()
+        }
+
+    def restore(self, state: Mapping[str, np.ndarray], value: Callable[[dict[str, Tensor]], V]) -> None:
+        """Go on from a `state`, each value made of its tensors."""
+        groups: dict[tuple[int, int], dict[str, Tensor]] = {}
+        for path, part in state.items():
+            level, batch, name = path.split("/", 2)
+            groups.setdefault((int(level), int(batch)), {})[name] = torch.from_numpy(part.copy())
+        self._parts = {key: value(tensors) for key, tensors in groups.items()}
+
     def total(self) -> V:
         """The fold over everything put in. Raises KeyError on an empty tree."""
         parts: Iterator[V] = (self._parts[key] for key in sorted(self._parts, key=lambda key: key[1] << key[0]))
@@ -191,6 +216,11 @@ class Tree(Generic[V]):
         for part in parts:
             total = self._combine(total, part)
         return total
+
+
+def under(state: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+    """The arrays of a state whose names begin with `name/`, without it."""
+    return {path[len(name) + 1 :]: array for path, array in state.items() if path.startswith(f"{name}/")}
 
 
 @dataclass(frozen=True)
@@ -242,6 +272,21 @@ class ClusterSums:
             n, y, yy, xy = n + 1, y + run_y, yy + run_y * run_y, xy + run_y * run_x
             x, xx = x + run_x, xx + run_x * run_x
         return ClusterSums(n, y, yy, xy, x, xx, self.open)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name."""
+        named = {name: getattr(self, name) for name in ("y", "yy", "xy", "x", "xx")}
+        for i, (cluster, y, x) in enumerate(self.open):
+            named |= {f"open{i}": torch.tensor(cluster), f"open{i}y": y, f"open{i}x": x}
+        return {"n": torch.tensor(self.n), **named}
+
+    @staticmethod
+    def of_tensors(named: Mapping[str, Tensor], device: torch.device | str = "cpu") -> ClusterSums:
+        """What `tensors` was made of."""
+        here = {name: part.to(device) for name, part in named.items()}
+        ends = [i for i in range(2) if f"open{i}" in here]
+        runs = tuple((int(here[f"open{i}"]), here[f"open{i}y"], here[f"open{i}x"]) for i in ends)
+        return ClusterSums(int(here["n"]), *(here[name] for name in ("y", "yy", "xy", "x", "xx")), open=runs)
 
     def closed(self) -> ClusterSums:
         """The same sums when no prompt is to follow: every cluster is complete."""

@@ -136,11 +136,19 @@ def batches(tokens: Tokens, size: int) -> Iterator[Batch]:
 
 
 def stream(
-    lm: Model, tokens: Tokens, step: Callable[[Batch], None], size: int, stage: str, listener: Listener | None = None
+    lm: Model,
+    tokens: Tokens,
+    step: Callable[[Batch], None],
+    size: int,
+    stage: str,
+    listener: Listener | None = None,
+    done: int = 0,
 ) -> None:
-    """Give every batch to `step` in order and tell the listener how far it is."""
+    """Give every batch, without the first `done`, to `step` in order and tell the listener how far it is."""
     start, seen = time.monotonic(), 0
     for batch in batches(tokens, size):
+        if batch.index < done:
+            continue
         step(batch)
         seen += int(batch.counted.sum())
         if listener is not None:
