@@ -6,7 +6,6 @@ one before it is used. Whoever works with a file holds a lock beside it, which d
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import time
@@ -105,6 +104,8 @@ def _lock_of(path: Path) -> Path:
 
 
 def _locked(path: Path) -> IO[bytes]:
+    import fcntl  # where there is none, everything but checkpoints works
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _lock_of(path).open("wb")
