@@ -146,7 +146,8 @@ def last_word(result: Result) -> str:
     """What the result amounts to: of a scan or an audit its paragraph, of the others a sentence."""
     if result.method in _WORDS:
         return _WORDS[result.method](result)
-    return result.data.attrs.get("verdict") or verdict(result)
+    own = result.data.attrs.get("verdict")
+    return own or (verdict(result) if result.method in ("scan", "audit") else result.method)
 
 
 def headline(result: Result) -> str:
