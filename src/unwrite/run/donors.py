@@ -19,7 +19,7 @@ from unwrite.run.stream import batch_size, batches
 from unwrite.run.sweep import values
 
 DONORS = ("source", "mean", "zero", "resample")
-Values = dict[Slot, Float[Tensor, "pair position unit d"]]
+Values = dict[Slot, Float[Tensor, "pair position _unit _d"]]
 
 
 @dataclass(frozen=True, eq=False)

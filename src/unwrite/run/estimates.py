@@ -24,9 +24,9 @@ from unwrite.run.saturation import of_keys, of_queries
 from unwrite.run.slots import SCORED, Slot, slots
 from unwrite.run.sweep import values
 
-Values = Mapping[Slot, Float[Tensor, "pair position unit d"]]
-Estimate = dict[Slot, Float[Tensor, "pair position unit"]]
-Summed = dict[Slot, Float[Tensor, "pair _ unit"]]
+Values = Mapping[Slot, Float[Tensor, "pair position _unit _d"]]
+Estimate = dict[Slot, Float[Tensor, "pair position _unit"]]
+Summed = dict[Slot, Float[Tensor, "pair _ _unit"]]
 MetricOf = Callable[[Float[Tensor, "pair position d_model"]], Float[Tensor, " pair"]]
 
 

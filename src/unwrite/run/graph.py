@@ -21,7 +21,7 @@ from unwrite.run.logits import final_norm
 from unwrite.run.rules import Rules, leaf, put
 from unwrite.run.slots import SCORED, Slot, values_of, watching
 
-Slopes = dict[Slot, Float[Tensor, "pair position unit d"]]
+Slopes = dict[Slot, Float[Tensor, "pair position _unit _d"]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ class Graph:
     """
 
     metric: Float[Tensor, " pair"]
-    values: Mapping[Slot, Float[Tensor, "pair position unit d"]]
+    values: Mapping[Slot, Float[Tensor, "pair position _unit _d"]]
     slopes: Slopes
     cotangents: Sequence[Float[Tensor, "pair position d_model"]]
     _tensors: Mapping[Slot, Tensor]

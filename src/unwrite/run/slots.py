@@ -263,7 +263,7 @@ def _keep_state(lm: Model, slot: Slot, found: dict[Slot, Tensor]) -> Any:
 
 def values_of(
     lm: Model, found: Mapping[Slot, Tensor], inputs: Any, prompts: int
-) -> dict[Slot, Float[Tensor, "prompt position unit d"]]:
+) -> dict[Slot, Float[Tensor, "prompt position _unit _d"]]:
     """Values of slots from their tensors and from what blocks read (`inputs[layer]`), detached.
 
     A state between attention and MLP comes in units of what attention writes, which is multiplied on its way.

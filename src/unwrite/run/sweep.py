@@ -24,7 +24,7 @@ from unwrite.model.view import Model
 from unwrite.run.logits import final_norm
 from unwrite.run.slots import Slot, values_of, visiting, watching
 
-Values = Mapping[Slot, Float[Tensor, "pair position unit d"]]
+Values = Mapping[Slot, Float[Tensor, "pair position _unit _d"]]
 Calls = Mapping[int, tuple[tuple[Any, ...], dict[str, Any]]]
 # Rows (runs × positions) that go through a block at once.
 _ROWS = 4096
@@ -101,7 +101,7 @@ class Jobs:
         return Jobs(self.slot, self.pair[rows], self.unit[rows])
 
 
-def differing(base: Base, source: Values) -> dict[Slot, Bool[Tensor, "pair position unit"]]:
+def differing(base: Base, source: Values) -> dict[Slot, Bool[Tensor, "pair position _unit"]]:
     """Where a node's value is another one, at rows that the read row can see: elsewhere a patch does nothing."""
     position = torch.arange(base.ids.shape[1], device=base.row.device)
     seen = (position <= base.row[:, None])[:, :, None]
