@@ -95,7 +95,10 @@ def test_an_interrupt_in_the_middle_of_a_batch_counts_nothing_twice(family, tmp_
     settings: dict[str, Any] = {"batch": 3, "writers": [lm.nodes[1], lm.nodes[-1]], "skip": 2}
     stopped(lm, tmp_path, 5, monkeypatch, **settings)
     assert (tmp_path / "scan-0.npz").exists()
-    assert same(uw.scan(lm, IDS, checkpoint=tmp_path, **settings), uw.scan(lm, IDS, **settings))
+    heard: list[int] = []
+    again = uw.scan(lm, IDS, checkpoint=tmp_path, listener=lambda step: heard.append(step.done), **settings)
+    assert heard == [18, 21, 24, 27, 30, 33, 36, 39, 40]
+    assert same(again, uw.scan(lm, IDS, **settings))
 
 
 def test_several_texts_go_on_in_the_middle_of_the_second(lm, tmp_path, monkeypatch) -> None:

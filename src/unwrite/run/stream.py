@@ -142,12 +142,12 @@ def stream(
     size: int,
     stage: str,
     listener: Listener | None = None,
-    done: int = 0,
+    begin: int = 0,
 ) -> None:
-    """Give every batch, without the first `done`, to `step` in order and tell the listener how far it is."""
+    """Give every batch from the one of index `begin` on to `step`, in order, and tell the listener how far it is."""
     start, seen = time.monotonic(), 0
     for batch in batches(tokens, size):
-        if batch.index < done:
+        if batch.index < begin:
             continue
         step(batch)
         seen += int(batch.counted.sum())
