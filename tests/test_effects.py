@@ -62,8 +62,8 @@ def a_few(lm: Model, most: int = 2) -> list[str]:
 
 
 def effects(lm: Model, pairs: Pairs, nodes: Any, **settings: Any) -> np.ndarray:
-    """Effects, nodes in the order of `nodes` where they are names."""
-    found = uw.effects(lm, pairs, nodes, **settings)["effect"]
+    """Effects, nodes in the order of `nodes` where they are names; unless told otherwise of all pairs in one batch."""
+    found = uw.effects(lm, pairs, nodes, **{"batch": len(pairs), **settings})["effect"]
     return (found if isinstance(nodes, str) else found.sel(node=list(nodes))).values
 
 
@@ -173,6 +173,18 @@ def test_heads_without_an_output_leave_all_of_attention_to_the_one_that_has_it()
     assert np.nanmax(np.abs(effects(lm, pairs, ["L0H1", "L1H2"]))) < 1e-14
 
 
+def test_what_differs_in_one_coordinate_differs() -> None:
+    hf = copy.deepcopy(model("gpt2").hf)
+    for block in hf.transformer.h:
+        block.mlp.c_proj.weight.data[:, 1:] = 0
+        block.attn.c_attn.weight.data[:, -hf.config.n_embd + 1 :] = 0
+    lm, pairs = view(hf), contrasts((5,))
+    names = ["L0H0.v", "L1KV0.v", "MLP0", "MLP1"]
+    found = effects(lm, pairs, names)
+    close(found, executed(lm, pairs, names)[0])
+    assert (np.abs(found[:, :, 2]) > 0).all()
+
+
 # --- what is asked ----------------------------------------------------------------------------------------------------
 
 
@@ -184,7 +196,7 @@ def test_a_metric_is_one_of_the_logits_that_the_model_returns(family: str, metri
     asked: Any = entropy if metric == "entropy" else metric
     names = ["L0H1", "MLP1", "resid_post0"]
     with exact():
-        found = uw.effects(lm, pairs, names, metric=asked)
+        found = uw.effects(lm, pairs, names, metric=asked, batch=3)
         close(found["effect"].sel(node=names).values, executed(lm, pairs, names, metric)[0])
         close(found["base"].values, np.array([float(a.score(a.clean[None])) for a in alone(lm, pairs, metric)]))
     assert found["effect"].attrs["units"] == metric

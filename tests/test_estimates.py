@@ -198,7 +198,7 @@ def test_atp_star_is_that_of_sequential_passes_and_patched_heads(family: str, at
     lm = model(family)
     names = a_few(lm, 1 if at == "all" else 2)
     with exact():
-        found = uw.effects(lm, PAIRS, names, at=at, method="atp*")
+        found = uw.effects(lm, PAIRS, names, at=at, method="atp*", batch=2)
         for i, one in enumerate(alone(lm, PAIRS)):
             for name, want in starred(one, names, at).items():
                 got = found[name].sel(node=names).values[i]
@@ -219,7 +219,7 @@ def test_leaving_layers_out_obeys_its_identities(family: str) -> None:
         close(found["effect"].sel(node=last).values, np.abs(found["signed"].sel(node=last).values), 1e-9)
         assert (found["effect"].fillna(0) >= 0).all()
     assert np.array_equal(
-        uw.effects(lm, PAIRS, "heads", method="atp*")["signed"].values,
+        uw.effects(lm, PAIRS, "heads", method="atp*", batch=2)["signed"].values,
         effects(lm, PAIRS, "heads", method="atp"), equal_nan=True,
     )  # fmt: skip
 
@@ -282,7 +282,7 @@ def linear() -> Model:
 def test_in_a_linear_model_a_guess_is_exact(method: str) -> None:
     names = a_few(linear(), 2)
     for steps in (1, 3) if method == "ig" else (1,):
-        guess = uw.effects(linear(), PAIRS, names, method=method, steps=steps)
+        guess = uw.effects(linear(), PAIRS, names, method=method, steps=steps, batch=2)
         truth = uw.effects(linear(), PAIRS, names)["effect"]
         for part in ("effect", *(["inputs"] if method == "ig" else [])):
             close(guess[part].values, truth.values, 1e-11)
@@ -335,7 +335,7 @@ def test_conductance_is_complete_on_every_cut_and_inputs_at_the_embeddings(famil
 def test_integrated_gradients_are_sums_over_runs_between() -> None:
     lm, steps = model("gpt2"), 3
     names = [name for name in a_few(lm, 2) if name not in ("embed", "resid_pre0")]
-    found = uw.effects(lm, PAIRS, names, method="ig", steps=steps).data.sel(node=names)
+    found = uw.effects(lm, PAIRS, names, method="ig", steps=steps, batch=2).data.sel(node=names)
     one = next(alone(lm, PAIRS))
     ends = [one.values(["resid_pre0"], ids)["resid_pre0"] for ids in (one.base, one.source)]
     between = [ends[0] + (ends[1] - ends[0]) * k / (2 * steps) for k in range(2 * steps + 1)]

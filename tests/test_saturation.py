@@ -83,6 +83,25 @@ def test_a_small_step_is_what_the_slope_says() -> None:
     assert float(rest[0] / rest[1]) == pytest.approx(4, rel=0.01)
 
 
+@pytest.mark.parametrize("gap", [10.0, 20.0, 40.0])
+def test_what_is_left_of_a_saturated_row_keeps_its_digits(gap: float) -> None:
+    """The key that holds nearly all of it goes a little up or down: what changes is small, and not rounding."""
+    scores = torch.tensor([0.3, gap, -0.2, 0.1])
+    worth = torch.tensor([1.0, -2.0, 0.5, 3.0])
+    for move in (3.0, 0.5, -0.5, -3.0):
+        step = torch.tensor([0.0, move, 0.0, 0.0])
+        want = brute_force(scores - gap, step, worth)[1] if gap < 30 else -_left(scores, move, worth)
+        assert float(exact_change(scores, step, worth)[1]) == pytest.approx(float(want), rel=1e-4)
+
+
+def _left(scores: Tensor, move: float, worth: Tensor) -> float:
+    """What the others of a row gain, as exponentials: beside 1 they are nothing."""
+    others = (scores.double() - scores[1].double()).exp()
+    others[1] = 0
+    gain = (others * (worth - worth[1]).double()).sum()
+    return float(gain - gain * np.exp(-move))
+
+
 def test_a_row_of_one_key_and_keys_that_are_not_seen_change_nothing() -> None:
     scores = torch.tensor([[3.0, -torch.inf, -torch.inf], [1.0, 2.0, -torch.inf]])
     got = exact_change(scores, torch.full((2, 3), 7.0), torch.tensor([1.0, -2.0, 5.0]).expand(2, 3))
