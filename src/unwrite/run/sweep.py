@@ -9,14 +9,14 @@ earlier ones. (facts: attribution, §6)
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from unwrite.model.cache import Kept, empty, kept, remembering, with_past
 from unwrite.model.capture import evaluating
@@ -189,7 +189,9 @@ def _wave(
         if index == len(base.lm.layers):
             break
         if len(pair):
-            x = through_block(base, index, x, pair, start, later)
+            last = index + 1 == len(base.lm.layers)
+            with _one_row(base.lm.layers[index].mlp, base.row[pair] - start) if last else nullcontext():
+                x = through_block(base, index, x, pair, start, later)
         for part in here:
             if part.slot.at is not None:
                 alone = not every_row and not part.slot.lasting
@@ -199,6 +201,35 @@ def _wave(
                 whole[:, : stop - start] = out
                 join(part, whole)
     return list(x[torch.arange(len(pair), device=x.device), base.row[pair] - start].split([len(p) for p in runs]))
+
+
+@contextmanager
+def _one_row(mlp: nn.Module, row: Int[Tensor, " run"]) -> Iterator[None]:
+    """Inside the `with`, an MLP computes one row of each run and gives 0 for the others.
+
+    Of the last block only the row that is read is looked at, and an MLP sees each row by itself.
+    """
+    run = torch.arange(len(row), device=row.device)
+    shape: list[torch.Size] = []
+
+    def narrow(_: nn.Module, args: tuple[Any, ...]) -> Any:
+        shape.append(args[0].shape)
+        return (args[0][run, row][:, None], *args[1:]) if args[0].dim() == 3 else None
+
+    def widen(_: nn.Module, __: Any, output: Any) -> Any:
+        if len(shape[-1]) != 3:
+            return None
+        first = output if isinstance(output, Tensor) else output[0]
+        whole = first.new_zeros(*shape[-1][:2], first.shape[-1])
+        whole[run, row] = first[:, 0]
+        return whole if first is output else (whole, *output[1:])
+
+    handles = [mlp.register_forward_pre_hook(narrow), mlp.register_forward_hook(widen)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _set_state(base: Base, source: Values, part: Jobs, start: int, end: int, every_row: bool) -> Tensor:
