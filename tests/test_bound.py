@@ -264,7 +264,7 @@ def test_the_bound_is_that_of_really_patched_subsets(at: str, monkeypatch: pytes
         assert float(found["theta"][pair]) == np.nanmax(upper)
         assert str(found["by_node"].values[pair]) == nodes[np.unravel_index(np.nanargmax(upper), upper.shape)[0]]
     assert found.data.attrs["theta"] == float(found["theta"].max())
-    monkeypatch.setattr(method, "_ROWS", 20)
+    monkeypatch.setattr(method, "ROWS", 20)
     again = uw.bound(lm, given, guess, verified=3, subsets=30, p=0.4, seed=2, batch=1)
     numbers = [name for name, part in found.data.items() if part.dtype != object]
     xr.testing.assert_allclose(again.data[numbers], found.data[numbers], atol=1e-12, rtol=1e-9)

@@ -257,7 +257,7 @@ def test_a_pair_is_the_same_in_any_batch_and_in_any_order(method: str, monkeypat
     some = effects(lm, uw.pairs(*parts, pairs.answer[order], against), names[::-1], method=method, steps=2)[:, ::-1]
     close(some, whole[order][..., : some.shape[-1]], 1e-6)
     # In waves of a few patches.
-    monkeypatch.setattr(sweep, "_ROWS", 13)
+    monkeypatch.setattr(sweep, "ROWS", 13)
     close(effects(lm, pairs, names, method=method, steps=2), whole, 1e-6)
 
 
@@ -270,7 +270,7 @@ def test_memory_that_runs_out_halves_a_batch(monkeypatch: pytest.MonkeyPatch) ->
             raise torch.OutOfMemoryError
         return own(lm, ids, *rest)
 
-    monkeypatch.setattr("unwrite.methods.effects.base_run", small)
+    monkeypatch.setattr(sweep, "base_run", small)
     close(effects(lm, pairs, "heads", batch=3), want)
 
 

@@ -318,7 +318,7 @@ def test_any_batch_and_any_wave_give_the_same(mlps: str, monkeypatch: pytest.Mon
     lm, given = model("gemma2"), pairs(2)
     asked = ["heads", "mlp_out"], ["heads", "k", "L2KV0.k", "mlp_out", "logits"]
     whole = uw.paths(lm, given, *asked, mlps)
-    monkeypatch.setattr(engine, "_ROWS", 20)
+    monkeypatch.setattr(engine, "ROWS", 20)
     for batch in (1, 2):
         xr.testing.assert_allclose(uw.paths(lm, given, *asked, mlps, batch=batch).data, whole.data, atol=1e-13, rtol=0)
 

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Int
 
 from unwrite.errors import TokensError
-from unwrite.tokens import Tokens, from_ids, prompts, read_rows, single_tokens, spelled
+from unwrite.tokens import Tokens, from_ids, prompts, read_rows, read_text, single_tokens, spelled
 
 _ANY_VOCABULARY = 2**31
 
@@ -103,10 +103,7 @@ def read_pairs(path: str | Path, tokenizer: Any) -> Pairs:
     Raises TokensError, naming the line, for what is missing or unknown, and as `pairs` does.
     """
     file = Path(path)
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise TokensError(f"cannot read {file} as UTF-8 text", got=error, fix="check the path") from None
+    text = read_text(file)
     lines = _csv(text) if file.suffix == ".csv" else _json_lines(text)
     if not lines:
         raise TokensError(f"{file} holds no pair", expected="a line for each")

@@ -315,7 +315,7 @@ def _documents(source: Any) -> tuple[str, list[str]]:
     if isinstance(source, (str, Path)):
         path = Path(source)
         files = sorted(path.glob("**/*.txt")) if path.is_dir() else [path]
-        return _name(path.absolute().name), _not_empty(str(path), [_read(file) for file in files])
+        return _name(path.absolute().name), _not_empty(str(path), [read_text(file) for file in files])
     if isinstance(source, Iterable) and not isinstance(source, Mapping):
         documents = list(source)
         if all(isinstance(document, str) for document in documents):
@@ -332,7 +332,8 @@ def _names_a_file(name: str) -> bool:
         return False
 
 
-def _read(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """A file as text. Raises TokensError where it cannot be read as UTF-8."""
     try:
         return file.read_text(encoding="utf-8-sig")  # a byte order mark is no text
     except (OSError, ValueError) as error:

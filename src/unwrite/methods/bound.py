@@ -24,13 +24,12 @@ from unwrite.model.view import Model
 from unwrite.result import Result, build, quantity
 from unwrite.run.contexts import Contexts, Difference, subset
 from unwrite.run.donors import DONORS, Donor, donor
-from unwrite.run.metrics import METRICS, Custom, known, metric_of
+from unwrite.run.metrics import METRICS, Custom, known, metric_of, name_of, require_finite
 from unwrite.run.slots import Slot, slots
 from unwrite.run.stream import Batch, Listener, batch_size, parts, stream
-from unwrite.run.sweep import Base, base_run, differing
+from unwrite.run.sweep import ROWS, Base, base_of, differing
 from unwrite.run.together import patched_together
 
-_ROWS = 4096
 ASSUMES = (
     "d is a node's effect averaged over random sets of the other unverified nodes being patched as well; it is the "
     "node's own effect, and theta bounds a missed one, only if effects add up"
@@ -152,7 +151,7 @@ def _request(lm: Model, pairs: Pairs, guess: Result, metric: Any, source: Any, c
     own = settings["metric"] if metric is None else known(metric)
     asked = slots(lm, [str(name) for name in guess["node"].values])
     given = donor(lm, pairs, asked, settings["source"] if source is None else source)
-    if (name := own if isinstance(own, str) else getattr(own, "__name__", repr(own))) != settings["metric"]:
+    if (name := name_of(own)) != settings["metric"]:
         raise ResultError("the guess is of another metric", got=settings["metric"], expected=name)
     if given.name != settings["source"]:
         raise ResultError("the guess is of another source", got=settings["source"], expected=given.name)
@@ -167,9 +166,7 @@ def _each(measure: Any, found: list[Any]) -> Any:
 def _base(request: _Request, batch: Batch) -> tuple[slice, Base, dict[Slot, Tensor]]:
     """The pairs of a batch, their base runs, and the values that nodes are set to."""
     rows = slice(batch.first, batch.first + batch.real)
-    row = torch.from_numpy(request.pairs.row[rows]).to(request.lm.device)
-    base = base_run(request.lm, torch.from_numpy(request.pairs.base.ids[rows]), row, request.slots)
-    return rows, base, request.donor.values(rows)
+    return rows, base_of(request.lm, request.pairs, rows, request.slots), request.donor.values(rows)
 
 
 def _moves(request: _Request, batch: Batch) -> Bool[np.ndarray, "pair node *position"]:
@@ -228,24 +225,15 @@ def _measured(request: _Request, batch: Batch, sets: _Sets) -> tuple[np.ndarray,
     start = _start(request, base, source)
     pairs = len(base.row)
     found = Contexts.empty(pairs, len(sets.left))
-    each = max(1, _ROWS // (pairs * (int(base.row.max()) + 1 - start)))
+    each = max(1, ROWS // (pairs * (int(base.row.max()) + 1 - start)))
     for first in range(0, sets.subsets, each):
         chosen = sets.chosen(slice(first, first + each))
         pair = torch.arange(pairs, device=clean.device).repeat(len(chosen))
         final = patched_together(base, source, _masks(request, sets, chosen, base), pair, start)
         change = (metric(final, pair) - clean[pair]).double().cpu().numpy().reshape(len(chosen), pairs)
-        _require_finite(np.concatenate([clean.double().cpu().numpy()[None], change]), batch.first)
+        require_finite(np.concatenate([clean.double().cpu().numpy()[None], change]), batch.first)
         found = found + Contexts.of(change, chosen)
     return clean.double().cpu().numpy(), found
-
-
-def _require_finite(values: Float[np.ndarray, "_ pair"], first: int) -> None:
-    bad = np.flatnonzero(~np.isfinite(values).all(0))
-    if len(bad):
-        raise NumericError(
-            f"the metric of pair {first + int(bad[0])} is not finite",
-            fix="load the model in float32, or leave this pair out",
-        )
 
 
 def _start(request: _Request, base: Base, source: dict[Slot, Tensor]) -> int:

@@ -29,12 +29,11 @@ from unwrite.result import Result, build, quantity
 from unwrite.run.checkpoint import Checkpoint
 from unwrite.run.donors import Donor, donor
 from unwrite.run.estimates import Asked, Summed, attributed, integrated, star
-from unwrite.run.metrics import Custom, known, metric_of
+from unwrite.run.metrics import Custom, known, metric_of, name_of
 from unwrite.run.rules import RULES, Rules
 from unwrite.run.slots import Slot, slots
 from unwrite.run.stream import Batch, Listener, Progress, batch_size, parts, stream
-from unwrite.run.sweep import base_run, forwards, patched, patches
-from unwrite.tokens import spelled
+from unwrite.run.sweep import base_of, forwards, patched, patches
 
 AT = ("each", "all", "last")
 _RULED: Mapping[str, Rules] = {
@@ -107,19 +106,19 @@ def effects(
     request = _request(lm, pairs, nodes, at, method, metric, source, steps)
     if checkpoint is not None and (method != "exact" or callable(metric)):
         raise NumericError(
-            "no checkpoint is kept of this", got=f"method {_named(method)}, metric {_named(metric)}",
+            "no checkpoint is kept of this", got=f"method {name_of(method)}, metric {name_of(metric)}",
             expected="an exact sweep by a metric that has a name",
         )  # fmt: skip
     size = batch_size(lm, pairs.base, batch, held=4)
     settings = {
-        "nodes": nodes if isinstance(nodes, str) else [*nodes], "at": at, "method": _named(method),
-        "metric": _named(metric), "source": request.donor.name, "steps": steps, "batch": batch,
+        "nodes": nodes if isinstance(nodes, str) else [*nodes], "at": at, "method": name_of(method),
+        "metric": name_of(metric), "source": request.donor.name, "steps": steps, "batch": batch,
     }  # fmt: skip
     model, read = provenance(lm), pairs.about()
     key = json.dumps([model["weights"], model["dtype"], read["hash"], request.names, settings], sort_keys=True)
     kept = None if checkpoint is None else Checkpoint(Path(checkpoint), key)
     tally = _Tally(request, kept)
-    stage = f"effects {_named(method)}"
+    stage = f"effects {name_of(method)}"
     if method == "exact" and listener is not None:
         # What a sweep will take is said before it starts.
         stage = f"exact, {tally.cost:,.0f} passes"
@@ -139,7 +138,7 @@ def _request(
     if isinstance(source, str) and source == "source":
         _require_differences(pairs)
     elif method == "ig":
-        raise NumericError("ig goes from base to source prompts", got=f"source={_named(source)}", fix="leave it out")
+        raise NumericError("ig goes from base to source prompts", got=f"source={name_of(source)}", fix="leave it out")
     asked = slots(lm, nodes)
     return Request(lm, pairs, asked, at, method, known(metric), donor(lm, pairs, asked, source), steps)
 
@@ -153,7 +152,7 @@ def _require_settings(at: Any, method: Any, metric: Any, steps: Any) -> None:
         raise NumericError("steps is a number of steps", got=repr(steps), expected="a positive integer")
     if isinstance(metric, str) and metric == "kl" and method not in ("exact", "ig"):
         raise NumericError(
-            f"{_named(method)} says 0 for every node: kl has no slope at the base run, which it is measured against",
+            f"{name_of(method)} says 0 for every node: kl has no slope at the base run, which it is measured against",
             fix="use method='exact' or 'ig', or another metric",
         )
 
@@ -165,10 +164,6 @@ def _require_differences(pairs: Pairs) -> None:
             f"base and source prompt of pair {same[0]} are the same up to the row that is read",
             got=f"row {pairs.row[same[0]]}", fix="leave this pair out, or take values from elsewhere by source=",
         )  # fmt: skip
-
-
-def _named(setting: Any) -> str:
-    return setting if isinstance(setting, str) else getattr(setting, "__name__", repr(setting))
 
 
 class _Tally:
@@ -195,13 +190,15 @@ class _Tally:
         """Everything that was found, named."""
         request, pairs = self._request, self._request.pairs
         whole = {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
-        unit = _named(request.metric)
+        unit = name_of(request.metric)
         variables: dict[str, Any] = {
             name: quantity(("pair",) if name == "base" else request.cells, part, unit, _equation(request, name))
             for name, part in whole.items()
         }
         variables |= {"row": ("pair", pairs.row), "first": ("pair", pairs.first)}
-        variables |= {name: ("pair", np.array(words, dtype=object)) for name, words in _words(request).items()}
+        variables |= {
+            name: ("pair", np.array(words, dtype=object)) for name, words in pairs.words(request.lm.tokenizer).items()
+        }
         axes = {"pair": np.arange(len(pairs)), "node": request.names, "position": np.arange(pairs.base.length)}
         return xr.Dataset(variables, {name: axes[name] for name in request.cells}).assign_attrs(cost=self.cost)
 
@@ -224,17 +221,7 @@ def _require_finite(request: Request, rows: slice, found: Mapping[str, np.ndarra
 
 def _equation(request: Request, name: str) -> str:
     special = {"base": "metric of the base run", "signed": "AtP with the QK fix", "inputs": "Δ times the mean slope"}
-    return special.get(name, _EQUATION if request.method == "exact" else f"{_named(request.method)} estimate of it")
-
-
-def _words(request: Request) -> dict[str, list[str]]:
-    """The prompts up to the row that is read, and the tokens that are asked for, as texts."""
-    pairs, tokenizer = request.pairs, request.lm.tokenizer
-    asked = {"answer": pairs.answer} | ({} if pairs.against is None else {"against": pairs.against})
-    words = {name: [spelled([i], tokenizer) for i in ids] for name, ids in asked.items()}
-    for name, tokens in (("base_text", pairs.base), ("source_text", pairs.source)):
-        words[name] = [spelled(ids[: n + 1], tokenizer) for ids, n in zip(tokens.ids, pairs.row, strict=True)]
-    return words
+    return special.get(name, _EQUATION if request.method == "exact" else f"{name_of(request.method)} estimate of it")
 
 
 def _cost(request: Request) -> float:
@@ -252,8 +239,8 @@ def _cost(request: Request) -> float:
 def _executed(request: Request, rows: slice, checkpoint: Checkpoint | None) -> dict[str, Tensor]:
     """Effects of really patched runs."""
     lm, pairs = request.lm, request.pairs
-    row = torch.from_numpy(pairs.row[rows]).to(lm.device)
-    base = base_run(lm, torch.from_numpy(pairs.base.ids[rows]), row, request.slots)
+    base = base_of(lm, pairs, rows, request.slots)
+    row = base.row
     metric = metric_of(lm, pairs, request.metric, rows, base.final)
     clean = metric(base.final)
     found, done = _held(checkpoint, rows, clean.new_zeros(len(row), pairs.base.length, len(request.names)))
@@ -295,7 +282,7 @@ def _guessed(request: Request, rows: slice) -> dict[str, Tensor]:
     lm, pairs = request.lm, request.pairs
     row = torch.from_numpy(pairs.row[rows]).to(lm.device)
     ids = torch.from_numpy(pairs.base.ids[rows])
-    clean = base_run(lm, ids, row, ()).final if request.metric == "kl" else None
+    clean = base_of(lm, pairs, rows, ()).final if request.metric == "kl" else None
     metric = metric_of(lm, pairs, request.metric, rows, clean)
     place = torch.arange(len(row), device=row.device)
     seen: list[Tensor] = []
@@ -308,7 +295,7 @@ def _guessed(request: Request, rows: slice) -> dict[str, Tensor]:
     made = _estimates(request, rows, asked, row)
     shaped = {name: torch.cat([part[slot] for slot in request.slots], -1) for name, part in made.items()}
     # Integrated gradients end at the source run; the base run is where they begin.
-    base = seen[0].detach() if request.method != "ig" else metric(base_run(lm, ids, row, ()).final).detach()
+    base = seen[0].detach() if request.method != "ig" else metric(base_of(lm, pairs, rows, ()).final).detach()
     return {"base": base, **{name: _shaped(request, part, row) for name, part in shaped.items()}}
 
 

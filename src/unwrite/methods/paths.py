@@ -22,10 +22,10 @@ from unwrite.model.view import Model
 from unwrite.result import Result, build, quantity
 from unwrite.run.donors import Donor, donor
 from unwrite.run.ends import Ends, ends
-from unwrite.run.metrics import Custom, known, metric_of
+from unwrite.run.metrics import Custom, known, metric_of, name_of, require_finite
 from unwrite.run.paths import MODES, effects_of_edges
 from unwrite.run.stream import Batch, Listener, batch_size, parts, stream
-from unwrite.run.sweep import base_run
+from unwrite.run.sweep import base_of
 
 _EQUATIONS = {
     "recompute": "metric(base run with the receiver set to what it is when the sender has its source value, all other "
@@ -93,30 +93,24 @@ def paths(
 
     size = batch_size(lm, pairs.base, batch, held=4)
     stream(lm, pairs.base, step, size, f"paths {mlps}", listener)
-    metric_name = metric if isinstance(metric, str) else getattr(metric, "__name__", repr(metric))
     settings = {
-        "senders": named[0], "receivers": named[1], "mlps": mlps, "metric": metric_name,
+        "senders": named[0], "receivers": named[1], "mlps": mlps, "metric": name_of(metric),
         "source": request.donor.name, "batch": batch,
     }  # fmt: skip
     whole = {name: np.concatenate([part[name] for part in done]) for name in done[0]}
-    data = _dataset(request, whole, metric_name)
+    data = _dataset(request, whole, name_of(metric))
     return build("paths", data, settings, provenance(lm), {"": pairs.about()})
 
 
 def _measured(request: _Request, batch: Batch) -> dict[str, np.ndarray]:
     """All edges of a batch of pairs."""
     lm, pairs, rows = request.lm, request.pairs, slice(batch.first, batch.first + batch.real)
-    row = torch.from_numpy(pairs.row[rows]).to(lm.device)
-    base = base_run(lm, torch.from_numpy(pairs.base.ids[rows]), row, request.ends.slots)
+    base = base_of(lm, pairs, rows, request.ends.slots)
     metric = metric_of(lm, pairs, request.metric, rows, base.final)
     clean = metric(base.final)
-    if not bool(clean.isfinite().all()):
-        pair = batch.first + int((~clean.isfinite()).int().argmax())
-        raise NumericError(
-            f"the metric of pair {pair} is not finite", fix="load the model in float32, or leave this pair out"
-        )
+    require_finite(clean.double().cpu().numpy()[None], batch.first)
     joins = torch.from_numpy(request.ends.joins).to(clean.device)
-    found = torch.where(joins, 0.0, torch.nan).to(clean.dtype).repeat(len(row), 1, 1)
+    found = torch.where(joins, 0.0, torch.nan).to(clean.dtype).repeat(len(base.row), 1, 1)
     for pair, sender, receiver, final in effects_of_edges(base, request.donor.values(rows), request.ends, request.mode):
         found[pair, sender, receiver] = metric(final, pair) - clean[pair]
     return {"base": clean.double().cpu().numpy(), "effect": found.double().cpu().numpy()}

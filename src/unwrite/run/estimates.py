@@ -8,7 +8,7 @@ the embeddings go from base to source. (facts: attribution, §2–4)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,9 +22,8 @@ from unwrite.run.graph import Graph, Slopes, graph
 from unwrite.run.rules import RULES, Rules, leaf
 from unwrite.run.saturation import of_keys, of_queries
 from unwrite.run.slots import SCORED, Slot, slots
-from unwrite.run.sweep import values
+from unwrite.run.sweep import Values, values
 
-Values = Mapping[Slot, Float[Tensor, "pair position _unit _d"]]
 Estimate = dict[Slot, Float[Tensor, "pair position _unit"]]
 Summed = dict[Slot, Float[Tensor, "pair _ _unit"]]
 MetricOf = Callable[[Float[Tensor, "pair position d_model"]], Float[Tensor, " pair"]]

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -17,9 +16,8 @@ from torch import Tensor
 from unwrite.errors import NumericError
 from unwrite.model.capture import evaluating
 from unwrite.model.view import Model
-from unwrite.run.logits import final_norm
 from unwrite.run.rules import Rules, leaf, put
-from unwrite.run.slots import SCORED, Slot, values_of, watching
+from unwrite.run.slots import SCORED, Slot, keep_input, readers, values_of, watching
 
 Slopes = dict[Slot, Float[Tensor, "pair position _unit _d"]]
 
@@ -76,8 +74,8 @@ def graph(
             stack.callback(handle.remove)
         first = lm.layers[0].block
         stack.callback(first.register_forward_pre_hook(leaf(embedded), with_kwargs=True).remove)
-        for index, module in enumerate([*(layer.block for layer in lm.layers), final_norm(lm)]):
-            stack.callback(module.register_forward_pre_hook(_keep(stream, index), with_kwargs=True).remove)
+        for index, module in enumerate(readers(lm)):
+            stack.callback(keep_input(module, stream, index).remove)
         tensors = stack.enter_context(watching(lm, slots))
         value = metric(lm.decoder(input_ids=ids.to(lm.device), use_cache=False).last_hidden_state)
         if not value.requires_grad:
@@ -93,13 +91,6 @@ def graph(
     cotangents = [_zero_if_none(part, x) for part, x in zip(found[len(tensors) :], inputs, strict=True)]
     scale = lm.row.residual_scale(lm.config)
     return Graph(value.detach(), values, slopes, cotangents, tensors if keep else {}, inputs if keep else (), scale)
-
-
-def _keep(stream: dict[int, Tensor], index: int) -> Any:
-    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        stream[index] = args[0] if args else kwargs["hidden_states"]
-
-    return hook
 
 
 def _zero_if_none(slope: Tensor | None, like: Tensor) -> Tensor:

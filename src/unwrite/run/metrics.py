@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -99,6 +100,21 @@ def known(metric: Any) -> str | Custom:
     if callable(metric) or (isinstance(metric, str) and metric in METRICS):
         return metric  # pyright: ignore[reportReturnType]
     raise NumericError("metric is unknown", got=repr(metric), expected=f"{', '.join(METRICS)}, or a function of logits")
+
+
+def name_of(setting: Any) -> str:
+    """What a result calls a setting: its own name, or that of the function or rules."""
+    return setting if isinstance(setting, str) else getattr(setting, "__name__", repr(setting))
+
+
+def require_finite(values: Float[np.ndarray, "_ pair"], first: int) -> None:
+    """Raise NumericError naming the first pair with a metric that is no number; `first` is the batch's first pair."""
+    bad = np.flatnonzero(~np.isfinite(values).all(0))
+    if len(bad):
+        raise NumericError(
+            f"the metric of pair {first + int(bad[0])} is not finite",
+            fix="load the model in float32, or leave this pair out",
+        )
 
 
 def _numbers(value: Any, logits: Float[Tensor, "run vocabulary"]) -> Tensor:

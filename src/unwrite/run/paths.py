@@ -20,12 +20,10 @@ from torch import Tensor
 from unwrite.model.view import Model
 from unwrite.run.ends import LOGITS, Ends, Write, read_at
 from unwrite.run.slots import Slot, Visit, visiting
-from unwrite.run.sweep import Base, Calls, calls_of
+from unwrite.run.sweep import ROWS, Base, Calls, Values, calls_of
 from unwrite.run.together import Runs, Setting, visits_of
 
 MODES = ("recompute", "frozen")
-Values = Mapping[Slot, Float[Tensor, "pair position unit d"]]
-_ROWS = 4096
 
 
 @torch.no_grad()
@@ -42,7 +40,7 @@ def effects_of_edges(
         return
     end = int(base.row.max()) + 1
     calls = calls_of(base, start, end)
-    each = max(1, _ROWS // (n_pairs * (end - start)))
+    each = max(1, ROWS // (n_pairs * (end - start)))
     for at in range(0, len(names), each):
         sent = {i: ends.senders[names[i]] for i in range(at, min(at + each, len(names)))}
         # In a fixed order: sums round by it.
@@ -137,7 +135,7 @@ class _Asked:
         layer = torch.tensor(first, device=receiver.device)[receiver]
         order = layer.argsort(stable=True)
         became = self._recomputed(changed) if mode == "recompute" else None
-        for rows in order.split(max(1, _ROWS // (self.end - self.start))):
+        for rows in order.split(max(1, ROWS // (self.end - self.start))):
             edges = _Edges(self, self.runs(pair[rows], layer[rows].tolist()), sender[rows], receiver[rows])
             final = edges.live() if became is None else edges.fixed(became)
             yield pair[rows], sender[rows], receiver[rows], final

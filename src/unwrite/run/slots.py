@@ -64,6 +64,11 @@ class Slot:
         """The names of the nodes."""
         return tuple(map(str, self.sites))
 
+    @property
+    def sees_past(self) -> bool:
+        """Does the tensor hold earlier positions as well, where a pass brings only later ones?"""
+        return self.lasting and isinstance(self.at, Part)
+
     def put(
         self,
         tensor: Tensor,
@@ -247,18 +252,24 @@ def watching(lm: Model, watched: Iterable[Slot]) -> Iterator[dict[Slot, Tensor]]
     states = [slot for slot in watched if slot.at is None]
     with ExitStack() as stack:
         for slot in states:
-            stack.callback(_keep_state(lm, slot, found).remove)
+            stack.callback(keep_input(readers(lm)[slot.layer], found, slot).remove)
         stack.enter_context(visiting(lm, {slot: partial(keep, slot) for slot in watched if slot.at is not None}))
         yield found
 
 
-def _keep_state(lm: Model, slot: Slot, found: dict[Slot, Tensor]) -> Any:
-    reader = lm.layers[slot.layer].block if slot.layer < len(lm.layers) else lm.decoder.get_submodule(lm.row.final_norm)
+def readers(lm: Model) -> tuple[nn.Module, ...]:
+    """What reads the stream between blocks: every block, then the final norm."""
+    return (*(layer.block for layer in lm.layers), lm.decoder.get_submodule(lm.row.final_norm))
+
+
+def keep_input(module: nn.Module, store: dict[Any, Tensor], key: Any, copied: bool = False) -> Any:
+    """A hook that keeps what a module reads, as it is, or as a detached copy; whoever puts it there removes it."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found[slot] = args[0] if args else kwargs["hidden_states"]
+        read = args[0] if args else kwargs["hidden_states"]
+        store[key] = read.detach().clone() if copied else read
 
-    return reader.register_forward_pre_hook(hook, with_kwargs=True)
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def values_of(

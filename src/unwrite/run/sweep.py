@@ -18,16 +18,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from unwrite.contrasts import Pairs
 from unwrite.model.cache import Kept, empty, kept, remembering, with_past
 from unwrite.model.capture import evaluating
 from unwrite.model.view import Model
-from unwrite.run.logits import final_norm
-from unwrite.run.slots import Slot, values_of, visiting, watching
+from unwrite.run.slots import Slot, keep_input, readers, values_of, visiting, watching
 
 Values = Mapping[Slot, Float[Tensor, "pair position _unit _d"]]
 Calls = Mapping[int, tuple[tuple[Any, ...], dict[str, Any]]]
 # Rows (runs × positions) that go through a block at once.
-_ROWS = 4096
+ROWS = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,20 +58,18 @@ def base_run(lm: Model, ids: Int[Tensor, "pair position"], row: Int[Tensor, " pa
     with ExitStack() as stack:
         stack.enter_context(evaluating(lm.hf))
         found = stack.enter_context(watching(lm, slots))
-        for index, module in enumerate([*(layer.block for layer in lm.layers), final_norm(lm)]):
-            hook = _keep_input(calls, index)
-            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        for index, module in enumerate(readers(lm)):
+            # A copy: some blocks add into what they were given.
+            stack.callback(keep_input(module, calls, index, copied=True).remove)
         lm.decoder(input_ids=ids.to(lm.device), use_cache=True, past_key_values=cache)
     inputs = [calls[index] for index in range(len(lm.layers) + 1)]
     return Base(lm, ids.to(lm.device), row, inputs, kept(cache), values_of(lm, found, inputs, len(ids)))
 
 
-def _keep_input(calls: dict[int, Tensor], index: int) -> Any:
-    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # A copy: some blocks add into what they were given.
-        calls[index] = (args[0] if args else kwargs["hidden_states"]).detach().clone()
-
-    return hook
+def base_of(lm: Model, pairs: Pairs, rows: slice, slots: Sequence[Slot]) -> Base:
+    """The base run of some of the pairs."""
+    row = torch.from_numpy(pairs.row[rows]).to(lm.device)
+    return base_run(lm, torch.from_numpy(pairs.base.ids[rows]), row, slots)
 
 
 @torch.no_grad()
@@ -82,8 +80,7 @@ def values(lm: Model, ids: Int[Tensor, "pair position"], slots: Sequence[Slot]) 
         stack.enter_context(evaluating(lm.hf))
         found = stack.enter_context(watching(lm, slots))
         for layer in {slot.layer for slot in slots if slot.joined}:
-            hook = _keep_input(calls, layer)
-            stack.callback(lm.layers[layer].block.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            stack.callback(keep_input(readers(lm)[layer], calls, layer, copied=True).remove)
         lm.decoder(input_ids=ids.to(lm.device), use_cache=False)
     return values_of(lm, found, calls, len(ids))
 
@@ -148,7 +145,7 @@ def patched(
     """
     end = int(torch.cat([base.row[part.pair] for part in jobs]).max()) + 1
     first, later = (calls_of(base, start, stop) for stop in (start + 1, end))
-    for wave in _waves(jobs, max(1, _ROWS // (end - start))):
+    for wave in _waves(jobs, max(1, ROWS // (end - start))):
         yield from zip(wave, _wave(base, source, wave, (start, end, every_row), first, later), strict=True)
 
 
@@ -249,7 +246,7 @@ def _set_inside(base: Base, source: Values, part: Jobs, span: tuple[int, int, bo
         put_in = put_in - base.inputs[slot.layer][pair, start : start + put_in.shape[1]] / _scale(base.lm)
     rows = torch.arange(put_in.shape[1], device=pair.device)
     # Attention sees the keys and values of earlier positions too.
-    seen_rows = rows + start if slot.lasting and not hasattr(slot.at, "module") else rows
+    seen_rows = rows + start if slot.sees_past else rows
     unit = slot.units[part.unit]
     with visiting(base.lm, {slot: lambda tensor: slot.put(tensor, unit, seen_rows, put_in)}):
         return through_block(base, slot.layer, x, pair, start, calls)

@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from unwrite.run.sites import Part
 from unwrite.run.slots import Slot, Visit, visiting
 from unwrite.run.sweep import Base, Calls, calls_of, through_block
 
@@ -61,7 +60,7 @@ class Runs:
 
     def rows_of(self, slot: Slot, tensor: Tensor, n: int) -> Float[Tensor, "run row unit d"]:
         """A slot's tensor of `n` runs as a view of their rows: attention sees earlier keys and values too."""
-        past = self.start if slot.lasting and isinstance(slot.at, Part) else 0
+        past = self.start if slot.sees_past else 0
         return slot.view(tensor, n)[:, past : past + self.end - self.start]
 
 
