@@ -134,28 +134,27 @@ def test_a_stopped_sweep_goes_on_where_it_was(lm, asked, tmp_path, monkeypatch) 
 
     monkeypatch.setattr(module, "patched", stopping)
     with pytest.raises(KeyboardInterrupt):
-        uw.effects(lm, asked, batch=2, checkpoint=tmp_path / "sweep.npz")
+        uw.effects(lm, asked, batch=2, checkpoint=uw.Job(tmp_path, every=0))
     assert len(begun) == last
     begun.clear()
     last = 99
     with pytest.raises(ResultError, match="checkpoint of another run"):
-        uw.effects(lm, asked, batch=2, metric="prob", checkpoint=tmp_path / "sweep.npz")
-    again = uw.effects(lm, asked, batch=2, checkpoint=tmp_path / "sweep.npz")
+        uw.effects(lm, asked, batch=2, metric="prob", checkpoint=tmp_path)
+    again = uw.effects(lm, asked, batch=2, checkpoint=tmp_path)
     assert np.array_equal(again["effect"], whole["effect"], equal_nan=True)
     assert len(begun) == 3 * 7 - 9  # three batches, positions 2 to 8
-    assert not (tmp_path / "sweep.npz").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_checkpoint_is_no_number(lm, asked, tmp_path) -> None:
-    (tmp_path / "sweep.npz").write_bytes(b"PK\x03\x04 not an archive")
+    (tmp_path / "00-effects-atp.npz").write_bytes(b"PK\x03\x04 not an archive")
     with pytest.raises(ResultError, match="no readable checkpoint"):
-        uw.effects(lm, asked, checkpoint=tmp_path / "sweep.npz")
+        uw.effects(lm, asked, method="atp", checkpoint=tmp_path)
 
 
-@pytest.mark.parametrize("settings", [{"method": "atp"}, {"metric": lambda logits: logits[:, 0]}])
-def test_what_no_file_could_know_again_is_not_kept(lm, asked, tmp_path, settings) -> None:
+def test_what_no_file_could_know_again_is_not_kept(lm, asked, tmp_path) -> None:
     with pytest.raises(NumericError, match="no checkpoint is kept"):
-        uw.effects(lm, asked, checkpoint=tmp_path / "sweep.npz", **settings)
+        uw.effects(lm, asked, checkpoint=tmp_path, metric=lambda logits: logits[:, 0])
 
 
 def test_hostile_prompts_are_plain_in_a_terminal(lm, asked, capsys) -> None:

@@ -17,9 +17,10 @@ from unwrite.errors import ResultError
 from unwrite.model.capture import run
 from unwrite.model.load import view
 from unwrite.run import gram
-from unwrite.run.checkpoint import Checkpoint
+from unwrite.run.job import Stage
 
 IDS = torch.randint(3, 50, (40, 9), generator=torch.Generator().manual_seed(0))
+FIRST = "00-scan.npz"
 # One prompt a batch, and a file after each: so a kill falls into every part of the work. Children are forked, since
 # loading torch anew takes longer than the scan.
 SCRIPT = """
@@ -27,13 +28,11 @@ import os, random, signal, sys, time
 sys.path.insert(0, {tests!r})
 import tiny, torch, unwrite as uw
 from unwrite.model.load import view
-from unwrite.run.checkpoint import Checkpoint
 torch.set_num_threads(1)
-Checkpoint.due = property(lambda self: True)
 lm, ids = view(tiny.model("gpt2", 0)), torch.randint(3, 50, (40, 9), generator=torch.Generator().manual_seed(0))
 for kills in range(50):
     if not (child := os.fork()):
-        uw.scan(lm, ids, batch=1, checkpoint={place!r}).save({out!r})
+        uw.scan(lm, ids, batch=1, checkpoint=uw.Job({place!r}, every=0)).save({out!r})
         os._exit(0)
     # At first soon, so that several starts are needed; then it may come to its end.
     time.sleep(random.Random(kills).uniform(0.0, 0.1) + 0.1 * kills)
@@ -52,7 +51,7 @@ def lm() -> Any:
 @pytest.fixture(autouse=True)
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """A file after every batch."""
-    monkeypatch.setattr(Checkpoint, "due", property(lambda self: True))
+    monkeypatch.setattr(Stage, "due", property(lambda self: True))
 
 
 def same(one: uw.Result, other: uw.Result) -> bool:
@@ -60,8 +59,6 @@ def same(one: uw.Result, other: uw.Result) -> bool:
     assert set(one.data) == set(other.data)
     pairs = ((one[name].values, other[name].values) for name in map(str, one.data))
     return all(np.array_equal(a, b, equal_nan=a.dtype.kind == "f") for a, b in pairs)
-
-
 def stopped(lm: Any, place: Path, after: int, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
     """A scan that an interrupt ends in the middle of batch `after`."""
     real, count = gram.GramTally.step, [0]
@@ -94,7 +91,7 @@ def test_an_interrupt_in_the_middle_of_a_batch_counts_nothing_twice(family, tmp_
     lm = view(tiny.model(family, 1))
     settings: dict[str, Any] = {"batch": 3, "writers": [lm.nodes[1], lm.nodes[-1]], "skip": 2}
     stopped(lm, tmp_path, 5, monkeypatch, **settings)
-    assert (tmp_path / "scan-0.npz").exists()
+    assert (tmp_path / FIRST).exists()
     heard: list[int] = []
     again = uw.scan(lm, IDS, checkpoint=tmp_path, listener=lambda step: heard.append(step.done), **settings)
     assert heard == [18, 21, 24, 27, 30, 33, 36, 39, 40]
@@ -116,7 +113,7 @@ def test_several_texts_go_on_in_the_middle_of_the_second(lm, tmp_path, monkeypat
         patch.setattr(gram.GramTally, "step", step)
         with pytest.raises(KeyboardInterrupt):
             uw.scan(lm, texts, batch=4, checkpoint=tmp_path)
-    monkeypatch.setattr(gram.GramTally, "step", lambda self, batch: (count.append(0), real(self, batch)))
+    monkeypatch.setattr(gram.GramTally, "step", lambda self, batch: (count.append(0), real(self, batch))[1])
     again = uw.scan(lm, texts, batch=4, checkpoint=tmp_path)
     assert len(count) - 1 == 3 + 7 - 5  # batches of both, without those that were done
     monkeypatch.undo()
@@ -130,7 +127,7 @@ def test_several_texts_go_on_in_the_middle_of_the_second(lm, tmp_path, monkeypat
 )
 def test_a_damaged_newest_file_is_noticed_and_the_one_before_is_used(lm, tmp_path, monkeypatch, damage) -> None:
     stopped(lm, tmp_path, 5, monkeypatch, batch=4)
-    newest, before = tmp_path / "scan-0.npz", tmp_path / "scan-0.npz.before"
+    newest, before = tmp_path / FIRST, tmp_path / f"{FIRST}.before"
     newest.write_bytes(damage(newest.read_bytes()))
     assert same(uw.scan(lm, IDS, batch=4, checkpoint=tmp_path), uw.scan(lm, IDS, batch=4))
     stopped(lm, tmp_path, 5, monkeypatch, batch=4)
@@ -152,8 +149,7 @@ def test_another_run_is_refused(lm, tmp_path, monkeypatch, other) -> None:
 
 
 def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(lm, tmp_path) -> None:
-    file = str(tmp_path / "scan-0.npz")
-    code = f"from unwrite.run.checkpoint import Checkpoint, Path\nwith Checkpoint(Path({file!r}), ''):\n"
+    code = f"from unwrite.run.job import Job\nwith Job({str(tmp_path)!r}):\n"
     code += "    print('held', flush=True); input()"
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

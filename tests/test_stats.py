@@ -238,7 +238,7 @@ def test_merged_is_whole(table: tuple[np.ndarray, tuple[int, ...]], at: int, dat
     values, cuts = table
     keep = data.draw(hnp.arrays(bool, values.shape))
     left, right = histogram(values[:at], keep[:at]), histogram(values[at:], keep[at:])
-    left.merge(right)
+    left.take(right.state())
     whole = histogram(values, keep, cuts)
     assert (left.counts == whole.counts).all()
     assert (left.left_out == whole.left_out).all()
@@ -360,7 +360,7 @@ def test_no_arrival_order_and_no_partition_changes_the_brackets(n: int, data: st
     owner = data.draw(st.lists(st.integers(0, 2), min_size=n, max_size=n))
     first, *others = [tree_of({i: f"[{i}]" for i in order if owner[i] == k}, bracket) for k in range(3)]
     for other in others:
-        first.merge(other)
+        first.take(other.state())
     assert first.total() == tree_of({i: f"[{i}]" for i in range(n)}, bracket).total()
 
 
@@ -371,7 +371,7 @@ def test_floats_have_the_same_bits_for_any_arrival_order_and_partition(n: int, s
     cut = data.draw(st.integers(0, n))
     left, right = ({i: values[i] for i in part} for part in (order[:cut], order[cut:]))
     merged = tree_of(left)
-    merged.merge(tree_of(right))
+    merged.take(tree_of(right).state(lambda part: {"": part}), lambda named: named[""])
     assert torch.equal(merged.total(), tree_of(dict(enumerate(values))).total())
 
 

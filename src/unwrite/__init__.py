@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from unwrite.result import Result as Result
     from unwrite.result import read as read
     from unwrite.run.edits import Edit as Edit
+    from unwrite.run.job import Job as Job
     from unwrite.run.rules import Rules as Rules
     from unwrite.run.trace import trace as trace
     from unwrite.tokens import Tokens as Tokens
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 # Public name -> the module that has it; imported on first use, so that `import unwrite` loads neither torch nor xarray.
 _PUBLIC = {
     "Edit": "unwrite.run.edits",
+    "Job": "unwrite.run.job",
     "Pairs": "unwrite.contrasts",
     "Result": "unwrite.result",
     "Rules": "unwrite.run.rules",

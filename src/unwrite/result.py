@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 QUANTILES = (0.125, 0.25, 0.5, 0.75, 0.875)
-_FILE = "result.nc"
+FILE = "result.nc"
 # The axes of a table's rows, where they are not writers or nodes.
 _ROWS = {
     "dla": ("prompt", "node"), "adversarial": ("hit",), "corpus_dla": ("path",), "reproduce": ("claim",),
     "effects": ("pair", "node", "position"), "compare": ("pair", "node", "position"),
     "agree": ("reading", "group"), "paths": ("pair", "sender", "receiver"), "bound": ("pair",),
 }  # fmt: skip
-_VERSIONS = ("unwrite", "torch", "transformers", "numpy", "xarray")
+VERSIONS = ("unwrite", "torch", "transformers", "numpy", "xarray")
 # A spreadsheet takes a cell that begins with one of these for a formula, some also the full-width forms.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "＝", "＋", "－", "＠")
 
@@ -147,7 +147,7 @@ def build(
         "settings": dict(settings),
         "model": dict(model),
         "tokens": dict(tokens),
-        "versions": {name: _version(name) for name in _VERSIONS},
+        "versions": {name: version(name) for name in VERSIONS},
     }
     return Result(data.assign_attrs(schema=SCHEMA, provenance=json.dumps(provenance, sort_keys=True)))
 
@@ -198,7 +198,7 @@ def _beside(file: Path) -> Iterator[Path]:
 
 def _file(path: str | Path) -> Path:
     path = Path(path)
-    return path / _FILE if path.is_dir() or path.suffix != ".nc" else path
+    return path / FILE if path.is_dir() or path.suffix != ".nc" else path
 
 
 def _cell(value: object) -> str:
@@ -206,7 +206,8 @@ def _cell(value: object) -> str:
     return f"'{text}" if text.startswith(_FORMULA) else text
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """The version that is installed of a package."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -6,18 +6,38 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, ParamSpec
 
 import typer
 
-from unwrite.cli.voice import JSON, Voice, event, fail, produce
+from unwrite.cli.options import (
+    Convention,
+    Device,
+    Dtype,
+    Every,
+    Json,
+    Length,
+    ModelName,
+    Out,
+    Prompts,
+    Quiet,
+    TableOut,
+    TextPath,
+    job_in,
+    joined_ranks,
+    listed,
+    load_model,
+    read_text,
+    read_texts,
+)  # fmt: skip
+from unwrite.cli.voice import Voice, event, fail, produce
 from unwrite.errors import Stopped, UnwriteError, plain
 
 if TYPE_CHECKING:
-    from unwrite.model.view import Model
+    from unwrite.combined.shards import Asked
     from unwrite.result import Result
+    from unwrite.run.job import Job
     from unwrite.run.stream import Listener
-    from unwrite.tokens import Tokens
 
 app = typer.Typer(
     add_completion=False,
@@ -25,23 +45,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="What each part of a transformer writes into the residual stream, and who writes against it.",
 )
-
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A hub name, a folder of a model, or default.")]
-TextPath = Annotated[
-    list[str], typer.Option("--text", metavar="[NAME=]PATH", help="A text file or folder; several are compared.")
-]
-Prompts = Annotated[int, typer.Option("-n", min=1, help="At most this many prompts of each text.")]
-Length = Annotated[
-    int | None, typer.Option("--length", min=2, help="Tokens of a prompt, by default min(1024, context).")
-]
-Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for the result and its table.")]
-TableOut = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for result.nc and table.csv.")]
-Device = Annotated[str | None, typer.Option("--device", help="Where the model goes, such as cuda.")]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, …; by default that of the weights.")]
-Convention = Annotated[str, typer.Option("--convention", help="paper or raw.")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print the verdict alone.")]
-Json = Annotated[bool, typer.Option(JSON, help="Print events for another program, one JSON object per line.")]
-
 
 P = ParamSpec("P")
 
@@ -79,6 +82,7 @@ def audit(
     n: Prompts = 300,
     length: Length = None,
     out: Out = None,
+    every: Every = 30.0,
     device: Device = None,
     dtype: Dtype = None,
     convention: Convention = "paper",
@@ -92,10 +96,14 @@ def audit(
 
     if model is None and text:
         raise typer.BadParameter("a text needs a MODEL to read it", param_hint="--text")
-    lm = _load(model or DEFAULT, device, dtype, convention)
-    tokens = _read(lm, text, n, length) if model else demonstration(lm, n, length)
+    lm = load_model(model or DEFAULT, device, dtype, convention)
+    tokens = read_texts(lm, text, n, length) if model else demonstration(lm, n, length)
     voice = Voice(quiet, as_json, "" if out is None else " · Ctrl-C stops and keeps what is done")
-    produce(lm, tokens, lambda listener: run(lm, tokens, prompt or None, listener=listener), out, voice)
+
+    def method(listener: Listener, job: Job) -> Result:
+        return run(lm, tokens, prompt or None, checkpoint=job, listener=listener)
+
+    produce(lm, tokens, method, out, voice, job_in(out, every))
 
 
 @_command
@@ -106,23 +114,54 @@ def scan(
     n: Prompts = 300,
     length: Length = None,
     out: Out = None,
+    every: Every = 30.0,
     device: Device = None,
     dtype: Dtype = None,
     convention: Convention = "paper",
     skip: Annotated[int, typer.Option("--skip", min=0, help="Positions at the start of a prompt, apart.")] = 1,
+    shard: Annotated[
+        str | None, typer.Option("--shard", metavar="I/N", help="Do the I-th of N parts, to be put together by merge.")
+    ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Who writes, how the level along each write changes, and who writes against it."""
+    """Who writes, how the level along each write changes, and who writes against it. Also under torchrun."""
+    from unwrite.combined.shards import Asked
+
+    if shard is not None and out is None:
+        raise typer.BadParameter("a shard needs a folder that keeps it", param_hint="--out")
+    asked = Asked(model, text, n, length, writers, skip, device, dtype, convention)
+    with joined_ranks() as ranks:
+        job = job_in(out, every, shard, ranks)
+        _scan(asked, out, Voice(quiet or (job.shard[0] > 1 and ranks is not None), as_json), job)
+
+
+@_command
+def merge(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR…", help="The --out of every shard of a scan.")],
+    out: Out = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Put the shards of a scan together: to the bit what one process would have found."""
+    from unwrite.combined.shards import asked_of
+    from unwrite.run.job import Job
+
+    _scan(asked_of(folders), out, Voice(quiet, as_json), Job(out, of=tuple(folders)))
+
+
+def _scan(asked: Asked, out: Path | None, voice: Voice, job: Job) -> None:
     from unwrite.methods.scan import scan as run
 
-    lm = _load(model, device, dtype, convention)
-    tokens = _read(lm, text, n, length)
+    lm = load_model(asked.model, asked.device, asked.dtype, asked.convention)
+    tokens = read_texts(lm, asked.text, asked.n, asked.length)
 
-    def method(listener: Listener) -> Result:
-        return run(lm, tokens, _names(writers), skip, checkpoint=out, listener=listener)
+    def method(listener: Listener, job: Job) -> Result:
+        if job.shard[1] > 1 and job.peers is None:
+            asked.write(Path(str(job.folder)))
+        return run(lm, tokens, listed(asked.writers), asked.skip, checkpoint=job, listener=listener)
 
-    produce(lm, tokens, method, out, Voice(quiet, as_json))
+    produce(lm, tokens, method, out, voice, job)
 
 
 @_command
@@ -134,6 +173,7 @@ def verify(
     n: Prompts = 100,
     length: Length = None,
     out: TableOut = None,
+    every: Every = 30.0,
     device: Device = None,
     dtype: Dtype = None,
     convention: Convention = "paper",
@@ -143,10 +183,13 @@ def verify(
     """What survives of one node's write, and who removes it because of it? By executed runs without the write."""
     from unwrite.methods.verify import verify as run
 
-    lm = _load(model, device, dtype, convention)
-    tokens = _one_text(lm, text, n, length)
-    voice = Voice(quiet, as_json)
-    produce(lm, tokens, lambda listener: run(lm, tokens, writer, _names(erasers), listener=listener), out, voice)
+    lm = load_model(model, device, dtype, convention)
+    tokens = read_text(lm, text, n, length)
+
+    def method(listener: Listener, job: Job) -> Result:
+        return run(lm, tokens, writer, listed(erasers), checkpoint=job, listener=listener)
+
+    produce(lm, tokens, method, out, Voice(quiet, as_json), job_in(out, every))
 
 
 @_command
@@ -166,6 +209,7 @@ def dla(
     ] = [],  # noqa: B006 - typer copies it
     n: Prompts = 100,
     out: TableOut = None,
+    every: Every = 30.0,
     device: Device = None,
     dtype: Dtype = None,
     convention: Convention = "paper",
@@ -176,14 +220,15 @@ def dla(
     from unwrite.methods.dla import dla as run
     from unwrite.tokens import prompts
 
-    lm = _load(model, device, dtype, convention)
+    lm = load_model(model, device, dtype, convention)
     asked = prompts(prompt, lm.tokenizer)
-    texts = _one_text(lm, text, n, max(2, asked.length)) if text else None
+    texts = read_text(lm, text, n, max(2, asked.length)) if text else None
 
-    def method(listener: Listener) -> Result:
-        return run(lm, prompt, answer, against, at=at, replace=replace, texts=texts, listener=listener)
+    def method(listener: Listener, job: Job) -> Result:
+        settings = {"at": at, "replace": replace, "texts": texts}
+        return run(lm, prompt, answer, against, **settings, checkpoint=job, listener=listener)
 
-    produce(lm, asked, method, out, Voice(quiet, as_json))
+    produce(lm, asked, method, out, Voice(quiet, as_json), job_in(out, every))
 
 
 @_command
@@ -202,6 +247,7 @@ def effects(
         str, typer.Option("--methods", help="Some of exact, atp, atp*, relp, ig, direct, net.")
     ] = "direct,net,atp,relp,exact",
     out: TableOut = None,
+    every: Every = 30.0,
     device: Device = None,
     dtype: Dtype = None,
     convention: Convention = "paper",
@@ -213,14 +259,13 @@ def effects(
     from unwrite.contrasts import read_pairs
     from unwrite.run.slots import KINDS
 
-    lm = _load(model, device, dtype, convention)
-    asked, names = read_pairs(pairs, lm.tokenizer), nodes if nodes in KINDS else _names(nodes)
+    lm = load_model(model, device, dtype, convention)
+    asked, names = read_pairs(pairs, lm.tokenizer), nodes if nodes in KINDS else listed(nodes)
 
-    def method(listener: Listener) -> Result:
-        kept = None if out is None else out / "sweep.npz"
-        return run(lm, asked, names or nodes, at, methods.split(","), metric, checkpoint=kept, listener=listener)
+    def method(listener: Listener, job: Job) -> Result:
+        return run(lm, asked, names or nodes, at, methods.split(","), metric, checkpoint=job, listener=listener)
 
-    produce(lm, asked.base, method, out, Voice(quiet, as_json))
+    produce(lm, asked.base, method, out, Voice(quiet, as_json), job_in(out, every))
 
 
 @_command
@@ -235,6 +280,7 @@ def reproduce(
     n: Prompts = 300,
     length: Length = None,
     out: TableOut = None,
+    every: Every = 30.0,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -242,10 +288,13 @@ def reproduce(
     from unwrite.combined.reproduce import WEIGHTS
     from unwrite.combined.reproduce import reproduce as run
 
-    lm = _load(str(weights or WEIGHTS), None, None, "paper")
-    tokens = _one_text(lm, text, n, length) if text else None
-    voice = Voice(quiet, as_json)
-    produce(lm, tokens or {}, lambda listener: run(name, lm, tokens, n, listener=listener), out, voice)
+    lm = load_model(str(weights or WEIGHTS), None, None, "paper")
+    tokens = read_text(lm, text, n, length) if text else None
+
+    def method(listener: Listener, job: Job) -> Result:
+        return run(name, lm, tokens, n, checkpoint=job, listener=listener)
+
+    produce(lm, tokens or {}, method, out, Voice(quiet, as_json), job_in(out, every))
 
 
 @_command
@@ -285,7 +334,7 @@ def doctor(
     from unwrite.report import terminal
     from unwrite.report.live import duration
 
-    lm = _load(model, device, dtype, convention)
+    lm = load_model(model, device, dtype, convention)
     diagnosis, screen = run(lm, n, length), terminal.console()
     screen.print(plain(repr(lm)))
     for check in diagnosis.checks:
@@ -295,42 +344,6 @@ def doctor(
     screen.print(f"a scan of {diagnosis.n} × {diagnosis.length} tokens: {cost}")
     if not diagnosis.ok:
         raise typer.Exit(1)
-
-
-def _load(model: str, device: str | None, dtype: str | None, convention: str) -> Model:
-    from unwrite.errors import ModelError
-    from unwrite.model.load import load, quieten
-
-    quieten()
-    if dtype is not None and dtype not in ("float64", "float32", "float16", "bfloat16"):
-        raise ModelError("unknown dtype", got=dtype, expected="float64, float32, float16 or bfloat16")
-    return load(model, device=device, dtype=dtype, convention=convention)
-
-
-def _read(lm: Model, paths: list[str], n: int, length: int | None) -> Tokens | dict[str, Tokens]:
-    from unwrite.tokens import text
-
-    if not paths:
-        raise typer.BadParameter("name the text that the model should read", param_hint="--text")
-    named = [path.split("=", 1) if "=" in path and not Path(path).exists() else [path, path] for path in paths]
-    length = length or min(1024, lm.context or 1024)
-    if len(named) == 1:
-        return text(Path(named[0][1]), lm.tokenizer, n, length)
-    sources: dict[str, Any] = {name: Path(path) for name, path in named}
-    if len(sources) < len(named):
-        raise typer.BadParameter("two texts have the same name; write NAME=PATH", param_hint="--text")
-    return text(sources, lm.tokenizer, n, length)  # pyright: ignore[reportReturnType]
-
-
-def _one_text(lm: Model, paths: list[str], n: int, length: int | None) -> Tokens:
-    tokens = _read(lm, paths, n, length)
-    if isinstance(tokens, dict):
-        raise typer.BadParameter("one text at a time", param_hint="--text")
-    return tokens
-
-
-def _names(listed: str | None) -> list[str] | None:
-    return listed.split(",") if listed else None
 
 
 def main() -> None:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from unwrite.errors import plain
 
 if TYPE_CHECKING:
     from unwrite.model.view import Model
     from unwrite.result import Result
+    from unwrite.run.job import Job
     from unwrite.run.stream import Listener
     from unwrite.tokens import Tokens
 
 JSON = "--json"
+_WIDE = 120
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,25 @@ class Voice:
         from unwrite.report import events, live, terminal
         from unwrite.run.stream import device_memory
 
-        if self.quiet:
-            yield None
-        elif self.as_json:
-            yield events.hear
+        with ExitStack() as stack:
+            listener = None
+            if self.as_json and not self.quiet:
+                listener = events.hear
+            elif not self.quiet:
+                screen = terminal.console(stderr=True)
+                listener = stack.enter_context(live.listening(screen, device_memory, self.hint))
+            yield stack.enter_context(_asked(listener))
+
+    def part(self, job: Job) -> None:
+        """Say that a shard is done, and what to do with it."""
+        from unwrite.report import events, terminal
+
+        part, of = job.shard
+        if self.as_json:
+            events.say("shard", shard=part, of=of, out=str(job.folder))
         else:
-            with live.listening(terminal.console(stderr=True), device_memory, self.hint) as listener:
-                yield listener
+            words = f"shard {part}/{of} is done and kept in {job.folder}. With all {of}: unwrite merge DIR… --out DIR"
+            terminal.console().print(plain(words))
 
     def end(self, found: Result, out: Path | None, files: tuple[str, ...]) -> None:
         """Say what was found, and where it is."""
@@ -69,16 +84,49 @@ class Voice:
             screen.print("\n" + plain(f"written: {out}/{', '.join(files)}"))
 
 
+@contextmanager
+def _asked(listener: Listener | None) -> Iterator[Listener]:
+    """A listener that passes on what it hears, and at the signal SIGUSR1 says how far the run is."""
+    last: list[Any] = []
+
+    def hear(step: Any) -> None:
+        last[:] = [step]
+        if listener is not None:
+            listener(step)
+
+    def answer(*_: object) -> None:
+        from unwrite.report import live
+
+        line = live.line(last[0], _WIDE) if last else "nothing is done yet"
+        print(plain(line), file=sys.stderr, flush=True)  # noqa: T201
+
+    number = getattr(signal, "SIGUSR1", None)
+    before = None if number is None else signal.signal(number, answer)
+    try:
+        yield hear
+    finally:
+        if number is not None:
+            signal.signal(number, before)
+
+
 def produce(
-    lm: Model, tokens: Tokens | dict[str, Tokens], run: Callable[[Listener], Result], out: Path | None, voice: Voice
+    lm: Model,
+    tokens: Tokens | dict[str, Tokens],
+    run: Callable[[Listener, Job], Result],
+    out: Path | None,
+    voice: Voice,
+    job: Job,
 ) -> None:
     """Run a method into a folder that was found to be writable before, and say what it finds."""
     from unwrite.combined.keep import keep
 
     voice.start(lm, tokens)
     with voice.listening() as listener:
-        found, files = keep(run, out, listener)
-    voice.end(found, out, files)
+        kept = keep(run, out, listener, job)
+    if kept is not None:
+        voice.end(kept[0], out, kept[1])
+    elif job.peers is None:
+        voice.part(job)
 
 
 def fail(kind: str, message: str, code: int, **more: object) -> NoReturn:

@@ -26,6 +26,7 @@ from unwrite.model.view import Model
 from unwrite.nodes import parse_node, reads
 from unwrite.report.verdict import verdict
 from unwrite.result import Result
+from unwrite.run.job import Job, opened
 from unwrite.run.stream import Listener, admit
 from unwrite.tokens import Tokens, windows
 from unwrite.tokens import prompts as as_prompts
@@ -48,6 +49,7 @@ def audit(
     out: str | Path | None = None,
     *,
     most: int = MOST,
+    checkpoint: Job | str | Path | None = None,
     listener: Listener | None = None,
 ) -> Result:
     """Who writes and is written against, what survives of it, and which attributions can be believed, with a verdict.
@@ -55,8 +57,9 @@ def audit(
     Arguments: `tokens` as `uw.scan` takes them: the first half of the prompts chooses writers (of several texts, all
     are scanned and the first one's other half judges); `prompts` as `uw.dla` takes them, asked about the model's own
     top two logits, by default prompts found by `uw.adversarial` and windows of the text; `out` a folder that gets
-    `result.nc`, `table.csv` and `report.html`; `most` writers to verify; `listener` is told how far it is, and of every
-    finished part its Result. The embedding is never verified: without it the stream is empty.
+    `result.nc`, `table.csv` and `report.html`, and where what is done is kept, so that the same call goes on from there
+    (`checkpoint`, as in `uw.scan`, keeps it elsewhere); `most` writers to verify; `listener` is told how far it is, and
+    of every finished part its Result. The embedding is never verified: without it the stream is empty.
     Returns the scan's Result with, for each of the `verified` writers, what `uw.verify` returns (`verdict`, `survival`,
     `erased`, …; what has a scan's name is called `verified_…`), `uw.dla`'s variables by `prompt`, `uw.adversarial`'s by
     `hit` (`found_…`), `uw.corpus_dla`'s by `path`; the paragraph is its attribute `verdict`.
@@ -66,40 +69,62 @@ def audit(
 
     Example: `uw.audit(uw.load("gpt2"), uw.text("book.txt", lm.tokenizer), out="audit")`
     """
-    if out is None:
-        return _audit(lm, tokens, prompts, most, Parts(listener))
-    return keep(lambda parts: _audit(lm, tokens, prompts, most, parts), out, listener)[0]
+    parts = listener if isinstance(listener, Parts) else Parts(listener)
+    if out is not None:
+        kept = keep(
+            lambda parts, job: audit(lm, tokens, prompts, most=most, checkpoint=job, listener=parts), out, parts
+        )
+        assert kept is not None  # noqa: S101 (an audit has no parts)
+        return kept[0]
+    texts = tokens if isinstance(tokens, Mapping) else {"": tokens}
+    texts = {name: admit(lm, part, None, 1) for name, part in texts.items()}
+    if isinstance(prompts, (str, list)):
+        prompts = as_prompts(prompts, lm.tokenizer)
+    given = None if prompts is None else admit(lm, prompts, None, 0)
+    read = {f"text {name}": part.hash for name, part in texts.items()}
+    with opened(checkpoint) as job:
+        if done := job.begin("audit", lm, read | ({} if given is None else {"prompts": given.hash}), {"most": most}):
+            return done
+        return job.signed(_audit(lm, tokens, given, most, parts, job))
 
 
-def _audit(lm: Model, tokens: Any, prompts: Any, most: int, parts: Parts) -> Result:
+def _audit(lm: Model, tokens: Any, prompts: Tokens | None, most: int, parts: Parts, job: Job) -> Result:
     texts = tokens if isinstance(tokens, Mapping) else {"": tokens}
     halves = {name: admit(lm, part, None, 1).halves() for name, part in texts.items()}
     choose_by = {name: first for name, (first, _) in halves.items()}
     judge_by = next(second for _, second in halves.values())
-    scanned = parts.finish(scan(lm, choose_by if isinstance(tokens, Mapping) else choose_by[""], listener=parts))
-    proofs = _verified(lm, scanned, judge_by, most, parts)
+    scanned = parts.finish(
+        scan(lm, choose_by if isinstance(tokens, Mapping) else choose_by[""], checkpoint=job, listener=parts)
+    )
+    proofs = _verified(lm, scanned, judge_by, most, parts, job)
     if not proofs:
         raise ModelError(f"no node of {scanned.provenance['model']['name']} could read what another wrote")
     worst = min(proofs, key=lambda writer: _gap(proofs[writer]))
-    search = parts.finish(adversarial(lm, judge_by, worst, choose_by[next(iter(choose_by))], listener=parts))
-    asked, kinds = _asked(lm, prompts, search, judge_by)
-    believed = parts.finish(dla(lm, asked, at="position", texts=_texts(asked, judge_by), listener=parts))
+    held_out = choose_by[next(iter(choose_by))]
+    search = parts.finish(adversarial(lm, judge_by, worst, held_out, checkpoint=job, listener=parts))
+    asked, kinds = _asked(prompts, search, judge_by)
+    texts = _texts(asked, judge_by)
+    believed = parts.finish(dla(lm, asked, at="position", texts=texts, checkpoint=job, listener=parts))
     merged = _merged(scanned, proofs, search, believed, kinds)
     if erasers := proofs[worst].data.attrs["erasers"].split():
-        corpus = parts.finish(corpus_dla(lm, judge_by, worst, erasers, listener=parts))
+        corpus = parts.finish(corpus_dla(lm, judge_by, worst, erasers, checkpoint=job, listener=parts))
         merged = merged.merge(_renamed(corpus.data, "corpus"))
     merged = merged.assign_attrs(scanned.data.attrs, method="audit", searched=worst, judged=judge_by.source)
     return _judged(Result(merged), scanned, judge_by, asked)
 
 
-def _verified(lm: Model, scanned: Result, tokens: Tokens, most: int, parts: Parts) -> dict[str, Result]:
+def _verified(lm: Model, scanned: Result, tokens: Tokens, most: int, parts: Parts, job: Job) -> dict[str, Result]:
     """Verifications of the writers that a scan found, and of those whose level ends lowest if none was erased."""
+
+    def proof(writer: str) -> Result:
+        return parts.finish(verify(lm, tokens, writer, checkpoint=job, listener=parts))
+
     first = scanned.data.isel(text=0) if "text" in scanned.data.dims else scanned.data
     able = first["material"].values & _answered(lm, first["writer"].values)
     order = [str(w) for w in first["writer"].values[np.argsort(-first["moved"].fillna(-1).values, kind="stable")]]
     opposed = set(first["writer"].values[able & first["eraser"].any("node").values])
     chosen = [writer for writer in order if writer in opposed][:most]
-    proofs = {writer: parts.finish(verify(lm, tokens, writer, listener=parts)) for writer in chosen}
+    proofs = {writer: proof(writer) for writer in chosen}
     if not any(proof.data.attrs["verdict"] == "erased" for proof in proofs.values()):
         end = first["level_end"].sel(quantile=0.5).values
         # Where nothing is material, anything that writes has to do.
@@ -109,7 +134,7 @@ def _verified(lm: Model, scanned: Result, tokens: Tokens, most: int, parts: Part
         ]
         for writer in map(str, lowest):
             if writer not in proofs:
-                proofs[writer] = parts.finish(verify(lm, tokens, writer, listener=parts))
+                proofs[writer] = proof(writer)
     return proofs
 
 
@@ -124,11 +149,10 @@ def _gap(proof: Result) -> float:
     return float(proof["gap"].isel(location=-1))
 
 
-def _asked(lm: Model, prompts: Any, search: Result, tokens: Tokens) -> tuple[Tokens, list[str]]:
+def _asked(prompts: Tokens | None, search: Result, tokens: Tokens) -> tuple[Tokens, list[str]]:
     """The prompts that attribution is asked about, and where each comes from."""
     if prompts is not None:
-        given = as_prompts(prompts, lm.tokenizer) if isinstance(prompts, (str, list)) else admit(lm, prompts, None, 0)
-        return given, ["given"] * len(given)
+        return prompts, ["given"] * len(prompts)
     found = [tuple(search.data[name].values.tolist()) for name in ("prompt", "row")]
     hits = list(zip(*found, strict=True))
     others = [i for i in range(len(tokens)) if i not in found[0]][: ASKED - len(hits)]

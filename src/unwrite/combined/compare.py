@@ -16,6 +16,8 @@ from unwrite.methods.effects import METHODS, effects
 from unwrite.model.load import provenance
 from unwrite.model.view import Model
 from unwrite.result import Result, build, quantity
+from unwrite.run.job import Job, opened
+from unwrite.run.metrics import name_of, unless_own
 from unwrite.run.stream import Listener
 
 SIDE_BY_SIDE = ("direct", "net", "atp", "relp", "exact")
@@ -30,7 +32,7 @@ def compare(
     metric: Any = "logit_diff",
     *,
     batch: int | None = None,
-    checkpoint: str | Path | None = None,
+    checkpoint: Job | str | Path | None = None,
     listener: Listener | None = None,
 ) -> Result:
     """Every node's effect by several estimators, and how well each predicts the executed one (see `uw.effects`).
@@ -46,13 +48,18 @@ def compare(
     if isinstance(methods, str) or not methods or not set(methods) <= set(METHODS):
         raise NumericError("methods are names of estimators", got=methods, expected=f"some of {', '.join(METHODS)}")
     chosen = nodes if isinstance(nodes, str) else list(nodes)
-    found = {
-        name: effects(
-            lm, pairs, chosen, at, name, metric,
-            batch=batch, checkpoint=checkpoint if name == "exact" else None, listener=listener,
-        )
-        for name in dict.fromkeys(methods)
-    }  # fmt: skip
+    asked = {"nodes": chosen, "at": at, "methods": [*dict.fromkeys(methods)], "metric": name_of(metric), "batch": batch}
+    with opened(unless_own(checkpoint, metric)) as job:
+        if done := job.begin("compare", lm, {"": pairs.about()["hash"]}, asked):
+            return done
+        found = {
+            name: effects(lm, pairs, chosen, at, name, metric, batch=batch, checkpoint=job, listener=listener)
+            for name in asked["methods"]
+        }
+        return job.signed(_side_by_side(lm, pairs, found))
+
+
+def _side_by_side(lm: Model, pairs: Pairs, found: dict[str, Result]) -> Result:
     first = next(iter(found.values()))
     axes = tuple(map(str, first["effect"].dims))
     variables = {

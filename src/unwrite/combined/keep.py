@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from unwrite import result as results
 from unwrite.errors import Stopped
 from unwrite.report import page
 from unwrite.result import Result
+from unwrite.run.job import Job
 from unwrite.run.stream import Listener, Progress
 
 # The stages of an audit, by the first word of their names.
@@ -39,27 +40,39 @@ class Parts:
 
 
 def keep(
-    run: Callable[[Parts], Result], out: str | Path | None, listener: Listener | None = None
-) -> tuple[Result, tuple[str, ...]]:
+    run: Callable[[Parts, Job], Result],
+    out: str | Path | None,
+    listener: Listener | None = None,
+    job: Job | None = None,
+) -> tuple[Result, tuple[str, ...]] | None:
     """What `run` finds, and the names of the files that hold it in the folder `out`; an interrupt saves what is done.
 
-    Of an interrupted run the first finished part becomes the folder's result, the others lie beside it as
-    `verify_L0H2.nc`. A folder that was made for the run is gone again where nothing is finished.
+    `job`, by default one in `out`, holds what `run` can go on from, until all files are written. Of an interrupted run
+    the first finished part becomes the folder's result, the others lie beside it as `verify_L0H2.nc`. A folder that was
+    made for the run is gone again where nothing is finished. None where `job` does a part of a run: that is done then.
     Raises Stopped for KeyboardInterrupt, ResultError where the folder cannot be written (before anything runs), and
     what `run` raises.
     """
-    parts = Parts(listener)
-    with nullcontext() if out is None else results.folder(out) as place:
+    parts = listener if isinstance(listener, Parts) else Parts(listener)
+    with ExitStack() as stack:
+        place = None if out is None else stack.enter_context(results.folder(out))
+        working = stack.enter_context(job or Job(place))
+        over = False
         try:
-            found = run(parts)
+            found = run(parts, working)
+            if place is None:
+                return found, ()
             # From here on an interrupt finds the whole finished.
-            parts.done, parts.last = [found], replace(parts.last, stage="saving")
-            return found, () if place is None else page.save_all(found, place)
+            over, parts.done, parts.last = True, [found], replace(parts.last, stage="saving")
+            if not working.finished or not all((place / name).exists() for name in page.files(found)):
+                page.save_all(found, place)
+            return found, page.files(found)
         except KeyboardInterrupt as stop:
             # Of a run that was stopped in the middle, what it can go on from.
             begun = () if place is None else tuple(sorted(file.name for file in place.glob("*.npz")))
-            kept = begun if place is None else _save(parts.done, place) + begun
+            kept = begun if place is None else _save([working.signed(part, over) for part in parts.done], place) + begun
             raise Stopped(parts.last.stage, place, kept, _missing(parts)) from stop
+    return None
 
 
 def _save(parts: list[Result], place: Path) -> tuple[str, ...]:

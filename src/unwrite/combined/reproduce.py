@@ -25,6 +25,7 @@ from unwrite.methods.verify import verify
 from unwrite.model.load import load, provenance, view
 from unwrite.model.view import Model
 from unwrite.result import Result, build, quantity
+from unwrite.run.job import Job, opened
 from unwrite.run.stream import Listener, admit, batches
 from unwrite.tokens import Tokens, from_ids
 
@@ -77,13 +78,14 @@ def reproduce(
     tokens: Any = None,
     n: int = 300,
     *,
+    checkpoint: Job | str | Path | None = None,
     listener: Listener | None = None,
 ) -> Result:
     """All five figures of the paper with its settings: what it says, beside what unwrite measures.
 
     Arguments: `name` "gelu-4l"; `weights` the checkpoint's folder, or a Model (by default the hub's); `tokens` as
     `uw.text` makes them (by default the paper's own 300 × 1024 tokens, which needs the extra `datasets` and the
-    network); of those at most `n`.
+    network); of those at most `n`; `checkpoint` as in `uw.scan`.
     Returns a Result by `claim`: `figure`, `quantity`, `setting`, `paper`, `ours`, `difference`; and what goes beyond
     the paper as attributes: `verdict` (of `uw.verify`).
     Raises ModelError for another name or a model without the paper's heads, TokensError where the text cannot be had.
@@ -98,11 +100,15 @@ def reproduce(
     own = tokens is None
     read = _paper_tokens(n) if own else admit(lm, tokens, None, 0)
     read = read.take(np.arange(min(n, len(read))))
-    proof = verify(lm, read, WRITER, ERASERS, skip=0, listener=listener)
-    claims = [*_of_scan(lm, read, listener), *_of_proof(proof), *_of_prompts(lm, read), *_of_corpus(lm, read, listener)]
     settings = {"name": name, "n": n, "paper_text": own}
-    data = _dataset(claims).assign_attrs(verdict=str(proof.data.attrs["verdict"]))
-    return build("reproduce", data, settings, provenance(lm), {"": read.about()})
+    with opened(checkpoint) as job:
+        if done := job.begin("reproduce", lm, {"": read.hash}, settings):
+            return done
+        heard = {"checkpoint": job, "listener": listener}
+        proof = verify(lm, read, WRITER, ERASERS, skip=0, **heard)
+        claims = [*_of_scan(lm, read, heard), *_of_proof(proof), *_of_prompts(lm, read), *_of_corpus(lm, read, heard)]
+        data = _dataset(claims).assign_attrs(verdict=str(proof.data.attrs["verdict"]))
+        return job.signed(build("reproduce", data, settings, provenance(lm), {"": read.about()}))
 
 
 def _dataset(claims: list[Claim]) -> xr.Dataset:
@@ -122,11 +128,11 @@ def _dataset(claims: list[Claim]) -> xr.Dataset:
 _WORDS = ("figure", "quantity", "setting")
 
 
-def _of_scan(lm: Model, tokens: Tokens, listener: Listener | None) -> Iterator[Claim]:
+def _of_scan(lm: Model, tokens: Tokens, heard: dict[str, Any]) -> Iterator[Claim]:
     """Figures 1 and 2, centred and raw."""
     for convention, words in (("paper", "centred, heads without constant"), ("raw", "raw writes")):
         same = lm if lm.convention == convention else view(lm.hf, lm.tokenizer, convention)
-        found = scan(same, tokens, list(_FIGURE_1_TOP), skip=0, listener=listener)
+        found = scan(same, tokens, list(_FIGURE_1_TOP), skip=0, **heard)
         for figure, writer, place, paper in _levels():
             level = found["level"].sel(writer=writer, location=place)
             yield Claim(figure, f"PR({place}, {writer})", words, paper, float(level.sel(quantile=0.5)))
@@ -196,10 +202,10 @@ def _of_prompts(lm: Model, tokens: Tokens) -> Iterator[Claim]:
                 yield Claim(figure, f"DLA of {head}, {what}", words, paper, value)
 
 
-def _of_corpus(lm: Model, tokens: Tokens, listener: Listener | None) -> Iterator[Claim]:
+def _of_corpus(lm: Model, tokens: Tokens, heard: dict[str, Any]) -> Iterator[Claim]:
     """Figure 5 and the loss."""
     some = tokens.take(np.arange(min(_FIGURE_5, len(tokens))))
-    top = corpus_dla(lm, some, WRITER, ERASERS, skip=0, listener=listener)
+    top = corpus_dla(lm, some, WRITER, ERASERS, skip=0, **heard)
     for path, words, paper in (
         ("raw", "all that erasers write", -0.159),
         ("values", "eq. 3, with attention weights", -0.716),
@@ -212,7 +218,7 @@ def _of_corpus(lm: Model, tokens: Tokens, listener: Listener | None) -> Iterator
             float(top["correlation"].sel(path=path)),
         )
     few = tokens.take(np.arange(min(_SCRIPT, len(tokens))))
-    script = corpus_dla(lm, few, WRITER, ERASERS, min(_SCRIPT_SKIP, tokens.length - 2), "next token", listener=listener)
+    script = corpus_dla(lm, few, WRITER, ERASERS, min(_SCRIPT_SKIP, tokens.length - 2), "next token", **heard)
     for what, paper in (("slope", -0.723), ("intercept", 0.052)):
         for path, words in (("same_position", "without attention weights"), ("values", "with attention weights")):
             yield Claim("5 (script)", what, f"next token, {words}", paper, float(script[what].sel(path=path)))

@@ -9,8 +9,9 @@ randomly turned writes, and again on text that was not searched.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from operator import add
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,12 @@ from unwrite.model.load import provenance
 from unwrite.model.view import Model, fold, write_of
 from unwrite.nodes import Node, choose, parse_node
 from unwrite.result import Result, build, quantity
+from unwrite.run.checkpoint import Arrays
+from unwrite.run.job import Job, opened
 from unwrite.run.logits import Question, measure, reading, top_two
 from unwrite.run.replace import Pool
 from unwrite.run.rerun import added, clean
 from unwrite.run.rotations import rotations
-from unwrite.run.stats import Tree
 from unwrite.run.stream import Batch, Listener, admit, batch_size, parts, stream
 from unwrite.tokens import Tokens, spelled
 
@@ -48,6 +50,7 @@ def adversarial(
     skip: int = 1,
     *,
     batch: int | None = None,
+    checkpoint: Job | str | Path | None = None,
     listener: Listener | None = None,
 ) -> Result:
     """The `n` prompts on which a node's direct attribution is largest and its effect and dependence on the text small.
@@ -64,15 +67,17 @@ def adversarial(
     """
     node = choose([parse_node(writer)], lm.parts)[0]
     texts = [admit(lm, part, None, skip) for part in (tokens, held_out) if part is not None]
-    tallies = []
-    for name, part in zip(TEXTS, texts, strict=False):
-        tally = _Search(lm, part, node, skip, n)
-        size = batch_size(lm, part, batch, held=4)
-        stream(lm, part, tally.step, size, f"search {node} ({name.replace('_', ' ')})", listener)
-        tallies.append(tally)
     settings = {"writer": str(node), "n": n, "skip": skip, "batch": batch}
     about = {name: part.about() for name, part in zip(TEXTS, texts, strict=False)}
-    return build("adversarial", _dataset(lm, tallies, node), settings, provenance(lm), about)
+    with opened(checkpoint) as job:
+        if done := job.begin("adversarial", lm, {name: part["hash"] for name, part in about.items()}, settings):
+            return done
+        tallies = []
+        for name, part in zip(TEXTS, texts, strict=False):
+            tallies.append(_Search(lm, part, node, skip, n))
+            stage = f"search {node} ({name.replace('_', ' ')})"
+            stream(lm, part, tallies[-1], batch_size(lm, part, batch, held=4), stage, listener, job)
+        return job.signed(build("adversarial", _dataset(lm, tallies, node), settings, provenance(lm), about))
 
 
 class _Search:
@@ -84,17 +89,24 @@ class _Search:
         pool = Pool(lm, self.folded, tokens, own=True)
         self._mean, self._known = pool.mean(writer), pool.has_mean
         self._turns = list(rotations(lm, GENERIC))
-        self._counts: Tree[np.ndarray] = Tree(add)
+        self._counts = np.zeros((len(SOURCES), 2), dtype=np.int64)
         self.best: list[dict[str, Any]] = []
 
     def step(self, batch: Batch) -> None:
         """One clean run, one without the write, one for every rotation."""
-        counts = np.zeros((len(SOURCES), 2))
         for _, (found, hits) in parts(batch, self._measured):
-            counts += found
+            self._counts += found
             self.best += hits
         self.best = _distinct(sorted(self.best, key=lambda one: -one["score"]))[: self.n]
-        self._counts.add(batch.index, counts)
+
+    def state(self) -> Arrays:
+        """Everything that is kept between two batches, as arrays by name."""
+        return {"counts": self._counts, "best": np.array(json.dumps(self.best))}
+
+    def take(self, state: Mapping[str, np.ndarray]) -> None:
+        """Add what was kept of earlier batches."""
+        self._counts += state["counts"]
+        self.best = [{**one, "said": tuple(one["said"])} for one in json.loads(str(state["best"]))]
 
     def _measured(self, batch: Batch) -> tuple[np.ndarray, list[dict[str, Any]]]:
         """Counts [source, (hits, positions)] and the hits of a part of a batch."""
@@ -106,7 +118,7 @@ class _Search:
         kept = (batch.beyond(self.skip) & self._known[: batch.ids.shape[1]]).to(self.lm.device)
         write = write_of(self.lm, self.folded, run.record.writes, self.writer).expand_as(final)
         mean = self._mean[: write.shape[1]]
-        counts, best = np.zeros((len(SOURCES), 2)), []
+        counts, best = np.zeros_like(self._counts), []
         for number, turn in enumerate([None, *self._turns]):
             turned, typical = (part if turn is None else part @ turn for part in (write, mean))
             found = {
@@ -140,7 +152,7 @@ class _Search:
 
     def counts(self) -> np.ndarray:
         """[source, (hits, positions)]."""
-        return self._counts.total()
+        return self._counts
 
 
 def _distinct(ranked: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,8 +7,10 @@ are patched at once; θ* = max_n (|d̂_n| + t_{ν,1−α} · se_n) of Welch's te
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,9 +26,10 @@ from unwrite.model.view import Model
 from unwrite.result import Result, build, quantity
 from unwrite.run.contexts import Contexts, Difference, subset
 from unwrite.run.donors import DONORS, Donor, donor
-from unwrite.run.metrics import METRICS, Custom, known, metric_of, name_of, require_finite
+from unwrite.run.job import Job, opened
+from unwrite.run.metrics import METRICS, Custom, known, metric_of, name_of, require_finite, unless_own
 from unwrite.run.slots import Slot, slots
-from unwrite.run.stream import Batch, Listener, batch_size, parts, stream
+from unwrite.run.stream import Batch, Listener, Rows, batch_size, stream
 from unwrite.run.sweep import ROWS, Base, base_of, differing
 from unwrite.run.together import patched_together
 
@@ -87,6 +90,7 @@ def bound(
     metric: str | Custom | None = None,
     source: str | Model | None = None,
     batch: int | None = None,
+    checkpoint: Job | str | Path | None = None,
     listener: Listener | None = None,
 ) -> Result:
     """The largest effect that a node may still have which a guess ranks below those that were executed.
@@ -114,16 +118,20 @@ def bound(
     _require_numbers(verified, subsets, p, alpha)
     chosen = {"verified": verified, "subsets": subsets, "p": p, "alpha": alpha, "seed": seed, "batch": batch}
     request = _request(lm, pairs, guess, metric, source, chosen)
-    size = batch_size(lm, pairs.base, batch, held=4)
-    moving: list[np.ndarray] = []
-    done: list[tuple[np.ndarray, Contexts]] = []
-    stream(lm, pairs.base, _each(lambda part: _moves(request, part), moving), size, "bound: what differs", listener)
-    moves = np.concatenate(moving)
-    sets = _sets(request, np.asarray(moves.any(0)))
-    stream(lm, pairs.base, _each(lambda part: _measured(request, part, sets), done), size, "bound", listener)
+    size, read = batch_size(lm, pairs.base, batch, held=4), pairs.about()
     asked = {**chosen, "guess": guess.provenance["settings"]}
-    data = _dataset(request, sets, moves, done)
-    return build("bound", data, asked, provenance(lm), {"": pairs.about()})
+    order = hashlib.sha256(np.ascontiguousarray(guess["effect"].values).tobytes()).hexdigest()
+    with opened(unless_own(checkpoint, request.metric)) as job:
+        if done := job.begin("bound", lm, {"": read["hash"], "guess": order, **request.donor.read_by}, asked):
+            return done
+        differs = Rows(lambda part: {"moves": _moves(request, part)})
+        stream(lm, pairs.base, differs, size, "bound: what differs", listener, job)
+        moves = differs.whole()["moves"]
+        sets = _sets(request, np.asarray(moves.any(0)))
+        changes = Rows(partial(_measured, request, sets))
+        stream(lm, pairs.base, changes, size, "bound", listener, job)
+        data = _dataset(request, sets, moves, changes.whole())
+        return job.signed(build("bound", data, asked, provenance(lm), {"": read}))
 
 
 def _require_numbers(verified: Any, subsets: Any, p: Any, alpha: Any) -> None:
@@ -156,11 +164,6 @@ def _request(lm: Model, pairs: Pairs, guess: Result, metric: Any, source: Any, c
     if given.name != settings["source"]:
         raise ResultError("the guess is of another source", got=settings["source"], expected=given.name)
     return _Request(lm, pairs, asked, guess, own, given, chosen)
-
-
-def _each(measure: Any, found: list[Any]) -> Any:
-    """A step of the one loop, whose parts go to a list."""
-    return lambda batch: found.extend(part for _, part in parts(batch.part(slice(0, batch.real)), measure))
 
 
 def _base(request: _Request, batch: Batch) -> tuple[slice, Base, dict[Slot, Tensor]]:
@@ -217,8 +220,8 @@ def _sets(request: _Request, moves: np.ndarray) -> _Sets:
     return _Sets(index, settings["seed"], settings["p"], settings["subsets"], counts)
 
 
-def _measured(request: _Request, batch: Batch, sets: _Sets) -> tuple[np.ndarray, Contexts]:
-    """The metric of base runs, and moments of its changes over all sets."""
+def _measured(request: _Request, sets: _Sets, batch: Batch) -> dict[str, np.ndarray]:
+    """The metric of base runs, and what each cell that is left does to it on average over all sets."""
     rows, base, source = _base(request, batch)
     metric = metric_of(request.lm, request.pairs, request.metric, rows, base.final)
     clean = metric(base.final)
@@ -233,7 +236,7 @@ def _measured(request: _Request, batch: Batch, sets: _Sets) -> tuple[np.ndarray,
         change = (metric(final, pair) - clean[pair]).double().cpu().numpy().reshape(len(chosen), pairs)
         require_finite(np.concatenate([clean.double().cpu().numpy()[None], change]), batch.first)
         found = found + Contexts.of(change, chosen)
-    return clean.double().cpu().numpy(), found
+    return {"base": clean.double().cpu().numpy(), **vars(found.difference())}
 
 
 def _start(request: _Request, base: Base, source: dict[Slot, Tensor]) -> int:
@@ -265,16 +268,12 @@ def _dataset(
     request: _Request,
     sets: _Sets,
     moves: Bool[np.ndarray, "pair node *position"],
-    done: list[tuple[np.ndarray, Contexts]],
+    whole: dict[str, np.ndarray],
 ) -> xr.Dataset:
     """Everything that was found, named."""
-    base = np.concatenate([part for part, _ in done])
-    each = [part.difference() for _, part in done]
-    still = moves.reshape(len(moves), -1)[:, sets.left]
+    base, still = whole["base"], moves.reshape(len(moves), -1)[:, sets.left]
     # What does nothing for a pair needs no estimate there.
-    d, se, df = (
-        np.where(still, np.concatenate([getattr(one, name) for one in each]), np.nan) for name in ("d", "se", "df")
-    )
+    d, se, df = (np.where(still, whole[name], np.nan) for name in ("d", "se", "df"))
     found = {"d": d, "se": se, "df": df, "upper": Difference(d, se, df).upper(request.settings["alpha"])}
     unit = str(request.guess["effect"].attrs["units"])
     axes, units = ("pair", *request.axes), {"df": "1"}

@@ -9,9 +9,10 @@ authors' published script). Perfect clean-up is a correlation and a slope of −
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import reduce
 from operator import add
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,11 @@ from unwrite.model.values import through_values
 from unwrite.model.view import Model, fold, write_of
 from unwrite.nodes import Node, choose, parse_node, require_readers
 from unwrite.result import Result, build, quantity
+from unwrite.run.checkpoint import Arrays
+from unwrite.run.job import Job, opened
 from unwrite.run.logits import Question, reading, top_two
 from unwrite.run.rerun import Clean, clean
-from unwrite.run.stats import Tree
+from unwrite.run.stats import Tree, under
 from unwrite.run.stream import Batch, Listener, admit, batch_size, parts, stream
 from unwrite.run.trust import fit, interval, moments
 from unwrite.tokens import Tokens
@@ -48,6 +51,7 @@ def corpus_dla(
     *,
     mask: Any = None,
     batch: int | None = None,
+    checkpoint: Job | str | Path | None = None,
     listener: Listener | None = None,
 ) -> Result:
     """Correlation and slope between a writer's direct attribution and that of its erasers, over every position.
@@ -68,11 +72,13 @@ def corpus_dla(
         raise NumericError("logit is unknown", got=repr(logit), expected=" or ".join(map(repr, LOGITS)))
     node = choose([parse_node(writer)], lm.parts)[0]
     named = require_readers(choose(erasers, lm.parts), node, len(lm.layers))
-    tally = _Tally(lm, tokens, node, named, skip, logit)
-    size = batch_size(lm, tokens, batch, held=4)
-    stream(lm, tokens, tally.step, size, f"corpus {node}", listener)
     settings = {"writer": str(node), "erasers": [str(e) for e in named], "skip": skip, "logit": logit, "batch": batch}
-    return build("corpus_dla", tally.dataset(), settings, provenance(lm), {"": tokens.about()})
+    with opened(checkpoint) as job:
+        if done := job.begin("corpus_dla", lm, {"": tokens.hash}, settings):
+            return done
+        tally = _Tally(lm, tokens, node, named, skip, logit)
+        stream(lm, tokens, tally, batch_size(lm, tokens, batch, held=4), f"corpus {node}", listener, job)
+        return job.signed(build("corpus_dla", tally.dataset(), settings, provenance(lm), {"": tokens.about()}))
 
 
 class _Tally:
@@ -89,14 +95,25 @@ class _Tally:
         )
         self.folded = fold(lm)
         self._stride = -(-int(tokens.lengths.sum()) // DRAWN)
-        self._sums: Tree[np.ndarray] = Tree(add)
-        self._sample: Tree[np.ndarray] = Tree(lambda first, second: np.concatenate([first, second], 1))
+        self._sums: Tree[Tensor] = Tree(add)
+        self._sample: Tree[Tensor] = Tree(lambda first, second: torch.cat([first, second], 1))
 
     def step(self, batch: Batch) -> None:
         """Read both attributions at every position of a batch."""
         sums, samples = zip(*(found for _, found in parts(batch, self._measured)), strict=True)
-        self._sums.add(batch.index, reduce(add, sums))
-        self._sample.add(batch.index, np.concatenate(samples, 1))
+        self._sums.add(batch.index, torch.from_numpy(reduce(add, sums)))
+        self._sample.add(batch.index, torch.from_numpy(np.concatenate(samples, 1)))
+
+    def state(self) -> Arrays:
+        """Everything that is kept between two batches, as arrays by name."""
+        kept = {"sums": self._sums, "sample": self._sample}
+        states = {name: tree.state(lambda part: {"": part}) for name, tree in kept.items()}
+        return {f"{name}/{path}": array for name, arrays in states.items() for path, array in arrays.items()}
+
+    def take(self, state: Mapping[str, np.ndarray]) -> None:
+        """Add what was kept of other batches."""
+        for name, tree in (("sums", self._sums), ("sample", self._sample)):
+            tree.take(under(state, name), lambda named: named[""])
 
     def _measured(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Moments [cluster, path, moment] of a part of a batch, and some of its attributions [x or path, point]."""
@@ -142,7 +159,7 @@ class _Tally:
 
     def dataset(self) -> xr.Dataset:
         """Correlation, slope, intercept and interval by path."""
-        sums = self._sums.total()
+        sums = self._sums.total().numpy()
         sums = sums[sums[:, 0, 0] > 0]
         found = np.array([self._fitted(sums[:, path].T[:, :, None]) for path in range(len(PATHS))]).T
         equations = {
@@ -155,7 +172,7 @@ class _Tally:
             for row, (name, text) in zip(found, equations.items(), strict=True)
         }
         n = quantity((), np.asarray(int(sums[:, 0, 0].sum())), "1", "positions")
-        x, *ys = self._sample.total()
+        x, *ys = self._sample.total().numpy()
         sample = {
             "sample_x": quantity(("point",), x, "logit", "direct(writer)"),
             "sample_y": quantity(("path", "point"), np.stack(ys), "logit", "Σ direct(erasers)"),

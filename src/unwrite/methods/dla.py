@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,10 +25,11 @@ from unwrite.result import Result, build, quantity
 from unwrite.run.account import PARTS, READINGS, Asked, readings, totals
 from unwrite.run.fate import fates, input_blind
 from unwrite.run.invariance import QUARTILES, REPLACED, invariance
+from unwrite.run.job import Job, opened
 from unwrite.run.logits import Question, top_two
 from unwrite.run.replace import REPLACEMENTS, Pool
 from unwrite.run.rerun import clean
-from unwrite.run.stream import Batch, Listener, admit, batch_size, parts, stream
+from unwrite.run.stream import Batch, Listener, Rows, admit, batch_size, stream
 from unwrite.run.trust import FORMS, trust
 from unwrite.tokens import Tokens, prompts, read_rows, single_tokens, spelled
 
@@ -54,6 +57,11 @@ class Request:
     replace: str
     pool: Pool
 
+    @property
+    def questions(self) -> dict[str, np.ndarray | None]:
+        """The tokens asked about, by name."""
+        return {"answer": self.answer, "against": self.against}
+
 
 @torch.inference_mode(False)  # a backward pass is needed, also where the caller has none in mind
 def dla(
@@ -68,6 +76,7 @@ def dla(
     *,
     mask: Any = None,
     batch: int | None = None,
+    checkpoint: Job | str | Path | None = None,
     listener: Listener | None = None,
 ) -> Result:
     """What every node's write does to a logit or a logit difference: direct, net, relp, gradient, and the truth.
@@ -91,15 +100,20 @@ def dla(
     Example: `uw.dla(lm, "The capital of France is", " Paris", " London").table()`
     """
     request = _request(lm, prompts, answer, against, position, at, replace, texts, mask)
-    tally = _Tally(lm, request)
-    # Beside a run's own factors, four sets of cotangents and the writes of one node are held.
-    size = batch_size(lm, request.tokens, batch, held=4)
-    stream(lm, request.tokens, tally.step, size, "dla", listener)
     settings = {
         "position": request.row.tolist(), "at": at, "replace": replace, "batch": batch,
         "texts": None if texts is None else request.pool.tokens.about(),
     }  # fmt: skip
-    return build("dla", tally.dataset(), settings, provenance(lm), {"": request.tokens.about()})
+    asked = {name: None if ids is None else ids.tolist() for name, ids in request.questions.items()}
+    with opened(checkpoint) as job:
+        if done := job.begin("dla", lm, {"": request.tokens.hash}, {**settings, **asked}):
+            return done
+        # Beside a run's own factors, four sets of cotangents and the writes of one node are held.
+        size = batch_size(lm, request.tokens, batch, held=4)
+        rows = Rows(partial(_measured, lm, request))
+        stream(lm, request.tokens, rows, size, "dla", listener, job)
+        data = _Found(lm, request, rows.whole()).dataset()
+        return job.signed(build("dla", data, settings, provenance(lm), {"": request.tokens.about()}))
 
 
 def _request(
@@ -142,65 +156,65 @@ def _texts(lm: Model, texts: Any, row: np.ndarray) -> Tokens:
     return tokens
 
 
-class _Tally:
-    """What is kept of every prompt while batches go by; prompts are few, so all of it is."""
+def _measured(lm: Model, request: Request, batch: Batch) -> dict[str, np.ndarray]:
+    """All readings and the truth, for the replacements of trust and for the one asked for."""
+    prompt = list(range(batch.first, batch.first + batch.real))
+    run = clean(lm, batch.ids, request.pool.folded)
+    row = torch.from_numpy(request.row[prompt]).to(lm.device)
+    question = _question(lm, request, prompt, run.record.stream[lm.states[-1]], row)
+    asked = Asked(run, batch.ids.to(lm.device), row, question)
+    found = asked.sums() | {"answer": question.answer}
+    if question.against is not None:
+        found["against"] = question.against
+    _require_finite(batch, found["logit_diff"])
+    found |= _attributed(request, batch, asked)
+    found["other_direct"] = torch.stack([*invariance(asked, request.pool, batch.first, batch.real)])
+    return {name: part.double().cpu().numpy() for name, part in found.items()}
 
-    def __init__(self, lm: Model, request: Request):
-        self.lm, self.request = lm, request
-        self._parts: list[dict[str, Tensor]] = []
 
-    def step(self, batch: Batch) -> None:
-        """All readings and the truth, for the replacements of trust and for the one asked for."""
-        self._parts += [found for _, found in parts(batch.part(slice(0, batch.real)), self._measured)]
+def _attributed(request: Request, batch: Batch, asked: Asked) -> dict[str, Tensor]:
+    """Readings, total and why, by their name and that of the replacement."""
+    slopes = asked.cotangents()
+    writes = asked.run.record.writes.map(lambda part: part.expand(batch.real, *part.shape[1:]))
+    place = torch.arange(batch.ids.shape[1], device=asked.row.device)
+    where = place == asked.row[:, None] if request.at == "position" else place <= asked.row[:, None]
+    found: dict[str, Tensor] = {}
+    for name in dict.fromkeys((*TRUSTED, request.replace)):
+        replaced = request.pool.replaced(name, batch, writes, where)
+        for key, part in (readings(asked, slopes, replaced) | totals(asked, replaced)).items():
+            part[~replaced.known] = torch.nan
+            found[f"{key} {name}"] = part
+    return found
 
-    def _measured(self, batch: Batch) -> dict[str, Tensor]:
-        request, lm = self.request, self.lm
-        prompt = list(range(batch.first, batch.first + batch.real))
-        run = clean(lm, batch.ids, request.pool.folded)
-        row = torch.from_numpy(request.row[prompt]).to(lm.device)
-        asked = Asked(run, batch.ids.to(lm.device), row, self._question(prompt, run.record.stream[lm.states[-1]], row))
-        found = asked.sums() | {"answer": asked.question.answer}
-        if asked.question.against is not None:
-            found["against"] = asked.question.against
-        self._require_finite(batch, found["logit_diff"])
-        found |= self._attributed(batch, asked)
-        found["other_direct"] = torch.stack([*invariance(asked, request.pool, batch.first, batch.real)])
-        return {name: part.cpu() for name, part in found.items()}
 
-    def _attributed(self, batch: Batch, asked: Asked) -> dict[str, Tensor]:
-        """Readings, total and why, by their name and that of the replacement."""
-        slopes = asked.cotangents()
-        writes = asked.run.record.writes.map(lambda part: part.expand(batch.real, *part.shape[1:]))
-        place = torch.arange(batch.ids.shape[1], device=self.lm.device)
-        where = place == asked.row[:, None] if self.request.at == "position" else place <= asked.row[:, None]
-        found: dict[str, Tensor] = {}
-        for name in dict.fromkeys((*TRUSTED, self.request.replace)):
-            replaced = self.request.pool.replaced(name, batch, writes, where)
-            for key, part in (readings(asked, slopes, replaced) | totals(asked, replaced)).items():
-                part[~replaced.known] = torch.nan
-                found[f"{key} {name}"] = part
-        return found
+def _question(lm: Model, request: Request, prompt: list[int], final: Tensor, row: Tensor) -> Question:
+    if request.answer is None:
+        return top_two(lm, final[torch.arange(len(row)), row])
+    answer = torch.from_numpy(request.answer[prompt]).to(row.device)
+    against = request.against
+    return Question(answer, None if against is None else torch.from_numpy(against[prompt]).to(row.device))
 
-    def _question(self, prompt: list[int], final: Tensor, row: Tensor) -> Question:
-        request = self.request
-        if request.answer is None:
-            return top_two(self.lm, final[torch.arange(len(row)), row])
-        answer = torch.from_numpy(request.answer[prompt]).to(row.device)
-        against = request.against
-        return Question(answer, None if against is None else torch.from_numpy(against[prompt]).to(row.device))
 
-    def _require_finite(self, batch: Batch, difference: Tensor) -> None:
-        bad = (~difference.isfinite()).nonzero()
-        if len(bad):
-            raise NumericError(
-                f"the logits of prompt {batch.first + int(bad[0])} are not finite",
-                fix="load the model in float32, or leave this prompt out",
-            )
+def _require_finite(batch: Batch, difference: Tensor) -> None:
+    bad = (~difference.isfinite()).nonzero()
+    if len(bad):
+        raise NumericError(
+            f"the logits of prompt {batch.first + int(bad[0])} are not finite",
+            fix="load the model in float32, or leave this prompt out",
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """What was measured of every prompt, by name."""
+
+    lm: Model
+    request: Request
+    value: dict[str, np.ndarray]
 
     def dataset(self) -> xr.Dataset:
         """Everything that was kept, named."""
-        value = {name: torch.cat([part[name] for part in self._parts]).double().numpy() for name in self._parts[0]}
-        request, cells = self.request, ("prompt", "node")
+        value, request, cells = self.value, self.request, ("prompt", "node")
         chosen = {name: value[f"{name} {request.replace}"] for name in (*READINGS, "total")}
         why, other = value[f"why {request.replace}"], value["other_direct"]
         with np.errstate(divide="ignore", invalid="ignore"):

@@ -7,9 +7,7 @@ arXiv 2508.21258), integrated gradients (conductance). (facts: attribution)
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,13 +24,15 @@ from unwrite.errors import NumericError, TokensError
 from unwrite.model.load import provenance
 from unwrite.model.view import Model
 from unwrite.result import Result, build, quantity
-from unwrite.run.checkpoint import Checkpoint
+from unwrite.run.checkpoint import Arrays
 from unwrite.run.donors import Donor, donor
 from unwrite.run.estimates import Asked, Summed, attributed, integrated, star
-from unwrite.run.metrics import Custom, known, metric_of, name_of
+from unwrite.run.job import Job, opened
+from unwrite.run.metrics import Custom, known, metric_of, name_of, unless_own
 from unwrite.run.rules import RULES, Rules
 from unwrite.run.slots import Slot, slots
-from unwrite.run.stream import Batch, Listener, Progress, batch_size, parts, stream
+from unwrite.run.stats import under
+from unwrite.run.stream import Batch, Listener, Progress, Rows, batch_size, stream
 from unwrite.run.sweep import base_of, forwards, patched, patches
 
 AT = ("each", "all", "last")
@@ -80,7 +80,7 @@ def effects(
     *,
     steps: int = _STEPS,
     batch: int | None = None,
-    checkpoint: str | Path | None = None,
+    checkpoint: Job | str | Path | None = None,
     listener: Listener | None = None,
 ) -> Result:
     """What replacing each node by its value in a source run does to a metric of the base run's logits.
@@ -92,7 +92,7 @@ def effects(
     `metric` "logit_diff", "log_prob", "prob", "kl", or a function from logits [pair, vocabulary] to a number each;
     `source` where values come from: the pairs' "source" prompts, their "mean" over pairs, "zero", "resample" (another
     pair's source prompt), or another model of the same shape, which reads the source prompts; `steps` of "ig";
-    `checkpoint` a file in which an exact sweep keeps what is done, and goes on from after it was stopped.
+    `checkpoint` as in `uw.scan`; an exact sweep keeps what is done inside a batch, too.
     Returns a Result with `effect[pair, node, position]` (no position unless at="each"; NaN behind the row that is read)
     in units of the metric; `base[pair]`, the metric of the base run; `row` and `first` (the first position at which the
     prompts differ). "atp*": `effect` is GradDrop's magnitude, `signed` AtP with the QK fix. "ig": `effect` is
@@ -104,28 +104,25 @@ def effects(
     Example: `uw.effects(lm, pairs, "heads", method="relp").table()`
     """
     request = _request(lm, pairs, nodes, at, method, metric, source, steps)
-    if checkpoint is not None and (method != "exact" or callable(metric)):
-        raise NumericError(
-            "no checkpoint is kept of this", got=f"method {name_of(method)}, metric {name_of(metric)}",
-            expected="an exact sweep by a metric that has a name",
-        )  # fmt: skip
     size = batch_size(lm, pairs.base, batch, held=4)
     settings = {
         "nodes": nodes if isinstance(nodes, str) else [*nodes], "at": at, "method": name_of(method),
         "metric": name_of(metric), "source": request.donor.name, "steps": steps, "batch": batch,
     }  # fmt: skip
     model, read = provenance(lm), pairs.about()
-    key = json.dumps([model["weights"], model["dtype"], read["hash"], request.names, settings], sort_keys=True)
-    kept = None if checkpoint is None else Checkpoint(Path(checkpoint), key)
-    tally = _Tally(request, kept)
-    stage = f"effects {name_of(method)}"
-    if method == "exact" and listener is not None:
-        # What a sweep will take is said before it starts.
-        stage = f"exact, {tally.cost:,.0f} passes"
-        listener(Progress(stage, 0, len(pairs), 0, 0.0))
-    with kept or nullcontext():
-        stream(lm, pairs.base, tally.step, size, stage, listener)
-    return build("effects", tally.dataset(), settings, model, {"": read})
+    asked = {**settings, "nodes": request.names}
+    with opened(unless_own(checkpoint, metric)) as job:
+        if done := job.begin("effects", lm, {"": read["hash"], **request.donor.read_by}, asked):
+            return done
+        tally, cost = _Tally(request, job), _cost(request)
+        stage = f"effects {name_of(method)}"
+        if method == "exact" and listener is not None:
+            # What a sweep will take is said before it starts.
+            stage = f"exact, {cost:,.0f} passes"
+            listener(Progress(stage, 0, len(pairs), 0, 0.0))
+        stream(lm, pairs.base, tally, size, stage, listener, job)
+        data = _dataset(request, tally.whole()).assign_attrs(cost=cost)
+        return job.signed(build("effects", data, settings, model, {"": read}))
 
 
 def _request(
@@ -167,40 +164,78 @@ def _require_differences(pairs: Pairs) -> None:
 
 
 class _Tally:
-    """Effects of all pairs, filled in batch by batch."""
+    """Effects of all pairs, filled in batch by batch; of executed ones also those of the batch that is not done."""
 
-    def __init__(self, request: Request, checkpoint: Checkpoint | None):
-        self._request, self._checkpoint = request, checkpoint
-        self.cost = _cost(request)
-        self._parts: list[dict[str, np.ndarray]] = []
+    def __init__(self, request: Request, job: Job):
+        self._request, self._job = request, job
+        self._rows = Rows(self._measured)
+        self._begun: Arrays = {}
+        self.whole = self._rows.whole
 
     def step(self, batch: Batch) -> None:
         """All nodes of a batch of pairs."""
-        self._parts += [found for _, found in parts(batch.part(slice(0, batch.real)), self._measured)]
+        self._rows.step(batch)
 
-    def _measured(self, batch: Batch) -> dict[str, np.ndarray]:
+    def state(self) -> Arrays:
+        """Everything that is known, as arrays by name."""
+        return {f"{name}/{path}": part for name, one in (("done", self._rows.state()), ("begun", self._begun))
+                for path, part in one.items()}  # fmt: skip
+
+    def take(self, state: Mapping[str, np.ndarray]) -> None:
+        """Add what was known."""
+        self._rows.take(under(state, "done"))
+        self._begun = under(state, "begun")
+
+    def _measured(self, batch: Batch) -> Arrays:
         request, rows = self._request, slice(batch.first, batch.first + batch.real)
-        exact = request.method == "exact"
-        made = _executed(request, rows, self._checkpoint) if exact else _guessed(request, rows)
+        made = self._executed(rows) if request.method == "exact" else _guessed(request, rows)
         found = {name: part.double().cpu().numpy() for name, part in made.items()}
         _require_finite(request, rows, found)
         return found
 
-    def dataset(self) -> xr.Dataset:
-        """Everything that was found, named."""
-        request, pairs = self._request, self._request.pairs
-        whole = {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
-        unit = name_of(request.metric)
-        variables: dict[str, Any] = {
-            name: quantity(("pair",) if name == "base" else request.cells, part, unit, _equation(request, name))
-            for name, part in whole.items()
-        }
-        variables |= {"row": ("pair", pairs.row), "first": ("pair", pairs.first)}
-        variables |= {
-            name: ("pair", np.array(words, dtype=object)) for name, words in pairs.words(request.lm.tokenizer).items()
-        }
-        axes = {"pair": np.arange(len(pairs)), "node": request.names, "position": np.arange(pairs.base.length)}
-        return xr.Dataset(variables, {name: axes[name] for name in request.cells}).assign_attrs(cost=self.cost)
+    @torch.no_grad()
+    def _executed(self, rows: slice) -> dict[str, Tensor]:
+        """Effects of really patched runs."""
+        request, lm, pairs = self._request, self._request.lm, self._request.pairs
+        base = base_of(lm, pairs, rows, request.slots)
+        row = base.row
+        metric = metric_of(lm, pairs, request.metric, rows, base.final)
+        clean = metric(base.final)
+        found, done = self._held(rows, clean.new_zeros(len(row), pairs.base.length, len(request.names)))
+        offset = dict(zip(request.slots, np.cumsum([0, *(len(slot.units) for slot in request.slots)]), strict=False))
+        source = request.donor.values(rows)
+        for start, jobs in patches(base, source, request.at):
+            if start < done:
+                continue
+            place = start if request.at == "each" else 0
+            for part, final in patched(base, source, jobs, start, request.at == "all"):
+                change = metric(final, part.pair) - clean[part.pair]
+                found[part.pair, place, part.unit + int(offset[part.slot])] = change
+            self._begun = {_name(rows): found.cpu().numpy(), f"{_name(rows)} done": np.array(start + 1)}
+            self._job.tick(self)
+        self._begun = {}
+        return {"base": clean, "effect": _shaped(request, found if request.at == "each" else found[:, :1], row)}
+
+    def _held(self, rows: slice, empty: Tensor) -> tuple[Tensor, int]:
+        """What of these pairs' effects is known already, and the position from which on they are not."""
+        if _name(rows) not in self._begun:
+            return empty, 0
+        return torch.from_numpy(self._begun[_name(rows)].copy()).to(empty), int(self._begun[f"{_name(rows)} done"])
+
+
+def _dataset(request: Request, whole: Arrays) -> xr.Dataset:
+    """Everything that was found, named."""
+    pairs, unit = request.pairs, name_of(request.metric)
+    variables: dict[str, Any] = {
+        name: quantity(("pair",) if name == "base" else request.cells, part, unit, _equation(request, name))
+        for name, part in whole.items()
+    }
+    variables |= {"row": ("pair", pairs.row), "first": ("pair", pairs.first)}
+    variables |= {
+        name: ("pair", np.array(words, dtype=object)) for name, words in pairs.words(request.lm.tokenizer).items()
+    }
+    axes = {"pair": np.arange(len(pairs)), "node": request.names, "position": np.arange(pairs.base.length)}
+    return xr.Dataset(variables, {name: axes[name] for name in request.cells})
 
 
 def _require_finite(request: Request, rows: slice, found: Mapping[str, np.ndarray]) -> None:
@@ -233,36 +268,6 @@ def _cost(request: Request) -> float:
     passes = {"atp*": 3, "ig": 2 * request.steps + 4}
     name = request.method if isinstance(request.method, str) else ""
     return float(passes.get(name, 2) + backwards.get(name, 1))
-
-
-@torch.no_grad()
-def _executed(request: Request, rows: slice, checkpoint: Checkpoint | None) -> dict[str, Tensor]:
-    """Effects of really patched runs."""
-    lm, pairs = request.lm, request.pairs
-    base = base_of(lm, pairs, rows, request.slots)
-    row = base.row
-    metric = metric_of(lm, pairs, request.metric, rows, base.final)
-    clean = metric(base.final)
-    found, done = _held(checkpoint, rows, clean.new_zeros(len(row), pairs.base.length, len(request.names)))
-    offset = dict(zip(request.slots, np.cumsum([0, *(len(slot.units) for slot in request.slots)]), strict=False))
-    source = request.donor.values(rows)
-    for start, jobs in patches(base, source, request.at):
-        if start < done:
-            continue
-        place = start if request.at == "each" else 0
-        for part, final in patched(base, source, jobs, start, request.at == "all"):
-            found[part.pair, place, part.unit + int(offset[part.slot])] = metric(final, part.pair) - clean[part.pair]
-        if checkpoint is not None:
-            checkpoint.keep({_name(rows): found.cpu().numpy(), f"{_name(rows)} done": np.array(start + 1)})
-    return {"base": clean, "effect": _shaped(request, found if request.at == "each" else found[:, :1], row)}
-
-
-def _held(checkpoint: Checkpoint | None, rows: slice, empty: Tensor) -> tuple[Tensor, int]:
-    """What of these pairs' effects is known already, and the position from which on they are not."""
-    if checkpoint is None or _name(rows) not in checkpoint.arrays:
-        return empty, 0
-    known = torch.from_numpy(checkpoint.arrays[_name(rows)].copy()).to(empty)
-    return known, int(checkpoint.arrays[f"{_name(rows)} done"])
 
 
 def _name(rows: slice) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,9 +24,10 @@ from unwrite.model.view import Model
 from unwrite.result import Result, build, quantity
 from unwrite.run.donors import Donor, donor
 from unwrite.run.ends import Ends, ends
-from unwrite.run.metrics import Custom, known, metric_of, name_of, require_finite
+from unwrite.run.job import Job, opened
+from unwrite.run.metrics import Custom, known, metric_of, name_of, require_finite, unless_own
 from unwrite.run.paths import MODES, effects_of_edges
-from unwrite.run.stream import Batch, Listener, batch_size, parts, stream
+from unwrite.run.stream import Batch, Listener, Rows, batch_size, stream
 from unwrite.run.sweep import base_of
 
 _EQUATIONS = {
@@ -56,6 +59,7 @@ def paths(
     source: str | Model = "source",
     *,
     batch: int | None = None,
+    checkpoint: Job | str | Path | None = None,
     listener: Listener | None = None,
 ) -> Result:
     """What each sender, set to its value in a source run, does to a metric through each receiver alone.
@@ -86,20 +90,18 @@ def paths(
     named = [[part] if isinstance(part, str) else [str(name) for name in part] for part in (senders, receivers)]
     found = ends(lm, *named)
     request = _Request(lm, pairs, found, mlps, known(metric), donor(lm, pairs, found.sent, source))
-    done: list[dict[str, np.ndarray]] = []
-
-    def step(batch: Batch) -> None:
-        done.extend(part for _, part in parts(batch.part(slice(0, batch.real)), lambda part: _measured(request, part)))
-
-    size = batch_size(lm, pairs.base, batch, held=4)
-    stream(lm, pairs.base, step, size, f"paths {mlps}", listener)
     settings = {
         "senders": named[0], "receivers": named[1], "mlps": mlps, "metric": name_of(metric),
         "source": request.donor.name, "batch": batch,
     }  # fmt: skip
-    whole = {name: np.concatenate([part[name] for part in done]) for name in done[0]}
-    data = _dataset(request, whole, name_of(metric))
-    return build("paths", data, settings, provenance(lm), {"": pairs.about()})
+    read = pairs.about()
+    with opened(unless_own(checkpoint, metric)) as job:
+        if done := job.begin("paths", lm, {"": read["hash"], **request.donor.read_by}, settings):
+            return done
+        rows = Rows(partial(_measured, request))
+        stream(lm, pairs.base, rows, batch_size(lm, pairs.base, batch, held=4), f"paths {mlps}", listener, job)
+        data = _dataset(request, rows.whole(), name_of(metric))
+        return job.signed(build("paths", data, settings, provenance(lm), {"": read}))
 
 
 def _measured(request: _Request, batch: Batch) -> dict[str, np.ndarray]:

@@ -8,10 +8,7 @@ falls or reverses; whether a write was erased only an executed run without it ca
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +18,13 @@ from jaxtyping import Bool, Float
 from scipy import stats
 
 from unwrite.errors import NumericError, TokensError, plain
-from unwrite.model.load import provenance, weights_hash
+from unwrite.model.load import provenance
 from unwrite.model.view import Model
 from unwrite.nodes import Node, choose, reads
 from unwrite.result import QUANTILES, Result, build, quantity
-from unwrite.run.checkpoint import Checkpoint
 from unwrite.run.gram import GramTally
-from unwrite.run.stream import Batch, Listener, admit, admit_floor, batch_size, stream
-from unwrite.tokens import Tokens
+from unwrite.run.job import Job, opened
+from unwrite.run.stream import Listener, admit, admit_floor, batch_size, stream
 
 # A candidate eraser's share is below −ERASES with a false discovery rate of FDR over all pairs that can read.
 ERASES = 0.02
@@ -48,7 +44,7 @@ def scan(
     *,
     mask: Any = None,
     batch: int | None = None,
-    checkpoint: str | Path | None = None,
+    checkpoint: Job | str | Path | None = None,
     listener: Listener | None = None,
 ) -> Result:
     """What every node writes, the level along every write at every later location, and who writes against it.
@@ -58,7 +54,8 @@ def scan(
     start of each prompt (attention sinks) are reported apart; where a write's norm is below `floor` times the largest
     norm of the stream at that position its ratios are left out and counted; `batch` prompts at a time; `checkpoint` a
     folder in which what is done is kept every half minute: however the run was stopped, the same call goes on from
-    there, to the same bits; `listener` is told the progress.
+    there, to the same bits (or a `uw.Job`, which has its own interval, or does a part of the work); `listener` is told
+    the progress.
     Returns a Result (axes writer, node, location, quantile; text first where there are several):
     `pr`, `level`, `change`, `norm`, `relative_norm`, `dilution` as quantiles over positions; energy-weighted, with
     standard errors clustered by prompt, `share` (= `share_position` + `share_token`), `share_se`, `level_share`,
@@ -75,60 +72,28 @@ def scan(
         raise TokensError("no text was given", expected="at least one")
     texts = {plain(name): admit(lm, part, mask, skip) for name, part in texts.items()}
     chosen, floor = choose(writers, lm.parts), admit_floor(floor)
-    with ExitStack() as stack:
-        data: list[xr.Dataset] = []
-        for i, (name, part) in enumerate(texts.items()):
-            asked = _Asked(lm, part, chosen, skip, floor, batch_size(lm, part, batch))
-            kept = None if checkpoint is None else Checkpoint(Path(checkpoint) / f"scan-{i}.npz", asked.key)
-            data.append(_scan(asked, kept and stack.enter_context(kept), listener, name))
-    if writers is not None:
-        for part in data:
-            _require_writes(part)
-    names = xr.Variable("text", list(texts))
-    whole = data[0] if list(texts) == [""] else xr.concat(data, names)
     settings = {"writers": [str(node) for node in chosen], "skip": skip, "floor": floor, "batch": batch}
-    about = {name: part.about() for name, part in texts.items()}
-    return build("scan", whole, settings, provenance(lm), about)
+    with opened(checkpoint) as job:
+        if done := job.begin("scan", lm, {name: part.hash for name, part in texts.items()}, settings):
+            return done
+        tallies: list[GramTally] = []
+        for name, part in texts.items():
+            size = batch_size(lm, part, batch)
+            tallies.append(GramTally(lm, part, chosen, skip, floor, n_batches=-(-len(part) // size)))
+            stream(lm, part, tallies[-1], size, f"scan {name}".strip(), listener, job)
+        job.together()
+        data = [_found(tally, chosen) for tally in tallies]
+        if writers is not None:
+            for part in data:
+                _require_writes(part)
+        whole = data[0] if list(texts) == [""] else xr.concat(data, xr.Variable("text", list(texts)))
+        about = {name: part.about() for name, part in texts.items()}
+        return job.signed(build("scan", whole, settings, provenance(lm), about))
 
 
-@dataclass(frozen=True, eq=False)
-class _Asked:
-    """What is asked of one text."""
-
-    lm: Model
-    tokens: Tokens
-    writers: tuple[Node, ...]
-    skip: int
-    floor: float
-    size: int
-
-    @property
-    def key(self) -> str:
-        """All that the numbers depend on."""
-        lm = self.lm
-        model = [weights_hash(lm), str(lm.dtype), str(lm.device), lm.convention, lm.config._attn_implementation]
-        return json.dumps([*model, self.tokens.hash, [*map(str, self.writers)], self.skip, self.floor, self.size])
-
-
-def _scan(asked: _Asked, checkpoint: Checkpoint | None, listener: Listener | None, name: str) -> xr.Dataset:
-    lm, tokens, writers, size = asked.lm, asked.tokens, asked.writers, asked.size
-    total = -(-len(tokens) // size)
-    tally = GramTally(lm, tokens, writers, asked.skip, asked.floor, n_batches=total)
-    done = 0
-    if checkpoint is not None and checkpoint.arrays:
-        done = int(checkpoint.arrays["done"])
-        tally.restore(checkpoint.arrays)
-        checkpoint.arrays = {}
-
-    def step(batch: Batch) -> None:
-        tally.step(batch)
-        last = batch.index + 1 == total
-        if checkpoint is not None and (last or checkpoint.due):
-            checkpoint.save({"done": np.array(batch.index + 1), **tally.state()})
-
-    stream(lm, tokens, step, size, f"scan {name}".strip(), listener, done)
-    data = xr.Dataset({**_quantiles(tally), **_shares(tally), **_counts(tally)}, _coordinates(lm, writers))
-    return _judge(data.assign_attrs(n_prompts=len(tokens)), lm, writers)
+def _found(tally: GramTally, writers: tuple[Node, ...]) -> xr.Dataset:
+    data = xr.Dataset({**_quantiles(tally), **_shares(tally), **_counts(tally)}, _coordinates(tally.lm, writers))
+    return _judge(data.assign_attrs(n_prompts=len(tally.tokens)), tally.lm, writers)
 
 
 def _coordinates(lm: Model, writers: tuple[Node, ...]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ with and without the write; they sum to survival − 1. Beside it the algebra of
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from unwrite.model.view import Model
 from unwrite.nodes import Node, choose, parse_node, require_readers
 from unwrite.result import QUANTILES, Result, build, quantity
 from unwrite.run.decode import RIDGE
+from unwrite.run.job import Job, opened
 from unwrite.run.places import EXAMPLES, SHOWN, first_of_groups
 from unwrite.run.stream import Listener, admit, admit_floor, batch_size, stream
 from unwrite.run.without import CONDITIONS, READ_ROTATIONS, ROTATIONS, WithoutTally
@@ -45,6 +47,7 @@ def verify(
     *,
     mask: Any = None,
     batch: int | None = None,
+    checkpoint: Job | str | Path | None = None,
     listener: Listener | None = None,
 ) -> Result:
     """What survives of one node's write, from executed runs without it, and which later nodes act because of it.
@@ -74,16 +77,20 @@ def verify(
     named = None if erasers is None else require_readers(choose(erasers, lm.parts), node, len(lm.layers))
     # The states of two runs are held at a time.
     size = batch_size(lm, tokens, batch, held=2)
-    tally = WithoutTally(lm, tokens, node, skip, admit_floor(floor))
-    stream(lm, tokens, lambda part: tally.step(part, named or ()), size, f"verify {node}", listener)
-    if not tally.n_positions:
-        raise NumericError(f"{node} never writes on this text: no position is above the floor")
-    chosen = named or _default(tally)
-    if named is None:
-        stream(lm, tokens, lambda part: tally.hide(part, chosen), size, f"verify {node}, hidden", listener)
-    data = _judged(_dataset(tally), tally, chosen)
-    settings = {"writer": str(node), "erasers": [str(e) for e in chosen], "skip": skip, "floor": floor, "batch": batch}
-    return build("verify", data, settings, provenance(lm), {"": tokens.about()})
+    asked = {"writer": str(node), "skip": skip, "floor": floor, "batch": batch}
+    with opened(checkpoint) as job:
+        if done := job.begin("verify", lm, {"": tokens.hash}, {**asked, "erasers": named and [*map(str, named)]}):
+            return done
+        tally = WithoutTally(lm, tokens, node, skip, admit_floor(floor))
+        stream(lm, tokens, tally.executed(named or ()), size, f"verify {node}", listener, job)
+        if not tally.n_positions:
+            raise NumericError(f"{node} never writes on this text: no position is above the floor")
+        chosen = named or _default(tally)
+        if named is None:
+            stream(lm, tokens, tally.hiding(chosen), size, f"verify {node}, hidden", listener, job)
+        data = _judged(_dataset(tally), tally, chosen)
+        settings = {**asked, "erasers": [str(e) for e in chosen]}
+        return job.signed(build("verify", data, settings, provenance(lm), {"": tokens.about()}))
 
 
 def _default(tally: WithoutTally) -> tuple[Node, ...]:

@@ -83,7 +83,7 @@ def _lines(screen: Console) -> Callable[[Step], None]:
             return
         tenth = 10 * step.done // step.total
         if tenths.get(step.stage) != tenth:
-            screen.print(Text(_line(step, screen.width)))
+            screen.print(Text(line(step, screen.width)))
         tenths[step.stage] = tenth
 
     return hear
@@ -118,7 +118,7 @@ class _Shown:
     def settle(self) -> None:
         """Leave the line of the stage that ran behind, above what is live."""
         if self.now is not None:
-            self.screen.print(Text(_line(self.now, self.screen.width, self.before), no_wrap=True))
+            self.screen.print(Text(line(self.now, self.screen.width, self.before), no_wrap=True))
         self.now, self.before = None, None
 
     def frame(self) -> RenderableType:
@@ -126,13 +126,13 @@ class _Shown:
         table = [Text(""), grid("", _HEADER, self.rows)] if self.rows else []
         if self.over:
             return Group(*table)
-        line = "computing …" if self.now is None else _line(self.now, self.screen.width - 2)
-        self.spinner.update(text=Text(line, no_wrap=True, overflow="ellipsis"))
+        words = "computing …" if self.now is None else line(self.now, self.screen.width - 2)
+        self.spinner.update(text=Text(words, no_wrap=True, overflow="ellipsis"))
         memory = Text("  " + _memory(self.device()) + self.hint, "dim", no_wrap=True, overflow="ellipsis")
         return Group(*table, self.spinner, memory)
 
 
-def _line(step: Step, width: int, before: Step | None = None) -> str:
+def line(step: Step, width: int, before: Step | None = None) -> str:
     """A stage in one line that fits `width`; `before` is the end of an earlier pass over it, which counts."""
     bar = max(_NARROWEST, min(_WIDEST, width - _FIXED))
     filled = bar * step.done // step.total

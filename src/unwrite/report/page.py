@@ -19,7 +19,7 @@ from unwrite.report.rows import HEADER, Row, folded_line, rows, soundness, texts
 from unwrite.report.templates import own, render
 from unwrite.report.terminal import certificate, headline
 from unwrite.report.verdict import verdict
-from unwrite.result import Result, write
+from unwrite.result import FILE, Result, write
 
 # Cells of the map of levels, and bytes of a file that the page carries with it.
 _CELLS = 5000
@@ -69,10 +69,15 @@ def save_all(result: Result, folder: Path) -> tuple[str, ...]:
 
     Raises ResultError where it cannot be written.
     """
-    files = [result.save(folder), result.save_table(folder / "table.csv")]
-    if result.method in ("scan", "audit"):
-        files.append(save(result, folder / "report.html", tuple(files)))
-    return tuple(file.name for file in files)
+    written = [result.save(folder), result.save_table(folder / files(result)[1])]
+    if len(files(result)) > len(written):
+        save(result, folder / files(result)[2], tuple(written))
+    return files(result)
+
+
+def files(result: Result) -> tuple[str, ...]:
+    """The names of the files that `save_all` writes."""
+    return (FILE, "table.csv", *(("report.html",) if result.method in ("scan", "audit") else ()))
 
 
 def _address(file: Path) -> str:

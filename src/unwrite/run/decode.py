@@ -20,6 +20,7 @@ from torch import Tensor
 
 from unwrite.model.view import Model
 from unwrite.nodes import Location, Node
+from unwrite.run.checkpoint import Arrays
 from unwrite.run.stream import Batch
 from unwrite.tokens import Tokens
 
@@ -102,6 +103,15 @@ class Decoding:
     def add(self, moments: Moments) -> None:
         """Take in what `measure` found."""
         self._total.take(moments)
+
+    def state(self) -> Arrays:
+        """All moments so far, as arrays by name."""
+        return {f"moments {name}": part.cpu().numpy() for name, part in vars(self._total).items()}
+
+    def take(self, state: Mapping[str, np.ndarray]) -> None:
+        """Add the `state` of other rows."""
+        for name, total in vars(self._total).items():
+            total += torch.from_numpy(state[f"moments {name}"]).to(total)
 
     def found(self) -> Float[np.ndarray, " location"]:
         """Held-out R² by location; NaN where nothing was kept, or where the write has no token part."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unwrite.contrasts import Pairs
 from unwrite.errors import ModelError, NumericError, TokensError
+from unwrite.model.load import weights_hash
 from unwrite.model.view import Model
 from unwrite.run.slots import Slot, slots
 from unwrite.run.stream import batch_size, batches
@@ -32,6 +33,11 @@ class Donor:
     reader: Model
     read: tuple[Slot, ...]
     order: Int[np.ndarray, " pair"]
+
+    @property
+    def read_by(self) -> dict[str, str]:
+        """The hash of another model's weights that read the values."""
+        return {"read by": weights_hash(self.reader)} if self.name not in DONORS else {}
 
     def ids(self, rows: slice) -> Int[Tensor, "pair position"]:
         """The prompts that these pairs' values come from."""

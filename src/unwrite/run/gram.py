@@ -119,15 +119,15 @@ class GramTally:
         sums |= {name: getattr(self, name).state(lambda part: {"": part}) for name in _TREES}
         return alone | {f"{name}/{path}": array for name, arrays in sums.items() for path, array in arrays.items()}
 
-    def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Go on from a `state`."""
+    def take(self, state: Mapping[str, np.ndarray]) -> None:
+        """Add what was kept of other batches."""
         device = self.lm.device
         for name in _HISTOGRAMS:
-            getattr(self, name).restore(state[name])
-        self.sums.restore(under(state, "sums"), lambda named: ClusterSums.of_tensors(named, device))
+            getattr(self, name).take(state[name])
+        self.sums.take(under(state, "sums"), lambda named: ClusterSums.of_tensors(named, device))
         for name in _TREES:
-            getattr(self, name).restore(under(state, name), lambda named: named[""].to(device))
-        self.positions.restore(under(state, "positions"))
+            getattr(self, name).take(under(state, name), lambda named: named[""].to(device))
+        self.positions.take(under(state, "positions"))
 
     def _chunk_rows(self) -> int:
         nodes = len(self.lm.parts)

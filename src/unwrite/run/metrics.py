@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from unwrite.run.logits import final_norm
 
 METRICS = ("logit_diff", "log_prob", "prob", "kl")
 Custom = Callable[[Float[Tensor, "pair vocabulary"]], Float[Tensor, " pair"]]
+P = TypeVar("P")
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +106,17 @@ def known(metric: Any) -> str | Custom:
 def name_of(setting: Any) -> str:
     """What a result calls a setting: its own name, or that of the function or rules."""
     return setting if isinstance(setting, str) else getattr(setting, "__name__", repr(setting))
+
+
+def unless_own(place: P, *settings: Any) -> P:
+    """`place` again. Raises NumericError where a run is to be kept there that a function of the caller's decides.
+
+    Its name does not say what it computes, so another run could go on from there.
+    """
+    own = [name_of(setting) for setting in settings if callable(setting)]
+    if own and getattr(place, "folder", place) is not None:
+        raise NumericError("no checkpoint is kept of this", got=", ".join(own), expected="a metric that has a name")
+    return place
 
 
 def require_finite(values: Float[np.ndarray, "_ pair"], first: int) -> None:

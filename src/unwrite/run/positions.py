@@ -76,11 +76,11 @@ class Positions:
         kept = {"sums": self._sums.state(Writes.tensors), "products": self._products.state(lambda part: {"": part})}
         return {f"{name}/{path}": array for name, arrays in kept.items() for path, array in arrays.items()}
 
-    def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Go on from a `state`."""
+    def take(self, state: Mapping[str, np.ndarray]) -> None:
+        """Add what was kept of other batches."""
         device = self.lm.device
-        self._sums.restore(under(state, "sums"), lambda named: Writes.of_tensors(_on(named, device)))
-        self._products.restore(under(state, "products"), lambda named: named[""].to(device))
+        self._sums.take(under(state, "sums"), lambda named: Writes.of_tensors(_on(named, device)))
+        self._products.take(under(state, "products"), lambda named: named[""].to(device))
 
     def split(self) -> Float[Tensor, "node writer"]:
         """P, the summed position part of every pair, in float64."""

@@ -110,14 +110,9 @@ class Histogram:
         self._flush()
         return self._counts[:, self._bins].cpu().numpy()
 
-    def merge(self, other: Histogram) -> None:
-        """Add the counts of `other`, a histogram of the same channels and grid."""
-        other._flush()
-        self._counts += other._counts
-
-    def restore(self, counts: Int[np.ndarray, "channels bins"]) -> None:
-        """Go on from `state` of a histogram of the same channels, grid and rows."""
-        self._counts, self._stashed = torch.from_numpy(counts.copy()).to(self._counts), 0
+    def take(self, counts: Int[np.ndarray, "channels bins"]) -> None:
+        """Add the `state` of a histogram of the same channels, grid and rows."""
+        self._counts += torch.from_numpy(counts).to(self._counts)
 
     def state(self) -> Int[np.ndarray, "channels bins"]:
         """All counts, with that of what is left out."""
@@ -185,11 +180,6 @@ class Tree(Generic[V]):
             pair = (sibling, value) if batch & 1 else (value, sibling)
             self.add(batch >> 1, self._combine(*pair), level + 1)
 
-    def merge(self, other: Tree[V]) -> None:
-        """Put in all parts of another tree over other batches."""
-        for (level, batch), value in other._parts.items():
-            self.add(batch, value, level)
-
     def state(self, tensors: Callable[[V], Mapping[str, Tensor]]) -> dict[str, np.ndarray]:
         """Arrays by level, batch and what `tensors` calls the parts of a value."""
         return {
@@ -198,13 +188,14 @@ class Tree(Generic[V]):
             for name, part in tensors(value).items()
         }
 
-    def restore(self, state: Mapping[str, np.ndarray], value: Callable[[dict[str, Tensor]], V]) -> None:
-        """Go on from a `state`, each value made of its tensors."""
+    def take(self, state: Mapping[str, np.ndarray], value: Callable[[dict[str, Tensor]], V]) -> None:
+        """Put in the `state` of a tree over other batches, each value made of its tensors."""
         groups: dict[tuple[int, int], dict[str, Tensor]] = {}
         for path, part in state.items():
             level, batch, name = path.split("/", 2)
             groups.setdefault((int(level), int(batch)), {})[name] = torch.from_numpy(part.copy())
-        self._parts = {key: value(tensors) for key, tensors in groups.items()}
+        for (level, batch), tensors in groups.items():
+            self.add(batch, value(tensors), level)
 
     def total(self) -> V:
         """The fold over everything put in. Raises KeyError on an empty tree."""

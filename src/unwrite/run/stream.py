@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -15,6 +16,8 @@ from unwrite.errors import NumericError, TokensError
 from unwrite.model.capture import run
 from unwrite.model.view import Folded, Model, Writes
 from unwrite.result import Result
+from unwrite.run.checkpoint import Arrays
+from unwrite.run.job import Job, Tally
 from unwrite.tokens import Tokens, from_ids
 
 _BATCH_TOKENS = 4096
@@ -63,7 +66,8 @@ class Batch:
 class Progress:
     """How far a method is: `done` of `total` prompts, tokens so far, seconds since the start.
 
-    `result` is there where a part of a longer run is finished: what it found.
+    `before` of them were done before this start of a run. `result` is there where a part of a longer run is finished:
+    what it found.
     """
 
     stage: str
@@ -72,6 +76,7 @@ class Progress:
     tokens: int
     seconds: float
     result: Result | None = None
+    before: int = 0
 
     @property
     def rate(self) -> float:
@@ -81,7 +86,8 @@ class Progress:
     @property
     def left(self) -> float:
         """Seconds to go at the rate so far."""
-        return self.seconds * (self.total - self.done) / self.done if self.done else float("inf")
+        now = self.done - self.before
+        return self.seconds * (self.total - self.done) / now if now else float("inf")
 
 
 Listener = Callable[[Progress], None]
@@ -124,10 +130,11 @@ def admit_floor(floor: float) -> float:
     return floor
 
 
-def batches(tokens: Tokens, size: int) -> Iterator[Batch]:
+def batches(tokens: Tokens, size: int, which: range | None = None) -> Iterator[Batch]:
     """The batches of `tokens`, fixed by the prompts' global index: batch i holds prompts i·size … (i+1)·size − 1."""
     position = torch.arange(tokens.length)
-    for index, first in enumerate(range(0, len(tokens), size)):
+    for index in range(-(-len(tokens) // size)) if which is None else which:
+        first = index * size
         real = min(size, len(tokens) - first)
         prompts = [first + min(i, real - 1) for i in range(size)]
         counted = position < torch.from_numpy(tokens.lengths[prompts])[:, None]
@@ -135,25 +142,31 @@ def batches(tokens: Tokens, size: int) -> Iterator[Batch]:
         yield Batch(index, first, real, torch.from_numpy(tokens.ids[prompts]), counted)
 
 
-def stream(
-    lm: Model,
-    tokens: Tokens,
-    step: Callable[[Batch], None],
-    size: int,
-    stage: str,
-    listener: Listener | None = None,
-    begin: int = 0,
-) -> None:
-    """Give every batch from the one of index `begin` on to `step`, in order, and tell the listener how far it is."""
-    start, seen = time.monotonic(), 0
-    for batch in batches(tokens, size):
-        if batch.index < begin:
-            continue
-        step(batch)
+def stream(lm: Model, tokens: Tokens, tally: Tally, size: int, stage: str, listener: Listener | None, job: Job) -> None:
+    """Give the tally every batch that is this job's and not done yet, in order, and tell the listener how far it is.
+
+    Afterwards the tally holds the whole, or in a job that does a part of the work that part.
+    """
+    kept = job.stage(stage, -(-len(tokens) // size), [tokens.hash, size])
+    left = kept.resume(tally)
+    first, end = (min(index * size, len(tokens)) for index in (kept.span.start, kept.span.stop))
+    start, seen, before = time.monotonic(), 0, min(left.start * size, end) - first
+
+    def tell(done: int) -> None:
+        if listener is not None and end > first:
+            listener(Progress(stage, done, end - first, seen, time.monotonic() - start, before=before))
+
+    if not left:
+        tell(end - first)
+    for batch in batches(tokens, size, left):
+        with job.unbroken():
+            tally.step(batch)
+            kept.done(tally, batch.index, now=job.interrupted)
         seen += int(batch.counted.sum())
-        if listener is not None:
-            done = batch.first + batch.real
-            listener(Progress(stage, done, len(tokens), seen, time.monotonic() - start))
+        tell(batch.first + batch.real - first)
+        if job.interrupted:
+            raise KeyboardInterrupt
+    job.gather(tally)
 
 
 def forward(lm: Model, batch: Batch, folded: tuple[Folded, ...]) -> Iterator[tuple[slice, Writes]]:
@@ -198,3 +211,31 @@ def device_memory() -> int:
 def _out_of_memory(error: BaseException) -> bool:
     # The CPU allocator raises a plain RuntimeError.
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+class Rows:
+    """A tally of what is measured of every prompt by itself: arrays by name, the prompts' axis first."""
+
+    def __init__(self, measure: Callable[[Batch], Mapping[str, np.ndarray]]):
+        self._measure = measure
+        self._parts: dict[int, Arrays] = {}
+
+    def step(self, batch: Batch) -> None:
+        """Measure the prompts of one batch, in as many parts as memory asks for."""
+        for rows, found in parts(batch.part(slice(0, batch.real)), self._measure):
+            self._parts[batch.first + rows.start] = dict(found)
+
+    def state(self) -> Arrays:
+        """What was found, by the first prompt of each part and name."""
+        return {f"{first}/{name}": part for first, found in self._parts.items() for name, part in found.items()}
+
+    def take(self, state: Mapping[str, np.ndarray]) -> None:
+        """Add what was found of other prompts."""
+        for path, part in state.items():
+            first, name = path.split("/", 1)
+            self._parts.setdefault(int(first), {})[name] = part
+
+    def whole(self) -> Arrays:
+        """What was found of all prompts, in their order."""
+        found = [self._parts[first] for first in sorted(self._parts)]
+        return {name: np.concatenate([part[name] for part in found]) for name in found[0]}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
@@ -16,12 +17,13 @@ from torch import Tensor
 from unwrite.model.capture import Recording
 from unwrite.model.view import Model, fold
 from unwrite.nodes import Node
+from unwrite.run.checkpoint import Arrays
 from unwrite.run.decode import Decoding, Moments
 from unwrite.run.places import at_the_end, by_position, typical
 from unwrite.run.readers import one_reader
 from unwrite.run.rerun import Clean, added, clean, hidden
 from unwrite.run.rotations import rotations
-from unwrite.run.stats import RATIO, ClusterSums, Histogram, Tree
+from unwrite.run.stats import RATIO, ClusterSums, Histogram, Tree, under
 from unwrite.run.stream import Batch, batches, parts
 from unwrite.tokens import Tokens
 
@@ -29,6 +31,9 @@ ROTATIONS = 20
 # Readers of the write are compared with readers of this many of them: every one costs a pass through the later blocks.
 READ_ROTATIONS = 5
 CONDITIONS = ("clean", "patched")
+_CLUSTERED, _PLAIN = ("sums", "erasers", "places"), ("nodes", "states")
+# The sums and ratios that each pass fills.
+_EXECUTED, _HIDDEN = ("sums", "places", *_PLAIN, CONDITIONS[0], "values"), ("erasers", CONDITIONS[1], "opposed")
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,7 @@ class WithoutTally:
         self._rotations = list(rotations(lm, ROTATIONS))
         self._space = _space(self)
         self.decoding = Decoding(lm, tokens, writer, skip, self._space)
-        names = ("sums", "erasers", "nodes", "states", "places")
-        self._totals: dict[str, Tree[Any]] = {name: Tree(add) for name in names}
+        self._totals: dict[str, Tree[Any]] = {name: Tree(add) for name in (*_CLUSTERED, *_PLAIN)}
         self._of_prompts = np.full(len(tokens), np.nan)
         self._rows: dict[str, int] = {}
 
@@ -64,22 +68,22 @@ class WithoutTally:
             return node.layer > self.writer.layer
         return node.kind == "mlp" and self.writer.kind != "mlp" and not self.lm.parallel
 
-    def step(self, batch: Batch, erasers: Sequence[Node] = ()) -> None:
+    def executed(self, erasers: Sequence[Node] = ()) -> Pass:
         """One clean run, one without the write, one for every rotation, its readers, and the algebra through values.
 
-        With `erasers` named beforehand, what `hide` does as well, from the same run.
+        With `erasers` named beforehand, what `hiding` does as well, from the same run.
         """
-        self._add(batch, parts(batch, lambda part: self._measured(part, erasers) if part.real else None))
+        return Pass(self, lambda batch: self._measured(batch, erasers), hides=bool(erasers), executes=True)
 
-    def hide(self, batch: Batch, erasers: Sequence[Node]) -> None:
+    def hiding(self, erasers: Sequence[Node]) -> Pass:
         """The paper's intervention: the write hidden from the values of all heads in the erasers' layers."""
 
-        def measured(part: Batch) -> Part:
-            return self._hidden(part, self._clean(part, with_patterns=True), erasers)
+        def measured(batch: Batch) -> Part:
+            return self._hidden(batch, self._clean(batch, with_patterns=True), erasers)
 
-        self._add(batch, parts(batch, lambda part: measured(part) if part.real else None))
+        return Pass(self, measured, hides=True, executes=False)
 
-    def _add(self, batch: Batch, found: Iterable[tuple[slice, Part | None]]) -> None:
+    def add(self, batch: Batch, found: Iterable[tuple[slice, Part | None]]) -> None:
         """Take in the parts of a batch, each of which is complete."""
         totals: dict[str, list[Any]] = {}
         for part in (part for _, part in found if part is not None):
@@ -93,6 +97,38 @@ class WithoutTally:
             self._of_prompts[first : first + len(survival)] = survival
         for name, values in totals.items():
             self._totals[name].add(batch.index, reduce(add, values))
+
+    def state(self, names: Sequence[str]) -> Arrays:
+        """The sums and ratios of these names, as arrays."""
+        kept = {f"ratios {name}/": self.ratios[name].state() for name in self.ratios if name in names}
+        for name in (name for name in self._totals if name in names):
+            tensors = ClusterSums.tensors if name in _CLUSTERED else lambda part: {"": part}
+            kept |= {f"{name}/{path}": array for path, array in self._totals[name].state(tensors).items()}
+        return kept
+
+    def take(self, state: Mapping[str, np.ndarray]) -> None:
+        """Add a `state` of other batches."""
+        device = self.lm.device
+        for name, histogram in self.ratios.items():
+            for counts in under(state, f"ratios {name}").values():
+                histogram.take(counts)
+        for name, tree in self._totals.items():
+            clustered = name in _CLUSTERED
+            tree.take(
+                under(state, name),
+                lambda named, c=clustered: ClusterSums.of_tensors(named, device) if c else named[""].to(device),
+            )
+
+    def alone(self) -> Arrays:
+        """What one pass alone fills: the rows of `sums`, what is decoded, and survival by prompt."""
+        rows = np.array(json.dumps(self._rows))
+        return {"rows": rows, "prompts": self._of_prompts, **self.decoding.state()}
+
+    def take_alone(self, state: Mapping[str, np.ndarray]) -> None:
+        """Add what `alone` gave of other batches."""
+        self._rows = json.loads(str(state["rows"])) or self._rows
+        self._of_prompts = np.where(np.isnan(state["prompts"]), self._of_prompts, state["prompts"])
+        self.decoding.take(state)
 
     def _measured(self, batch: Batch, erasers: Sequence[Node]) -> Part:
         run = self._clean(batch, with_patterns=True)
@@ -292,6 +328,31 @@ class WithoutTally:
                 for energy in (self._totals[name].total().cpu().numpy() for name in ("nodes", "states"))
             )
         return nodes, states
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """One pass of `verify` over the prompts: what it measures, and which of the tally's sums it fills."""
+
+    tally: WithoutTally
+    measure: Callable[[Batch], Part]
+    hides: bool
+    executes: bool
+
+    def step(self, batch: Batch) -> None:
+        """Measure one batch; nothing of prompts that only fill it up."""
+        self.tally.add(batch, parts(batch, lambda part: self.measure(part) if part.real else None))
+
+    def state(self) -> Arrays:
+        """Everything that this pass keeps between two batches, as arrays by name."""
+        names = self.hides * _HIDDEN + self.executes * _EXECUTED
+        return self.tally.state(names) | (self.tally.alone() if self.executes else {})
+
+    def take(self, state: Mapping[str, np.ndarray]) -> None:
+        """Add what was kept of other batches."""
+        self.tally.take(state)
+        if self.executes:
+            self.tally.take_alone(state)
 
 
 def _dot(x: Float[Tensor, "prompt position d"], write: Float[Tensor, "prompt position d"]) -> Float[Tensor, " prompt"]:

@@ -1,0 +1,107 @@
+"""What can be said to several commands, and what becomes of it: a model, tokens, a job."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unwrite.cli.voice import JSON
+
+if TYPE_CHECKING:
+    from unwrite.model.view import Model
+    from unwrite.run.job import Job
+    from unwrite.run.peers import Ranks
+    from unwrite.tokens import Tokens
+
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A hub name, a folder of a model, or default.")]
+TextPath = Annotated[
+    list[str], typer.Option("--text", metavar="[NAME=]PATH", help="A text file or folder; several are compared.")
+]
+Prompts = Annotated[int, typer.Option("-n", min=1, help="At most this many prompts of each text.")]
+Length = Annotated[
+    int | None, typer.Option("--length", min=2, help="Tokens of a prompt, by default min(1024, context).")
+]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for the result and its table.")]
+TableOut = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for result.nc and table.csv.")]
+Every = Annotated[
+    float, typer.Option("--checkpoint-every", metavar="SECONDS", min=0, help="How often --out keeps what is done.")
+]
+Device = Annotated[str | None, typer.Option("--device", help="Where the model goes, such as cuda.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, …; by default that of the weights.")]
+Convention = Annotated[str, typer.Option("--convention", help="paper or raw.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print the verdict alone.")]
+Json = Annotated[bool, typer.Option(JSON, help="Print events for another program, one JSON object per line.")]
+
+
+def job_in(out: Path | None, every: float, shard: str | None = None, ranks: Ranks | None = None) -> Job:
+    """What is kept in `out`; a part of the work where a shard is named, or this is a rank of several."""
+    from unwrite.run.job import Job
+    from unwrite.run.peers import rank
+
+    if ranks is None and rank()[1] > 1:
+        raise typer.BadParameter("only scan runs in several processes", param_hint="torchrun")
+    if shard is None:
+        return Job(out, every) if ranks is None else Job(out, every, (ranks.rank + 1, ranks.size), peers=ranks)
+    part, _, of = shard.partition("/")
+    if ranks is not None or not (part.isdecimal() and of.isdecimal()):
+        raise typer.BadParameter("write --shard I/N, and not under torchrun", param_hint="--shard")
+    return Job(out, every, (int(part), int(of)))
+
+
+@contextmanager
+def joined_ranks() -> Iterator[Ranks | None]:
+    """The processes of a torchrun; None without one. torch is not loaded to find that out."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield None
+        return
+    from unwrite.run.peers import joined
+
+    with joined() as ranks:
+        yield ranks
+
+
+def load_model(model: str, device: str | None, dtype: str | None, convention: str) -> Model:
+    """The model that a command names; of several processes on one machine each has an accelerator of its own."""
+    from unwrite.errors import ModelError
+    from unwrite.model.load import load, quieten
+
+    quieten()
+    if dtype is not None and dtype not in ("float64", "float32", "float16", "bfloat16"):
+        raise ModelError("unknown dtype", got=dtype, expected="float64, float32, float16 or bfloat16")
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    return load(model, device=device, dtype=dtype, convention=convention)
+
+
+def read_texts(lm: Model, paths: list[str], n: int, length: int | None) -> Tokens | dict[str, Tokens]:
+    """The text that --text names, or the texts by their names."""
+    from unwrite.tokens import text
+
+    if not paths:
+        raise typer.BadParameter("name the text that the model should read", param_hint="--text")
+    named = [path.split("=", 1) if "=" in path and not Path(path).exists() else [path, path] for path in paths]
+    length = length or min(1024, lm.context or 1024)
+    if len(named) == 1:
+        return text(Path(named[0][1]), lm.tokenizer, n, length)
+    sources: dict[str, Any] = {name: Path(path) for name, path in named}
+    if len(sources) < len(named):
+        raise typer.BadParameter("two texts have the same name; write NAME=PATH", param_hint="--text")
+    return text(sources, lm.tokenizer, n, length)  # pyright: ignore[reportReturnType]
+
+
+def read_text(lm: Model, paths: list[str], n: int, length: int | None) -> Tokens:
+    """The one text that --text names."""
+    tokens = read_texts(lm, paths, n, length)
+    if isinstance(tokens, dict):
+        raise typer.BadParameter("one text at a time", param_hint="--text")
+    return tokens
+
+
+def listed(names: str | None) -> list[str] | None:
+    """Names between commas; None where none is given."""
+    return names.split(",") if names else None

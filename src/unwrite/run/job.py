@@ -1,0 +1,298 @@
+"""Where does a long run keep what is done, and which part of the work is its own?
+
+A run that was stopped, however, goes on from its folder to the same bits: what is kept are whole batches, and the sums
+over them do not depend on who added them or when. So several processes can share the batches, too: shards of any
+scheduler, each with a folder of its own, or the ranks of torchrun, which tell each other.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from unwrite import result as results
+from unwrite.errors import ModelError, ResultError
+from unwrite.model.load import weights_hash
+from unwrite.model.view import Model
+from unwrite.result import Result
+from unwrite.run import checkpoint
+from unwrite.run.checkpoint import Arrays
+
+SECONDS = 30.0
+_KEY, _UNFINISHED = "key", "unfinished"
+# The array of a stage that says which batch comes next.
+_NEXT = "next"
+_LOCK = "unwrite.lock"
+
+
+@runtime_checkable
+class Tally(Protocol):
+    """What a method keeps while batches go by."""
+
+    def step(self, batch: Any) -> None:
+        """Count one batch."""
+
+    def state(self) -> Arrays:
+        """Everything that is kept between two batches, as arrays by name."""
+        ...
+
+    def take(self, state: Mapping[str, np.ndarray]) -> None:
+        """Add what a tally of the same question kept of other batches."""
+
+
+@runtime_checkable
+class Peers(Protocol):
+    """Other processes that work on the same run."""
+
+    def gather(self, state: Arrays) -> Iterator[Arrays]:
+        """What all others kept, at the first of them; nothing elsewhere."""
+        ...
+
+
+class _PartDone(Exception):
+    """A part of a run is done; the rest of the method wants the whole."""
+
+
+@dataclass(eq=False)
+class Job:
+    """A long run's folder, inside a `with`; hand it to a method as its `checkpoint`.
+
+    Every `every` seconds what is done goes to a file in `folder` (None: nothing is kept); the same call goes on from
+    there. `shard` (i, n) does the i-th of n parts of a scan's batches: the `with` ends where the whole is needed, and a
+    Job with the folders of all n shards as `of` puts them together. Whoever works in a folder holds a lock in it, which
+    dies with the process.
+    Raises ResultError where the folder is in use, cannot be written or holds another run.
+
+    Example: `with uw.Job("run", every=600) as job: found = uw.scan(lm, tokens, checkpoint=job)`
+    """
+
+    folder: str | Path | None = None
+    every: float = SECONDS
+    shard: tuple[int, int] = (1, 1)
+    of: Iterable[str | Path] = ()
+    peers: Peers | None = None
+    key: str = field(init=False, default="")
+    finished: bool = field(init=False, default=False)
+    _stages: list[Stage] = field(init=False, default_factory=list)
+    _lock: IO[bytes] | None = field(init=False, default=None)
+    _open: bool = field(init=False, default=False)
+    _came: list[int] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        part, of = self.shard
+        if not (type(part) is type(of) is int and 1 <= part <= of):
+            raise ResultError("a shard is a part of a run", got=f"{part}/{of}", expected="i/n with 1 ≤ i ≤ n")
+        self.of = tuple(map(Path, self.of))
+
+    def __enter__(self) -> Job:
+        if self.folder is not None:
+            place = Path(self.folder)
+            self._lock = checkpoint.locked(self._named(place, _LOCK))
+            # What a process that was killed had not written to its end; nobody else works on these.
+            for rest in place.glob(f"{self._named(place, '.*.npz').name}.*"):
+                rest.unlink()
+        self._open = True
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        """What is done stays where the run was stopped, and of a shard; after the end of a run nothing is left."""
+        try:
+            if kind is None:
+                for path in (stage.path for stage in self._stages if stage.path is not None):
+                    for other in [path] if self.peers is None else path.parent.glob(f"{path.name.split('.')[0]}.*.npz"):
+                        checkpoint.remove(other)
+        finally:
+            self._stages, self._open, self.key = [], False, ""
+            if self._lock is not None:
+                self._named(Path(str(self.folder)), _LOCK).unlink(missing_ok=True)
+                self._lock.close()
+        return kind is _PartDone
+
+    def _named(self, place: Path, name: str) -> Path:
+        """A file of this shard."""
+        part, of = self.shard
+        stem, _, suffix = name.rpartition(".")
+        return place / (name if of == 1 else f"{stem}.{part}-of-{of}.{suffix}")
+
+    def begin(self, method: str, lm: Model, read: Mapping[str, str], settings: Mapping[str, Any]) -> Result | None:
+        """Say what is asked, `read` being names and hashes of all input; the Result, if the folder has it already.
+
+        The first to say it inside the `with` says it for all: methods that it combines are parts of it.
+        Raises ResultError where the folder holds the result of another run, ModelError for shards of a method that
+        cannot be put together.
+        """
+        if self.key:
+            return None
+        model = {
+            "weights": weights_hash(lm), "dtype": str(lm.dtype), "device": lm.device.type, "convention": lm.convention,
+            "attention": lm.config._attn_implementation,
+        }  # fmt: skip
+        asked = {"method": method, "model": model, "input": dict(read), "settings": dict(settings)}
+        self.key = json.dumps(asked, sort_keys=True)
+        if (self.shard[1] > 1 or self.of) and method != "scan":
+            raise ModelError(f"{method} cannot be done in parts", expected="a scan")
+        return None if self.folder is None else self._found(Path(self.folder))
+
+    def _found(self, folder: Path) -> Result | None:
+        if not (folder / results.FILE).exists():
+            return None
+        found = results.read(folder)
+        if found.data.attrs.get(_KEY) != self.key:
+            own = found.data.attrs.get(_KEY)
+            raise ResultError(
+                f"{folder} holds the result of another run",
+                got=f"a {found.method}" if own is None else f"another {checkpoint.differing(str(own), self.key)}",
+                expected="the same model, input and settings", fix="choose another folder, or remove this one",
+            )  # fmt: skip
+        self.finished = _UNFINISHED not in found.data.attrs
+        return found if self.finished else None
+
+    def signed(self, found: Result, finished: bool = True) -> Result:
+        """A result that says of which run it is, so that its folder can be found finished."""
+        marks = {_KEY: self.key} | ({} if finished else {_UNFINISHED: 1})
+        return found if self.folder is None else Result(found.data.assign_attrs(marks))
+
+    def stage(self, name: str, total: int, more: object = None) -> Stage:
+        """What is kept of one pass over `total` batches; `more` says what it depends on beside the job's key."""
+        label = f"{len(self._stages):02}-{re.sub('[^A-Za-z0-9]+', '-', name)[:40].strip('-')}.npz"
+        versions = {package: results.version(package) for package in results.VERSIONS}
+        asked = json.loads(self.key or "{}")
+        key = json.dumps({**asked, "stage": name, "batches": total, "more": more, "versions": versions}, sort_keys=True)
+        part, of = self.shard
+        stage = Stage(
+            None if self.folder is None else self._named(Path(self.folder), label), key, self.every,
+            range(0) if self.of else range(total * (part - 1) // of, total * part // of),
+            tuple(_whole(tuple(map(Path, self.of)), label, key)) if self.of else (),
+        )  # fmt: skip
+        self._stages.append(stage)
+        return stage
+
+    def tick(self, tally: Tally) -> None:
+        """Where a step takes long: what the tally holds is whole here, and an interrupt need not wait any longer."""
+        self._stages[-1].tick(tally, now=self.interrupted)
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+    @property
+    def interrupted(self) -> bool:
+        """Did an interrupt come while a batch was being counted?"""
+        return bool(self._came)
+
+    def gather(self, tally: Tally) -> None:
+        """Add up what all peers kept, at the first of them."""
+        if self.peers is not None:
+            for state in self.peers.gather(tally.state()):
+                tally.take(state)
+
+    def together(self) -> None:
+        """From here on the whole is needed: the `with` of a part ends here."""
+        if self.shard[0] > 1 or (self.shard[1] > 1 and self.peers is None):
+            raise _PartDone
+
+    @contextmanager
+    def unbroken(self) -> Iterator[None]:
+        """Inside the `with` a first interrupt waits until `tick` or the end; a second one does not wait."""
+        self._came.clear()
+        if self.folder is None or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.getsignal(signal.SIGINT)
+
+        def wait(number: int, _: Any) -> None:
+            self._came.append(number)
+            if len(self._came) > 1:
+                raise KeyboardInterrupt
+
+        signal.signal(signal.SIGINT, wait)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def opened(place: Job | str | Path | None) -> Iterator[Job]:
+    """A method's `checkpoint` as a Job: one that is open already stays open for whoever opened it."""
+    job = place if isinstance(place, Job) else Job(place)
+    if job._open:
+        yield job
+    elif job.shard[1] > 1:
+        raise ResultError("a shard has no result to return", fix="write: with uw.Job(…, shard=…) as job: uw.scan(…)")
+    else:
+        with job:
+            yield job
+
+
+@dataclass(eq=False)
+class Stage:
+    """What is kept at `path` (None: nothing) of one pass over batches, of which those in `span` are to be done here.
+
+    `whole`: what shards kept of all of them.
+    """
+
+    path: Path | None
+    key: str
+    every: float
+    span: range
+    whole: tuple[Arrays, ...]
+    _saved: float = field(init=False, default_factory=time.monotonic)
+    _next: int = field(init=False, default=0)
+
+    @property
+    def due(self) -> bool:
+        """Is it time to write?"""
+        return time.monotonic() - self._saved >= self.every
+
+    def resume(self, tally: Tally) -> range:
+        """Give the tally what is done already; the batches that are left."""
+        found = () if self.path is None else (checkpoint.read(self.path, self.key),)
+        self._next = self.span.start
+        for state in (*self.whole, *filter(None, found)):
+            self._next = int(state.pop(_NEXT))
+            tally.take(state)
+        return range(0) if self.whole else range(self._next, self.span.stop)
+
+    def tick(self, tally: Tally, now: bool = False) -> None:
+        """Write what the tally holds, where it is time to, or `now`."""
+        if self.path is not None and (now or self.due):
+            checkpoint.save(self.path, self.key, {_NEXT: np.array(self._next), **tally.state()})
+            self._saved = time.monotonic()
+
+    def done(self, tally: Tally, batch: int, now: bool) -> None:
+        """A batch is counted; the last one is always written, since other stages may follow."""
+        self._next = batch + 1
+        self.tick(tally, now or self._next == self.span.stop)
+
+
+def _whole(folders: tuple[Path, ...], label: str, key: str) -> Iterator[Arrays]:
+    """What all shards kept of a stage. Raises ResultError where one is missing, unfinished or of another run."""
+    stem = label.removesuffix(".npz")
+    files = sorted({file.resolve() for folder in folders for file in folder.glob(f"{stem}.*-of-*.npz")})
+    found = {tuple(map(int, re.findall("[0-9]+", file.name.removeprefix(stem)))): file for file in files}
+    of = {n for _, n in found}
+    missing = sorted({(i, n) for n in of for i in range(1, n + 1)} - set(found))
+    if len(of) != 1 or missing or len(files) > len(found):
+        raise ResultError(
+            f"the shards of {stem} are not whole", got=", ".join(file.name for file in files) or "none",
+            expected="every shard of one division, once",
+            fix=f"run shard {missing[0][0]}/{missing[0][1]}, too" if missing else "name the folder of every shard",
+        )  # fmt: skip
+    total = json.loads(key)["batches"]
+    for (part, n), file in sorted(found.items()):
+        state = checkpoint.read(file, key)
+        if int(state[_NEXT]) < total * part // n:
+            raise ResultError(
+                f"{file} is of a shard that is not done", got=f"{int(state[_NEXT])} of {total * part // n} batches",
+                fix="run the same command again: it goes on from there",
+            )  # fmt: skip
+        yield state
