@@ -59,6 +59,7 @@ def cell(found: Result, name: str, group: str = "all", reading: str = "effect") 
     return float(found[name].sel(reading=reading, group=group))
 
 
+@pytest.mark.promise("estimates")
 @pytest.mark.parametrize("seed", range(3))
 def test_correlations_are_those_of_scipy(seed: int) -> None:
     guess, exact = drawn(seed)

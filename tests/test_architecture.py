@@ -190,6 +190,7 @@ Rule = Callable[[Path], Iterator[str]]
 RULES: tuple[Rule, ...] = (upward, sideways, foreign, cyclic, unsafe, oversized)
 
 
+@pytest.mark.promise("no-code")
 @pytest.mark.parametrize("rule", RULES)
 def test_the_package_keeps(rule: Rule) -> None:
     assert files(SRC)
@@ -244,6 +245,7 @@ def _house(src: Path, name: str, text: str) -> Path:
     return src
 
 
+@pytest.mark.promise("no-code")
 @pytest.mark.parametrize(("rule", "name", "text"), BAD)
 def test_a_rule_catches(rule: Rule, name: str, text: str, tmp_path: Path) -> None:
     found = list(rule(_house(tmp_path, name, text)))
@@ -270,6 +272,7 @@ _BLOCK = "import sys; sys.modules.update(torch=None, transformers=None); "
 _HEAVY = "; import sys; print(sorted({'torch', 'transformers'} & sys.modules.keys()))"
 
 
+@pytest.mark.promise("no-torch")
 def test_what_reads_results_needs_no_torch() -> None:
     right = [_module(file, SRC) for file in files(SRC) if unit(file, SRC) in NO_TORCH]
     assert "unwrite.result" in right
@@ -281,10 +284,12 @@ def test_torch_is_really_blocked() -> None:
         _python(_BLOCK + "import torch")
 
 
+@pytest.mark.promise("light")
 def test_importing_unwrite_does_not_load_torch() -> None:
     assert _python("import unwrite" + _HEAVY).strip() == "[]"
 
 
+@pytest.mark.promise("light")
 def test_help_does_not_load_torch() -> None:
     run = "import sys, contextlib, io; from unwrite.cli import main; sys.argv = ['unwrite', '--help']\n"
     run += "with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit): main()\n"

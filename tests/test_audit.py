@@ -45,6 +45,7 @@ def found(request: pytest.FixtureRequest) -> tuple[uw.Result, object]:
     return uw.scan(lm, windows(PROSE, model.tokenizer, n=12, length=128)), model
 
 
+@pytest.mark.promise("planted")
 def test_every_planted_share_is_measured(found) -> None:
     result, model = found
     for pair in model.pairs:
@@ -52,6 +53,7 @@ def test_every_planted_share_is_measured(found) -> None:
         assert share == pytest.approx(pair.share, abs=0.02), pair
 
 
+@pytest.mark.promise("planted")
 def test_planted_opponents_and_only_they_stand_out(found) -> None:
     result, model = found
     shown, _ = rows(result.data)
@@ -72,6 +74,7 @@ def test_readings_follow_the_planted_levels(found) -> None:
     assert first["L0H3"] == first["L0H5"] == "level"
 
 
+@pytest.mark.promise("erased")
 def test_a_scan_never_says_erased_or_kept(found) -> None:
     result, _ = found
     said = " ".join(map(str, result["in_words"].values))
@@ -175,6 +178,7 @@ def documents() -> tuple[Model, Tokens]:
     return lm, replace(topics, cluster=np.repeat([0, 1, 2, 3, 4], [4, 1, 3, 2, 2]))
 
 
+@pytest.mark.promise("erased")
 def test_prompts_that_chose_a_writer_never_judge_it(asked) -> None:
     """Two documents choose, three judge, and windows of one document stay together."""
     lm, tokens = documents()
@@ -200,6 +204,7 @@ def test_fewer_than_four_independent_prompts_are_not_enough(document, tmp_path) 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.promise("causal")
 def test_an_audit_names_the_erased_writers_and_nobody_else(audited) -> None:
     result, _, _ = audited
     said = dict(zip(result["verified"].values.tolist(), result["verdict"].values.tolist(), strict=True))
@@ -318,6 +323,7 @@ def test_where_nothing_is_erased_the_lowest_ends_are_verified(strange, tmp_path)
     assert "Nowriteriserased(" in shown(result)
 
 
+@pytest.mark.promise("hostile")
 def test_hostile_tokens_are_no_markup_and_no_commands(strange, tmp_path) -> None:
     result, _, _ = strange
     for name in ("prompt_text", "answer", "against"):
@@ -338,6 +344,7 @@ def test_hostile_tokens_are_no_markup_and_no_commands(strange, tmp_path) -> None
         assert not {"\x1b", "\u202e", "\x07"} & set(text)
 
 
+@pytest.mark.promise("read-back")
 def test_an_audit_is_kept_printed_and_drawn_whole(audited, tmp_path) -> None:
     result, _, tokens = audited
     page.save_all(result, tmp_path)

@@ -141,6 +141,7 @@ def _covered(p: float, repeats: int = 300) -> tuple[float, float]:
     return covered / repeats, rejected / repeats
 
 
+@pytest.mark.promise("estimates")
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_the_bound_covers_about_as_often_as_it_says(p: float) -> None:
     covered, rejected = _covered(p)
@@ -197,6 +198,7 @@ def site_of(name: str) -> str:
     return f"{name}.z" if name[0] == "L" and "." not in name else name
 
 
+@pytest.mark.promise("executed")
 @torch.no_grad()
 @every_family
 def test_a_subset_is_one_trace_with_all_its_edits(name: str) -> None:
@@ -221,6 +223,7 @@ def test_a_subset_is_one_trace_with_all_its_edits(name: str) -> None:
     assert got.std() > 1e-3
 
 
+@pytest.mark.promise("estimates")
 @pytest.mark.parametrize("at", ["each", "all", "last"])
 def test_the_bound_is_that_of_really_patched_subsets(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lm, given = model("llama"), pairs(2)

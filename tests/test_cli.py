@@ -109,6 +109,8 @@ def broken(folder: Path, place: Path, kind: str) -> Path:
     return model
 
 
+@pytest.mark.promise("no-code")
+@pytest.mark.promise("architecture")
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
@@ -129,6 +131,7 @@ def test_a_model_that_cannot_be_read(kind, said, folder, monkeypatch, capsys, tm
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.promise("errors")
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -204,6 +207,7 @@ def test_debug_shows_the_traceback(monkeypatch, capsys, tmp_path) -> None:
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.promise("hostile")
 def test_hostile_names_reach_no_terminal(folder, monkeypatch, capsys, tmp_path) -> None:
     hostile = tmp_path / "a\x1b[2J\u202eb.txt"
     hostile.write_text(TEXT)

@@ -41,6 +41,7 @@ def pairs_file(tmp_path: Path) -> Path:
     return tmp_path / "pairs.csv"
 
 
+@pytest.mark.promise("estimates")
 def test_every_estimator_is_what_it_is_alone(lm, asked) -> None:
     found = uw.compare(lm, asked, "mlp_out", methods=("relp", "atp*", "exact"))
     exact = uw.effects(lm, asked, "mlp_out", at="all")
@@ -96,6 +97,7 @@ def test_pairs_are_read_alike_from_both_kinds_of_file(folder, pairs_file, tmp_pa
     assert read[0].row.tolist() == [read[0].base.lengths[0] - 1, read[0].base.lengths[1] - 2]
 
 
+@pytest.mark.promise("tokens")
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -121,6 +123,7 @@ def test_lines_that_are_no_pairs_are_refused(folder, tmp_path, line) -> None:  #
         read_pairs(tmp_path / "pairs.jsonl", uw.load(folder / "model").tokenizer)
 
 
+@pytest.mark.promise("resumed")
 def test_a_stopped_sweep_goes_on_where_it_was(lm, asked, tmp_path, monkeypatch) -> None:
     whole = uw.effects(lm, asked, batch=2)
     begun: list[int] = []
@@ -146,6 +149,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(lm, asked, tmp_path, monkeypatch) 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.promise("damaged")
 def test_a_damaged_checkpoint_is_no_number(lm, asked, tmp_path) -> None:
     (tmp_path / "00-effects-atp.npz").write_bytes(b"PK\x03\x04 not an archive")
     with pytest.raises(ResultError, match="no readable checkpoint"):
@@ -157,6 +161,7 @@ def test_what_no_file_could_know_again_is_not_kept(lm, asked, tmp_path) -> None:
         uw.effects(lm, asked, checkpoint=tmp_path, metric=lambda logits: logits[:, 0])
 
 
+@pytest.mark.promise("hostile")
 def test_hostile_prompts_are_plain_in_a_terminal(lm, asked, capsys) -> None:
     from test_report import HOSTILE
     from unwrite.report import terminal

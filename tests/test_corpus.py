@@ -185,6 +185,7 @@ def attention_output(truth: Truth, layer: int) -> Tensor:
     return seen[0]
 
 
+@pytest.mark.promise("executed")
 @pytest.mark.parametrize("family", SHAPE)
 def test_through_values_is_what_hiding_the_writer_from_them_changes(family) -> None:
     """The paper's intervention, executed with plain hooks on the user's model."""
@@ -207,6 +208,7 @@ def test_through_values_is_what_hiding_the_writer_from_them_changes(family) -> N
     assert float(one["intercept"]) == pytest.approx(line.intercept, rel=1e-6)
 
 
+@pytest.mark.promise("batches")
 @pytest.mark.parametrize("batch", [1, 4, 7])
 def test_batches_change_nothing(batch) -> None:
     hf = weights("llama", 2)
@@ -249,6 +251,7 @@ def known(request: pytest.FixtureRequest) -> tuple[Model, Tokens]:
 # A planted eraser reads its own row alone and writes −g of the write that it reads, so y = −g · x at every row: slope
 # −g without intercept, with pattern or without. Four heads of 0.2 each: −0.8. The backup reads −0.9 of the write, too,
 # and writes the other 0.9 from the token: all that it writes is nothing.
+@pytest.mark.promise("planted")
 @pytest.mark.parametrize(
     ("writer", "erasers", "slopes"),
     [
@@ -476,6 +479,7 @@ def test_a_hit_is_one_when_its_prompt_ends_there(family, seed, writer) -> None:
     assert score == sorted(score, reverse=True)
 
 
+@pytest.mark.promise("batches")
 @pytest.mark.parametrize("batch", [1, 5])
 def test_a_search_does_not_depend_on_batches_and_gives_n_different_prompts(batch) -> None:
     hf = weights("llama", 0)

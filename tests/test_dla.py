@@ -125,11 +125,13 @@ def account(request: pytest.FixtureRequest) -> Account:
         return Account(lm, ("all", "position")[turn % 2], ("zero", "mean", "resample")[turn % 3])
 
 
+@pytest.mark.promise("executed")
 def test_totals_and_direct_are_those_of_plain_hooks_on_the_users_model(account: Account) -> None:
     with exact():
         account.require()
 
 
+@pytest.mark.promise("account")
 def test_every_part_of_the_account_is_found_by_hand(account: Account) -> None:
     with exact():
         for prompt, node in enumerate(("embed", "L0H0", "MLP0")):
@@ -168,6 +170,7 @@ def test_texts_take_the_place_of_the_prompts(replace: str) -> None:
         Account(model("llama"), "all", replace, texts=tokens(np.array([8, 9]), seed=5)).require()
 
 
+@pytest.mark.promise("account")
 @every_family
 def test_without_help_the_parts_add_up_to_rounding(family: str) -> None:
     """As users run it, and in the other convention: families that compute in float32 inside have seven digits."""
@@ -298,6 +301,7 @@ def by_hand() -> Model:
     return view(hf)
 
 
+@pytest.mark.promise("account")
 def test_two_layers_worked_by_hand() -> None:
     """Row 1, the last: x = (0, 2, 0, 0), rms 1.
 
@@ -547,6 +551,7 @@ def test_a_fate_is_the_same_in_other_units_and_of_the_other_sign() -> None:
 # Trust, and what a result says about itself
 
 
+@pytest.mark.promise("estimates")
 def test_trust_is_that_of_the_results_own_cells() -> None:
     lm = view(weights("gpt2", 2, num_hidden_layers=3, num_attention_heads=2))
     given = tokens(np.array([6, 5, 7, 6, 5]))
@@ -581,6 +586,7 @@ def test_a_result_says_what_was_asked() -> None:
 # Batches
 
 
+@pytest.mark.promise("batches")
 @drawn_from(data=st.data())
 @settings(max_examples=6)
 def test_results_do_not_depend_on_the_batch(data: st.DataObject) -> None:
@@ -656,6 +662,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.promise("tokens")
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_answered_is_refused_in_words(case: str) -> None:
     ask, message = REFUSED[case]
@@ -663,6 +670,7 @@ def test_what_cannot_be_answered_is_refused_in_words(case: str) -> None:
         ask()
 
 
+@pytest.mark.promise("finite")
 def test_logits_that_are_not_finite_are_named() -> None:
     hf = weights("llama", 7, tie_word_embeddings=False)
     with torch.no_grad():

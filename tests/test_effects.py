@@ -74,6 +74,7 @@ def close(got: np.ndarray, want: np.ndarray, tolerance: float = 1e-12) -> None:
 # --- exact: the naive loop --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("executed")
 @pytest.mark.parametrize("kind", KINDS)
 @every_shape
 def test_a_sweep_is_the_naive_loop_over_every_node(family: str, kind: str) -> None:
@@ -90,6 +91,7 @@ def test_a_sweep_is_the_naive_loop_over_every_node(family: str, kind: str) -> No
     assert np.nanmax(np.abs(each)) > 1e-3
 
 
+@pytest.mark.promise("executed")
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_sweep_is_the_naive_loop_in_every_family(family: str) -> None:
     lm, pairs = model(family), contrasts((4, 6))
@@ -245,6 +247,7 @@ def test_values_come_from_where_they_are_asked_for(family: str, source: str) -> 
                 close(guess[i, j, : one.row + 1], want.numpy())
 
 
+@pytest.mark.promise("batches")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_pair_is_the_same_in_any_batch_and_in_any_order(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lm, pairs, order = model("llama"), contrasts((6, 4, 5, 4)), [3, 0]
@@ -261,6 +264,7 @@ def test_a_pair_is_the_same_in_any_batch_and_in_any_order(method: str, monkeypat
     close(effects(lm, pairs, names, method=method, steps=2), whole, 1e-6)
 
 
+@pytest.mark.promise("memory")
 def test_memory_that_runs_out_halves_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     lm, pairs, own = model("gpt2"), contrasts(), sweep.base_run
     want = effects(lm, pairs, "heads")
@@ -320,6 +324,7 @@ def test_texts_are_pairs() -> None:
     close(result["effect"].values[1:], effects(lm, one, "mlp_out", at="all"))
 
 
+@pytest.mark.promise("read-back")
 @pytest.mark.parametrize(
     ("method", "at"), [*((method, "each") for method in METHODS), ("exact", "all"), ("atp*", "all"), ("ig", "last")]
 )
@@ -345,6 +350,7 @@ def test_a_result_comes_back_and_is_a_table(method: str, at: str, tmp_path: Path
     back.save_table(tmp_path / "made.csv")
 
 
+@pytest.mark.promise("hostile")
 @pytest.mark.parametrize("name", ["=1+1", "<script>", "L0H0\x1b[2J", "L0H0.q; rm", "MLP0.act[", "resid_mid", ""])
 def test_a_saved_result_with_another_kind_of_name_is_refused(name: str, tmp_path: Path) -> None:
     result = uw.effects(model("gpt2"), contrasts(), ["L0H0", "L0H1.q"], at="all")
@@ -420,6 +426,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
+@pytest.mark.promise("tokens")
 @pytest.mark.parametrize("wrong", BAD_PAIRS)
 def test_pairs_that_cannot_be_are_refused(wrong: str, unchecked: None) -> None:
     make, message = BAD_PAIRS[wrong]
@@ -493,6 +500,8 @@ BAD_EFFECTS: dict[str, tuple[dict[str, Any], type[UnwriteError], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.promise("errors")
+@pytest.mark.promise("finite")
 @pytest.mark.parametrize("wrong", BAD_EFFECTS)
 def test_what_cannot_be_honoured_is_refused(wrong: str, unchecked: None) -> None:
     settings, kind, message = BAD_EFFECTS[wrong]

@@ -14,6 +14,7 @@ from unwrite import errors
 from unwrite.errors import ModelError, NodeError, NumericError, ResultError, TokensError, UnwriteError, plain
 
 
+@pytest.mark.promise("errors")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -41,6 +42,7 @@ def test_every_error_is_an_unwrite_error(kind: type[UnwriteError]) -> None:
         raise kind("it broke", got="x")
 
 
+@pytest.mark.promise("errors")
 def test_there_is_no_other_kind_of_error() -> None:
     kinds = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
     assert all(issubclass(kind, UnwriteError) for kind in kinds)
@@ -78,6 +80,7 @@ def test_anything_can_be_made_plain(value: object, shown: str) -> None:
     assert plain(value) == shown
 
 
+@pytest.mark.promise("hostile")
 @given(st.text(st.characters()))
 def test_a_plain_text_is_one_printable_line(text: str) -> None:
     shown = plain(text)
@@ -87,6 +90,7 @@ def test_a_plain_text_is_one_printable_line(text: str) -> None:
     shown.encode()  # holds no half of a character
 
 
+@pytest.mark.promise("hostile")
 @given(st.text(st.characters()), st.text(st.characters()))
 def test_no_stranger_breaks_the_line_of_a_message(got: str, fix: str) -> None:
     assert len(str(UnwriteError("it broke", got=got, fix=fix)).splitlines()) == 1

@@ -278,6 +278,7 @@ def linear() -> Model:
     return unchecked(hf)
 
 
+@pytest.mark.promise("estimates")
 @pytest.mark.parametrize("method", ["atp", "ig"])
 def test_in_a_linear_model_a_guess_is_exact(method: str) -> None:
     names = a_few(linear(), 2)
@@ -313,6 +314,7 @@ def test_the_mean_of_both_ends_is_complete_for_a_square() -> None:
 # --- integrated gradients ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("estimates")
 @every_shape
 def test_conductance_is_complete_on_every_cut_and_inputs_at_the_embeddings(family: str) -> None:
     """The midpoint rule's error is a quarter with twice the steps."""

@@ -59,6 +59,7 @@ def limit(family: str) -> float:
     return 1e-10 if family in NATIVE else 1e-5 if family in ("gpt_neo", "gptj") else 1e-6
 
 
+@pytest.mark.promise("exact")
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @given(seed=st.integers(0, 2**20))
 @settings(max_examples=3, suppress_health_check=[HealthCheck.too_slow])
@@ -82,6 +83,7 @@ def _listed(truth: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: write for name, write in truth.items() if not (name.endswith(".bias") and write.abs().max() < 1e-6)}
 
 
+@pytest.mark.promise("batches")
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_padding_after_a_prompt_changes_nothing(family: str) -> None:
     hf = model(family, 1)
@@ -93,6 +95,7 @@ def test_padding_after_a_prompt_changes_nothing(family: str) -> None:
         assert error(cut, alone, {"resid_pre0": alone["embed"]}) < limit(family)
 
 
+@pytest.mark.promise("exact")
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_the_certificate_is_exact_and_its_limit_tight(family: str) -> None:
     certificate = view(model(family, 2)).certificate
@@ -102,6 +105,7 @@ def test_the_certificate_is_exact_and_its_limit_tight(family: str) -> None:
     assert certificate.limit <= (1e-9 if family in NATIVE else 1e-6)
 
 
+@pytest.mark.promise("exact")
 @pytest.mark.parametrize("wrong", [1e-3, math.inf, math.nan])
 @pytest.mark.parametrize("identity", IDENTITIES)
 def test_one_identity_that_fails_is_enough(identity: str, wrong: float) -> None:
@@ -149,6 +153,7 @@ FALSE_ROWS: list[tuple[str, dict[str, Any], dict[str, Any], set[str]]] = [
 ]
 
 
+@pytest.mark.promise("exact")
 @pytest.mark.parametrize(("family", "change", "settings_", "failing"), FALSE_ROWS)
 def test_a_false_row_is_refused_with_the_identity_named(
     family: str, change: dict[str, Any], settings_: dict[str, Any], failing: set[str], monkeypatch: pytest.MonkeyPatch

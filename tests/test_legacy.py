@@ -148,6 +148,7 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.promise("others")
 @pytest.mark.parametrize("sibling", SIBLINGS)
 def test_transformer_lens_sees_the_same_writes_states_and_logits(sibling: str, oracle: Path) -> None:
     """The nodes of the convention "paper" are those of TransformerLens' default processing."""
@@ -210,6 +211,7 @@ def test_the_saved_gpt2_is_the_same_model(tmp_path: Path) -> None:
     close(logits(uw.load(tmp_path / "new").hf), logits(hf))
 
 
+@pytest.mark.promise("architecture")
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
@@ -286,6 +288,7 @@ class Code:
         return pathlib.Path.touch, (pathlib.Path(self.place),)
 
 
+@pytest.mark.promise("no-code")
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_that_runs_code_is_refused_and_runs_nothing(zipped: bool, tmp_path: Path) -> None:
     folder, ran = written(tmp_path / "model"), tmp_path / "ran"

@@ -40,6 +40,7 @@ def hf(request: pytest.FixtureRequest) -> Any:
     return model
 
 
+@pytest.mark.promise("untouched")
 def test_load_and_scan_leave_the_model_as_it_was(hf: Any) -> None:
     before = snapshot(hf)
     lm = uw.load(hf)
@@ -50,6 +51,7 @@ def test_load_and_scan_leave_the_model_as_it_was(hf: Any) -> None:
     assert not [name for register in before["registers"] for name in register if "unwrite" in name]
 
 
+@pytest.mark.promise("untouched")
 @pytest.mark.parametrize("call", [1, 2, 4])  # of these, the even ones record the attention patterns
 def test_a_failure_inside_a_forward_pass_leaves_the_model_as_it_was(hf: Any, call: int) -> None:
     lm, calls = uw.load(hf), itertools.count(1)
@@ -71,6 +73,7 @@ def test_a_failure_inside_a_forward_pass_leaves_the_model_as_it_was(hf: Any, cal
     assert uw.load(hf).certificate.ok
 
 
+@pytest.mark.promise("untouched")
 def test_logits_are_bit_for_bit_what_they_were(hf: Any) -> None:
     hf.eval()
     with torch.no_grad():
@@ -104,6 +107,7 @@ def test_a_saved_model_loads_from_its_folder_with_the_same_numbers(family: str, 
         np.testing.assert_allclose(result["share"], results[0]["share"], atol=1e-4)
 
 
+@pytest.mark.promise("provenance")
 def test_the_weights_hash_follows_a_change_in_place() -> None:
     model = tiny.model("llama")
     first, again = (uw.scan(uw.load(model), IDS).provenance["model"]["weights"] for _ in range(2))
@@ -118,6 +122,7 @@ def tokenizer(words: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="w0")), unk_token="w0")
 
 
+@pytest.mark.promise("tokens")
 def test_a_tokenizer_may_have_fewer_ids_than_the_embedding_but_not_more() -> None:
     model = tiny.model("gpt2", vocab_size=60)
     assert uw.load(model, tokenizer(50)).tokenizer is not None
@@ -133,6 +138,7 @@ def folder(path: Path, config: Mapping[str, Any], *files: str) -> Path:
     return path
 
 
+@pytest.mark.promise("architecture")
 @pytest.mark.parametrize("family", [*REFUSED])
 def test_a_family_that_cannot_be_expressed_is_refused_with_the_reason(family: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot be decomposed exactly") as refused:
@@ -140,6 +146,7 @@ def test_a_family_that_cannot_be_expressed_is_refused_with_the_reason(family: st
     assert REFUSED[family] in str(refused.value)
 
 
+@pytest.mark.promise("exact")
 @pytest.mark.parametrize(
     ("family", "settings", "why"),
     [
@@ -155,6 +162,7 @@ def test_a_configuration_whose_writes_do_not_add_up_is_refused(family: str, sett
         uw.load(tiny.model(family, **settings))
 
 
+@pytest.mark.promise("finite")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(value: float) -> None:
     hf = tiny.model("llama")
@@ -164,12 +172,14 @@ def test_weights_that_are_not_finite_are_refused(value: float) -> None:
         uw.load(hf)
 
 
+@pytest.mark.promise("architecture")
 def test_an_encoder_decoder_is_refused() -> None:
     config = AutoConfig.for_model("t5", vocab_size=50, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     with pytest.raises(ModelError, match="t5 is an encoder–decoder"):
         uw.load(AutoModelForSeq2SeqLM.from_config(config))
 
 
+@pytest.mark.promise("architecture")
 @pytest.mark.parametrize(
     ("family", "near"), [("gpt_bigcode", "gpt_neox"), ("qwen3_vl_text", "qwen3"), ("olmo", "olmo2")]
 )
@@ -214,6 +224,7 @@ def _damaged(path: Path) -> Path:
     return path
 
 
+@pytest.mark.promise("no-code")
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -92,6 +92,7 @@ def large(audited) -> uw.Result:
     return Result(data.assign_attrs(provenance=json.dumps(record)))
 
 
+@pytest.mark.promise("offline")
 def test_the_only_script_is_the_one_that_the_policy_names(source) -> None:
     scripts = re.findall(r"<script[^>]*>(.*?)</script>", source, re.DOTALL)
     assert len(scripts) == 1
@@ -100,6 +101,7 @@ def test_the_only_script_is_the_one_that_the_policy_names(source) -> None:
     assert "default-src 'none'" in source
 
 
+@pytest.mark.promise("offline")
 def test_every_verified_writer_is_there_without_a_script(audited, source) -> None:
     text = Page(source).text
     for writer in audited["verified"].values:
@@ -154,6 +156,7 @@ def test_a_page_is_small_and_the_same_again(audited, source, tmp_path) -> None:
     assert strip(again) == strip(source)
 
 
+@pytest.mark.promise("no-torch")
 def test_a_page_is_made_where_torch_is_not_installed(audited, tmp_path) -> None:
     audited.save(tmp_path)
     code = (
@@ -170,6 +173,7 @@ def hostile_source(hostile) -> str:
     return page.page(hostile)
 
 
+@pytest.mark.promise("hostile")
 def test_hostile_text_is_text(hostile_source) -> None:
     made = hostile_source
     parsed = Page(made)
@@ -197,6 +201,7 @@ def test_a_large_model_is_shown_by_its_foremost_writers_and_the_page_says_so(lar
     assert f"top 40 of {large.data.sizes['node'] - 1} nodes" in made
 
 
+@pytest.mark.promise("hostile")
 @pytest.mark.parametrize("method", METHODS)
 def test_hostile_text_reaches_no_terminal_no_program_and_no_spreadsheet(every, method, capsys, tmp_path) -> None:
     worse, screen = poisoned(every[method]), terminal.console()
@@ -248,6 +253,7 @@ def test_figures_are_valid_and_export_without_a_browser(audited, name, tmp_path)
             assert (tmp_path / f"x.{kind}").read_bytes().startswith(sign)
 
 
+@pytest.mark.promise("hostile")
 @pytest.mark.parametrize("name", ["levels", "fig4"])
 def test_hostile_text_in_a_figure_is_text(audited, hostile, name, tmp_path) -> None:
     pages = [
@@ -344,6 +350,7 @@ class Seen:
         )
 
 
+@pytest.mark.promise("offline")
 def test_a_click_a_key_a_choice_and_a_link_move_all_panels(audited, source, browser, tmp_path) -> None:
     order = np.argsort(audited["gap"].isel(location=-1).values)
     first, second = (str(name) for name in audited["verified"].values[order][:2])
@@ -369,6 +376,7 @@ def test_a_click_a_key_a_choice_and_a_link_move_all_panels(audited, source, brow
     assert len(seen.asked) == 1
 
 
+@pytest.mark.promise("offline")
 def test_everything_is_drawn_at_load_and_readable_without_a_script(audited, source, browser, tmp_path) -> None:
     plain = Seen(browser, source, tmp_path, java_script_enabled=False)
     sizes = plain.page.locator("figure svg").all()
@@ -389,6 +397,7 @@ def test_nothing_runs_out_of_the_page(source, browser, tmp_path, width, scheme) 
     assert (light[0] < light[1]) == (scheme == "light")
 
 
+@pytest.mark.promise("hostile")
 def test_hostile_text_does_nothing_in_a_browser(hostile_source, browser, tmp_path) -> None:
     seen = Seen(browser, hostile_source, tmp_path)
     seen.page.wait_for_timeout(200)

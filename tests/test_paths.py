@@ -156,6 +156,7 @@ def exists(lm: Model, sender: str, receiver: str) -> bool:
     return one < other or (one == other and sender[0] == "L" and receiver[0] == "M" and not lm.parallel)
 
 
+@pytest.mark.promise("executed")
 @each_mode
 @every_family
 def test_an_edge_is_what_three_traced_passes_find(name: str, mlps: str) -> None:
@@ -313,6 +314,7 @@ def test_the_two_meanings_are_one_where_no_mlp_lies_between_and_two_where_one_do
                 assert np.abs(one - other).min() > 1e-8, (sender, receiver)
 
 
+@pytest.mark.promise("batches")
 @each_mode
 def test_any_batch_and_any_wave_give_the_same(mlps: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lm, given = model("gemma2"), pairs(2)

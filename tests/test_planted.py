@@ -142,12 +142,14 @@ def test_writes_sum_to_the_stream(family: str) -> None:
     torch.testing.assert_close(total, writes["stream"])
 
 
+@pytest.mark.promise("planted")
 @pytest.mark.parametrize(("family", "pair"), _pairs(*ERASING, *DECOYS, "backup"))
 def test_share_is_the_planted_one(family: str, pair: Pair) -> None:
     writes = _clean(family)
     assert _share(writes[pair.eraser], writes[pair.writer]) == pytest.approx(pair.share, abs=1e-3)
 
 
+@pytest.mark.promise("causal")
 @pytest.mark.parametrize(("family", "pair"), _pairs(*ERASING))
 def test_eraser_stops_when_the_write_is_gone(family: str, pair: Pair) -> None:
     clean, without = _clean(family), _without(family, pair.writer)
@@ -155,6 +157,7 @@ def test_eraser_stops_when_the_write_is_gone(family: str, pair: Pair) -> None:
     assert pair.share_without == 0
 
 
+@pytest.mark.promise("causal")
 @pytest.mark.parametrize(("family", "pair"), _pairs(*DECOYS))
 def test_decoy_goes_on_when_the_write_is_gone(family: str, pair: Pair) -> None:
     clean, without = _clean(family), _without(family, pair.writer)
@@ -171,6 +174,7 @@ def test_backup_wakes_when_the_write_is_gone(family: str, pair: Pair) -> None:
     assert _share(without[pair.eraser], clean[pair.writer]) == pytest.approx(pair.share_without, abs=0.07)
 
 
+@pytest.mark.promise("planted")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_else_writes_against_a_writer(family: str) -> None:
     writes = {str(node): _clean(family)[str(node)] for node in _nodes(_clean(family))}

@@ -70,6 +70,7 @@ def test_the_page_has_the_numbers_of_every_material_writer(result, drawn) -> Non
         assert f"{row.end:.2f}" in shown
 
 
+@pytest.mark.promise("offline")
 def test_the_page_runs_and_fetches_nothing(drawn) -> None:
     assert set(drawn.tags) <= OWN
     assert not {"iframe", "link", "img", "object", "embed"} & set(drawn.tags)
@@ -78,6 +79,7 @@ def test_the_page_runs_and_fetches_nothing(drawn) -> None:
     assert all(place.startswith("#") for name, place in drawn.attributes if name == "href")  # nothing lies beside it
 
 
+@pytest.mark.promise("hostile")
 def test_hostile_names_become_no_markup_survive_saving_and_reach_no_terminal(hostile, tmp_path) -> None:
     assert page.save_all(hostile, tmp_path) == ("result.nc", "table.csv", "report.html")
     source = (tmp_path / "report.html").read_text("utf-8")

@@ -134,6 +134,7 @@ def claims(result: uw.Result) -> dict[tuple[str, str, str], float]:
     return dict(zip(names, result["ours"].values.tolist(), strict=True))
 
 
+@pytest.mark.promise("paper")
 def test_there_is_a_claim_for_every_number_of_the_paper_and_no_other(result) -> None:
     said = sorted(zip(map(str, result["figure"].values), result["paper"].values.tolist(), strict=True))
     bands = {("1", -0.29), ("1", 0.45), ("2", -0.28), ("2", 0.31), ("2", -0.31), ("2", 0.28)}
@@ -359,6 +360,7 @@ def compare(got: Mapping[tuple[str, str, str], float], want: Expected) -> set[tu
     return found
 
 
+@pytest.mark.promise("paper")
 @pytest.mark.parametrize("part", [of_levels, of_hiding, of_prompts, of_corpus])
 def test_ours_is_what_the_definition_of_the_model_gives(part, result, seen) -> None:
     got = claims(result)
@@ -366,6 +368,7 @@ def test_ours_is_what_the_definition_of_the_model_gives(part, result, seen) -> N
     assert {name[0][0] for name in compare(got, part(seen))} == set(of_these)
 
 
+@pytest.mark.promise("paper")
 def test_no_claim_is_left_without_a_slow_truth(result, seen) -> None:
     every = [name for part in (of_levels, of_hiding, of_prompts, of_corpus) for name, _ in part(seen)]
     assert sorted(every) == sorted(claims(result))
@@ -412,6 +415,7 @@ def lens(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Mappin
     return dict(np.load(place / "oracle.npz")), ids
 
 
+@pytest.mark.promise("paper")
 def test_transformer_lens_gives_the_same_figures(lens, result, monkeypatch) -> None:
     """Figures 1, 2, 3 (its own intervention), 4 clean, 5 and the loss."""
     cache, ids = lens
@@ -461,6 +465,7 @@ def test_figure_5_reads_as_many_prompts_as_the_paper_did(folder, proof, monkeypa
     assert found.provenance["tokens"][""]["prompts"] == 34
 
 
+@pytest.mark.promise("read-back")
 def test_a_reproduction_is_kept_printed_and_tabled(result, tmp_path) -> None:
     again = uw.read(result.save(tmp_path))
     assert again.data.identical(result.data)
@@ -481,6 +486,7 @@ def test_a_reproduction_is_kept_printed_and_tabled(result, tmp_path) -> None:
     assert (settings["name"], settings["paper_text"]) == ("gelu-4l", False)
 
 
+@pytest.mark.promise("paper")
 def test_the_command_prints_the_papers_numbers_beside_ours(folder, result, monkeypatch, capsys, tmp_path) -> None:
     words = [word.strip() for word in spelling().get_vocab() if word[0] == " "]
     (tmp_path / "text.txt").write_text(" ".join(np.random.default_rng(1).choice(words, 400)))

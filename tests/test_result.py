@@ -58,6 +58,7 @@ def files(place: Path) -> list[str]:
 # --- provenance and round trip ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("read-back")
 def test_a_saved_result_comes_back_as_it_was(tmp_path: Path) -> None:
     saved = made(skip=1)
     back = read(saved.save(tmp_path / "a.nc"))
@@ -67,6 +68,7 @@ def test_a_saved_result_comes_back_as_it_was(tmp_path: Path) -> None:
     assert back.provenance == saved.provenance
 
 
+@pytest.mark.promise("read-back")
 def test_a_result_of_several_texts_comes_back_as_it_was(tmp_path: Path) -> None:
     saved = made(two_texts("a \\x1b text", "日本 😀"))
     xr.testing.assert_identical(read(saved.save(tmp_path)).data, saved.data)
@@ -87,6 +89,7 @@ def test_a_unit_is_a_word_and_changes_no_number(tmp_path: Path, unit: str) -> No
     assert back.values.tolist() == [1.0, 2.0]
 
 
+@pytest.mark.promise("provenance")
 def test_provenance_says_what_is_needed_to_repeat_the_run(tmp_path: Path) -> None:
     provenance = read(made(skip=1, writers=["L0H0"], floor=1e-4).save(tmp_path)).provenance
     assert provenance["method"] == "scan"
@@ -185,6 +188,7 @@ def cells(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(opened))
 
 
+@pytest.mark.promise("hostile")
 @pytest.mark.parametrize("name", HOSTILE, ids=ascii)
 def test_a_hostile_name_is_harmless_in_a_spreadsheet(tmp_path: Path, name: str) -> None:
     hostile = two_texts(name).assign(reading=(("text", "writer"), np.full((2, 3), name, dtype=object)))
@@ -261,18 +265,21 @@ def full(place: Path) -> None:
     raise OSError(28, "No space left on device")
 
 
+@pytest.mark.promise("whole")
 def test_a_writer_that_fails_midway_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="stopped midway"):
         write(tmp_path / "a.nc", broken)
     assert files(tmp_path) == []
 
 
+@pytest.mark.promise("whole")
 def test_a_full_disk_leaves_nothing_and_says_so(tmp_path: Path) -> None:
     with pytest.raises(ResultError, match=r"cannot write .*a\.nc\. Got: No space left on device"):
         write(tmp_path / "a.nc", full)
     assert files(tmp_path) == []
 
 
+@pytest.mark.promise("whole")
 @pytest.mark.parametrize("make", [broken, full])
 def test_a_writer_that_fails_midway_leaves_the_older_file(tmp_path: Path, make: object) -> None:
     file = tmp_path / "a.txt"
@@ -374,6 +381,7 @@ def test_no_result_is_an_error_that_names_the_place(tmp_path: Path, name: str) -
         read(tmp_path / name)
 
 
+@pytest.mark.promise("whole")
 @pytest.mark.parametrize("kept", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])
 def test_a_truncated_file_is_an_error(tmp_path: Path, kept: float) -> None:
     file = made().save(tmp_path)
@@ -383,6 +391,7 @@ def test_a_truncated_file_is_an_error(tmp_path: Path, kept: float) -> None:
         read(file)
 
 
+@pytest.mark.promise("whole")
 @pytest.mark.parametrize("at", [0, 4, 9, 40])
 def test_a_damaged_head_is_an_error(tmp_path: Path, at: int) -> None:
     file = made().save(tmp_path)
@@ -402,6 +411,7 @@ def test_a_file_that_is_something_else_is_an_error(tmp_path: Path, content: byte
         read(tmp_path)
 
 
+@pytest.mark.promise("whole")
 @pytest.mark.parametrize(
     "attrs",
     [
@@ -421,6 +431,7 @@ def test_a_netcdf_of_another_program_is_an_error(tmp_path: Path, attrs: dict) ->
         read(tmp_path)
 
 
+@pytest.mark.promise("whole")
 def test_a_result_of_a_newer_version_says_so(tmp_path: Path) -> None:
     newer = made().data.assign_attrs(schema=result.SCHEMA + 1)
     newer.to_netcdf(tmp_path / "result.nc", engine="h5netcdf")
@@ -437,6 +448,7 @@ def test_an_error_about_a_hostile_file_is_one_safe_line(tmp_path: Path) -> None:
 # --- no torch ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("no-torch")
 def test_reading_a_result_does_not_load_torch(tmp_path: Path) -> None:
     file = made().save(tmp_path)
     code = (

@@ -76,6 +76,7 @@ def stopped(lm: Any, place: Path, after: int, monkeypatch: pytest.MonkeyPatch, *
             uw.scan(lm, IDS, checkpoint=place, **settings)
 
 
+@pytest.mark.promise("resumed")
 def test_killed_anywhere_and_started_again_it_ends_in_the_same_bits(lm, tmp_path) -> None:
     place, out = tmp_path / "run", tmp_path / "result.nc"
     script = SCRIPT.format(tests=str(Path(__file__).parent), place=str(place), out=str(out))
@@ -86,6 +87,7 @@ def test_killed_anywhere_and_started_again_it_ends_in_the_same_bits(lm, tmp_path
     assert list(place.iterdir()) == []
 
 
+@pytest.mark.promise("resumed")
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
 def test_an_interrupt_in_the_middle_of_a_batch_counts_nothing_twice(family, tmp_path, monkeypatch) -> None:
     lm = view(tiny.model(family, 1))
@@ -98,6 +100,7 @@ def test_an_interrupt_in_the_middle_of_a_batch_counts_nothing_twice(family, tmp_
     assert same(again, uw.scan(lm, IDS, **settings))
 
 
+@pytest.mark.promise("resumed")
 def test_several_texts_go_on_in_the_middle_of_the_second(lm, tmp_path, monkeypatch) -> None:
     texts = {"a": uw.Tokens(IDS[:12].numpy(), np.full(12, 9), np.arange(12)), "b": uw.Tokens(
         IDS[12:].numpy(), np.full(28, 9), np.arange(28))}  # fmt: skip
@@ -120,6 +123,7 @@ def test_several_texts_go_on_in_the_middle_of_the_second(lm, tmp_path, monkeypat
     assert same(again, uw.scan(lm, texts, batch=4))
 
 
+@pytest.mark.promise("damaged")
 @pytest.mark.parametrize(
     "damage",
     [lambda b: b[:-40], lambda b: b"", lambda b: b[:200] + bytes([b[200] ^ 1]) + b[201:]],
@@ -137,6 +141,7 @@ def test_a_damaged_newest_file_is_noticed_and_the_one_before_is_used(lm, tmp_pat
         uw.scan(lm, IDS, batch=4, checkpoint=tmp_path)
 
 
+@pytest.mark.promise("damaged")
 @pytest.mark.parametrize(
     "other", [{"batch": 3}, {"skip": 2}, {"floor": 0.1}, {"writers": ["L0H0"]}, {"tokens": IDS[:39]}, {"model": 2}]
 )
@@ -148,6 +153,7 @@ def test_another_run_is_refused(lm, tmp_path, monkeypatch, other) -> None:
         uw.scan(model, asked.pop("tokens", IDS), checkpoint=tmp_path, **asked)
 
 
+@pytest.mark.promise("damaged")
 def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(lm, tmp_path) -> None:
     code = f"from unwrite.run.job import Job\nwith Job({str(tmp_path)!r}):\n"
     code += "    print('held', flush=True); input()"

@@ -86,6 +86,7 @@ def test_the_forward_pass_is_bit_for_bit_the_models_own(family: str, dtype: torc
         assert torch.equal(values, want.sum((1, 2)))
 
 
+@pytest.mark.promise("untouched")
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("family", WAYS)
 def test_nothing_is_left_behind_whatever_happens(family: str, rules: str) -> None:

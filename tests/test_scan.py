@@ -107,6 +107,7 @@ def near(got: np.ndarray, values: np.ndarray, is_length: bool) -> bool:
         )
 
 
+@pytest.mark.promise("statistics")
 @case
 def test_quantiles_are_those_of_the_literal_ratios(case: Case) -> None:
     result, these = run(case), counted(case)
@@ -130,6 +131,7 @@ def test_quantiles_are_those_of_the_literal_ratios(case: Case) -> None:
     assert (beyond_floor > 0) == (case.floor > 0.1)
 
 
+@pytest.mark.promise("statistics")
 @case
 def test_shares_are_the_literal_sums_with_their_standard_errors(case: Case) -> None:
     result, these, cluster = run(case), counted(case), np.array(case.cluster)
@@ -202,6 +204,7 @@ READINGS = [
 ]
 
 
+@pytest.mark.promise("erased")
 @pytest.mark.parametrize(("numbers", "words"), READINGS)
 def test_a_level_is_read_with_its_interval_and_never_as_erased(numbers: tuple[float, ...], words: str) -> None:
     assert method._reading(*numbers, 2.0) == words
@@ -267,6 +270,7 @@ def same(left: tuple[list[np.ndarray], Result], right: tuple[list[np.ndarray], R
 INVARIANT = pytest.mark.parametrize("family", ["gpt2", "falcon", "stablelm"])
 
 
+@pytest.mark.promise("batches")
 @INVARIANT
 @pytest.mark.parametrize("batch", [2, 4, 5, 6, 100])
 def test_counts_do_not_depend_on_the_batch_size(family: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,6 +286,7 @@ def test_counts_do_not_depend_on_the_chunk_size(family: str, size: int, monkeypa
     same(before, counts(monkeypatch, _model(family), tokens()))
 
 
+@pytest.mark.promise("batches")
 @INVARIANT
 def test_counts_do_not_depend_on_the_order_of_prompts(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     these, order = tokens(), [3, 0, 5, 4, 2, 1]
@@ -290,6 +295,7 @@ def test_counts_do_not_depend_on_the_order_of_prompts(family: str, monkeypatch: 
     same(counts(monkeypatch, lm, these, batch=2), counts(monkeypatch, lm, turned, batch=2))
 
 
+@pytest.mark.promise("memory")
 @pytest.mark.parametrize(("most", "sizes"), [(1, [1] * 10), (2, [2, 2, 1] * 2), (3, [3, 2] * 2)])
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("full"), MemoryError(), RuntimeError("can't allocate memory")]
@@ -311,6 +317,7 @@ def test_running_out_of_memory_halves_the_batch_and_changes_no_count(
     assert seen == sizes
 
 
+@pytest.mark.promise("memory")
 def test_a_prompt_that_does_not_fit_alone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     real = stream.run
 
@@ -345,6 +352,7 @@ def test_some_writers_give_the_same_rows_as_all(case: Case) -> None:
         np.testing.assert_allclose(some[name], full[name], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.promise("batches")
 def test_prompts_with_a_mask_are_those_without_their_padding() -> None:
     lm, these = _model("gpt_neox"), tokens()
     for left in (False, True):
@@ -366,6 +374,7 @@ def test_several_texts_stand_side_by_side() -> None:
             xr.testing.assert_equal(both[variable].sel(text=name, drop=True), alone[variable])
 
 
+@pytest.mark.promise("statistics")
 def test_the_standard_error_is_that_of_a_bootstrap_over_prompts() -> None:
     rng = np.random.default_rng(1)
     lm, ids = _model("gpt2"), rng.integers(3, 50, (60, 6))
@@ -395,6 +404,7 @@ def benjamini_hochberg(p: np.ndarray, rate: float) -> np.ndarray:
     return rejected
 
 
+@pytest.mark.promise("planted")
 @pytest.mark.parametrize("seed", range(5))
 def test_candidates_are_those_of_a_hand_written_benjamini_hochberg(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -446,6 +456,7 @@ def test_a_named_writer_that_never_writes_is_an_error_and_an_unnamed_one_is_note
     assert result["pr"].drop_sel(writer="L1H1").notnull().all()
 
 
+@pytest.mark.promise("finite")
 def test_a_value_that_is_not_finite_is_named_with_its_node_prompt_and_position() -> None:
     hf = tiny.model("llama", 7, tie_word_embeddings=False)
     lm, ids = uw.load(hf), torch.tensor(tokens().ids)
@@ -475,6 +486,7 @@ def test_skipping_everything_is_an_error(skip: int) -> None:
         uw.scan(_model("gpt2"), tokens(), skip=skip)
 
 
+@pytest.mark.promise("tokens")
 def test_ids_that_the_model_cannot_read_are_an_error() -> None:
     lm = _model("gpt2")
     for bad in (-1, lm.vocabulary):

@@ -53,6 +53,7 @@ def test_l0h6_of_stories260k_rises_to_three_times_its_write(shared: Path) -> Non
         assert float(level.sel(location=location)) == pytest.approx(want, abs=0.05)
 
 
+@pytest.mark.promise("exact")
 @pytest.mark.parametrize("convention", ["paper", "raw"])
 @pytest.mark.parametrize("name", ["arthur-r24-ep200", "batson-induction-2l", "llmviz-sort-3l", "stories260K"])
 def test_nodes_of_a_real_model_sum_to_what_hugging_face_computes(shared: Path, name: str, convention: str) -> None:
@@ -83,6 +84,7 @@ def _tensor(part: dict[str, Any]) -> Tensor:
     return torch.tensor(np.frombuffer(base64.b64decode(part["data"]), np.float32).reshape(part["shape"]))
 
 
+@pytest.mark.promise("others")
 def test_the_sorting_model_writes_its_golden_activations(shared: Path, golden: dict[str, Tensor]) -> None:
     lm = uw.load(shared / "models" / "llmviz-sort-3l", convention="raw")
     ids = golden["idx"].long()
@@ -103,6 +105,7 @@ def test_the_sorting_model_writes_its_golden_activations(shared: Path, golden: d
     close(logits(lm, stream["resid_post2"]), golden["lm_head"])
 
 
+@pytest.mark.promise("others")
 def test_heads_of_the_sorting_model_are_its_golden_pattern_and_values(shared: Path, golden: dict[str, Tensor]) -> None:
     lm = uw.load(shared / "models" / "llmviz-sort-3l", convention="raw")
     ids = golden["idx"].long()
@@ -167,6 +170,7 @@ def found_text(data: xr.Dataset, judge: Tokens, i: int) -> Tensor:
     return torch.from_numpy(judge.ids[others[i - hits]])
 
 
+@pytest.mark.promise("executed")
 @pytest.mark.parametrize(
     ("name", "corpus", "length"), [("stories260K", "tinystories.txt", 48), ("arthur-r24-ep200", "arthur.txt", 40)]
 )

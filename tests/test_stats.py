@@ -194,6 +194,7 @@ def tables(draw: st.DrawFn, limit: float = 100.0) -> tuple[np.ndarray, tuple[int
     return values, tuple(sorted(draw(st.lists(st.integers(0, shape[0]), max_size=4))))
 
 
+@pytest.mark.promise("statistics")
 @given(tables())
 def test_quantiles_are_numpys_within_the_bound_for_any_chunks(table: tuple[np.ndarray, tuple[int, ...]]) -> None:
     values, cuts = table
@@ -212,6 +213,7 @@ def test_quantiles_are_numpys_for_many_channels() -> None:
     assert_near_numpy(histogram(values), values, (0.125, 0.5))
 
 
+@pytest.mark.promise("batches")
 @given(tables(), st.randoms(use_true_random=False))
 def test_counts_do_not_depend_on_the_order(table: tuple[np.ndarray, tuple[int, ...]], rng: random.Random) -> None:
     values, cuts = table
@@ -364,6 +366,7 @@ def test_no_arrival_order_and_no_partition_changes_the_brackets(n: int, data: st
     assert first.total() == tree_of({i: f"[{i}]" for i in range(n)}, bracket).total()
 
 
+@pytest.mark.promise("batches")
 @given(st.integers(1, 40), st.integers(0, 99), st.data())
 def test_floats_have_the_same_bits_for_any_arrival_order_and_partition(n: int, seed: int, data: st.DataObject) -> None:
     values = rough(n, seed)
@@ -463,6 +466,7 @@ def test_a_share_worked_by_hand() -> None:
     assert (share.item(), error.item()) == (0.5, 0.25)
 
 
+@pytest.mark.promise("statistics")
 @given(st.lists(st.integers(1, 4), min_size=2, max_size=8), st.randoms(use_true_random=False))
 def test_share_and_error_are_the_formulas_wherever_clusters_are_split(sizes: list[int], rng: random.Random) -> None:
     data = prompts(sizes)
@@ -495,6 +499,7 @@ def test_every_split_point_gives_the_same_value() -> None:
         assert_same(reduce(add, sums[:at]) + reduce(add, sums[at:]), by_formula(*data))
 
 
+@pytest.mark.promise("statistics")
 def test_the_error_is_what_a_bootstrap_over_clusters_finds() -> None:
     data = prompts(np.random.default_rng(1).integers(1, 4, 200).tolist())
     y, x = by_cluster(data[0], data[1]), by_cluster(data[0], data[2])

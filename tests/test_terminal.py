@@ -181,6 +181,7 @@ def test_other_methods_have_events_too(command, word, run, capsys, tmp_path) -> 
     assert all((tmp_path / file).is_file() for file in last["files"])
 
 
+@pytest.mark.promise("errors")
 @pytest.mark.parametrize(
     ("arguments", "code", "kind", "said"),
     [
@@ -306,6 +307,7 @@ def test_quiet_says_the_verdict_and_nothing_else(run, capsys, tmp_path) -> None:
     assert str(tmp_path) not in shown.out
 
 
+@pytest.mark.promise("hostile")
 def test_nothing_hostile_reaches_a_terminal(told) -> None:
     heard, _ = told
     scanned = next(step for step in heard if step.result is not None)
@@ -331,6 +333,7 @@ def test_an_interrupted_scan_leaves_no_folder(run, again, capsys, tmp_path) -> N
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.promise("interrupted")
 @pytest.mark.parametrize(("stage", "after"), [("verify", 1), ("verify", 6), ("dla", 1)])
 def test_an_interrupt_keeps_what_is_finished(stage, after, run, again, told, capsys, tmp_path) -> None:
     again(stage, after)
@@ -367,6 +370,7 @@ def test_without_a_folder_an_interrupt_says_that_nothing_is_kept(run, again, cap
     assert "Nothing is kept of what was finished" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.promise("interrupted")
 def test_in_python_the_interrupt_comes_out_after_the_scan_is_saved(again, tmp_path, lm, tokens) -> None:
     again("verify", 1)
     with pytest.raises(KeyboardInterrupt, match=r"Kept in .*result\.nc"):
@@ -382,6 +386,7 @@ def test_files_of_others_stay_where_nothing_is_kept(again, tmp_path, lm, tokens)
     assert [file.name for file in tmp_path.iterdir()] == ["mine"]
 
 
+@pytest.mark.promise("interrupted")
 def test_an_interrupt_while_saving_saves_the_whole(monkeypatch, tmp_path, told) -> None:
     _, found = told
     real, pressed = page.save_all, []

@@ -265,6 +265,7 @@ def example() -> Tokens:
     return Tokens(np.array([[3, 4, 5], [6, 7, 7]]), np.array([3, 2]), np.array([0, 0]))
 
 
+@pytest.mark.promise("provenance")
 @pytest.mark.parametrize(
     "change",
     [
@@ -281,6 +282,7 @@ def test_the_hash_changes_with_what_numbers_depend_on(change: dict) -> None:
     assert replace(example(), **change).hash != example().hash
 
 
+@pytest.mark.promise("provenance")
 @pytest.mark.parametrize("change", [{"source": "other"}, {"digest": "ab"}, {"notes": ("note",)}], ids=str)
 def test_the_hash_does_not_change_with_names(change: dict) -> None:
     assert replace(example(), **change).hash == example().hash
@@ -352,6 +354,7 @@ def test_the_tokens_do_not_change_with_the_array_they_came_from() -> None:
     assert tokens.ids.tolist() == [[1, 2, 3]]
 
 
+@pytest.mark.promise("tokens")
 @pytest.mark.parametrize(
     ("mask", "said"),
     [
@@ -372,6 +375,7 @@ def test_the_prompt_that_the_mask_leaves_empty_is_named() -> None:
         from_ids([[1, 2], [3, 4], [5, 6]], [[1, 1], [0, 0], [0, 1]])
 
 
+@pytest.mark.promise("tokens")
 @pytest.mark.parametrize(
     "ids",
     [
@@ -405,6 +409,7 @@ def test_a_model_that_can_read_the_ids_is_content(vocabulary: int, context: int 
     example().check(vocabulary, context)
 
 
+@pytest.mark.promise("tokens")
 @pytest.mark.parametrize(
     ("ids", "said"),
     [([[3, 8]], "Got: ids 3 to 8. Expected: 0 to 7"), ([[-1, 2]], "Got: ids -1 to 2. Expected: 0 to 7")],
@@ -418,6 +423,7 @@ def test_ids_under_padding_are_not_checked() -> None:
     from_ids([[3, 999], [-1, 4]], [[1, 0], [0, 1]]).check(8, 1)
 
 
+@pytest.mark.promise("tokens")
 def test_prompts_longer_than_the_context_are_an_error() -> None:
     with pytest.raises(TokensError, match=r"Got: 3 tokens. Expected: at most 2. Next: pass length=2 or less"):
         example().check(100, 2)

@@ -726,6 +726,7 @@ def test_what_is_no_site_is_refused(name: object) -> None:
         parse_site(name)
 
 
+@pytest.mark.promise("errors")
 def test_a_misspelt_site_is_refused_with_the_nearest() -> None:
     with pytest.raises(NodeError, match=r"not a site.*Got: 'L0H0\.zz'.*nearest: L0H0\.z"):
         ran(model("gpt2"), "L0H0.zz")
@@ -805,6 +806,7 @@ WRONG: list[tuple[Callable[[], Edit], str]] = [
 ]
 
 
+@pytest.mark.promise("errors")
 @pytest.mark.parametrize(("make", "message"), WRONG, ids=map(str, range(len(WRONG))))
 def test_an_edit_that_cannot_be_honoured_is_an_error(make: Callable[[], Edit], message: str) -> None:
     lm = unchecked(tiny.model("gpt2", 0, num_attention_heads=4, hidden_size=16))
@@ -812,6 +814,7 @@ def test_an_edit_that_cannot_be_honoured_is_an_error(make: Callable[[], Edit], m
         ran(lm, edits=make())
 
 
+@pytest.mark.promise("errors")
 def test_an_edit_that_no_pass_reached_is_an_error_unless_there_is_another() -> None:
     lm = model("gpt2")
     with pytest.raises(NodeError, match="touched nothing"), uw.trace(lm, edits=Edit.set("L0H0", 0.0)):
@@ -976,6 +979,7 @@ def is_never_entered(lm: Model) -> None:
 ENDS = (succeeds, fails, is_interrupted, is_abandoned, is_closed, touches_nothing, is_refused, is_never_entered)
 
 
+@pytest.mark.promise("untouched")
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2", "falcon", "falcon alibi eager", "gptj"])
 def test_the_model_is_bit_for_bit_what_it_was(kind: str) -> None:
     hf = build(kind)

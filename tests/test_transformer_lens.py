@@ -69,6 +69,7 @@ def close(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=2e-6 * float(want.abs().max()))
 
 
+@pytest.mark.promise("others")
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family not in LEFT_OUT])
 def test_transformer_lens_sees_the_same_writes_and_states(family: str, seed: int) -> None:
@@ -110,6 +111,7 @@ def patched() -> Patched:
     return Patched(view(hf), bridged(hf), uw.pairs(base, source, 5, 9), base, source)
 
 
+@pytest.mark.promise("others")
 def test_transformer_lens_guesses_the_same_by_the_slope() -> None:
     one = patched()
     analysis = pytest.importorskip("transformer_lens.tools.analysis.attribution_patching")
@@ -123,6 +125,7 @@ def test_transformer_lens_guesses_the_same_by_the_slope() -> None:
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(list(theirs.values())), rtol=0, atol=1e-6)
 
 
+@pytest.mark.promise("others")
 def test_transformer_lens_patches_the_same() -> None:
     one = patched()
     patching = pytest.importorskip("transformer_lens.patching")

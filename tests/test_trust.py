@@ -171,6 +171,7 @@ def test_a_reading_that_does_not_vary_has_no_correlation(form: str, level: float
         assert np.isnan([found.correlation, found.low, found.high]).all()
 
 
+@pytest.mark.promise("estimates")
 def test_an_interval_holds_what_it_should() -> None:
     """Of 60 samples of two readings correlated 0.6, about 95 % of the intervals hold 0.6."""
     rng, held = np.random.default_rng(0), 0

@@ -21,6 +21,8 @@ from unwrite.model.load import view
 from unwrite.model.view import Model
 from unwrite.run import trust, without
 
+pytestmark = pytest.mark.promise("untouched")
+
 # One of every way in which attention is reached: the interface, post-norms, own code with a branch for sdpa, own code.
 FAMILIES = ("gpt2", "llama", "gemma2", "falcon", "gptj")
 IDS = torch.randint(3, 50, (4, 6), generator=torch.Generator().manual_seed(0))

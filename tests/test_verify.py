@@ -46,6 +46,7 @@ def verified(request: pytest.FixtureRequest) -> dict[str, uw.Result]:
     return {writer: uw.verify(lm, tokens, writer) for writer in ("L0H0", "L0H1", "L0H2", "L0H3", "L0H4", "L0H5")}
 
 
+@pytest.mark.promise("causal")
 def test_planted_verdicts(verified) -> None:
     said = {writer: result.data.attrs["verdict"] for writer, result in verified.items()}
     expected = dict.fromkeys(("L0H0", "L0H1", "L0H2"), "erased") | {"L0H3": "filled in", "L0H4": "kept", "L0H5": "kept"}
@@ -59,6 +60,7 @@ def test_planted_survival(verified, writer, survival) -> None:
     assert float(verified[writer]["survival"][-1]) == pytest.approx(survival, abs=0.03)
 
 
+@pytest.mark.promise("causal")
 def test_a_planted_reader_is_told_from_decoys_and_from_an_mlp(verified) -> None:
     classes = {
         (writer, str(node)): str(verified[writer]["class"].sel(node=node).item())
@@ -72,6 +74,7 @@ def test_a_planted_reader_is_told_from_decoys_and_from_an_mlp(verified) -> None:
     assert classes["L0H0", constant] == "acts without it"
 
 
+@pytest.mark.promise("causal")
 def test_the_planted_backup_fills_in_and_never_erases(verified) -> None:
     backup = verified["L0H3"].data.sel(node="L2H0")
     assert float(backup["filled_in"]) < -0.9
@@ -87,6 +90,7 @@ def test_all_that_is_erased_came_through_values(verified) -> None:
     assert float(verified["L0H1"]["causal_share"]) == pytest.approx(1.0, abs=0.01)
 
 
+@pytest.mark.promise("causal")
 def test_hiding_the_writer_silences_the_reader_only(verified) -> None:
     pr = verified["L0H0"]["pr"].sel(quantile=0.5)
     assert float(pr.sel(condition="clean", node="L1H0")) == pytest.approx(-0.9, abs=0.01)
@@ -132,6 +136,7 @@ def removed_by_hand(lm: Model, layer: int, head: int, ids: Tensor) -> Tensor:
     return seen[0]
 
 
+@pytest.mark.promise("executed")
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "falcon", "bloom", "opt", "granite", "cohere", "phi"])
 def test_a_removed_head_is_a_head_silenced_by_a_plain_hook(family) -> None:
     """Where no post-norm rescales the others: then to silence z and to subtract the write are one intervention."""
@@ -146,6 +151,7 @@ def test_a_removed_head_is_a_head_silenced_by_a_plain_hook(family) -> None:
     assert torch.allclose(ours, truth, rtol=0, atol=tolerance * float(truth.abs().max()))
 
 
+@pytest.mark.promise("executed")
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_algebra_through_values_equals_the_executed_intervention(family) -> None:
     """Every head of the next layer changes by exactly C when the writer is hidden from its values (eq. 3)."""
@@ -190,6 +196,7 @@ def brute_survival(lm: Model, ids: Tensor, node: Any, skip: int) -> np.ndarray:
     return top / bottom
 
 
+@pytest.mark.promise("batches")
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_survival_is_the_same_for_any_batch_and_as_by_hand(batch) -> None:
     lm = model("gpt2", 4)
@@ -216,6 +223,7 @@ def test_rotations_keep_length_and_stay_where_readers_look() -> None:
         assert (write @ turn).mean(-1).abs().max() < 1e-12
 
 
+@pytest.mark.promise("erased")
 def test_a_rotated_write_decays_like_anything(monkeypatch) -> None:
     """A direction drawn like the generic ones is not told from them, but for a few in a hundred by chance."""
     truth = planted("gpt2", dtype=torch.float64)
@@ -260,6 +268,7 @@ def test_the_last_layer_and_embeddings_can_be_verified() -> None:
         assert result["survival"].notnull().any()
 
 
+@pytest.mark.promise("finite")
 def test_a_value_that_is_not_finite_is_named_and_never_a_verdict() -> None:
     hf = tiny.model("llama", 7, tie_word_embeddings=False)
     lm, ids = view(hf), torch.ones(3, 6, dtype=torch.long)
@@ -441,6 +450,7 @@ def full_tokens(lm: Model) -> Tokens:
     return from_ids(ids, mask)
 
 
+@pytest.mark.promise("memory")
 @pytest.mark.parametrize(
     ("most", "error", "named"),
     [
@@ -466,6 +476,7 @@ def test_out_of_memory_in_the_middle_of_a_batch_counts_nothing_twice(most, error
     same_tally(before, tallied(lm, tokens, 5, named))
 
 
+@pytest.mark.promise("memory")
 @pytest.mark.parametrize("call", [0, 7, 21, 40])
 def test_out_of_memory_at_any_call_counts_nothing_twice(call, monkeypatch) -> None:
     lm = model("llama", 2)
