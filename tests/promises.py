@@ -108,10 +108,10 @@ PROMISES: dict[str, Promise] = {
     "finite": Promise(
         "NaN and infinity never enter a number silently",
         "`run/stream.py`, `run/metrics.py` and `methods/dla.py` look at what a model gave before it is counted, and "
-        "name node, prompt and position; `model/certificate.py` refuses such weights.",
+        "say at which node, prompt or pair it was; `model/certificate.py` refuses such weights.",
     ),
     "tokens": Promise(
-        "Wrong tokens, prompts and answers are refused, before anything is computed",
+        "Tokens, prompts and answers that do not fit the model or the question are refused",
         "`tokens.py` and `contrasts.py` check ids, lengths, positions and that an answer is one token.",
     ),
     "architecture": Promise(
