@@ -137,7 +137,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(lm, asked, tmp_path, monkeypatch) 
 
     monkeypatch.setattr(module, "patched", stopping)
     with pytest.raises(KeyboardInterrupt):
-        uw.effects(lm, asked, batch=2, checkpoint=uw.Job(tmp_path, every=0))
+        uw.effects(lm, asked, batch=2, checkpoint=uw.Job(tmp_path, every=0.0))
     assert len(begun) == last
     begun.clear()
     last = 99

@@ -32,7 +32,7 @@ torch.set_num_threads(1)
 lm, ids = view(tiny.model("gpt2", 0)), torch.randint(3, 50, (40, 9), generator=torch.Generator().manual_seed(0))
 for kills in range(50):
     if not (child := os.fork()):
-        uw.scan(lm, ids, batch=1, checkpoint=uw.Job({place!r}, every=0)).save({out!r})
+        uw.scan(lm, ids, batch=1, checkpoint=uw.Job({place!r}, every=0.0)).save({out!r})
         os._exit(0)
     # At first soon, so that several starts are needed; then it may come to its end.
     time.sleep(random.Random(kills).uniform(0.0, 0.1) + 0.1 * kills)

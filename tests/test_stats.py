@@ -356,14 +356,19 @@ def test_part_of_the_batches_is_combined_in_the_order_of_the_batches(batches: li
     assert tree_of({batch: str(batch) for batch in batches}, bracket).total() == expected
 
 
+def numbered(text: str) -> dict[str, torch.Tensor]:
+    return {"": torch.tensor([*map(ord, text)])}
+
+
 @given(st.integers(1, 40), st.data())
 def test_no_arrival_order_and_no_partition_changes_the_brackets(n: int, data: st.DataObject) -> None:
     order = data.draw(st.permutations(range(n)))
     owner = data.draw(st.lists(st.integers(0, 2), min_size=n, max_size=n))
-    first, *others = [tree_of({i: f"[{i}]" for i in order if owner[i] == k}, bracket) for k in range(3)]
+    texts = [f"[{i}]" for i in range(n)]
+    first, *others = [tree_of({i: texts[i] for i in order if owner[i] == k}, bracket) for k in range(3)]
     for other in others:
-        first.take(other.state())
-    assert first.total() == tree_of({i: f"[{i}]" for i in range(n)}, bracket).total()
+        first.take(other.state(numbered), lambda named: "".join(map(chr, named[""].tolist())))
+    assert first.total() == tree_of(dict(enumerate(texts)), bracket).total()
 
 
 @pytest.mark.promise("batches")
