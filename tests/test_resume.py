@@ -59,6 +59,8 @@ def same(one: uw.Result, other: uw.Result) -> bool:
     assert set(one.data) == set(other.data)
     pairs = ((one[name].values, other[name].values) for name in map(str, one.data))
     return all(np.array_equal(a, b, equal_nan=a.dtype.kind == "f") for a, b in pairs)
+
+
 def stopped(lm: Any, place: Path, after: int, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
     """A scan that an interrupt ends in the middle of batch `after`."""
     real, count = gram.GramTally.step, [0]

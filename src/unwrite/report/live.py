@@ -142,6 +142,7 @@ def line(step: Step, width: int, before: Step | None = None) -> str:
         rate = (before.tokens + step.tokens) / seconds if seconds else 0.0
     left = f"left {duration(step.left)}" if step.done else ""
     left = f"in {duration(seconds)}" if step.done == step.total else left
+    left = "done before" if step.before == step.total else left
     return (
         f"{set_cell_size(plain(name), _STAGE)} {'█' * filled}{'·' * (bar - filled)} "
         f"{f'{step.done}/{step.total} prompts':>15}  {f'{rate:,.0f} tok/s':>12}  {left}"

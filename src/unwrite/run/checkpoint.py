@@ -95,7 +95,8 @@ def differing(one: str, other: str) -> str:
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, part in value.items():
-        flat |= _flat(part, f"{prefix}{name} ") if isinstance(part, Mapping) else {f"{prefix}{name}": part}
+        path = f"{prefix} {name}".strip()
+        flat |= _flat(part, path) if isinstance(part, Mapping) else {path: part}
     return flat
 
 

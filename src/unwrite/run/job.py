@@ -32,6 +32,8 @@ SECONDS = 30.0
 _KEY, _UNFINISHED = "key", "unfinished"
 # The array of a stage that says which batch comes next.
 _NEXT = "next"
+# How often the run was started until then, and for how many seconds it ran.
+_SPENT = "spent"
 _LOCK = "unwrite.lock"
 
 
@@ -87,6 +89,10 @@ class Job:
     _lock: IO[bytes] | None = field(init=False, default=None)
     _open: bool = field(init=False, default=False)
     _came: list[int] = field(init=False, default_factory=list)
+    _began: float = field(init=False, default_factory=time.monotonic)
+    # Of earlier starts of the same run.
+    _starts: int = field(init=False, default=0)
+    _seconds: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
         part, of = self.shard
@@ -101,7 +107,7 @@ class Job:
             # What a process that was killed had not written to its end; nobody else works on these.
             for rest in place.glob(f"{self._named(place, '.*.npz').name}.*"):
                 rest.unlink()
-        self._open = True
+        self._open, self._began, self._starts, self._seconds = True, time.monotonic(), 0, 0.0
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
@@ -158,9 +164,19 @@ class Job:
         return found if self.finished else None
 
     def signed(self, found: Result, finished: bool = True) -> Result:
-        """A result that says of which run it is, so that its folder can be found finished."""
-        marks = {_KEY: self.key} | ({} if finished else {_UNFINISHED: 1})
+        """A result that says of which run it is, so that its folder can be found finished, and how long that took."""
+        starts, seconds = self.spent
+        marks = {_KEY: self.key, "starts": starts, "seconds": seconds} | ({} if finished else {_UNFINISHED: 1})
         return found if self.folder is None else Result(found.data.assign_attrs(marks))
+
+    @property
+    def spent(self) -> tuple[int, float]:
+        """How often the run was started, and for how many seconds it ran."""
+        return self._starts + 1, self._seconds + time.monotonic() - self._began
+
+    def goes_on(self, starts: int, seconds: float) -> None:
+        """A stage was begun by an earlier start of the run."""
+        self._starts, self._seconds = max(self._starts, starts), max(self._seconds, seconds)
 
     def stage(self, name: str, total: int, more: object = None) -> Stage:
         """What is kept of one pass over `total` batches; `more` says what it depends on beside the job's key."""
@@ -170,7 +186,7 @@ class Job:
         key = json.dumps({**asked, "stage": name, "batches": total, "more": more, "versions": versions}, sort_keys=True)
         part, of = self.shard
         stage = Stage(
-            None if self.folder is None else self._named(Path(self.folder), label), key, self.every,
+            self, None if self.folder is None else self._named(Path(self.folder), label), key,
             range(0) if self.of else range(total * (part - 1) // of, total * part // of),
             tuple(_whole(tuple(map(Path, self.of)), label, key)) if self.of else (),
         )  # fmt: skip
@@ -240,9 +256,9 @@ class Stage:
     `whole`: what shards kept of all of them.
     """
 
+    job: Job
     path: Path | None
     key: str
-    every: float
     span: range
     whole: tuple[Arrays, ...]
     _saved: float = field(init=False, default_factory=time.monotonic)
@@ -251,7 +267,7 @@ class Stage:
     @property
     def due(self) -> bool:
         """Is it time to write?"""
-        return time.monotonic() - self._saved >= self.every
+        return time.monotonic() - self._saved >= self.job.every
 
     def resume(self, tally: Tally) -> range:
         """Give the tally what is done already; the batches that are left."""
@@ -259,13 +275,20 @@ class Stage:
         self._next = self.span.start
         for state in (*self.whole, *filter(None, found)):
             self._next = int(state.pop(_NEXT))
+            starts, seconds = state.pop(_SPENT)
+            self.job.goes_on(int(starts), float(seconds))
             tally.take(state)
-        return range(0) if self.whole else range(self._next, self.span.stop)
+        if self.whole:
+            return range(0)
+        if not self.span and not any(found):
+            self.tick(tally, now=True)  # of more shards than batches, some have none: that is said, too
+        return range(self._next, self.span.stop)
 
     def tick(self, tally: Tally, now: bool = False) -> None:
         """Write what the tally holds, where it is time to, or `now`."""
         if self.path is not None and (now or self.due):
-            checkpoint.save(self.path, self.key, {_NEXT: np.array(self._next), **tally.state()})
+            own = {_NEXT: np.array(self._next), _SPENT: np.array(self.job.spent)}
+            checkpoint.save(self.path, self.key, {**own, **tally.state()})
             self._saved = time.monotonic()
 
     def done(self, tally: Tally, batch: int, now: bool) -> None:
