@@ -96,6 +96,15 @@ PROMISES: dict[str, Promise] = {
         "A run that was killed goes on where it was, to the same bits",
         "`run/checkpoint.py` keeps whole batches and what they depend on, and replaces its file in one step.",
     ),
+    "shards": Promise(
+        "One process, several ranks and shards in any order give the same bits, and parts that do not fit are refused",
+        "Batches are fixed by the prompts' places; `run/stats.py` adds integers, and floats along a fixed tree; "
+        "`run/job.py` says which batches are whose. As with all bits: as many threads, on the same kind of machine.",
+    ),
+    "finished": Promise(
+        "A folder with the result of the same run is printed, and one with another run's is never overwritten",
+        "`run/job.py` signs a result with all that it depends on, and compares before anything is computed.",
+    ),
     "damaged": Promise(
         "A checkpoint that is damaged, in use or of another run is noticed, and never becomes a number",
         "`run/checkpoint.py` begins its file with the SHA-256 of the rest, keeps the one before it, and locks them.",

@@ -84,11 +84,10 @@ def test_shards_in_any_order_have_the_bits_of_one_process(lm, whole, tmp_path_fa
 
 
 @pytest.mark.promise("shards")
-@pytest.mark.parametrize("size", [2, 3])
-def test_ranks_have_the_bits_of_one_process_and_leave_one_result(folder, tmp_path, size) -> None:
+def test_ranks_have_the_bits_of_one_process_and_leave_one_result(folder, tmp_path) -> None:
     asked = ["scan", str(folder / "model"), "--text", str(folder / "text.txt"), "-n", "80", "--length", "64"]
     out = tmp_path / "ranks"
-    script = RANKS.format(size=size, arguments=[*asked, "--out", str(out), "--checkpoint-every", "0"])
+    script = RANKS.format(size=3, arguments=[*asked, "--out", str(out), "--checkpoint-every", "0"])
     command = [sys.executable, "-W", "ignore", "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "160"})
     assert done.returncode == 0, done.stderr
@@ -129,9 +128,9 @@ def test_parts_that_do_not_fit_are_refused(lm, tmp_path) -> None:
         together(lm, one)
     shard(lm, two, 2, 2)
     for changed in ({"batch": 3}, {"skip": 2}, {"writers": ["L0H1"]}):
-        with pytest.raises(ResultError, match="checkpoint of another run. Got: another"):
+        with pytest.raises(ResultError, match=r"checkpoint of another run\. Got: another"):
             together(lm, one, two, **changed)
-    with pytest.raises(ResultError, match="checkpoint of another run. Got: another model weights"):
+    with pytest.raises(ResultError, match=r"checkpoint of another run\. Got: another model weights"):
         together(view(tiny.model("llama", 1)), one, two)
     shard(lm, other, 2, 3)
     with pytest.raises(ResultError, match="not whole"):
@@ -193,7 +192,7 @@ def test_other_commands_do_not_run_in_several_processes(folder, monkeypatch, cap
 
 
 @pytest.mark.promise("finished")
-@pytest.mark.parametrize("command", [("scan",), ("verify", "L0H0"), ("audit",)], ids=lambda c: c[0])
+@pytest.mark.parametrize("command", [("scan",), ("verify", "L0H0")], ids=lambda c: c[0])
 def test_a_finished_folder_is_printed_and_another_run_refused(folder, monkeypatch, capsys, tmp_path, command) -> None:
     name, *writer = command
     asked = (name, folder / "model", *writer, "--text", folder / "text.txt", "-n", 8, "--length", 64)
@@ -222,7 +221,7 @@ def test_a_finished_folder_is_printed_and_another_run_refused(folder, monkeypatc
 
 def test_a_folder_with_a_result_that_names_no_run_is_refused(lm, tmp_path) -> None:
     uw.scan(lm, IDS).save(tmp_path)
-    with pytest.raises(ResultError, match="holds the result of another run. Got: a scan"):
+    with pytest.raises(ResultError, match=r"holds the result of another run\. Got: a scan"):
         uw.scan(lm, IDS, checkpoint=tmp_path)
 
 
