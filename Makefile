@@ -5,9 +5,10 @@ PIN = .venv/bin/python -m pip install -qq -c constraints.txt --build-constraint 
 .PHONY: audit test lint docs bench clean
 .DELETE_ON_ERROR:
 
-# MODEL: a hub name or folder, by default the bundled model; TEXT: a file or folder. Writes the folder audit/.
+# MODEL: a hub name or folder, by default the bundled model; TEXT: a file or folder; OUT: the folder it writes.
+OUT ?= audit
 audit: .venv/.runtime
-	@.venv/bin/python -m unwrite audit $${MODEL:+"$$MODEL"} $${TEXT:+--text "$$TEXT"} --out audit
+	@.venv/bin/python -m unwrite audit $${MODEL:+"$$MODEL"} $${TEXT:+--text "$$TEXT"} --out "$(OUT)"
 
 test: .venv/.test .venv-legacy/.done
 	@.venv/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal

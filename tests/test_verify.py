@@ -19,6 +19,7 @@ from unwrite.model.values import through_values
 from unwrite.model.view import Model, fold
 from unwrite.report.verified import sentence
 from unwrite.run import rerun, without
+from unwrite.run.job import Job
 from unwrite.run.readers import one_reader
 from unwrite.run.rotations import rotations
 from unwrite.run.stream import stream
@@ -423,9 +424,9 @@ def test_executed_runs_of_falcon_are_the_models_own() -> None:
 def tallied(lm: Model, tokens: Tokens, size: int, named: bool) -> without.WithoutTally:
     """A whole tally, with erasers named beforehand or hidden in a second pass."""
     tally, erasers = without.WithoutTally(lm, tokens, lm.parts[2], 1, 1e-4), [lm.parts[-3]]
-    stream(lm, tokens, lambda batch: tally.step(batch, erasers if named else ()), size, "")
+    stream(lm, tokens, tally.executed(erasers if named else ()), size, "", None, Job())
     if not named:
-        stream(lm, tokens, lambda batch: tally.hide(batch, erasers), size, "")
+        stream(lm, tokens, tally.hiding(erasers), size, "", None, Job())
     return tally
 
 

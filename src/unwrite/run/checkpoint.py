@@ -10,10 +10,12 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from unwrite.errors import ResultError
 from unwrite.result import write
@@ -100,25 +102,26 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def locked(file: Path) -> IO[bytes]:
+def locked(file: Path) -> FileLock:
     """A lock that dies with the process. Raises ResultError where another one holds it, or it cannot be written."""
-    import fcntl  # where there is none, everything but checkpoints works
-
+    lock = FileLock(file, thread_local=False)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle = file.open("wb")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ResultError(
+            f"another process works with {file.parent}", fix="wait for it, or choose another place"
+        ) from None
     except OSError as error:
         raise ResultError(f"cannot write {file}", got=error.strerror or error, fix="choose another place") from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # A lock that its holder has removed in the meantime locks nothing.
-        mine = os.path.samestat(os.fstat(handle.fileno()), file.stat())
-    except OSError:
-        mine = False
-    if not mine:
-        handle.close()
-        raise ResultError(f"another process works with {file.parent}", fix="wait for it, or choose another place")
-    return handle
+    return lock
+
+
+def unlocked(lock: FileLock) -> None:
+    """Let go of a lock, and of its file."""
+    with suppress(OSError):  # some systems keep a file that is open
+        Path(lock.lock_file).unlink()
+    lock.release()
 
 
 def _before(path: Path) -> Path:

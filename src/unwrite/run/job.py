@@ -16,9 +16,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from filelock import FileLock
 
 from unwrite import result as results
 from unwrite.errors import ModelError, ResultError
@@ -86,7 +87,7 @@ class Job:
     key: str = field(init=False, default="")
     finished: bool = field(init=False, default=False)
     _stages: list[Stage] = field(init=False, default_factory=list)
-    _lock: IO[bytes] | None = field(init=False, default=None)
+    _lock: FileLock | None = field(init=False, default=None)
     _open: bool = field(init=False, default=False)
     _came: list[int] = field(init=False, default_factory=list)
     _began: float = field(init=False, default_factory=time.monotonic)
@@ -120,8 +121,7 @@ class Job:
         finally:
             self._stages, self._open, self.key = [], False, ""
             if self._lock is not None:
-                self._named(Path(str(self.folder)), _LOCK).unlink(missing_ok=True)
-                self._lock.close()
+                checkpoint.unlocked(self._lock)
         return kind is _PartDone
 
     def _named(self, place: Path, name: str) -> Path:
