@@ -35,7 +35,7 @@ def invariance(asked: Asked, pool: Pool, first: int, real: int) -> Iterator[Floa
         texts = pool.others(first + i, row)
         values = [torch.einsum("snjd,d->snj", part, r[i]) for part in _others(asked, pool, i, row, texts)]
         if len(texts) < 2:
-            yield torch.full((len(REPLACED), len(asked.lm.parts), len(QUARTILES)), torch.nan, dtype=r.dtype)
+            yield torch.full((len(REPLACED), len(asked.lm.parts), len(QUARTILES)), torch.nan).to(r)
             continue
         quartiles = torch.tensor(QUARTILES, dtype=r.dtype, device=r.device)
         yield torch.quantile(torch.cat(values, 2), quartiles, dim=2).movedim(0, 2)
