@@ -254,7 +254,7 @@ def read_rows(position: Any, tokens: Tokens) -> Int[np.ndarray, " prompt"]:
     Raises TokensError for anything else, and for a row outside its prompt.
     """
     try:
-        wanted = np.asarray(position)
+        wanted = np.asarray(position.cpu() if hasattr(position, "cpu") else position)
     except ValueError:  # rows of unequal length
         wanted = np.asarray(None)
     if wanted.dtype.kind not in "iu" or wanted.shape not in ((), (len(tokens),)):
