@@ -25,7 +25,10 @@ Values = dict[Slot, Float[Tensor, "pair position _unit _d"]]
 
 @dataclass(frozen=True, eq=False)
 class Donor:
-    """`name` says where values of `slots` come from; `reader` is the model that reads them there."""
+    """`name` says where values of `slots` come from; `reader` is the model that reads them there.
+
+    They are handed out on `device`: another model may lie elsewhere.
+    """
 
     name: str
     pairs: Pairs
@@ -33,6 +36,7 @@ class Donor:
     reader: Model
     read: tuple[Slot, ...]
     order: Int[np.ndarray, " pair"]
+    device: torch.device
 
     @property
     def read_by(self) -> dict[str, str]:
@@ -48,7 +52,7 @@ class Donor:
         if self.name == "mean":
             return {slot: part.expand(rows.stop - rows.start, *part.shape[1:]) for slot, part in self._means.items()}
         found = values(self.reader, self.ids(rows), self.read)
-        named = {slot: found[other] for slot, other in zip(self.slots, self.read, strict=True)}
+        named = {slot: found[other].to(self.device) for slot, other in zip(self.slots, self.read, strict=True)}
         return {slot: torch.zeros_like(part) for slot, part in named.items()} if self.name == "zero" else named
 
     @cached_property
@@ -81,10 +85,10 @@ def donor(lm: Model, pairs: Pairs, asked: tuple[Slot, ...], source: Any) -> Dono
         )
     if isinstance(source, Model):
         pairs.source.check(source.vocabulary, source.context)
-        return Donor(_other_name(lm, source), pairs, asked, source, _same(source, asked), order)
+        return Donor(_other_name(lm, source), pairs, asked, source, _same(source, asked), order, lm.device)
     if source == "resample":
         order = _others(pairs)
-    return Donor(source, pairs, asked, lm, asked, order)
+    return Donor(source, pairs, asked, lm, asked, order, lm.device)
 
 
 def _other_name(lm: Model, other: Model) -> str:
