@@ -196,9 +196,12 @@ class Pending:
 
     def _fitted(self, name: str, value: Any, x: Tensor, rows: _Rows) -> Any:
         """A source or gain as it goes with the chosen rows of x. Raises NodeError for any shape but those allowed."""
-        if not isinstance(value, Tensor) or value.dim() == 0:
+        if not isinstance(value, Tensor):
             return value
-        value, (prompts, positions, width) = value.to(x.device), x.shape
+        value = value.to(x.device)
+        if value.dim() == 0:
+            return value
+        prompts, positions, width = x.shape
         text = rows.offset + positions
         fits: dict[tuple[int, ...], Callable[[], Tensor]] = {(width,): lambda: value}
         if rows.picked and isinstance(self.edit.at, Integral) and name == "source":
