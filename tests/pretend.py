@@ -3,7 +3,7 @@
 A tensor on it is a shell around a CPU tensor, so every number is that of the CPU, bit for bit. As with CUDA, tensors of
 two devices never meet, but for single numbers and indices; numpy sees only what `.cpu()` brought back; a generator of
 the CPU draws nothing there; integers have no matrix product; and backward passes run in a thread of the device's own.
-What it cannot show: CUDA's own kernels (rounding, order of sums, missing dtypes), its memory, a second device of a kind.
+What it cannot show: CUDA's own kernels (rounding, order of sums, missing dtypes), its memory, a second such device.
 
 `register` changes a process for good (torch has an accelerator from then on) and must come before its first backward
 pass, so what needs the device runs in a process of its own: see test_other_device.py.
@@ -11,13 +11,12 @@ pass, so what needs the device runs in a process of its own: see test_other_devi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils import _pytree as tree
+from torch import Tensor, nn
 from torch.utils import backend_registration
 
 NAME = "pretend"
@@ -83,19 +82,20 @@ class Shell(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        _require_one_device(func, args, kwargs)
+        given = [*_leaves(args), *_leaves(kwargs.values())]
+        _require_one_device(func, args, given)
         target = kwargs.get("device")
         if target is not None:
             kwargs = {**kwargs, "device": "cpu"}
-        shells = {id(shell.held): shell for shell in _tensors((args, kwargs)) if isinstance(shell, Shell)}
-        found = func(*tree.tree_map(_held, args), **tree.tree_map(_held, kwargs))
+        shells = {id(shell.held): shell for shell in given if isinstance(shell, Shell)}
+        found = func(*map(_held, args), **{name: _held(value) for name, value in kwargs.items()})
         if torch.Tag.inplace_view in func.tags:  # a shell says itself what its shape is
             with torch.utils._mode_utils.no_dispatch():
                 func(*args, **kwargs)
         assert all(shell.shape == shell.held.shape for shell in shells.values()), f"{func} changed a shape in place"
         if target is not None and torch.device(target).type == "cpu":
             return found
-        return tree.tree_map_only(Tensor, lambda made: shells[id(made)] if id(made) in shells else Shell(made), found)
+        return _shelled(found, shells)
 
     # torch cannot read, find or copy what a subclass holds; what lies on CUDA it can.
     def tolist(self) -> Any:
@@ -105,18 +105,33 @@ class Shell(Tensor):
         return self.held.data_ptr()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return memo.setdefault(id(self), self.detach().clone().requires_grad_(self.requires_grad))
+        made = self.detach().clone()
+        made = nn.Parameter(made, self.requires_grad) if isinstance(self, nn.Parameter) else made
+        return memo.setdefault(id(self), made)
 
     def __repr__(self) -> str:
         return f"{self.held!r} on {NAME}"
 
 
 def _held(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_held, value))
     return value.held if isinstance(value, Shell) else value
 
 
-def _tensors(values: Any) -> list[Tensor]:
-    return [value for value in tree.tree_leaves(values) if isinstance(value, Tensor)]
+def _shelled(found: Any, shells: Mapping[int, Shell]) -> Any:
+    """In shells of their own, but for what was changed in place."""
+    if isinstance(found, (list, tuple)):
+        return type(found)(_shelled(part, shells) for part in found)
+    return shells[id(found)] if id(found) in shells else Shell(found) if isinstance(found, Tensor) else found
+
+
+def _leaves(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _leaves(value)
+        else:
+            yield value
 
 
 def _factory(made: Any, *args: Any, **kwargs: Any) -> Shell:
@@ -133,33 +148,25 @@ def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Te
     return target
 
 
-def _require_own_generator(values: Any) -> None:
+def _require_own_generator(values: Iterable[Any]) -> None:
     if any(isinstance(value, torch.Generator) for value in values):
         raise RuntimeError(f"Expected a {NAME!r} device type for generator but found 'cpu'")
 
 
-def _require_one_device(func: Any, args: tuple, kwargs: dict) -> None:
-    """What CUDA would refuse raises RuntimeError."""
+def _require_one_device(func: Any, args: tuple, given: Sequence[Any]) -> None:
+    """What CUDA would refuse raises RuntimeError; `given` is all that is in the arguments."""
     name = func._schema.name
-    _require_own_generator(tree.tree_leaves((args, kwargs)))
-    if name == "aten::copy_":
-        return
+    _require_own_generator(given)
     if name in _PRODUCTS and not args[0].dtype.is_floating_point:
         raise RuntimeError(f"{name} not implemented on {NAME!r} for {args[0].dtype}")
-    strangers = list(_strangers(func, name, args, kwargs))
-    if strangers or (func._schema.is_mutable and not isinstance(args[0], Shell)):
-        shapes = [tuple(tensor.shape) for tensor in strangers]
-        raise RuntimeError(
-            f"Expected all tensors to be on the same device, but {name} found {NAME} and cpu (shapes there: {shapes})"
-        )
-
-
-def _strangers(func: Any, name: str, args: tuple, kwargs: dict) -> Iterator[Tensor]:
-    """Tensors of the CPU that may not be among these."""
-    if name in _INDEXED:  # whatever lies on the device may be indexed from both sides
-        yield from (tensor for tensor in _tensors(args[0]) if not isinstance(tensor, Shell))
-        args = args[2:]
-    single = torch.Tag.pointwise in func.tags or name in (*_ONE_BY_ONE, *_INDEXED)
-    for tensor in _tensors((args, kwargs)):
-        if not (isinstance(tensor, Shell) or (single and tensor.dim() == 0)):
-            yield tensor
+    strangers = [value for value in given if isinstance(value, Tensor) and not isinstance(value, Shell)]
+    if not strangers or name == "aten::copy_":
+        return
+    if name in _INDEXED and isinstance(args[0], Shell):  # may be indexed from both sides
+        strangers = [value for value in _leaves(args[2:]) if isinstance(value, Tensor) and not isinstance(value, Shell)]
+    changed = func._schema.is_mutable and not isinstance(args[0], Shell)
+    if torch.Tag.pointwise in func.tags or name in (*_ONE_BY_ONE, *_INDEXED):
+        strangers = [value for value in strangers if value.dim() or changed]
+    if strangers:
+        shapes = ", ".join(str(tuple(value.shape)) for value in strangers)
+        raise RuntimeError(f"Expected all tensors to be on the same device, but {name} found {shapes} on the CPU")
