@@ -276,3 +276,10 @@ def test_tied_weights_stay_tied() -> None:
     hf = models("gpt2")[1].hf
     assert hf.lm_head.weight is hf.get_input_embeddings().weight
     assert hf.lm_head.weight.device == DEVICE
+
+
+def test_a_model_is_loaded_onto_the_device() -> None:
+    lm = uw.load("default", device=pretend.NAME)
+    assert {part.device for part in (*lm.hf.parameters(), *lm.hf.buffers())} == {DEVICE}
+    assert weights_hash(lm) == weights_hash(uw.load("default"))
+    assert all(check.ok for check in uw.doctor(lm, 8, 16).checks)

@@ -97,6 +97,11 @@ class Shell(Tensor):
             return found
         return _shelled(found, shells)
 
+    @property
+    def data(self) -> Tensor:
+        """Not to be set: torch would change the shell, and not what it holds."""
+        return self.detach()
+
     # torch cannot read, find or copy what a subclass holds; what lies on CUDA it can.
     def tolist(self) -> Any:
         return self.cpu().tolist()
