@@ -88,16 +88,16 @@ class Decoding:
         found = Moments.zero(*self._shape)
         own = torch.zeros(len(kept), dtype=torch.long, device=kept.device)
         own[: batch.real] = torch.from_numpy(self._half[batch.first : batch.first + batch.real]).to(own)
+        written = (write if self.basis is None else write @ self.basis).double()
         for half in (0, 1):
-            rows = kept & (own == half)[:, None] & (self._count[half] > 0)
-            place = rows.nonzero(as_tuple=True)[1]
-            w = (write[rows] if self.basis is None else write[rows] @ self.basis).double()
-            found.w[half].index_add_(0, place, w)
-            found.ww[half] = w.pow(2).sum()
+            rows = (kept & (own == half)[:, None] & (self._count[half] > 0))[..., None]
+            w = written * rows
+            # Rows are masked, not picked: sums over an index are made in any order by an accelerator.
+            found.w[half], found.ww[half] = w.sum(0), w.pow(2).sum()
             for i, state in enumerate(self.states):
-                x = stream[state][rows].double()
-                found.xx[half, i], found.xw[half, i] = x.t() @ x, x.t() @ w
-                found.x[half, i].index_add_(0, place, x)
+                x = (stream[state].double() * rows).flatten(0, 1)
+                found.xx[half, i], found.xw[half, i] = x.t() @ x, x.t() @ w.flatten(0, 1)
+                found.x[half, i] = x.unflatten(0, w.shape[:2]).sum(0)
         return found
 
     def add(self, moments: Moments) -> None:

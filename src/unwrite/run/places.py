@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from unwrite.run.stats import ClusterSums
 
@@ -33,10 +33,9 @@ def first_of_groups(length: int) -> Int[np.ndarray, " group"]:
 
 def by_position(rows: Float[Tensor, "what prompt position"], clusters: np.ndarray) -> ClusterSums:
     """Sums of level and survival over the positions of each group, prompt by prompt."""
-    length = rows.shape[-1]
-    starts = first_of_groups(length)
-    group = torch.from_numpy(np.repeat(np.arange(len(starts)), np.diff([*starts, length]))).to(rows.device)
-    sums = rows.new_zeros(3, rows.shape[1], len(starts), dtype=torch.float64).index_add_(2, group, rows.double())
+    length, groups = rows.shape[-1], len(first_of_groups(rows.shape[-1]))
+    size = -(-length // GROUPS)
+    sums = nn.functional.pad(rows.double(), (0, groups * size - length)).unflatten(2, (groups, size)).sum(3)
     return ClusterSums.over(clusters, sums[:2].transpose(0, 1), sums[2])
 
 

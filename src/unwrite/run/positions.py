@@ -99,8 +99,9 @@ class Positions:
     def _bucketed(self, factor: Tensor) -> Tensor:
         if self._exact:
             return factor
-        sums = factor.new_zeros(self.buckets, *factor.shape[1:])
-        return sums.index_add_(0, self.bucket.to(factor.device), factor)
+        # A product, since sums over an index are made in any order by an accelerator.
+        belongs = (self.bucket[:, None] == torch.arange(self.buckets)).to(factor)
+        return torch.einsum("tk,t...->k...", belongs, factor)
 
 
 def _on(named: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
