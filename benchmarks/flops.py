@@ -23,7 +23,7 @@ from unwrite.run.stats import RATIO
 
 DRAWN, READ = 20, 5  # rotations that verify executes a run for, and those whose readers it runs
 TURNING, SHOWN = 80, 5  # d³ FLOPs of turning 20 rotations into place; prompts that verify shows token by token
-VALUE = 130  # bytes moved for a ratio: quotient, bin, stash, count
+VALUE = 90  # bytes moved to put a value into a histogram: its bin, stash and count
 BINS = 2 * RATIO.reach + 2
 
 
@@ -87,7 +87,7 @@ class Shape:
 @dataclass(frozen=True)
 class Cost:
     """FLOPs of matrix products in the model's dtype, in float32, in float64 and, float64, on the host; of
-    factorisations on the host, which no counter sees; bytes moved; calls of a block."""
+    factorisations on the host, which no counter sees; bytes moved; calls of a block; values put into histograms."""
 
     model: float = 0
     single: float = 0
@@ -96,6 +96,7 @@ class Cost:
     factors: float = 0
     moved: float = 0
     calls: float = 0
+    values: float = 0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -166,7 +167,7 @@ def scan(s: Shape, writers: int | None = None) -> Cost:
     rows, counted = s.batches() * s.batch() * s.length, s.tokens - s.prompts
     spans = 1 + min(s.prompts, 1 + (at_once - 1) / max(s.length - 1, 1))
     gram = Cost(single=2 * s.d * ((n - half) * n + half**2) + 2 * s.states * n**2, moved=8 * n * (s.d + 2 * n))
-    chunks = Cost(single=2 * spans * n * n_writers, moved=VALUE * pairs + 4 * s.layers * s.d**2 / at_once)
+    chunks = Cost(single=2 * spans * n * n_writers, moved=40 * pairs + 4 * s.layers * s.d**2 / at_once, values=pairs)
     sums = expand(s, buckets(s)) + Cost(single=2 * n**2 * s.d * buckets(s), moved=8 * n**2)
     ends = Cost(double=2 * s.states * n * n_writers, moved=500 * pairs)
     quantiles = Cost(moved=30 * BINS * pairs, calls=s.tokens / at_once)

@@ -21,12 +21,13 @@ from functools import partial
 
 import numpy as np
 import torch
-from flops import BINS, COSTS, RUNS, Cost, Shape, build, counted, ids_of, scan
+from flops import BINS, COSTS, RUNS, VALUE, Cost, Shape, build, counted, ids_of, scan
 from scipy import stats
 
 import unwrite as uw
 from unwrite.model.capture import run
 from unwrite.model.view import fold
+from unwrite.run.stats import RATIO, Histogram
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def seconds(work: Callable[[], object], device: str = "cpu") -> float:
 
 
 def rates(device: str, dtype: str) -> dict[str, Hardware]:
-    """The best that this machine does, by method: products, a factorisation, sums of 16 MiB, calls.
+    """The best that this machine does, by method: products, a factorisation, sums of 16 MiB, counts, calls.
 
     What a call costs beside its arithmetic is taken from each method on a model that computes next to nothing.
     """
@@ -74,13 +75,15 @@ def rates(device: str, dtype: str) -> dict[str, Hardware]:
     calls["scan"] = best(tiny.layers, lambda: run(lm, ids, folded))
     host = product(torch.float64, "cpu"), best(8 / 3 * 512**3, lambda: torch.linalg.qr(square), "cpu")
     products = (product(kind) for kind in (getattr(torch, dtype), torch.float32, torch.float64))
-    found = Hardware(*products, *host, moved=best(3 * x.nbytes, lambda: torch.add(x, y, out=y)))
+    histogram, ratios = Histogram(2**14, RATIO, 2**15, device), x.view(256, 2**14)
+    values = best(x.numel(), lambda: histogram.add(ratios))
+    found = Hardware(*products, *host, moved=best(3 * x.nbytes, lambda: torch.add(x, y, out=y)), values=values)
     return {name: replace(found, calls=calls[name]) for name in RUNS}
 
 
 BASES = {
     "scan": Shape(heads=8, prompts=16, length=128), "verify": Shape(length=32, prompts=8),
-    "dla": Shape(length=32, prompts=8), "effects": Shape(length=32, prompts=8),
+    "dla": Shape(length=32), "effects": Shape(length=32, prompts=8),
 }  # fmt: skip
 QUICK = dict.fromkeys(BASES, Shape(d=64, inner=176, prompts=8, length=24))
 AXES, LADDER = ("prompts", "length", "layers", "heads", "width"), (0.5, 1, 2)
@@ -105,7 +108,7 @@ class Point:
 
 def measured(method: str, axis: str, base: Shape, rounds: int, on: tuple[str, str]) -> list[Point]:
     found = []
-    for factor in (*LADDER, *((4,) if method == "scan" else ())):
+    for factor in LADDER if method != "scan" else (*LADDER, 4):
         s = times(base, axis, factor)
         lm = uw.load(build(s, *on))
         flops = counted(lm, method, s)  # also hashes the weights, which is done once for a model
@@ -181,10 +184,11 @@ def spelled(taken: float) -> str:
 
 def predict(here: dict[str, Hardware], share: dict[str, float], sheets: dict[str, tuple], given: float) -> None:
     """What models of public shapes would take. Arithmetic: nothing of that size was run."""
+    print("\nPredicted. Here: in float32, at the share of modelled time that the largest run reached. Elsewhere: in")
     print(
-        f"\nPredicted. Here: in float32, at the shares above. Elsewhere: bfloat16, {given:.0%} of the data sheet, as if"
+        f"bfloat16, at {given:.0%} of the data sheet, as if the model fitted on one device; work on the host, and calls"
     )
-    print("the model fitted on one device; work on the host and calls as fast as here. Most of the time goes to …")
+    print("of blocks, as fast as here. Beside each time what most of it goes to.")
     print(f"{'':<43}" + "".join(f"{name:<22}" for name in ("here", *sheets)))
     for size, model in MODELS.items():
         for job, (method, cost, prompts, length) in JOBS.items():
@@ -193,7 +197,7 @@ def predict(here: dict[str, Hardware], share: dict[str, float], sheets: dict[str
             work = cost(replace(s, width=2))
             for rates_there in sheets.values():
                 model_rate, single, double, moved = (given * rate for rate in rates_there)
-                on = replace(own, model=model_rate, single=single, double=double, moved=moved)
+                on = replace(own, model=model_rate, single=single, double=double, moved=moved, values=moved / VALUE)
                 cells.append((on.seconds(work), on.limit(work)))
             print(f"{size:<4} {job:<38}" + "".join(f"{spelled(t) + ' ' + limit:<22}" for t, limit in cells))
 
@@ -212,18 +216,15 @@ def memory(s: Shape, writers: int) -> dict[str, float]:
 
 def print_memory() -> None:
     print("\nMemory in GB, by its formulas, for prompts of 1024 tokens")
-    for size, model in MODELS.items():
+    for name, model in MODELS.items():
         s = replace(model, prompts=9766, length=1024)
         for writers in (s.nodes, 16):
-            held = memory(s, writers)
-            print(
-                f"{size:<4} {writers:>5} writers of {s.nodes}: "
-                + ", ".join(f"{k} {v / 1e9:.1f}" for k, v in held.items())
-            )
+            parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in memory(s, writers).items())
+            print(f"{name:<4} {writers:>5} writers of {s.nodes}: {parts}")
     print(
-        "Histograms grow with nodes × writers, not with tokens: a large model is scanned for chosen writers. The choice"
+        "Histograms grow with nodes × writers, not with tokens: a large model is scanned for chosen writers. To choose"
     )
-    print("makes no Gram matrix cheaper. What verify holds grows with the length of a prompt: shorter ones fit.")
+    print("makes no Gram matrix cheaper. What verify holds grows with the length of a prompt: shorter ones need less.")
 
 
 def options() -> argparse.Namespace:
@@ -248,21 +249,19 @@ def main() -> None:
     best = here["scan"]
     print(f"best rates here, {asked.device}, per second: {asked.dtype} {best.model:.3g}, float32 {best.single:.3g},"
           f" float64 {best.double:.3g} FLOP; host float64 {best.host:.3g}, QR {best.factors:.3g} FLOP; {best.moved:.3g}"
-          " bytes")  # fmt: skip
+          f" bytes, {best.values:.3g} values into histograms")  # fmt: skip
     print(
         "a call of a block beside its arithmetic: " + ", ".join(f"{m} {1e3 / h.calls:.2f} ms" for m, h in here.items())
     )
     print("\nexponents of time, of modelled time and of FLOPs; modelled / counted FLOPs; modelled / measured time")
     points = []
     for method, base in (QUICK if asked.quick else BASES).items():
+        grown = replace(base, **{name: asked.grow * getattr(base, name) for name in ("d", "inner", "heads", "prompts")})
         for axis in AXES[::4] if asked.quick else AXES:
-            grown = replace(
-                base, **{name: asked.grow * getattr(base, name) for name in ("d", "inner", "heads", "prompts")}
-            )
             line = measured(method, axis, grown, 1 if asked.quick else asked.rounds, (asked.device, asked.dtype))
             growth(line, axis, here[method])
             points += line
-    share = shares(points, here, asked.peak or best.model)
+    share = shares(points, here, best.model if asked.device == "cpu" else asked.peak or best.model)
     sheets = SHEETS | ({"as asked": (asked.peak, asked.peak32, asked.peak64, asked.bandwidth)} if asked.peak else {})
     predict(here, share, sheets, asked.share)
     print_memory()

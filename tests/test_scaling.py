@@ -34,16 +34,16 @@ def scaling() -> ModuleType:
     return _script("scaling")
 
 
-@pytest.mark.parametrize("changes", [{"kv": 2}, {"gpt2": True, "layers": 3, "d": 48, "prompts": 5}], ids=str)
+@pytest.mark.parametrize("changes", [{"kv": 2}, {"gpt2": True, "d": 48, "heads": 3}], ids=str)
 def test_the_model_counts_what_torch_counts(flops: ModuleType, changes: dict) -> None:
-    s = replace(flops.Shape(layers=2, d=32, inner=80, prompts=6, length=12, vocabulary=50), **changes)
+    s = replace(flops.Shape(layers=2, d=32, inner=80, prompts=4, length=12, vocabulary=50), **changes)
     lm = uw.load(flops.build(s))
     for method, cost in flops.COSTS.items():
         assert flops.counted(lm, method, s) == pytest.approx(cost(s).counted, rel=0.005), method
 
 
 def test_the_counter_is_torchs_own(flops: ModuleType) -> None:
-    s = flops.Shape(layers=2, d=32, inner=80, prompts=6, length=12, vocabulary=50)
+    s = flops.Shape(layers=2, d=32, inner=80, prompts=4, length=12, vocabulary=50)
     lm = uw.load(flops.build(s))
     found = flops.counted(lm, "scan", s)
     lm.hf.set_attn_implementation("eager")
@@ -68,7 +68,7 @@ def test_an_exponent_is_found(scaling: ModuleType) -> None:
 
 
 def test_a_rate_says_how_long_and_what_for(flops: ModuleType, scaling: ModuleType) -> None:
-    here = scaling.Hardware(10, 10, 10, 10, 10, 2, 1)
+    here = scaling.Hardware(10, 10, 10, 10, 10, 2, 1, 1)
     cost = flops.Cost(model=5, moved=8, calls=1)
     assert here.seconds(cost) == pytest.approx(0.5 + 4 + 1)
     assert here.limit(cost) == "moved"
