@@ -233,7 +233,7 @@ def _loss(lm: Model, tokens: Tokens) -> tuple[float, float]:
     losses: list[torch.Tensor] = []
     for batch in batches(tokens, 1):
         ids = batch.ids[:, : int(tokens.lengths[batch.first])].to(lm.device)
-        logits = lm.hf(input_ids=ids, use_cache=False).logits[0, :-1].to(lm.compute_dtype)
+        logits = lm.hf(input_ids=ids, use_cache=False).logits[0, :-1].to(lm.device, lm.compute_dtype)
         losses.append(cross_entropy(logits, ids[0, 1:], reduction="none").cpu())
     return float(torch.cat(losses[:_LOSS]).mean()), float(torch.cat(losses).median())
 

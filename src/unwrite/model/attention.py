@@ -60,7 +60,7 @@ def _open_torch(lm: Model, found: Patterns) -> AbstractContextManager[None]:
     def around(layer: int, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Attended:
         out, pattern = attend(query, key, value)
         if pattern is not None:
-            found[layer] = pattern.detach()
+            found[layer] = pattern.detach().to(lm.device)
         return out, pattern
 
     return around_attention(lm, around, eager=True)
@@ -72,7 +72,7 @@ def _open_attention(lm: Model, found: Patterns) -> Iterator[None]:
 
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **settings: Any):
         pattern, key_value = _pattern(query, key, attention_mask, **settings), per_query_head(value, query)
-        found[layer_of[module]] = pattern.detach()
+        found[layer_of[module]] = pattern.detach().to(lm.device)
         return (pattern @ key_value).transpose(1, 2).contiguous(), pattern
 
     with _registered(lm, attend, eager_mask):
@@ -111,8 +111,8 @@ def scoring(lm: Model) -> Iterator[dict[int, Scored]]:
         keys, values = (per_query_head(shared, query) for shared in (key, value))
         visible = attention_mask[..., : key.shape[-2]] > torch.finfo(attention_mask.dtype).min / 2
         scores = partial(_scores, **settings)
-        seen = [part.detach().to(exact) for part in (query, keys, values)]
-        found[layer_of[module]] = Scored(seen[0], seen[1], seen[2], visible, key.shape[1], scores)
+        seen = [part.detach().to(lm.device, exact) for part in (query, keys, values)]
+        found[layer_of[module]] = Scored(seen[0], seen[1], seen[2], visible.to(lm.device), key.shape[1], scores)
         pattern = _pattern(query, key, attention_mask, **settings)
         return (pattern @ values).transpose(1, 2).contiguous(), pattern
 
@@ -301,7 +301,7 @@ def per_query_head(shared: Tensor, query: Tensor) -> Tensor:
 def _returned_weights(lm: Model, found: Patterns) -> Iterator[None]:
     def keep(layer: int) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            found[layer] = output[1].detach()
+            found[layer] = output[1].detach().to(lm.device)
 
         return hook
 

@@ -38,8 +38,9 @@ class Recording:
 def recording(lm: Model, folded: Sequence[Folded], truth: bool = False) -> Iterator[Recording]:
     """Inside the `with`, a forward pass of `lm.decoder` or `lm.hf` fills the recording (each pass anew).
 
-    With `truth`, also the stream at every location and what each attention block really added. The hooks copy what
-    they keep: some blocks (Falcon's) go on to add into the very tensor that a module returned.
+    With `truth`, also the stream at every location and what each attention block really added. Everything is kept on
+    the model's own device, wherever a layer computes. The hooks copy what they keep: some blocks (Falcon's) go on to
+    add into the very tensor that a module returned.
     """
     record = Recording()
     with ExitStack() as stack:
@@ -93,11 +94,11 @@ def _module(lm: Model, path: str) -> nn.Module:
 
 def _layer_hooks(lm: Model, layer: Layer, fold: Folded, record: Recording) -> Iterator[tuple[nn.Module, bool, Hook]]:
     def keep_z(z: Tensor) -> None:
-        z = z.detach().to(lm.compute_dtype).unflatten(-1, (lm.n_heads, lm.head_dim))
+        z = z.detach().to(lm.device, lm.compute_dtype).unflatten(-1, (lm.n_heads, lm.head_dim))
         record.z[layer.index] = z.clone() if fold.constant is None else z - fold.constant
 
     def keep_gain(attention: Tensor, norm: nn.Module) -> None:
-        scale = norm_scale(attention.detach().to(lm.compute_dtype), norm, lm.row.layer_norm)
+        scale = norm_scale(attention.detach().to(lm.device, lm.compute_dtype), norm, lm.row.layer_norm)
         record.gain[layer.index] = scale
         record.z[layer.index] *= scale[..., None, None]
 
@@ -125,7 +126,7 @@ def _truth_hooks(lm: Model, layer: Layer, record: Recording) -> Iterator[tuple[n
 
 def _keep(store: dict[Any, Tensor], key: Any, lm: Model, scale: float = 1.0) -> Hook:
     def hook(output: Tensor) -> None:
-        write = output.detach().to(lm.compute_dtype)
+        write = output.detach().to(lm.device, lm.compute_dtype)
         write = centre(write if scale == 1.0 else write * scale, lm)
         store[key] = write.clone() if write.data_ptr() == output.data_ptr() else write
 

@@ -30,6 +30,7 @@ from unwrite.model.view import (
     value_constant,
     value_weights,
 )
+from unwrite.model.weights import through
 from unwrite.nodes import Location
 
 IDENTITIES = ("heads", "stream", "locations", "logits", "values")
@@ -131,7 +132,9 @@ def _errors(lm: Model, ids: Tensor, mask: Tensor) -> Iterator[tuple[str, float]]
 
 def _run(lm: Model, ids: Tensor, mask: Tensor) -> Tensor:
     padded = not bool(mask.all())
-    return lm.hf(input_ids=ids, use_cache=False, **({"attention_mask": mask.long()} if padded else {})).logits
+    return lm.hf(input_ids=ids, use_cache=False, **({"attention_mask": mask.long()} if padded else {})).logits.to(
+        ids.device
+    )
 
 
 def _per_prompt(record: Recording, mask: Tensor) -> Writes:
@@ -158,8 +161,8 @@ def _relative(parts: Float[Tensor, "part row d"], truth: Float[Tensor, "row d"])
 
 
 def _unembed(lm: Model, stream: Float[Tensor, "row d_model"]) -> Float[Tensor, "row vocabulary"]:
-    normed = lm.decoder.get_submodule(lm.row.final_norm)(stream.to(lm.dtype))
-    logits = lm.hf.get_output_embeddings()(normed) * lm.row.logit_scale(lm.config)
+    normed = through(lm.decoder.get_submodule(lm.row.final_norm), stream.to(lm.dtype))
+    logits = through(lm.hf.get_output_embeddings(), normed) * lm.row.logit_scale(lm.config)
     cap = lm.row.logit_cap(lm.config)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 

@@ -142,6 +142,10 @@ def from_legacy(
         device_map=device_map,
     )
     if bias is not None and bias.any():
+        if hf.lm_head.weight.is_meta:
+            raise ModelError(
+                f"{folder.name} has an unembedding bias, which would stay behind", fix="load it without device_map"
+            )
         hf.lm_head.bias = nn.Parameter(bias.to(hf.lm_head.weight))
     # The hub's cache names a snapshot's folder by its commit.
     hf.config._commit_hash = folder.name if folder.parent.name == "snapshots" else None

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import is_accelerate_available
 
 from unwrite.errors import ModelError, UnwriteError, plain
 from unwrite.model.certificate import certify
 from unwrite.model.families import FAMILIES, REFUSED, Family
 from unwrite.model.legacy import checkpoint, from_legacy, is_legacy, tokenizer_folder, tokenizer_name
 from unwrite.model.view import CONVENTIONS, Model, embedding_rows
+from unwrite.model.weights import stored
 
 # The model that comes with the package: trained by examples/pretrain, see its own README.
 DEFAULT, BUNDLED = "default", Path(__file__).parents[1] / "bundled"
@@ -42,7 +44,8 @@ def load(
     name, becomes a GPT-2 (see `legacy.from_legacy`).
     Arguments: `tokenizer`, by default the one that comes with the model; `revision` a hub commit; `dtype` by default
     that of the weights; `device` or `device_map` where to put it (not for a model in memory, which stays as and where
-    it is); `convention` "paper" (Dao et al. 2023: heads without constant part, LayerNorm streams centred) or "raw".
+    it is), the latter "auto" or {module: device} as in accelerate, with "cpu" and "disk" for what is brought in when it
+    is needed; `convention` "paper" (Dao et al. 2023: heads without constant part, LayerNorm streams centred) or "raw".
     Raises ModelError for an unknown architecture, an encoder–decoder, weights that are missing or pickled, remote code
     (unless `trust_remote_code`), a tokenizer whose ids the embedding does not have, or a decomposition whose
     certificate fails, with the failing identity.
@@ -52,6 +55,7 @@ def load(
     if convention not in CONVENTIONS:
         raise ModelError("unknown convention", got=repr(convention), expected=" or ".join(map(repr, CONVENTIONS)))
     if isinstance(source, (str, Path)):
+        _check_places(device, device_map)
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
         place = str(BUNDLED if source == DEFAULT else source)
         hf, own = _from_disk(place, {"dtype": dtype or "auto", "device_map": device_map, **options})
@@ -113,14 +117,16 @@ def provenance(lm: Model) -> dict[str, Any]:
 def weights_hash(lm: Model) -> str:
     """SHA-256 of all parameters, name by name: two models with equal hashes have equal weights.
 
-    Computed once, and again only after a parameter was replaced or changed in place.
+    Computed once, and again only after a parameter was replaced or changed in place, or the file that one is read from.
+    Weights that are kept elsewhere are read one by one.
     """
-    state = tuple((parameter.data_ptr(), parameter._version) for parameter in lm.hf.parameters())
+    every = sorted(stored(lm.hf), key=lambda one: one.name)
+    state = tuple(one.state for one in every)
     if state not in lm.hashes:
         total = hashlib.sha256()
-        for name, parameter in sorted(lm.hf.named_parameters()):
-            total.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-            flat = parameter.detach().cpu().contiguous().view(-1)
+        for one in every:
+            total.update(f"{one.name} {tuple(one.shown.shape)} {one.shown.dtype}".encode())
+            flat = one.values().cpu().contiguous().view(-1)
             total.update(memoryview(flat.view(torch.uint8).numpy()))
         lm.hashes[state] = total.hexdigest()
     return lm.hashes[state]
@@ -163,6 +169,15 @@ def _from_disk(source: str, options: dict[str, Any]) -> tuple[PreTrainedModel, C
         raise ModelError(f"cannot load {source}", got=_first_line(error), fix=_advice(error)) from error
 
 
+def _check_places(device: Any, device_map: Any) -> None:
+    if device_map is None:
+        return
+    if device is not None:
+        raise ModelError("device and device_map both say where the model goes", fix="leave one of them out")
+    if not is_accelerate_available():
+        raise ModelError("device_map needs accelerate, which is not installed", fix="pip install 'unwrite[accelerate]'")
+
+
 def _called(source: Any) -> str:
     """A hub name as it is; of a folder its last part: results travel, and a path tells about a machine."""
     name = str(getattr(source, "name_or_path", source))
@@ -197,6 +212,13 @@ def _check_folder(folder: Path) -> None:
 def _advice(error: Exception) -> str | None:
     if "trust_remote_code" in str(error):
         return "the model brings its own code; read it, then pass trust_remote_code=True with a revision"
+    if "offload_folder" in str(error) or "offload_dir" in str(error):
+        return (
+            "these weights cannot be read from disk as they lie there; load the model yourself with "
+            "from_pretrained(…, device_map=…, offload_folder=…), or keep them all in memory, and pass the model"
+        )
+    if "meta device" in str(error) or "device_map" in str(error):
+        return "name every part of the model in device_map, without a part that holds another one (such as '')"
     if any(sign in str(error) for sign in ("model_type", "Unrecognized", "does not recognize this architecture")):
         return f"this is not an architecture of transformers {transformers.__version__}"
     return "check the name, the folder and the network"

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from unwrite.model.families import Family
+from unwrite.model.weights import home, weight_of
 from unwrite.nodes import Location, Node, parse_node
 
 CONVENTIONS = ("paper", "raw")
@@ -128,12 +129,12 @@ class Model:
     @cached_property
     def head_dim(self) -> int:
         """Width of a head's values."""
-        return matrix(self.layers[0].out_proj).shape[0] // self.n_heads
+        return sizes(self.layers[0].out_proj)[0] // self.n_heads
 
     @cached_property
     def d_model(self) -> int:
         """Width of the stream."""
-        return matrix(self.layers[0].out_proj).shape[1]
+        return sizes(self.layers[0].out_proj)[1]
 
     @property
     def vocabulary(self) -> int:
@@ -157,8 +158,8 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go."""
-        return self.hf.get_input_embeddings().weight.device
+        """Where token ids go, and where everything that is recorded and computed from it is kept."""
+        return home(self.hf)
 
     def holds(self) -> Bool[Tensor, "location node"]:
         """Which nodes have written when the stream is in each state."""
@@ -213,17 +214,25 @@ def _maybe(root: nn.Module, path: str | None) -> nn.Module | None:
 
 def matrix(projection: nn.Module) -> Float[Tensor, "input output"]:
     """A projection's weight as [input, output]: torch's Linear stores the transpose, transformers' Conv1D does not."""
-    weight: Tensor = projection.weight  # pyright: ignore[reportAssignmentType]
+    weight = weight_of(projection)
+    assert weight is not None  # noqa: S101 (the row names a projection)
     return weight.t() if isinstance(projection, nn.Linear) else weight
 
 
-def _bias(module: nn.Module | None) -> Tensor | None:
-    return getattr(module, "bias", None)
+def sizes(projection: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of a projection, wherever its weight is."""
+    first, second = projection.weight.shape  # pyright: ignore[reportGeneralTypeIssues]
+    return (second, first) if isinstance(projection, nn.Linear) else (first, second)
 
 
 def _has_constant(layer: Layer, convention: str) -> bool:
     inside = (layer.value, layer.input_norm) if convention == "paper" else ()
-    return any(_bias(module) is not None for module in (layer.out_proj, *inside))
+    return any(getattr(module, "bias", None) is not None for module in (layer.out_proj, *inside))
+
+
+def _exact(lm: Model, weight: Tensor) -> Tensor:
+    """A weight where the statistics are, in the dtype in which they are computed."""
+    return weight.detach().to(lm.device, lm.compute_dtype)
 
 
 @dataclass(frozen=True)
@@ -248,12 +257,12 @@ def _fold(lm: Model, layer: Layer) -> Folded:
     scale = lm.row.residual_scale(lm.config)
     gain = gain_of(layer.post_attention_norm, lm)
     shape: Callable[[Tensor], Tensor] = lambda write: centre(write if gain is None else write * gain, lm)  # noqa: E731
-    weight = matrix(layer.out_proj).detach().to(lm.compute_dtype).view(lm.n_heads, lm.head_dim, lm.d_model)
+    weight = _exact(lm, matrix(layer.out_proj)).view(lm.n_heads, lm.head_dim, lm.d_model)
     w_o = shape(weight if scale == 1.0 else weight * scale)
     constant = value_constant(lm, layer) if lm.convention == "paper" else None
     parts = [] if constant is None else [torch.einsum("hk,hkd->d", constant, w_o)]
-    if (bias := _bias(layer.out_proj)) is not None:
-        parts.append(shape(bias.detach().to(lm.compute_dtype) * scale))
+    if (bias := weight_of(layer.out_proj, "bias")) is not None:
+        parts.append(shape(_exact(lm, bias) * scale))
     return Folded(w_o, constant, sum(parts, w_o.new_zeros(lm.d_model)))
 
 
@@ -264,8 +273,8 @@ def centre(write: Float[Tensor, "*rows d_model"], lm: Model) -> Float[Tensor, "*
 
 def gain_of(norm: nn.Module | None, lm: Model) -> Float[Tensor, " d_model"] | None:
     """A norm's multiplicative gain; None without a norm, or for a norm without one."""
-    weight = getattr(norm, "weight", None)
-    return None if weight is None else weight.detach().to(lm.compute_dtype) + lm.row.norm_gain_offset
+    weight = weight_of(norm)
+    return None if weight is None else _exact(lm, weight) + lm.row.norm_gain_offset
 
 
 _EPSILON = ("eps", "variance_epsilon", "epsilon")
@@ -287,8 +296,7 @@ def norm_scale(x: Float[Tensor, "*rows d_model"], norm: nn.Module, centred: bool
 def value_columns(lm: Model, layer: Layer) -> Bool[Tensor, " output"]:
     """Which outputs of the module that makes the values are values; the others are queries and keys."""
     width = lm.kv_heads * lm.head_dim
-    outputs = matrix(layer.value).shape[1]
-    is_value = torch.zeros(outputs, dtype=torch.bool, device=matrix(layer.value).device)
+    is_value = torch.zeros(sizes(layer.value)[1], dtype=torch.bool, device=lm.device)
     if lm.row.grouped_values:
         is_value.view(lm.kv_heads, -1, lm.head_dim)[:, -1] = True
     else:
@@ -298,8 +306,8 @@ def value_columns(lm: Model, layer: Layer) -> Bool[Tensor, " output"]:
 
 def value_weights(lm: Model, layer: Layer) -> tuple[Float[Tensor, "head d_model d_head"], Float[Tensor, "head d_head"]]:
     """W_V and its bias for every query head (a group's heads share theirs)."""
-    weight, bias = matrix(layer.value).detach().to(lm.compute_dtype), _bias(layer.value)
-    both = weight if bias is None else torch.cat([weight, bias.detach().to(lm.compute_dtype)[None]])
+    weight, bias = _exact(lm, matrix(layer.value)), weight_of(layer.value, "bias")
+    both = weight if bias is None else torch.cat([weight, _exact(lm, bias)[None]])
     kv, width = lm.kv_heads, lm.head_dim
     values = both[:, value_columns(lm, layer)].unflatten(1, (kv, width))
     heads = values.transpose(0, 1).repeat_interleave(lm.n_heads // kv, dim=0)
@@ -313,11 +321,11 @@ def value_constant(lm: Model, layer: Layer) -> Float[Tensor, "head d_head"] | No
 
     None where there is neither. (Facts: o_h without constant = o_h − (β W_V + b_V) W_O.)
     """
-    beta = _bias(layer.input_norm)
-    if beta is None and _bias(layer.value) is None:
+    beta = weight_of(layer.input_norm, "bias")
+    if beta is None and getattr(layer.value, "bias", None) is None:
         return None
     weight, bias = value_weights(lm, layer)
-    return bias if beta is None else bias + torch.einsum("d,hdk->hk", beta.detach().to(lm.compute_dtype), weight)
+    return bias if beta is None else bias + torch.einsum("d,hdk->hk", _exact(lm, beta), weight)
 
 
 @dataclass(frozen=True)

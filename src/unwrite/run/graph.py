@@ -16,6 +16,7 @@ from torch import Tensor
 from unwrite.errors import NumericError
 from unwrite.model.capture import evaluating
 from unwrite.model.view import Model
+from unwrite.model.weights import reloading
 from unwrite.run.rules import Rules, leaf, put
 from unwrite.run.slots import SCORED, Slot, keep_input, readers, values_of, watching
 
@@ -47,11 +48,12 @@ class Graph:
         behind = self.cotangents[layer + 1]
         found: Sequence[Tensor | None] = ()
         if tensors:
-            found = torch.autograd.grad(self._stream[layer], tensors, behind, retain_graph=True, allow_unused=True)
+            read = self._stream[layer]
+            found = torch.autograd.grad(read, tensors, behind.to(read.device), retain_graph=True, allow_unused=True)
         between = [slot for slot in self._tensors if slot.joined and slot.layer == layer]
         slopes = [*found, *(behind * self._scale for _ in between)]
         tensors += [self._tensors[slot] for slot in between]
-        return _named([*before, *between], tensors, slopes, len(self.metric))
+        return _named([*before, *between], tensors, slopes, self.metric)
 
 
 def graph(
@@ -70,6 +72,7 @@ def graph(
     stream: dict[int, Tensor] = {}
     with torch.enable_grad(), ExitStack() as stack:
         stack.enter_context(evaluating(lm.hf))
+        stack.enter_context(reloading(lm.hf))
         for handle in put(lm, rules):
             stack.callback(handle.remove)
         first = lm.layers[0].block
@@ -77,7 +80,7 @@ def graph(
         for index, module in enumerate(readers(lm)):
             stack.callback(keep_input(module, stream, index).remove)
         tensors = stack.enter_context(watching(lm, slots))
-        value = metric(lm.decoder(input_ids=ids.to(lm.device), use_cache=False).last_hidden_state)
+        value = metric(lm.decoder(input_ids=ids.to(lm.device), use_cache=False).last_hidden_state.to(lm.device))
         if not value.requires_grad:
             raise NumericError("the metric has no slope", fix="use method='exact', or make it of torch's own functions")
         tensors = {slot: tensors[slot] for slot in slots}
@@ -85,10 +88,10 @@ def graph(
         # Rows do not mix, so the slope of the sum is every pair's own.
         found = torch.autograd.grad(value.sum(), [*tensors.values(), *inputs], retain_graph=keep, allow_unused=True)
     values = values_of(lm, tensors, inputs, len(ids))
-    slopes = _named(list(tensors), list(tensors.values()), found[: len(tensors)], len(ids))
+    slopes = _named(list(tensors), list(tensors.values()), found[: len(tensors)], value)
     if rules.attention != "free":
         slopes |= {slot: torch.zeros_like(slopes[slot]) for slot in slots if slot.kind in SCORED}
-    cotangents = [_zero_if_none(part, x) for part, x in zip(found[len(tensors) :], inputs, strict=True)]
+    cotangents = [_zero_if_none(part, x).to(lm.device) for part, x in zip(found[len(tensors) :], inputs, strict=True)]
     scale = lm.row.residual_scale(lm.config)
     return Graph(value.detach(), values, slopes, cotangents, tensors if keep else {}, inputs if keep else (), scale)
 
@@ -97,10 +100,10 @@ def _zero_if_none(slope: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if slope is None else slope
 
 
-def _named(slots: Sequence[Slot], tensors: Sequence[Tensor], found: Sequence[Tensor | None], prompts: int) -> Slopes:
-    """Slopes in the slots' own view, of the units that are asked for."""
+def _named(slots: Sequence[Slot], tensors: Sequence[Tensor], found: Sequence[Tensor | None], metric: Tensor) -> Slopes:
+    """Slopes in the slots' own view, of the units that are asked for, where the metric is."""
     named: Slopes = {}
     for slot, tensor, slope in zip(slots, tensors, found, strict=True):
-        whole = slot.view(_zero_if_none(slope, tensor), prompts)
+        whole = slot.view(_zero_if_none(slope, tensor).to(metric.device), len(metric))
         named[slot] = whole.index_select(2, slot.units.to(whole.device))
     return named

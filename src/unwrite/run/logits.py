@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from unwrite.model.view import Model, gain_of, norm_scale
+from unwrite.model.weights import through, weight_of
 
 _CHUNK = 2**24
 
@@ -30,12 +31,12 @@ class Question:
 
     def direction(self, lm: Model) -> tuple[Float[Tensor, "*rows d_model"], Float[Tensor, "*rows"]]:
         """u_a − u_b and b_a − b_b."""
-        head = _unembedding(lm)
-        u, b = _rows_of(head, self.answer, lm)
+        weight, bias = unembedding(lm)
+        u, b = _rows_of(weight, bias, self.answer, lm)
         if self.against is not None:
-            v, c = _rows_of(head, self.against, lm)
+            v, c = _rows_of(weight, bias, self.against, lm)
             return u - v, b - c
-        return (u - _mean(head.weight, lm), b - _mean(head.bias, lm)) if self.centred else (u, b)
+        return (u - _mean(weight, lm), b - _mean(bias, lm)) if self.centred else (u, b)
 
 
 def final_norm(lm: Model) -> Any:
@@ -43,16 +44,29 @@ def final_norm(lm: Model) -> Any:
     return lm.decoder.get_submodule(lm.row.final_norm)
 
 
+def normed(lm: Model, stream: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+    """What the model's own final norm makes of streams, wherever it computes."""
+    return through(final_norm(lm), stream)
+
+
+def unembedding(lm: Model) -> tuple[Float[Tensor, "vocabulary d_model"], Float[Tensor, " vocabulary"] | None]:
+    """Its weight and bias, wherever they are."""
+    head = lm.hf.get_output_embeddings()
+    weight = weight_of(head)
+    assert weight is not None  # noqa: S101 (a causal language model has an unembedding)
+    return weight, weight_of(head, "bias")
+
+
 @torch.no_grad()
 def measure(lm: Model, question: Question, stream: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows"]:
     """The logit or logit difference of the final stream, through the model's own final norm, before a soft-cap."""
-    return normed_measure(lm, question, final_norm(lm)(stream.to(lm.dtype)))
+    return normed_measure(lm, question, normed(lm, stream.to(lm.dtype)))
 
 
-def normed_measure(lm: Model, question: Question, normed: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows"]:
+def normed_measure(lm: Model, question: Question, final: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows"]:
     """`measure` of what the final norm gave."""
     direction, offset = question.direction(lm)
-    return lm.row.logit_scale(lm.config) * ((normed.to(direction.dtype) * direction).sum(-1) + offset)
+    return lm.row.logit_scale(lm.config) * ((final.to(direction) * direction).sum(-1) + offset)
 
 
 def reading(
@@ -61,11 +75,11 @@ def reading(
     """(r, constant): the clean final norm's scale held, `measure` of x is ⟨x, r⟩ + constant."""
     direction, offset = question.direction(lm)
     norm, scale = final_norm(lm), lm.row.logit_scale(lm.config)
-    gain, beta = gain_of(norm, lm), getattr(norm, "bias", None)
+    gain, beta = gain_of(norm, lm), weight_of(norm, "bias")
     r = direction if gain is None else direction * gain
     if lm.row.layer_norm:
         r = r - r.mean(-1, keepdim=True)
-    constant = offset if beta is None else offset + (direction * beta.detach().to(direction.dtype)).sum(-1)
+    constant = offset if beta is None else offset + (direction * beta.detach().to(direction)).sum(-1)
     return scale * norm_scale(stream, norm, lm.row.layer_norm)[..., None] * r, scale * constant
 
 
@@ -82,23 +96,21 @@ def capped(lm: Model, question: Question, stream: Float[Tensor, "*rows d_model"]
 @torch.no_grad()
 def top_two(lm: Model, stream: Float[Tensor, "*rows d_model"]) -> Question:
     """The model's own two highest logits at every row: the highest against the second."""
-    head, flat = _unembedding(lm), stream.flatten(0, -2)
+    head, flat = lm.hf.get_output_embeddings(), stream.flatten(0, -2)
     step = max(1, _CHUNK // head.weight.shape[0])
-    found = [head(final_norm(lm)(part.to(lm.dtype))).topk(2).indices for part in flat.split(step)]
+    found = [through(head, normed(lm, part.to(lm.dtype))).topk(2).indices for part in flat.split(step)]
     first, second = torch.cat(found).unflatten(0, stream.shape[:-1]).unbind(-1)
     return Question(first, second)
 
 
-def _unembedding(lm: Model) -> nn.Linear:
-    return lm.hf.get_output_embeddings()
-
-
 def _mean(parameter: Tensor | None, lm: Model) -> Tensor | float:
-    return 0.0 if parameter is None else parameter.detach().to(lm.compute_dtype).mean(0)
+    return 0.0 if parameter is None else parameter.detach().to(lm.compute_dtype).mean(0).to(lm.device)
 
 
-def _rows_of(head: nn.Linear, ids: Tensor, lm: Model) -> tuple[Tensor, Tensor]:
-    vectors = head.weight.detach()[ids].to(lm.compute_dtype)
-    if head.bias is None:
+def _rows_of(weight: Tensor, bias: Tensor | None, ids: Tensor, lm: Model) -> tuple[Tensor, Tensor]:
+    """Rows of an unembedding, where the ids are."""
+    here = ids.to(weight.device)
+    vectors = weight.detach()[here].to(ids.device, lm.compute_dtype)
+    if bias is None:
         return vectors, vectors.new_zeros(ids.shape)
-    return vectors, head.bias.detach()[ids].to(lm.compute_dtype)
+    return vectors, bias.detach()[here].to(ids.device, lm.compute_dtype)

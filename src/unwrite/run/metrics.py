@@ -20,7 +20,9 @@ from torch import Tensor
 from unwrite.contrasts import Pairs
 from unwrite.errors import NumericError
 from unwrite.model.view import Model
-from unwrite.run.logits import final_norm
+from unwrite.model.weights import through
+from unwrite.run.logits import normed as final_normed
+from unwrite.run.logits import unembedding
 
 METRICS = ("logit_diff", "log_prob", "prob", "kl")
 Custom = Callable[[Float[Tensor, "pair vocabulary"]], Float[Tensor, " pair"]]
@@ -44,17 +46,17 @@ class Metric:
 
         Raises NumericError where a function of the caller gives anything but a number for each run.
         """
-        return self.of(final_norm(self.lm)(stream), pair)
+        return self.of(final_normed(self.lm, stream), pair)
 
     def of(
         self, normed: Float[Tensor, "run d_model"], pair: Int[Tensor, " run"] | None = None
     ) -> Float[Tensor, " run"]:
         """The same of what the final norm gives."""
-        pair = torch.arange(len(normed), device=normed.device) if pair is None else pair
+        pair = torch.arange(len(normed), device=self.answer.device) if pair is None else pair
         if self.name == "logit_diff":
             value = self._logit(normed, self.answer[pair])
             return value if self.against is None else value - self._logit(normed, self.against[pair])
-        logits = self._bounded(self.lm.hf.get_output_embeddings()(normed).to(self.lm.compute_dtype))
+        logits = self._bounded(self._logits(normed))
         if callable(self.name):
             return _numbers(self.name(logits), logits)
         log_p = logits.log_softmax(-1)
@@ -67,15 +69,17 @@ class Metric:
     def _reference(self) -> Float[Tensor, "pair vocabulary"]:
         assert self.clean is not None  # noqa: S101 (given wherever runs are continued)
         with torch.no_grad():
-            logits = self.lm.hf.get_output_embeddings()(self.clean)
-            return self._bounded(logits.to(self.lm.compute_dtype)).log_softmax(-1)
+            return self._bounded(self._logits(self.clean)).log_softmax(-1)
+
+    def _logits(self, normed: Tensor) -> Tensor:
+        return through(self.lm.hf.get_output_embeddings(), normed).to(self.lm.device, self.lm.compute_dtype)
 
     def _logit(self, normed: Tensor, ids: Tensor) -> Tensor:
         """One logit of every run; the others are not computed."""
-        head = self.lm.hf.get_output_embeddings()
-        rows = head.weight.detach()[ids].to(self.lm.compute_dtype)
-        value = (normed.to(self.lm.compute_dtype) * rows).sum(-1)
-        return self._bounded(value if head.bias is None else value + head.bias.detach()[ids])
+        weight, bias = unembedding(self.lm)
+        rows = weight.detach()[ids.to(weight.device)].to(self.lm.device, self.lm.compute_dtype)
+        value = (normed.to(rows) * rows).sum(-1)
+        return self._bounded(value if bias is None else value + bias.detach()[ids.to(bias.device)].to(value.device))
 
     def _bounded(self, logits: Tensor) -> Tensor:
         logits = logits * self.lm.row.logit_scale(self.lm.config)
@@ -93,7 +97,7 @@ def metric_of(
     answer, against = torch.from_numpy(pairs.answer[rows]).to(lm.device), None
     if pairs.against is not None:
         against = torch.from_numpy(pairs.against[rows]).to(lm.device)
-    return Metric(lm, name, answer, against, None if clean is None else final_norm(lm)(clean).detach())
+    return Metric(lm, name, answer, against, None if clean is None else final_normed(lm, clean).detach())
 
 
 def known(metric: Any) -> str | Custom:

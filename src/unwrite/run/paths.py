@@ -76,7 +76,7 @@ def _attention_end(base: Base, layer: int, z: Float[Tensor, "pair position head 
     """What a layer's attention hands to the stream, before the residual scale. `forward`: no hook of anyone sees it."""
     own = base.lm.layers[layer]
     out = own.out_proj.forward(z.flatten(2))
-    return out if own.post_attention_norm is None else own.post_attention_norm.forward(out)
+    return (out if own.post_attention_norm is None else own.post_attention_norm.forward(out)).to(z.device)
 
 
 def _scale(base: Base) -> float:

@@ -47,7 +47,7 @@ def _taken_out(module: nn.Module, vector: Tensor) -> Callable[[], None]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         x = args[0] if args else kwargs["hidden_states"]
         # OPT flattens prompts and positions before its MLP.
-        x = (x - vector.reshape(x.shape)).to(x.dtype)
+        x = (x - vector.reshape(x.shape).to(x.device)).to(x.dtype)
         return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 
     return module.register_forward_pre_hook(hook, with_kwargs=True).remove

@@ -38,7 +38,7 @@ class Clean:
         return expand(self.lm, tuple(self.folded), writes).unflatten(1, rows)
 
     def input(self, layer: int) -> Float[Tensor, "prompt position d_model"]:
-        """The stream as this layer's block was given it."""
+        """The stream as this layer's block was given it, wherever the layer before it computes."""
         return _hidden_state(self.calls[layer])
 
     def scale(self, layer: Layer) -> Tensor | None:
@@ -152,7 +152,7 @@ def _addition(module: nn.Module, change: Callable[[], Tensor], lm: Model) -> Cal
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
         written = output if isinstance(output, Tensor) else output[0]
         scaled = change() / lm.row.residual_scale(lm.config)
-        edited = written + scaled.reshape(written.shape).to(written.dtype)
+        edited = written + scaled.reshape(written.shape).to(written)
         return edited if written is output else (edited, *output[1:])
 
     return lambda: module.register_forward_hook(hook)
@@ -167,10 +167,10 @@ def _continued(run: Clean, start: int, change: Tensor | None, attach: Sequence[C
             stack.callback(put().remove)
         record = stack.enter_context(recording(lm, run.folded, truth=True))
         x = run.input(start)
-        x = x if change is None else x + change.to(x.dtype)
+        x = x if change is None else x + change.to(x)
         for layer in lm.layers[start:]:
             x = _block(run, layer, x)
-    record.stream[lm.states[-1]] = centre(x.to(lm.compute_dtype), lm)
+    record.stream[lm.states[-1]] = centre(x.to(lm.device, lm.compute_dtype), lm)
     return _completed(run.record, record)
 
 

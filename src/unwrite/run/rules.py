@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from unwrite.errors import NumericError
 from unwrite.model.capture import evaluating
 from unwrite.model.view import Layer, Model, gain_of, is_norm, norm_scale, value_columns
+from unwrite.model.weights import reloading
 from unwrite.nodes import Location
 from unwrite.run.logits import final_norm
 from unwrite.run.sites import last_projection
@@ -75,14 +76,15 @@ def cotangents(
     stream: dict[Location, Tensor] = {}
     with torch.enable_grad(), ExitStack() as stack:
         stack.enter_context(evaluating(lm.hf))
+        stack.enter_context(reloading(lm.hf))
         for handle in [*put(lm, rules), *_watch(lm, stream)]:
             stack.callback(handle.remove)
-        values = metric(lm.decoder(input_ids=ids.to(lm.device), use_cache=False).last_hidden_state)
+        values = metric(lm.decoder(input_ids=ids.to(lm.device), use_cache=False).last_hidden_state.to(lm.device))
         # Rows do not mix, so the gradient of the sum is every prompt's own.
         found = torch.autograd.grad(values.sum(), list(stream.values()))
     shape = (len(ids), ids.shape[1], lm.d_model)
     return values.detach(), {
-        state: part.reshape(shape).to(lm.compute_dtype) for state, part in zip(stream, found, strict=True)
+        state: part.reshape(shape).to(lm.device, lm.compute_dtype) for state, part in zip(stream, found, strict=True)
     }
 
 
@@ -108,7 +110,7 @@ def leaf(embedded: Tensor | None = None) -> Hook:
 
     def hook(_: nn.Module, args: Any, kwargs: Any) -> Any:
         given = args[0] if args else kwargs["hidden_states"]
-        start = (given if embedded is None else embedded.to(given.dtype)).detach().requires_grad_()
+        start = (given if embedded is None else embedded.to(given)).detach().requires_grad_()
         return ((start, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": start})
 
     return hook
@@ -153,7 +155,8 @@ def _held(lm: Model, norm: nn.Module, x: Tensor, output: Tensor) -> Tensor:
     """A norm as a linear map: its scale is a constant."""
     scale, gain = norm_scale(x.detach().to(lm.compute_dtype), norm, lm.row.layer_norm), gain_of(norm, lm)
     x = x - x.mean(-1, keepdim=True) if lm.row.layer_norm else x
-    return _follow(output, x * (scale[..., None] if gain is None else scale[..., None] * gain))
+    factor = scale[..., None] if gain is None else scale[..., None] * gain.to(scale.device)
+    return _follow(output, (x * factor).to(output.device))
 
 
 def _stopped(_: nn.Module, __: Any, output: Any) -> Any:
@@ -209,6 +212,6 @@ def _attention_rules(lm: Model, layer: Layer, rule: str) -> Iterator[Any]:
     kept = value_columns(lm, layer)
     for module in layer.attention.modules():
         if module is layer.value and rule == "values":
-            yield module.register_forward_hook(lambda _, __, made: _follow(made, made * kept))  # pyright: ignore
+            yield module.register_forward_hook(lambda _, __, made: _follow(made, made * kept.to(made.device)))  # pyright: ignore
         elif module is not layer.out_proj and isinstance(getattr(module, "weight", None), Tensor):
             yield module.register_forward_hook(_stopped)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from unwrite.errors import NodeError
 from unwrite.model.attention import is_called
-from unwrite.model.view import Layer, Model, centre, find, matrix, norm_scale
+from unwrite.model.view import Layer, Model, centre, find, matrix, norm_scale, sizes
+from unwrite.model.weights import weight_of
 from unwrite.nodes import Location, Site, nearest, parse_site
 
 
@@ -209,9 +210,9 @@ def _head(lm: Model, site: Site) -> Place:
 
 def _head_write(lm: Model, site: Site, z: Point, tensor: Tensor, now: Pass) -> Tensor:
     layer = lm.layers[site.layer]
-    own = now.kept[z].unflatten(-1, (lm.n_heads, lm.head_dim))[:, :, site.head].to(lm.compute_dtype)
-    constant = _constant(lm, layer, _group(lm, site)) if lm.convention == "paper" else 0.0
-    return _as_written(lm, layer, (own - constant) @ _w_o(lm, layer, site.head), now)
+    own = now.kept[z].unflatten(-1, (lm.n_heads, lm.head_dim))[:, :, site.head].to(tensor.device, lm.compute_dtype)
+    constant = _constants(lm, layer)(_group(lm, site)).to(own.device) if lm.convention == "paper" else 0.0
+    return _as_written(lm, layer, (own - constant) @ _w_o(lm, layer)(site.head).to(own.device), now)
 
 
 def _bias(lm: Model, site: Site) -> Place:
@@ -222,10 +223,12 @@ def _bias(lm: Model, site: Site) -> Place:
 def _bias_write(lm: Model, layer: Layer, tensor: Tensor, now: Pass) -> Tensor:
     constant = tensor.new_zeros(lm.d_model, dtype=lm.compute_dtype)
     if lm.convention == "paper":
+        of_group, w_o = _constants(lm, layer), _w_o(lm, layer)
         for head in range(lm.n_heads):
-            constant = constant + _constant(lm, layer, head * lm.kv_heads // lm.n_heads) @ _w_o(lm, layer, head)
-    if (bias := getattr(layer.out_proj, "bias", None)) is not None:
-        constant = constant + bias.to(lm.compute_dtype)
+            write = of_group(head * lm.kv_heads // lm.n_heads).to(constant.device) @ w_o(head).to(constant.device)
+            constant = constant + write
+    if (bias := weight_of(layer.out_proj, "bias")) is not None:
+        constant = constant + bias.to(constant)
     return _as_written(lm, layer, constant.expand(now.prompts, now.positions, -1), now)
 
 
@@ -236,27 +239,29 @@ def _post_norm(layer: Layer) -> tuple[Point, ...]:
 def _as_written(lm: Model, layer: Layer, write: Tensor, now: Pass) -> Tensor:
     """A part of what out_proj puts out, as it reaches the stream: through the post-norm with its scale in this pass."""
     for point in _post_norm(layer):
-        weight = getattr(point.module, "weight", None)
-        scale = norm_scale(now.kept[point].to(lm.compute_dtype), point.module, lm.row.layer_norm)
-        gain = 1.0 if weight is None else weight.to(lm.compute_dtype) + lm.row.norm_gain_offset
+        weight = weight_of(point.module)
+        scale = norm_scale(now.kept[point].to(write), point.module, lm.row.layer_norm)
+        gain = 1.0 if weight is None else weight.to(write) + lm.row.norm_gain_offset
         write = write * scale[..., None] * gain
     return centre(write * lm.row.residual_scale(lm.config), lm)
 
 
 # The weights of `view.fold`, but in the graph of autograd: a removed write must take its gradients with it.
-def _w_o(lm: Model, layer: Layer, head: int) -> Float[Tensor, "d_head d_model"]:
-    return matrix(layer.out_proj)[head * lm.head_dim : (head + 1) * lm.head_dim].to(lm.compute_dtype)
+def _w_o(lm: Model, layer: Layer) -> Callable[[int], Float[Tensor, "d_head d_model"]]:
+    """W_O of each head."""
+    weight, width = matrix(layer.out_proj), lm.head_dim
+    return lambda head: weight[head * width : (head + 1) * width].to(lm.compute_dtype)
 
 
-def _constant(lm: Model, layer: Layer, group: int) -> Float[Tensor, " d_head"]:
+def _constants(lm: Model, layer: Layer) -> Callable[[int], Float[Tensor, " d_head"]]:
     """What the biases of values and norm put into z of a key/value head's group, as a row of a pattern sums to 1."""
-    weight, bias = matrix(layer.value), getattr(layer.value, "bias", None)
-    beta = getattr(layer.input_norm, "bias", None)
-    fixed = weight.new_zeros(weight.shape[1]) if bias is None else bias
-    fixed = _values(lm, fixed.to(lm.compute_dtype), group)
-    return (
-        fixed if beta is None else fixed + beta.to(lm.compute_dtype) @ _values(lm, weight, group).to(lm.compute_dtype)
-    )
+    weight, bias = matrix(layer.value), weight_of(layer.value, "bias")
+    beta = weight_of(layer.input_norm, "bias")
+    fixed = (weight.new_zeros(weight.shape[1]) if bias is None else bias).to(lm.compute_dtype)
+    if beta is None:
+        return lambda group: _values(lm, fixed, group)
+    shift = beta.to(weight.device, lm.compute_dtype)
+    return lambda group: _values(lm, fixed, group) + shift @ _values(lm, weight, group).to(lm.compute_dtype)
 
 
 def _values(lm: Model, fused: Tensor, group: int) -> Tensor:
@@ -287,7 +292,7 @@ def _neuron(lm: Model, site: Site) -> Place:
 def mlp_width(lm: Model, layer: Layer) -> int:
     """Hidden activations of a layer's MLP; 0 for a mixture of experts."""
     projection = last_projection(lm, layer)
-    return 0 if projection is None else matrix(projection).shape[0]
+    return 0 if projection is None else sizes(projection)[0]
 
 
 def last_projection(lm: Model, layer: Layer) -> nn.Module | None:
@@ -307,7 +312,7 @@ def _v_input(lm: Model, site: Site) -> Place:
 
 def _values_of(lm: Model, layer: Layer, before: Point, tensor: Tensor, old: Tensor, new: Tensor, now: Pass) -> Tensor:
     """What the value projection puts out, with values that read another stream."""
-    stream = (now.kept[before] + (new - old)).to(now.kept[before].dtype)
+    stream = (now.kept[before] + (new - old).to(now.kept[before].device)).to(now.kept[before].dtype)
     # `forward`, and not a call: hooks see only what the model itself does.
     normed = stream if layer.input_norm is None else layer.input_norm.forward(stream)
     put_out, changed = layer.value.forward(normed), tensor.clone(memory_format=torch.contiguous_format)

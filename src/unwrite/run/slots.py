@@ -197,8 +197,10 @@ Visit = Callable[[Tensor], Tensor]
 def visiting(lm: Model, visits: Mapping[Slot, Visit]) -> Iterator[None]:
     """Inside the `with`, what is used at a slot is what its visit makes of the tensor that was there.
 
-    Slots of states between blocks are not visited. Keys and values of query heads come as each head's own copy.
+    Slots of states between blocks are not visited. Keys and values of query heads come as each head's own copy. A
+    visit sees and gives tensors on the model's own device, wherever a layer computes.
     """
+    visits = {slot: partial(_at_home, lm.device, visit) for slot, visit in visits.items()}
     attended = {slot: visit for slot, visit in visits.items() if isinstance(slot.at, Part)}
     with ExitStack() as stack:
         for slot, visit in visits.items():
@@ -207,6 +209,10 @@ def visiting(lm: Model, visits: Mapping[Slot, Visit]) -> Iterator[None]:
         if attended:
             stack.enter_context(around_attention(lm, partial(_attend, attended), eager=False))
         yield
+
+
+def _at_home(device: torch.device, visit: Visit, tensor: Tensor) -> Tensor:
+    return visit(tensor.to(device)).to(tensor.device)
 
 
 def _attach(point: Point, visit: Visit) -> Any:
@@ -275,13 +281,15 @@ def keep_input(module: nn.Module, store: dict[Any, Tensor], key: Any, copied: bo
 def values_of(
     lm: Model, found: Mapping[Slot, Tensor], inputs: Any, prompts: int
 ) -> dict[Slot, Float[Tensor, "prompt position _unit _d"]]:
-    """Values of slots from their tensors and from what blocks read (`inputs[layer]`), detached.
+    """Values of slots from their tensors and from what blocks read (`inputs[layer]`).
 
-    A state between attention and MLP comes in units of what attention writes, which is multiplied on its way.
+    They are detached, and on the model's own device. A state between attention and MLP comes in units of what
+    attention writes, which is multiplied on its way.
     """
     scale = lm.row.residual_scale(lm.config)
     made: dict[Slot, Tensor] = {}
     for slot, tensor in found.items():
-        value = slot.view(tensor.detach(), prompts).index_select(2, slot.units.to(tensor.device))
-        made[slot] = value + inputs[slot.layer].detach()[:, :, None] / scale if slot.joined else value.clone()
+        value = slot.view(tensor.detach().to(lm.device), prompts).index_select(2, slot.units.to(lm.device))
+        read = inputs[slot.layer].detach().to(lm.device)[:, :, None] if slot.joined else None
+        made[slot] = value.clone() if read is None else value + read / scale
     return made

@@ -34,7 +34,8 @@ ROWS = 4096
 class Base:
     """A clean run of base prompts, and all that a patched one can take from it.
 
-    `inputs[l]` is what block l read, `inputs[L]` the final stream; `kept` are keys and values; `values` those of slots.
+    `inputs[l]` is what block l read, `inputs[L]` the final stream; `kept` are keys and values, where each layer's
+    attention is, everything else on the model's own device; `values` those of slots.
     """
 
     lm: Model
@@ -62,7 +63,7 @@ def base_run(lm: Model, ids: Int[Tensor, "pair position"], row: Int[Tensor, " pa
             # A copy: some blocks add into what they were given.
             stack.callback(keep_input(module, calls, index, copied=True).remove)
         lm.decoder(input_ids=ids.to(lm.device), use_cache=True, past_key_values=cache)
-    inputs = [calls[index] for index in range(len(lm.layers) + 1)]
+    inputs = [calls[index].to(lm.device) for index in range(len(lm.layers) + 1)]
     return Base(lm, ids.to(lm.device), row, inputs, kept(cache), values_of(lm, found, inputs, len(ids)))
 
 
@@ -211,14 +212,15 @@ def _one_row(mlp: nn.Module, row: Int[Tensor, " run"]) -> Iterator[None]:
 
     def narrow(_: nn.Module, args: tuple[Any, ...]) -> Any:
         shape.append(args[0].shape)
-        return (args[0][run, row][:, None], *args[1:]) if args[0].dim() == 3 else None
+        here = args[0].device
+        return (args[0][run.to(here), row.to(here)][:, None], *args[1:]) if args[0].dim() == 3 else None
 
     def widen(_: nn.Module, __: Any, output: Any) -> Any:
         if len(shape[-1]) != 3:
             return None
         first = output if isinstance(output, Tensor) else output[0]
         whole = first.new_zeros(*shape[-1][:2], first.shape[-1])
-        whole[run, row] = first[:, 0]
+        whole[run.to(first.device), row.to(first.device)] = first[:, 0]
         return whole if first is output else (whole, *output[1:])
 
     handles = [mlp.register_forward_pre_hook(narrow), mlp.register_forward_hook(widen)]
@@ -258,12 +260,12 @@ def _scale(lm: Model) -> float:
 
 def through_block(base: Base, index: int, x: Tensor, pair: Int[Tensor, " run"], start: int, calls: Calls) -> Tensor:
     """What a block makes of rows `start` and later of runs that before them are base runs; `calls` from `calls_of`."""
-    keys, remembered = base.kept[index]
-    past = remembering({index: (keys[pair, :, :start], remembered[pair, :, :start])}, len(base.lm.layers))
+    keys, remembered = (part[pair.to(part.device), :, :start] for part in base.kept[index])
+    past = remembering({index: (keys, remembered)}, len(base.lm.layers))
     args, kwargs = with_past(calls[index], past, len(pair))
     with evaluating(base.lm.hf):
         out = base.lm.layers[index].block(x, *args[1:], **{k: v for k, v in kwargs.items() if k != "hidden_states"})
-    return out if isinstance(out, Tensor) else out[0]
+    return (out if isinstance(out, Tensor) else out[0]).to(pair.device)
 
 
 def calls_of(base: Base, start: int, end: int) -> Calls:
