@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import is_accelerate_available
+from transformers.utils.import_utils import is_accelerate_available
 
 from unwrite.errors import ModelError, UnwriteError, plain
 from unwrite.model.certificate import certify
@@ -127,7 +127,7 @@ def weights_hash(lm: Model) -> str:
         for one in every:
             total.update(f"{one.name} {tuple(one.shown.shape)} {one.shown.dtype}".encode())
             flat = one.values().cpu().contiguous().view(-1)
-            total.update(memoryview(flat.view(torch.uint8).numpy()))
+            total.update(flat.view(torch.uint8).numpy().data)
         lm.hashes[state] = total.hexdigest()
     return lm.hashes[state]
 

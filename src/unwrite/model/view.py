@@ -221,7 +221,8 @@ def matrix(projection: nn.Module) -> Float[Tensor, "input output"]:
 
 def sizes(projection: nn.Module) -> tuple[int, int]:
     """Inputs and outputs of a projection, wherever its weight is."""
-    first, second = projection.weight.shape  # pyright: ignore[reportGeneralTypeIssues]
+    shape: torch.Size = projection.weight.shape  # pyright: ignore[reportAssignmentType]
+    first, second = shape
     return (second, first) if isinstance(projection, nn.Linear) else (first, second)
 
 

@@ -209,7 +209,7 @@ def _packed(running: list[nn.Module], saved: Tensor) -> Tensor | _Away:
         if parameter is None or parameter.is_meta or not parameter.is_contiguous():
             continue
         if parameter.untyped_storage().data_ptr() == saved.untyped_storage().data_ptr():
-            view = (saved.shape, saved.stride(), saved.storage_offset())
+            view = (saved.shape, saved.stride(), int(saved.storage_offset()))
             return _Away(running[-1], name, saved.device, view)
     return saved
 
