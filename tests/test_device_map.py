@@ -21,6 +21,8 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 import unwrite as uw
+from unwrite import cli
+from unwrite.combined.doctor import foresee
 from unwrite.errors import ModelError
 from unwrite.model import weights
 from unwrite.model.load import weights_hash
@@ -295,3 +297,64 @@ def test_a_model_in_memory_that_was_spread_by_hand_is_read_as_well(folders: Any,
     for method in ("scan", "dla", "exact"):
         equal(METHODS[method](lm), METHODS[method](whole))
     assert weights_hash(lm) == weights_hash(whole)
+
+
+def test_doctor_foresees_where_a_model_will_lie(folders: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folders("llama")
+    bytes_of = {one.name: one.bytes for one in weights.stored(uw.load(folder).hf)}
+    room = sum(bytes_of.values()) * 3 // 4
+    monkeypatch.setattr("transformers.integrations.accelerate.get_max_memory", lambda _=None: {"cpu": room})
+    before = foresee(folder, "auto", n=4, length=8)
+    lm = uw.load(folder, device_map="auto")
+    after = uw.doctor(lm, n=4, length=8)
+    assert before is not None
+    assert before.ok
+    assert before.regions == after.regions
+    assert before.memory == after.memory
+    assert sum(region.bytes for region in after.regions) == sum(bytes_of.values())
+    here, away = after.regions
+    assert (here.place, here.moves, away.place, away.moves) == ("cpu", False, "disk", True)
+    assert str(here).startswith("embed, layer 0: cpu, ")
+    assert str(away).startswith("layers 1–2, final norm, unembed: disk, ")
+    assert str(away).endswith("read at every forward pass")
+    assert after.per_pass.startswith("every forward pass reads")
+    assert away.largest == max(size for name, size in bytes_of.items() if not name.startswith("model.layers.0"))
+    assert after.seconds > 0
+
+
+def test_doctor_says_without_loading_what_will_not_fit(folders: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On devices that are not here there is no room; what lies in memory beside them is moved at every pass."""
+    whole = uw.load(folders("gemma2")).hf
+    blocks, others = parts_of(whole)
+    places = dict.fromkeys(others, "cuda:0") | {blocks[0]: "cuda:1", blocks[1]: "cpu", blocks[2]: "disk"}
+    found = foresee(folders("gemma2"), places, n=4, length=8)
+    assert found is not None
+    assert [str(region).split(",")[0] for region in found.regions[:1]] == ["embed"]
+    assert [(region.place, region.moves) for region in found.regions] == [
+        ("cuda:0", False), ("cuda:1", False), ("cpu", True), ("disk", True),
+    ]  # fmt: skip
+    assert "reads" in found.per_pass
+    assert "moves" in found.per_pass
+    failing = [check.name for check in found.checks if not check.ok]
+    assert failing == [f"memory of cuda:{i}" for i in range(2) if torch.cuda.device_count() <= i]
+    monkeypatch.setattr("unwrite.model.load.load", None)
+    monkeypatch.setattr("sys.argv", ["unwrite", "doctor", str(folders("llama")), "--device-map", "cuda:99"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1
+
+
+def test_the_command_says_where_a_model_lies(
+    folders: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["unwrite", "doctor", str(folders("llama")), "-n", "4", "--length", "8", "--device-map", "disk"]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    shown = " ".join(capsys.readouterr().out.split())
+    where = "embed, layers 0–2, final norm, unembed: disk, "
+    assert f"before loading: {where}" in shown
+    assert shown.count(where) == 1
+    assert "every forward pass reads" in shown
+    assert "timed on this model, with what it reads and moves" in shown
+    assert stopped.value.code == 1, "this model has no tokenizer"

@@ -13,6 +13,7 @@ import typer
 from unwrite.cli.options import (
     Convention,
     Device,
+    DeviceMap,
     Dtype,
     Every,
     Json,
@@ -34,6 +35,9 @@ from unwrite.cli.voice import Voice, event, fail, produce
 from unwrite.errors import Stopped, UnwriteError, plain
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from unwrite.combined.doctor import Diagnosis
     from unwrite.combined.shards import Asked
     from unwrite.result import Result
     from unwrite.run.job import Job
@@ -84,6 +88,7 @@ def audit(
     out: Out = None,
     every: Every = 30.0,
     device: Device = None,
+    device_map: DeviceMap = None,
     dtype: Dtype = None,
     convention: Convention = "paper",
     quiet: Quiet = False,
@@ -96,7 +101,7 @@ def audit(
 
     if model is None and text:
         raise typer.BadParameter("a text needs a MODEL to read it", param_hint="--text")
-    lm = load_model(model or DEFAULT, device, dtype, convention)
+    lm = load_model(model or DEFAULT, device, dtype, convention, device_map)
     tokens = read_texts(lm, text, n, length) if model else demonstration(lm, n, length)
     voice = Voice(quiet, as_json, "" if out is None else " · Ctrl-C stops and keeps what is done")
 
@@ -116,6 +121,7 @@ def scan(
     out: Out = None,
     every: Every = 30.0,
     device: Device = None,
+    device_map: DeviceMap = None,
     dtype: Dtype = None,
     convention: Convention = "paper",
     skip: Annotated[int, typer.Option("--skip", min=0, help="Positions at the start of a prompt, apart.")] = 1,
@@ -130,7 +136,7 @@ def scan(
 
     if shard is not None and out is None:
         raise typer.BadParameter("a shard needs a folder that keeps it", param_hint="--out")
-    asked = Asked(model, text, n, length, writers, skip, device, dtype, convention)
+    asked = Asked(model, text, n, length, writers, skip, device, device_map, dtype, convention)
     with joined_ranks() as ranks:
         job = job_in(out, every, shard, ranks)
         _scan(asked, out, Voice(quiet or (job.shard[0] > 1 and ranks is not None), as_json), job)
@@ -153,7 +159,7 @@ def merge(
 def _scan(asked: Asked, out: Path | None, voice: Voice, job: Job) -> None:
     from unwrite.methods.scan import scan as run
 
-    lm = load_model(asked.model, asked.device, asked.dtype, asked.convention)
+    lm = load_model(asked.model, asked.device, asked.dtype, asked.convention, asked.device_map)
     tokens = read_texts(lm, asked.text, asked.n, asked.length)
 
     def method(listener: Listener, job: Job) -> Result:
@@ -175,6 +181,7 @@ def verify(
     out: TableOut = None,
     every: Every = 30.0,
     device: Device = None,
+    device_map: DeviceMap = None,
     dtype: Dtype = None,
     convention: Convention = "paper",
     quiet: Quiet = False,
@@ -183,7 +190,7 @@ def verify(
     """What survives of one node's write, and who removes it because of it? By executed runs without the write."""
     from unwrite.methods.verify import verify as run
 
-    lm = load_model(model, device, dtype, convention)
+    lm = load_model(model, device, dtype, convention, device_map)
     tokens = read_text(lm, text, n, length)
 
     def method(listener: Listener, job: Job) -> Result:
@@ -211,6 +218,7 @@ def dla(
     out: TableOut = None,
     every: Every = 30.0,
     device: Device = None,
+    device_map: DeviceMap = None,
     dtype: Dtype = None,
     convention: Convention = "paper",
     quiet: Quiet = False,
@@ -220,7 +228,7 @@ def dla(
     from unwrite.methods.dla import dla as run
     from unwrite.tokens import prompts
 
-    lm = load_model(model, device, dtype, convention)
+    lm = load_model(model, device, dtype, convention, device_map)
     asked = prompts(prompt, lm.tokenizer)
     texts = read_text(lm, text, n, max(2, asked.length)) if text else None
 
@@ -249,6 +257,7 @@ def effects(
     out: TableOut = None,
     every: Every = 30.0,
     device: Device = None,
+    device_map: DeviceMap = None,
     dtype: Dtype = None,
     convention: Convention = "paper",
     quiet: Quiet = False,
@@ -259,7 +268,7 @@ def effects(
     from unwrite.contrasts import read_pairs
     from unwrite.run.slots import KINDS
 
-    lm = load_model(model, device, dtype, convention)
+    lm = load_model(model, device, dtype, convention, device_map)
     asked, names = read_pairs(pairs, lm.tokenizer), nodes if nodes in KINDS else listed(nodes)
 
     def method(listener: Listener, job: Job) -> Result:
@@ -326,24 +335,41 @@ def doctor(
     n: Prompts = 300,
     length: Length = None,
     device: Device = None,
+    device_map: DeviceMap = None,
     dtype: Dtype = None,
     convention: Convention = "paper",
 ) -> None:
-    """Is the decomposition exact, will a scan fit, and how long will it take?"""
+    """Is the decomposition exact, will a scan fit, and how long will it take? With a device map also: where it lies."""
     from unwrite.combined.doctor import doctor as run
+    from unwrite.combined.doctor import foresee
     from unwrite.report import terminal
     from unwrite.report.live import duration
 
-    lm = load_model(model, device, dtype, convention)
-    diagnosis, screen = run(lm, n, length), terminal.console()
+    screen = terminal.console()
+    before = None if device_map is None else foresee(model, device_map, n, length, dtype)
+    if before is not None:
+        _diagnose(before, screen, "before loading: ")
+        if not before.ok:
+            raise typer.Exit(1)
+    lm = load_model(model, device, dtype, convention, device_map)
+    diagnosis = run(lm, n, length)
     screen.print(plain(repr(lm)))
-    for check in diagnosis.checks:
-        line = f"{'✓' if check.ok else '✗'} {check.name}: {check.found}"
-        screen.print(line + ("" if check.ok or not check.fix else f". Next: {check.fix}"))
+    _diagnose(diagnosis, screen)
     cost = f"about {diagnosis.memory / 2**30:.2f} GiB, {duration(diagnosis.seconds)}"
-    screen.print(f"a scan of {diagnosis.n} × {diagnosis.length} tokens: {cost}")
+    timed = f" (timed on this model{', with what it reads and moves' if diagnosis.per_pass else ''})"
+    screen.print(f"a scan of {diagnosis.n} × {diagnosis.length} tokens: {cost}{timed}")
     if not diagnosis.ok:
         raise typer.Exit(1)
+
+
+def _diagnose(diagnosis: Diagnosis, screen: Console, when: str = "") -> None:
+    """Say where weights lie, if that is more than one place, and what was checked."""
+    if when or len(diagnosis.regions) > 1:
+        for line in (*map(str, diagnosis.regions), *filter(None, [diagnosis.per_pass])):
+            screen.print(plain(f"{when}{line}"))
+    for check in diagnosis.checks:
+        line = f"{'✓' if check.ok else '✗'} {check.name}: {check.found}"
+        screen.print(plain(when + line + ("" if check.ok or not check.fix else f". Next: {check.fix}")))
 
 
 def main() -> None:

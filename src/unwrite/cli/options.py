@@ -32,6 +32,9 @@ Every = Annotated[
     float, typer.Option("--checkpoint-every", metavar="SECONDS", min=0, help="How often --out keeps what is done.")
 ]
 Device = Annotated[str | None, typer.Option("--device", help="Where the model goes, such as cuda.")]
+DeviceMap = Annotated[
+    str | None, typer.Option("--device-map", help="auto: spread the model over all devices, memory and disk.")
+]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, …; by default that of the weights.")]
 Convention = Annotated[str, typer.Option("--convention", help="paper or raw.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print the verdict alone.")]
@@ -65,7 +68,9 @@ def joined_ranks() -> Iterator[Ranks | None]:
         yield ranks
 
 
-def load_model(model: str, device: str | None, dtype: str | None, convention: str) -> Model:
+def load_model(
+    model: str, device: str | None, dtype: str | None, convention: str, device_map: str | None = None
+) -> Model:
     """The model that a command names; of several processes on one machine each has an accelerator of its own."""
     from unwrite.errors import ModelError
     from unwrite.model.load import load, quieten
@@ -75,7 +80,7 @@ def load_model(model: str, device: str | None, dtype: str | None, convention: st
         raise ModelError("unknown dtype", got=dtype, expected="float64, float32, float16 or bfloat16")
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    return load(model, device=device, dtype=dtype, convention=convention)
+    return load(model, device=device, device_map=device_map, dtype=dtype, convention=convention)
 
 
 def read_texts(lm: Model, paths: list[str], n: int, length: int | None) -> Tokens | dict[str, Tokens]:

@@ -15,7 +15,7 @@ _FILE = "shard.json"
 _OPTIONAL = (str, type(None))
 _KINDS: dict[str, Any] = {
     "model": str, "text": list, "n": int, "length": (int, type(None)), "writers": _OPTIONAL, "skip": int,
-    "device": _OPTIONAL, "dtype": _OPTIONAL, "convention": str,
+    "device": _OPTIONAL, "device_map": _OPTIONAL, "dtype": _OPTIONAL, "convention": str,
 }  # fmt: skip
 
 
@@ -30,6 +30,7 @@ class Asked:
     writers: str | None
     skip: int
     device: str | None
+    device_map: str | None
     dtype: str | None
     convention: str
 

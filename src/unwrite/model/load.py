@@ -21,10 +21,11 @@ from unwrite.model.certificate import certify
 from unwrite.model.families import FAMILIES, REFUSED, Family
 from unwrite.model.legacy import checkpoint, from_legacy, is_legacy, tokenizer_folder, tokenizer_name
 from unwrite.model.view import CONVENTIONS, Model, embedding_rows
-from unwrite.model.weights import stored
+from unwrite.model.weights import DISK, stored
 
 # The model that comes with the package: trained by examples/pretrain, see its own README.
 DEFAULT, BUNDLED = "default", Path(__file__).parents[1] / "bundled"
+_SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -55,7 +56,7 @@ def load(
     if convention not in CONVENTIONS:
         raise ModelError("unknown convention", got=repr(convention), expected=" or ".join(map(repr, CONVENTIONS)))
     if isinstance(source, (str, Path)):
-        _check_places(device, device_map)
+        device_map = places(device_map, device)
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
         place = str(BUNDLED if source == DEFAULT else source)
         hf, own = _from_disk(place, {"dtype": dtype or "auto", "device_map": device_map, **options})
@@ -89,9 +90,30 @@ def view(hf: PreTrainedModel, tokenizer: Any = None, convention: str = "paper", 
     return replace(lm, certificate=certificate)
 
 
+def outline(source: str | Path, dtype: torch.dtype | str | None = None) -> Model | None:
+    """A `Model` of empty weights, from a configuration alone; None for a checkpoint that does not describe itself.
+
+    Raises ModelError as `load` does, as far as a configuration tells.
+    """
+    place = str(BUNDLED if source == DEFAULT else source)
+    if is_legacy(Path(place)):
+        return None
+    try:
+        config = AutoConfig.from_pretrained(place)
+        row = _row(config)
+        with torch.device("meta"):
+            hf = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
+    except UnwriteError:
+        raise
+    except Exception:  # noqa: BLE001 - what is wrong with it is said when it is loaded
+        return None
+    return Model(hf, None, config.model_type, row, "paper", {"name": _called(source)})
+
+
 def quieten() -> None:
     """Switch off the progress bars and warnings of transformers for this process: what matters is raised."""
     transformers.logging.set_verbosity_error()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
     transformers.logging.disable_progress_bar()
 
 
@@ -169,13 +191,23 @@ def _from_disk(source: str, options: dict[str, Any]) -> tuple[PreTrainedModel, C
         raise ModelError(f"cannot load {source}", got=_first_line(error), fix=_advice(error)) from error
 
 
-def _check_places(device: Any, device_map: Any) -> None:
+def places(device_map: Any, device: Any = None) -> Any:
+    """A device map as transformers reads it: "disk" puts everything there. Raises ModelError for what is none."""
     if device_map is None:
-        return
+        return None
     if device is not None:
         raise ModelError("device and device_map both say where the model goes", fix="leave one of them out")
     if not is_accelerate_available():
         raise ModelError("device_map needs accelerate, which is not installed", fix="pip install 'unwrite[accelerate]'")
+    named = device_map if isinstance(device_map, dict) else {"": device_map}
+    for place in named.values():
+        if place != DISK and not (place in _SPREADS and named is not device_map):
+            try:
+                torch.device(place)
+            except (RuntimeError, TypeError):
+                expected = f"{', '.join(_SPREADS)}, a device, {DISK}, or {{part of the model: device}}"
+                raise ModelError("device_map names no device", got=repr(place), expected=expected) from None
+    return named if device_map == DISK else device_map
 
 
 def _called(source: Any) -> str:
