@@ -38,9 +38,8 @@ def carry(
     normed: Float[Tensor, "prompt key d_model"],
     weight: Float[Tensor, "head d_model d_head"],
 ) -> Float[Tensor, "prompt query head d_head"]:
-    """A · normed · W_V for every query head: its part of z."""
-    values = (normed[:, None] @ weight).to(pattern.dtype)
-    return (pattern @ values).transpose(1, 2).to(normed.dtype)
+    """A · normed · W_V for every query head: its part of z, in float32 or better whatever the pattern is in."""
+    return (pattern.to(normed.dtype) @ (normed[:, None] @ weight)).transpose(1, 2)
 
 
 def through_values(

@@ -62,8 +62,8 @@ class Donor:
         reach = torch.from_numpy(np.arange(tokens.length) < tokens.lengths[:, None])
         for batch in batches(tokens, batch_size(self.reader, tokens)):
             for slot, part in values(self.reader, batch.ids, self.slots).items():
-                kept = batch.counted.to(part.device, part.dtype)
-                total[slot] = total[slot].to(part.device) + torch.einsum("bt...,bt->t...", part, kept)
+                exact = part.to(self.reader.compute_dtype)
+                total[slot] = total[slot].to(exact) + torch.einsum("bt...,bt->t...", exact, batch.counted.to(exact))
         counts = reach.sum(0).clamp_min(1)
         return {slot: (part / counts.to(part)[:, None, None])[None] for slot, part in total.items()}
 

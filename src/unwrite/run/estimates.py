@@ -42,11 +42,17 @@ class Asked:
 def attributed(asked: Asked, source: Values, rules: Rules) -> Estimate:
     """⟨n_source − n_base, slope⟩ of every node at every position, under any rules."""
     made = graph(asked.lm, asked.ids, asked.slots, rules, asked.metric)
-    return _products(made.values, source, made.slopes)
+    return _products(asked.lm, made.values, source, made.slopes)
 
 
-def _products(base: Values, source: Values, slopes: Slopes) -> Estimate:
-    return {slot: ((source[slot] - base[slot]) * slope).sum(-1) for slot, slope in slopes.items() if slot in source}
+def _products(lm: Model, base: Values, source: Values, slopes: Slopes) -> Estimate:
+    """Σ (source − base) · slope of every node, in float32 or better also where the model computes in half precision."""
+    exact = lm.compute_dtype
+    return {
+        slot: ((source[slot].to(exact) - base[slot].to(exact)) * slope.to(exact)).sum(-1)
+        for slot, slope in slopes.items()
+        if slot in source
+    }
 
 
 def star(asked: Asked, source: Values, summed: Callable[[Tensor], Tensor]) -> tuple[Summed, Estimate]:
@@ -62,7 +68,7 @@ def star(asked: Asked, source: Values, summed: Callable[[Tensor], Tensor]) -> tu
     made = graph(lm, asked.ids, [*asked.slots, *inner], RULES["gradient"], asked.metric, keep=True)
 
     def effects(slopes: Slopes) -> Estimate:
-        found = _products(made.values, source, slopes)
+        found = _products(lm, made.values, source, slopes)
         for slot in fixed:
             if slot in slopes:
                 fix = _through_softmax(calls[slot.layer], slot, source[slot], slopes[heads[slot.layer]])
@@ -131,15 +137,15 @@ def integrated(asked: Asked, source_ids: Int[Tensor, "pair position"], steps: in
     mean: Slopes = {slot: torch.zeros(()) for slot in asked.slots}
     for k, x in enumerate(between[1::2]):
         made = graph(asked.lm, asked.ids, asked.slots, RULES["gradient"], asked.metric, embedded=x)
-        for slot, part in _products(ends[k], ends[k + 1], made.slopes).items():
+        for slot, part in _products(asked.lm, ends[k], ends[k + 1], made.slopes).items():
             conductance[slot] = conductance[slot] + part
-            mean[slot] = mean[slot] + made.slopes[slot] / steps
-    return conductance, _products(ends[0], ends[-1], mean)
+            mean[slot] = mean[slot] + made.slopes[slot].to(asked.lm.compute_dtype) / steps
+    return conductance, _products(asked.lm, ends[0], ends[-1], mean)
 
 
 def _embedded(lm: Model, ids: Tensor) -> Float[Tensor, "pair position d_model"]:
     slot = slots(lm, "embed")
-    return values(lm, ids, slot)[slot[0]][:, :, 0]
+    return values(lm, ids, slot)[slot[0]][:, :, 0].to(lm.compute_dtype)
 
 
 def _values_at(asked: Asked, embedded: Tensor) -> Values:
