@@ -90,14 +90,16 @@ class Decoding:
         own[: batch.real] = torch.from_numpy(self._half[batch.first : batch.first + batch.real]).to(own)
         written = (write if self.basis is None else write @ self.basis).double()
         for half in (0, 1):
-            rows = (kept & (own == half)[:, None] & (self._count[half] > 0))[..., None]
-            w = written * rows
-            # Rows are masked, not picked: sums over an index are made in any order by an accelerator.
-            found.w[half], found.ww[half] = w.sum(0), w.pow(2).sum()
+            rows = kept & (own == half)[:, None] & (self._count[half] > 0)
+            # Masked and summed, not added to an index, which an accelerator does in any order.
+            found.w[half] = (written * rows[..., None]).sum(0)
+            w = written[rows]
+            found.ww[half] = w.pow(2).sum()
             for i, state in enumerate(self.states):
-                x = (stream[state].double() * rows).flatten(0, 1)
-                found.xx[half, i], found.xw[half, i] = x.t() @ x, x.t() @ w.flatten(0, 1)
-                found.x[half, i] = x.unflatten(0, w.shape[:2]).sum(0)
+                whole = stream[state].double()
+                found.x[half, i] = (whole * rows[..., None]).sum(0)
+                x = whole[rows]
+                found.xx[half, i], found.xw[half, i] = x.t() @ x, x.t() @ w
         return found
 
     def add(self, moments: Moments) -> None:
