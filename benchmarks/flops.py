@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import unwrite as uw
+from unwrite.run.gram import FEW
 from unwrite.run.stats import RATIO
 
 DRAWN, READ = 20, 5  # rotations that verify executes a run for, and those whose readers it runs
@@ -167,14 +168,20 @@ def scan(s: Shape, writers: int | None = None) -> Cost:
     rows, counted = s.batches() * s.batch() * s.length, s.tokens - s.prompts
     spans = 1 + min(s.prompts, 1 + (at_once - 1) / max(s.length - 1, 1))
     gram = Cost(single=2 * s.d * ((n - half) * n + half**2) + 2 * s.states * n**2, moved=8 * n * (s.d + 2 * n))
+    if FEW * n_writers <= n:
+        few = 2 * n * n_writers * (s.d + s.states) + 2 * s.states * n * s.d
+        gram = Cost(single=few, moved=8 * n * (s.d + n_writers) + 8 * s.states * s.d)
     chunks = Cost(single=2 * spans * n * n_writers, moved=40 * pairs + 4 * s.layers * s.d**2 / at_once, values=pairs)
     sums = expand(s, buckets(s)) + Cost(single=2 * n**2 * s.d * buckets(s), moved=8 * n**2)
     ends = Cost(double=2 * s.states * n * n_writers, moved=500 * pairs)
     quantiles = Cost(moved=30 * BINS * pairs, calls=s.tokens / at_once)
     constants = Cost(single=4 * s.layers * s.d**2 * s.gpt2)
-    own = 1 + (s.prompts if buckets(s) < s.length else 0)  # sums over buckets: in all, and what each prompt has of it
+    own, put = 1, Cost()
+    if buckets(s) < s.length:  # sums over buckets: in all, and what each prompt has of it
+        own += s.prompts
+        put = (s.batches() + s.prompts) * Cost(single=2 * s.length * buckets(s) * (2 * s.layers + 2) * s.d)
     streamed = passes(s, rows, s.batches()) + summed(s, rows) + expand(s, s.tokens) + s.tokens * gram + counted * chunks
-    return streamed + own * sums + (s.prompts + 1) * ends + quantiles + constants
+    return streamed + own * sums + put + (s.prompts + 1) * ends + quantiles + constants
 
 
 def verify(s: Shape, erasers: int = 1) -> Cost:

@@ -42,6 +42,15 @@ def test_the_model_counts_what_torch_counts(flops: ModuleType, changes: dict) ->
         assert flops.counted(lm, method, s) == pytest.approx(cost(s).counted, rel=0.005), method
 
 
+def test_few_writers_are_counted_as_few(flops: ModuleType) -> None:
+    s = flops.Shape(layers=3, d=32, inner=80, prompts=4, length=12, vocabulary=50)
+    lm = uw.load(flops.build(s))
+    lm.hf.set_attn_implementation("eager")
+    with flops.Counter() as counter:
+        uw.scan(lm, flops.ids_of(s), ["L0H1", "MLP1"])
+    assert counter.total == pytest.approx(flops.scan(s, 2).counted, rel=0.005)
+
+
 def test_the_counter_is_torchs_own(flops: ModuleType) -> None:
     s = flops.Shape(layers=2, d=32, inner=80, prompts=4, length=12, vocabulary=50)
     lm = uw.load(flops.build(s))

@@ -24,7 +24,10 @@ from unwrite.run.stats import LENGTH, RATIO, ClusterSums, Histogram, Tree, under
 from unwrite.run.stream import Batch, forward
 from unwrite.tokens import Tokens
 
-_CHUNK_BYTES = 32 * 2**20
+# What a chunk's vectors and products take: what a processor's cache holds; an accelerator wants more at a time.
+_CHUNK_BYTES, _TIMES_ON_DEVICE = 2**25, 32
+# Where writers are at most one in so many nodes, products of pairs without a writer are not computed.
+FEW = 4
 _HISTOGRAMS, _TREES = ("ratios", "dilution", "sizes"), ("skipped", "stream_energy")
 
 
@@ -61,14 +64,25 @@ class Plan:
         """Rows for the nodes, and from them those of the locations (sums in write order) and of the change."""
         return self._join(nodes, self.holds.to(nodes.dtype) @ nodes)
 
-    def products(self, gram: Float[Tensor, "position node node"]) -> Products:
-        """Everything kept of the Gram matrices of some positions."""
+    def products(self, nodes: Float[Tensor, "node position d_model"]) -> tuple[Products, Bool[Tensor, "position node"]]:
+        """Everything kept of the writes at some positions, and which of them are finite."""
+        if FEW * len(self.writers) <= len(nodes):
+            return self._of_few(nodes.transpose(0, 1))
+        gram = gram_matrix(nodes)
         levels = self.holds @ gram
         stream = (levels * self.holds).sum(-1).clamp_min_(0)
         energy = gram.diagonal(dim1=1, dim2=2)
+        finite = energy.isfinite()
         if len(self.writers) < gram.shape[-1]:
             gram, levels, energy = gram[..., self.writers], levels[..., self.writers], energy[:, self.writers]
-        return Products(self._join(gram, levels), energy, stream)
+        return Products(self._join(gram, levels), energy, stream), finite
+
+    def _of_few(self, nodes: Float[Tensor, "position node d_model"]) -> tuple[Products, Bool[Tensor, "position node"]]:
+        """The same for few writers, of whom the Gram matrix has few columns."""
+        dot = torch.bmm(nodes, nodes[:, self.writers].transpose(1, 2))
+        energy = dot[:, self.writers, torch.arange(len(self.writers), device=dot.device)]
+        stream = (self.holds @ nodes).pow(2).sum(-1)
+        return Products(self._join(dot, self.holds @ dot), energy, stream), nodes.pow(2).sum(-1).isfinite()
 
     def _join(self, nodes: Tensor, levels: Tensor) -> Tensor:
         after = levels.gather(-2, self.after.expand(*levels.shape[:-2], 1, -1))
@@ -132,13 +146,14 @@ class GramTally:
     def _chunk_rows(self) -> int:
         nodes = len(self.lm.parts)
         floats = nodes * (self.lm.d_model + nodes) + 2 * self.plan.rows * len(self.plan.writers)
-        return max(8, min(512, _CHUNK_BYTES * 8 // (floats * torch.finfo(self.lm.compute_dtype).bits)))
+        room = _CHUNK_BYTES * (1 if self.lm.device.type == "cpu" else _TIMES_ON_DEVICE)
+        return max(8, min(512, room * 8 // (floats * torch.finfo(self.lm.compute_dtype).bits)))
 
     def _products(self, writes: Writes, prompt: Tensor, place: Tensor, batch: Batch, start: int) -> Products:
         nodes = expand(self.lm, self.folded, writes.map(lambda factor: factor[prompt, place]))
-        gram = gram_matrix(nodes)
-        batch.require_finite(self.lm, gram.diagonal(dim1=1, dim2=2).isfinite(), prompt + start, place)
-        return self.plan.products(gram)
+        products, finite = self.plan.products(nodes)
+        batch.require_finite(self.lm, finite, prompt + start, place)
+        return products
 
     def _count(self, products: Products) -> None:
         energy, stream = products.energy, products.stream
