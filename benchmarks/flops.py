@@ -30,7 +30,10 @@ BINS = 2 * RATIO.reach + 2
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and what it reads; `width` bytes of a weight; `gpt2` has biases, positions and no gate."""
+    """A model and what it reads; `width` bytes of a weight; `gpt2` has biases, positions and no gate.
+
+    `room`: how many times larger a scan's chunks are than on a processor.
+    """
 
     layers: int = 4
     d: int = 256
@@ -42,6 +45,7 @@ class Shape:
     vocabulary: int = 1024
     gpt2: bool = False
     width: int = 4
+    room: int = 1
 
     @property
     def nodes(self) -> int:
@@ -153,7 +157,7 @@ def summed(s: Shape, rows: float) -> Cost:
 def chunk(s: Shape, writers: int) -> int:
     """Positions whose Gram matrices are made at once, as unwrite.run.gram has it."""
     floats = s.nodes * (s.d + s.nodes) + 2 * (s.nodes + s.states + 1) * writers
-    return max(8, min(512, 2**23 // floats))
+    return max(8, min(512, 2**23 * s.room // floats))
 
 
 def buckets(s: Shape) -> int:

@@ -27,6 +27,7 @@ from scipy import stats
 import unwrite as uw
 from unwrite.model.capture import run
 from unwrite.model.view import fold
+from unwrite.run.gram import ON_DEVICE
 from unwrite.run.stats import RATIO, Histogram
 
 
@@ -194,7 +195,7 @@ def predict(here: dict[str, Hardware], share: dict[str, float], sheets: dict[str
         for job, (method, cost, prompts, length) in JOBS.items():
             s, own = replace(model, prompts=prompts, length=length), here[method]
             cells = [(own.seconds(cost(s)) / share[method], own.limit(cost(s)))]
-            work = cost(replace(s, width=2))
+            work = cost(replace(s, width=2, room=ON_DEVICE))
             for rates_there in sheets.values():
                 model_rate, single, double, moved = (given * rate for rate in rates_there)
                 on = replace(own, model=model_rate, single=single, double=double, moved=moved, values=moved / VALUE)
@@ -222,9 +223,9 @@ def print_memory() -> None:
             parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in memory(s, writers).items())
             print(f"{name:<4} {writers:>5} writers of {s.nodes}: {parts}")
     print(
-        "Histograms grow with nodes × writers, not with tokens: a large model is scanned for chosen writers. To choose"
+        "Histograms grow with nodes × writers, not with tokens: a large model is scanned for chosen writers. What verify"
     )
-    print("makes no Gram matrix cheaper. What verify holds grows with the length of a prompt: shorter ones need less.")
+    print("holds grows with the length of a prompt: shorter ones need less.")
 
 
 def options() -> argparse.Namespace:

@@ -25,7 +25,7 @@ from unwrite.run.stream import Batch, forward
 from unwrite.tokens import Tokens
 
 # What a chunk's vectors and products take: what a processor's cache holds; an accelerator wants more at a time.
-_CHUNK_BYTES, _TIMES_ON_DEVICE = 2**25, 32
+_CHUNK_BYTES, ON_DEVICE = 2**25, 32
 # Where writers are at most one in so many nodes, products of pairs without a writer are not computed.
 FEW = 4
 _HISTOGRAMS, _TREES = ("ratios", "dilution", "sizes"), ("skipped", "stream_energy")
@@ -146,7 +146,7 @@ class GramTally:
     def _chunk_rows(self) -> int:
         nodes = len(self.lm.parts)
         floats = nodes * (self.lm.d_model + nodes) + 2 * self.plan.rows * len(self.plan.writers)
-        room = _CHUNK_BYTES * (1 if self.lm.device.type == "cpu" else _TIMES_ON_DEVICE)
+        room = _CHUNK_BYTES * (1 if self.lm.device.type == "cpu" else ON_DEVICE)
         return max(8, min(512, room * 8 // (floats * torch.finfo(self.lm.compute_dtype).bits)))
 
     def _products(self, writes: Writes, prompt: Tensor, place: Tensor, batch: Batch, start: int) -> Products:
