@@ -222,10 +222,8 @@ def print_memory() -> None:
         for writers in (s.nodes, 16):
             parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in memory(s, writers).items())
             print(f"{name:<4} {writers:>5} writers of {s.nodes}: {parts}")
-    print(
-        "Histograms grow with nodes × writers, not with tokens: a large model is scanned for chosen writers. What verify"
-    )
-    print("holds grows with the length of a prompt: shorter ones need less.")
+    print("Histograms grow with nodes × writers, not with tokens: a large model is scanned for chosen writers.")
+    print("What verify holds grows with the length of a prompt: shorter ones need less.")
 
 
 def options() -> argparse.Namespace:

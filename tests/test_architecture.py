@@ -16,7 +16,7 @@ import pytest
 SRC = Path(__file__).resolve().parents[1] / "src"
 
 # A unit is a file or folder directly in the package. Each unit, and the units that it sees beside itself.
-BASE = {"nodes", "errors", "tokens", "contrasts", "result"}
+BASE = {"nodes", "errors", "reading", "tokens", "contrasts", "result"}
 RUN = {*BASE, "model", "run"}
 COMBINED = {*RUN, "methods", "tasks"}
 ALL = {*COMBINED, "combined", "report", "cli", "__init__", "__main__"}

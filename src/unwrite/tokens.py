@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from unwrite.errors import TokensError, plain
+from unwrite.reading import Keeper, Reading, Source, fill, identity, source_of
 
 _LONGEST_DEFAULT = 1024
 _FEWEST_TO_HALVE = 4
@@ -141,18 +142,29 @@ def _matrix(values: Any, name: str, kinds: str) -> np.ndarray:
 
 
 def text(
-    source: Any, tokenizer: Any, n: int = 300, length: int | None = None, bos: int | bool | None = None
+    source: Any,
+    tokenizer: Any,
+    n: int = 300,
+    length: int | None = None,
+    bos: int | bool | None = None,
+    checkpoint: Keeper | None = None,
 ) -> Tokens | dict[str, Tokens]:
     """Text as consecutive windows of token ids.
 
     Arguments: `source` a string of text, a Path (or a string that names an existing file or folder; of a folder every
-    *.txt), a list of strings (each a document of its own), or a mapping from names to any of these; `tokenizer` as
-    transformers has it; at most `n` windows (spread evenly over the documents, consecutive in each); `length` in
-    tokens, by default min(1024, the tokenizer's model_max_length); `bos` the id that begins every window: by default
-    the tokenizer's if it has one (an error for True if not), none for False.
+    *.txt), a list of strings (each a document of its own), a data set, or a mapping from names to any of these;
+    `tokenizer` as transformers has it; at most `n` windows (spread evenly over the documents, consecutive in each);
+    `length` in tokens, by default min(1024, the tokenizer's model_max_length); `bos` the id that begins every window:
+    by default the tokenizer's if it has one (an error for True if not), none for False.
     Returns Tokens, or a dict of Tokens for a mapping. A rest that does not fill a window is left out and noted.
     Windows of one document share a cluster where there are several documents; else each window is its own.
     Raises TokensError for an empty text, a text shorter than one window, or a file that is not UTF-8.
+
+    A data set is one of the library `datasets` (Dataset or IterableDataset), or `hub:owner/name`, which may go on
+    `@revision:configuration:split:column`: what is left out or empty is the main revision, the only configuration, the
+    split train, and the column text or the only one of strings. It is read document by document and never held, and
+    only until `n` windows are full: they are the first ones, not spread over all documents. `checkpoint`, an open
+    `uw.Job`, keeps how far it is read. Raises TokensError also where it cannot be read, or has no such column.
 
     Example: `uw.text("book.txt", lm.tokenizer, n=100, length=256)`
     """
@@ -161,18 +173,25 @@ def text(
     if isinstance(source, Mapping):
         if not source or len({_name(name) for name in source}) < len(source):
             raise TokensError("texts need names that differ", got=f"{len(source)} texts", expected="one name for each")
-        return {_name(name): windows(part, tokenizer, n, length, bos) for name, part in source.items()}
-    return windows(source, tokenizer, n, length, bos)
+        return {_name(name): windows(part, tokenizer, n, length, bos, checkpoint) for name, part in source.items()}
+    return windows(source, tokenizer, n, length, bos, checkpoint)
 
 
 def windows(
-    source: Any, tokenizer: Any, n: int = 300, length: int | None = None, bos: int | bool | None = None
+    source: Any,
+    tokenizer: Any,
+    n: int = 300,
+    length: int | None = None,
+    bos: int | bool | None = None,
+    checkpoint: Keeper | None = None,
 ) -> Tokens:
     """`text` for one source that is not a mapping."""
     prefix = _prefix(tokenizer, bos)
     length = min(_LONGEST_DEFAULT, tokenizer.model_max_length) if length is None else length
     if n < 1 or length <= len(prefix):
         raise TokensError("no window can be cut", got=f"n={n}, length={length}", expected="both large enough for text")
+    if (data := source_of(source)) is not None:
+        return _streamed(data, tokenizer, n, length, prefix, checkpoint)
     name, documents = _documents(source)
     digest = _digest(name, documents)
     step = length - len(prefix)
@@ -190,6 +209,26 @@ def windows(
     notes = (f"{sum(map(len, cut)) - len(rows)} further windows of {length} tokens were not used",)
     cluster = owner if len(documents) > 1 else np.arange(len(rows))
     return Tokens(ids, np.full(len(rows), length), cluster, name, digest, notes)
+
+
+def _streamed(
+    source: Source, tokenizer: Any, n: int, length: int, prefix: list[int], checkpoint: Keeper | None
+) -> Tokens:
+    step, name = length - len(prefix), _name(source.spelled)
+    reading = Reading(source, lambda document: _cut(document, tokenizer, step), prefix, n)
+    asked = {"source": source.spelled, "tokenizer": identity(tokenizer), "length": length, "n": n, "bos": prefix}
+    fill(reading, checkpoint, asked)
+    at = reading.at
+    if not at.windows:
+        raise TokensError(
+            f"{name} has no document as long as one window of {length} tokens" if at.read else f"{name} is empty",
+            got=f"{at.read} document(s)", fix="pass a smaller length" if at.read else "choose another data set",
+        )  # fmt: skip
+    # As above: of one document alone, each window is its own.
+    cluster = np.array(reading.owner) if at.read > 1 else np.arange(at.windows)
+    read = f"{at.read} document(s) read in order, {at.short} of them shorter than a window of {length} tokens"
+    notes = (read, f"column {plain(at.column)[:80]}", *([f"revision {at.commit}"] if at.commit else []))
+    return Tokens(np.stack(reading.rows, dtype=np.int64), np.full(at.windows, length), cluster, name, at.digest, notes)
 
 
 def prompts(source: Any, tokenizer: Any, bos: int | bool | None = None) -> Tokens:
@@ -320,7 +359,9 @@ def _documents(source: Any) -> tuple[str, list[str]]:
         documents = list(source)
         if all(isinstance(document, str) for document in documents):
             return f"{len(documents)} texts", _not_empty("the list of texts", documents)
-    raise TokensError("not a text", got=type(source).__name__, expected="a string, file, folder, list of strings, dict")
+    raise TokensError(
+        "not a text", got=type(source).__name__, expected="a string, file, folder, list of strings, data set, dict"
+    )
 
 
 def _names_a_file(name: str) -> bool:

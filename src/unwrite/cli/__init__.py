@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ParamSpec
 
@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from unwrite.result import Result
     from unwrite.run.job import Job
     from unwrite.run.stream import Listener
+    from unwrite.tokens import Tokens
+
+    Texts = Tokens | dict[str, Tokens]
 
 app = typer.Typer(
     add_completion=False,
@@ -102,13 +105,15 @@ def audit(
     if model is None and text:
         raise typer.BadParameter("a text needs a MODEL to read it", param_hint="--text")
     lm = load_model(model or DEFAULT, device, dtype, convention, device_map)
-    tokens = read_texts(lm, text, n, length) if model else demonstration(lm, n, length)
     voice = Voice(quiet, as_json, "" if out is None else " · Ctrl-C stops and keeps what is done")
 
-    def method(listener: Listener, job: Job) -> Result:
+    def read(job: Job) -> Texts:
+        return read_texts(lm, text, n, length, job) if model else demonstration(lm, n, length)
+
+    def method(tokens: Texts, listener: Listener, job: Job) -> Result:
         return run(lm, tokens, prompt or None, checkpoint=job, listener=listener)
 
-    produce(lm, tokens, method, out, voice, job_in(out, every))
+    produce(lm, read, method, out, voice, job_in(out, every))
 
 
 @_command
@@ -160,14 +165,14 @@ def _scan(asked: Asked, out: Path | None, voice: Voice, job: Job) -> None:
     from unwrite.methods.scan import scan as run
 
     lm = load_model(asked.model, asked.device, asked.dtype, asked.convention, asked.device_map)
-    tokens = read_texts(lm, asked.text, asked.n, asked.length)
+    read = partial(read_texts, lm, asked.text, asked.n, asked.length)
 
-    def method(listener: Listener, job: Job) -> Result:
+    def method(tokens: Texts, listener: Listener, job: Job) -> Result:
         if job.shard[1] > 1 and job.peers is None:
             asked.write(Path(str(job.folder)))
         return run(lm, tokens, listed(asked.writers), asked.skip, checkpoint=job, listener=listener)
 
-    produce(lm, tokens, method, out, voice, job)
+    produce(lm, read, method, out, voice, job)
 
 
 @_command
@@ -191,12 +196,12 @@ def verify(
     from unwrite.methods.verify import verify as run
 
     lm = load_model(model, device, dtype, convention, device_map)
-    tokens = read_text(lm, text, n, length)
+    read = partial(read_text, lm, text, n, length)
 
-    def method(listener: Listener, job: Job) -> Result:
+    def method(tokens: Tokens, listener: Listener, job: Job) -> Result:
         return run(lm, tokens, writer, listed(erasers), checkpoint=job, listener=listener)
 
-    produce(lm, tokens, method, out, Voice(quiet, as_json), job_in(out, every))
+    produce(lm, read, method, out, Voice(quiet, as_json), job_in(out, every))
 
 
 @_command
@@ -230,13 +235,13 @@ def dla(
 
     lm = load_model(model, device, dtype, convention, device_map)
     asked = prompts(prompt, lm.tokenizer)
-    texts = read_text(lm, text, n, max(2, asked.length)) if text else None
 
-    def method(listener: Listener, job: Job) -> Result:
+    def method(_: Tokens, listener: Listener, job: Job) -> Result:
+        texts = read_text(lm, text, n, max(2, asked.length), job) if text else None
         settings = {"at": at, "replace": replace, "texts": texts}
         return run(lm, prompt, answer, against, **settings, checkpoint=job, listener=listener)
 
-    produce(lm, asked, method, out, Voice(quiet, as_json), job_in(out, every))
+    produce(lm, lambda _: asked, method, out, Voice(quiet, as_json), job_in(out, every))
 
 
 @_command
@@ -271,10 +276,10 @@ def effects(
     lm = load_model(model, device, dtype, convention, device_map)
     asked, names = read_pairs(pairs, lm.tokenizer), nodes if nodes in KINDS else listed(nodes)
 
-    def method(listener: Listener, job: Job) -> Result:
+    def method(_: Tokens, listener: Listener, job: Job) -> Result:
         return run(lm, asked, names or nodes, at, methods.split(","), metric, checkpoint=job, listener=listener)
 
-    produce(lm, asked.base, method, out, Voice(quiet, as_json), job_in(out, every))
+    produce(lm, lambda _: asked.base, method, out, Voice(quiet, as_json), job_in(out, every))
 
 
 @_command
@@ -298,12 +303,14 @@ def reproduce(
     from unwrite.combined.reproduce import reproduce as run
 
     lm = load_model(str(weights or WEIGHTS), None, None, "paper")
-    tokens = read_text(lm, text, n, length) if text else None
 
-    def method(listener: Listener, job: Job) -> Result:
-        return run(name, lm, tokens, n, checkpoint=job, listener=listener)
+    def read(job: Job) -> Texts:
+        return read_text(lm, text, n, length, job) if text else {}
 
-    produce(lm, tokens or {}, method, out, Voice(quiet, as_json), job_in(out, every))
+    def method(tokens: Texts, listener: Listener, job: Job) -> Result:
+        return run(name, lm, tokens or None, n, checkpoint=job, listener=listener)
+
+    produce(lm, read, method, out, Voice(quiet, as_json), job_in(out, every))
 
 
 @_command

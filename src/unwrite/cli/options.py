@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A hub name, a folder of a model, or default.")]
 TextPath = Annotated[
-    list[str], typer.Option("--text", metavar="[NAME=]PATH", help="A text file or folder; several are compared.")
+    list[str],
+    typer.Option("--text", metavar="[NAME=]PATH", help="A text file, folder or hub:owner/name; several are compared."),
 ]
 Prompts = Annotated[int, typer.Option("-n", min=1, help="At most this many prompts of each text.")]
 Length = Annotated[
@@ -83,25 +84,30 @@ def load_model(
     return load(model, device=device, device_map=device_map, dtype=dtype, convention=convention)
 
 
-def read_texts(lm: Model, paths: list[str], n: int, length: int | None) -> Tokens | dict[str, Tokens]:
-    """The text that --text names, or the texts by their names."""
+def read_texts(lm: Model, paths: list[str], n: int, length: int | None, job: Job) -> Tokens | dict[str, Tokens]:
+    """The text that --text names, or the texts by their names; the job keeps how far a data set is read."""
     from unwrite.tokens import text
 
     if not paths:
         raise typer.BadParameter("name the text that the model should read", param_hint="--text")
     named = [path.split("=", 1) if "=" in path and not Path(path).exists() else [path, path] for path in paths]
     length = length or min(1024, lm.context or 1024)
-    if len(named) == 1:
-        return text(Path(named[0][1]), lm.tokenizer, n, length)
-    sources: dict[str, Any] = {name: Path(path) for name, path in named}
+    sources: dict[str, Any] = {name: _source(path) for name, path in named}
     if len(sources) < len(named):
         raise typer.BadParameter("two texts have the same name; write NAME=PATH", param_hint="--text")
-    return text(sources, lm.tokenizer, n, length)  # pyright: ignore[reportReturnType]
+    whole = sources if len(named) > 1 else next(iter(sources.values()))
+    return text(whole, lm.tokenizer, n, length, checkpoint=job)
 
 
-def read_text(lm: Model, paths: list[str], n: int, length: int | None) -> Tokens:
+def _source(path: str) -> str | Path:
+    from unwrite.reading import PREFIX
+
+    return path if path.startswith(PREFIX) else Path(path)
+
+
+def read_text(lm: Model, paths: list[str], n: int, length: int | None, job: Job) -> Tokens:
     """The one text that --text names."""
-    tokens = read_texts(lm, paths, n, length)
+    tokens = read_texts(lm, paths, n, length, job)
     if isinstance(tokens, dict):
         raise typer.BadParameter("one text at a time", param_hint="--text")
     return tokens

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from unwrite.errors import plain
 
@@ -109,18 +109,25 @@ def _asked(listener: Listener | None) -> Iterator[Listener]:
             signal.signal(number, before)
 
 
+Read = TypeVar("Read", bound="Tokens | dict[str, Tokens]")
+
+
 def produce(
     lm: Model,
-    tokens: Tokens | dict[str, Tokens],
-    run: Callable[[Listener, Job], Result],
+    read: Callable[[Job], Read],
+    method: Callable[[Read, Listener, Job], Result],
     out: Path | None,
     voice: Voice,
     job: Job,
 ) -> None:
-    """Run a method into a folder that was found to be writable before, and say what it finds."""
+    """Read and run a method into a folder that was found to be writable before, and say what it finds."""
     from unwrite.combined.keep import keep
 
-    voice.start(lm, tokens)
+    def run(listener: Listener, working: Job) -> Result:
+        tokens = read(working)
+        voice.start(lm, tokens)
+        return method(tokens, listener, working)
+
     with voice.listening() as listener:
         kept = keep(run, out, listener, job)
     if kept is not None:

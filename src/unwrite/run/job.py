@@ -179,7 +179,12 @@ class Job:
         self._starts, self._seconds = max(self._starts, starts), max(self._seconds, seconds)
 
     def stage(self, name: str, total: int, more: object = None) -> Stage:
-        """What is kept of one pass over `total` batches; `more` says what it depends on beside the job's key."""
+        """What is kept of one pass over `total` batches; `more` says what it depends on beside the job's key.
+
+        Raises ResultError outside of the `with`.
+        """
+        if not self._open:
+            raise ResultError("this job is not open", fix="with uw.Job(…) as job: …")
         label = f"{len(self._stages):02}-{re.sub('[^A-Za-z0-9]+', '-', name)[:40].strip('-')}.npz"
         versions = {package: results.version(package) for package in results.VERSIONS}
         asked = json.loads(self.key or "{}")
