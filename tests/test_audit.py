@@ -28,6 +28,7 @@ from unwrite.model.view import Model
 from unwrite.nodes import Node, parse_node
 from unwrite.report import page, terminal
 from unwrite.report.rows import rows
+from unwrite.run.gram import GramTally
 from unwrite.tokens import Tokens, from_ids, windows
 
 # `unwrite.combined.audit` as an attribute of the package is what an import statement would find, too.
@@ -437,17 +438,22 @@ def test_a_string_needs_a_tokenizer(asked) -> None:
 
 
 @pytest.mark.parametrize("stage", ["verify", "adversarial", "dla", "corpus_dla"])
-def test_an_error_in_the_middle_leaves_no_folder(stage, asked, monkeypatch, tmp_path) -> None:
+def test_an_error_in_the_middle_leaves_no_result_and_what_was_done(stage, asked, monkeypatch, tmp_path) -> None:
     lm, tokens = documents()
 
     def fails(*_: Any, **__: Any) -> None:
         raise NumericError("planted failure")
 
-    monkeypatch.setattr(AUDIT, stage, fails)
-    with pytest.raises(NumericError, match="planted failure"):
-        uw.audit(lm, tokens, prompts="It", out=tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(AUDIT, stage, fails)
+        with pytest.raises(NumericError, match="planted failure"):
+            uw.audit(lm, tokens, prompts="It", out=tmp_path / "out")
     assert asked["scan"]
-    assert not (tmp_path / "out").exists()
+    assert {file.suffix for file in (tmp_path / "out").iterdir()} == {".npz"}
+    with monkeypatch.context() as patch:
+        patch.setattr(GramTally, "step", fails)  # the scan is not made again
+        uw.audit(lm, tokens, prompts="It", out=tmp_path / "out")
+    assert (tmp_path / "out" / "result.nc").exists()
 
 
 def test_prompts_of_unequal_length_are_audited(asked) -> None:
