@@ -173,3 +173,26 @@ def test_a_place_that_cannot_be_written_is_said(lm, tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ResultError, match="cannot write"):
         uw.scan(lm, IDS, checkpoint=tmp_path / "file")
+
+
+def test_methods_in_one_job_are_parts_of_one_run_and_each_knows_its_own_settings(lm, tmp_path) -> None:
+    def both(skip: int, stop: bool = False) -> tuple[uw.Result, uw.Result]:
+        with uw.Job(tmp_path) as job:
+            found = uw.scan(lm, IDS, checkpoint=job), uw.verify(lm, IDS, "L0H0", skip=skip, checkpoint=job)
+            if stop:
+                raise KeyboardInterrupt
+            return found
+        raise AssertionError
+
+    with pytest.raises(KeyboardInterrupt):
+        both(1, stop=True)
+    with pytest.raises(ResultError, match=r"checkpoint of another run\. Got: another settings skip"):
+        both(2)
+    scanned, verified = both(1)
+    assert same(scanned, uw.scan(lm, IDS))
+    assert same(verified, uw.verify(lm, IDS, "L0H0"))
+    # Whichever is saved is found again as what it is.
+    verified.save(tmp_path)
+    assert same(uw.verify(lm, IDS, "L0H0", checkpoint=tmp_path), verified)
+    with pytest.raises(ResultError, match="holds the result of another run"):
+        uw.scan(lm, IDS, checkpoint=tmp_path)

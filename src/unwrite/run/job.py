@@ -84,8 +84,11 @@ class Job:
     shard: tuple[int, int] = (1, 1)
     of: Iterable[str | Path] = ()
     peers: Peers | None = None
+    # What the first method asked, which those that it combines are parts of; and what each asked last.
     key: str = field(init=False, default="")
+    _asked: dict[str, str] = field(init=False, default_factory=dict)
     finished: bool = field(init=False, default=False)
+    _now: str = field(init=False, default="")
     _stages: list[Stage] = field(init=False, default_factory=list)
     _lock: FileLock | None = field(init=False, default=None)
     _open: bool = field(init=False, default=False)
@@ -119,7 +122,7 @@ class Job:
                     for other in [path] if self.peers is None else path.parent.glob(f"{path.name.split('.')[0]}.*.npz"):
                         checkpoint.remove(other)
         finally:
-            self._stages, self._open, self.key = [], False, ""
+            self._stages, self._open, self.key, self._asked, self._now = [], False, "", {}, ""
             if self._lock is not None:
                 checkpoint.unlocked(self._lock)
         return kind is _PartDone
@@ -137,14 +140,15 @@ class Job:
         Raises ResultError where the folder holds the result of another run, ModelError for shards of a method that
         cannot be put together.
         """
-        if self.key:
-            return None
         model = {
             "weights": weights_hash(lm), "dtype": str(lm.dtype), "device": lm.device.type, "convention": lm.convention,
             "attention": lm.config._attn_implementation,
         }  # fmt: skip
         asked = {"method": method, "model": model, "input": dict(read), "settings": dict(settings)}
-        self.key = json.dumps(asked, sort_keys=True)
+        self._asked[method] = self._now = json.dumps(asked, sort_keys=True)
+        if self.key:
+            return None
+        self.key = self._now
         if (self.shard[1] > 1 or self.of) and method != "scan":
             raise ModelError(f"{method} cannot be done in parts", expected="a scan")
         return None if self.folder is None else self._found(Path(self.folder))
@@ -164,9 +168,13 @@ class Job:
         return found if self.finished else None
 
     def signed(self, found: Result, finished: bool = True) -> Result:
-        """A result that says of which run it is, so that its folder can be found finished, and how long that took."""
+        """A result that says of which run it is, so that its folder can be found finished, and how long that took.
+
+        Of a run that is not finished, a part is signed as what there is of the whole.
+        """
         starts, seconds = self.spent
-        marks = {_KEY: self.key, "starts": starts, "seconds": seconds} | ({} if finished else {_UNFINISHED: 1})
+        key = self._asked.get(found.method, self.key) if finished else self.key
+        marks = {_KEY: key, "starts": starts, "seconds": seconds} | ({} if finished else {_UNFINISHED: 1})
         return found if self.folder is None else Result(found.data.assign_attrs(marks))
 
     @property
@@ -187,13 +195,14 @@ class Job:
             raise ResultError("this job is not open", fix="with uw.Job(…) as job: …")
         label = f"{len(self._stages):02}-{re.sub('[^A-Za-z0-9]+', '-', name)[:40].strip('-')}.npz"
         versions = {package: results.version(package) for package in results.VERSIONS}
-        asked = json.loads(self.key or "{}")
-        key = json.dumps({**asked, "stage": name, "batches": total, "more": more, "versions": versions}, sort_keys=True)
+        own = {"stage": name, "batches": total, "more": more, "versions": versions}
+        run = {} if self._now == self.key else {"run": self.key}
+        key = json.dumps({**json.loads(self._now or "{}"), **run, **own}, sort_keys=True)
         part, of = self.shard
         stage = Stage(
             self, None if self.folder is None else self._named(Path(self.folder), label), key,
             range(0) if self.of else range(total * (part - 1) // of, total * part // of),
-            tuple(_whole(tuple(map(Path, self.of)), label, key)) if self.of else (),
+            _whole(tuple(map(Path, self.of)), label, key) if self.of else None,
         )  # fmt: skip
         self._stages.append(stage)
         return stage
@@ -224,10 +233,12 @@ class Job:
     def unbroken(self) -> Iterator[None]:
         """Inside the `with` a first interrupt waits until `tick` or the end; a second one does not wait."""
         self._came.clear()
-        if self.folder is None or threading.current_thread() is not threading.main_thread():
+        before = signal.getsignal(signal.SIGINT)
+        # A process in the background may ignore interrupts, and only the main thread can take them.
+        heard = callable(before) and threading.current_thread() is threading.main_thread()
+        if self.folder is None or not heard:
             yield
             return
-        before = signal.getsignal(signal.SIGINT)
 
         def wait(number: int, _: Any) -> None:
             self._came.append(number)
@@ -258,14 +269,14 @@ def opened(place: Job | str | Path | None) -> Iterator[Job]:
 class Stage:
     """What is kept at `path` (None: nothing) of one pass over batches, of which those in `span` are to be done here.
 
-    `whole`: what shards kept of all of them.
+    `whole`: what shards kept of all of them, one after the other, since each may be large.
     """
 
     job: Job
     path: Path | None
     key: str
     span: range
-    whole: tuple[Arrays, ...]
+    whole: Iterator[Arrays] | None
     _saved: float = field(init=False, default_factory=time.monotonic)
     _next: int = field(init=False, default=0)
 
@@ -276,18 +287,23 @@ class Stage:
 
     def resume(self, tally: Tally) -> range:
         """Give the tally what is done already; the batches that are left."""
-        found = () if self.path is None else (checkpoint.read(self.path, self.key),)
-        self._next = self.span.start
-        for state in (*self.whole, *filter(None, found)):
-            self._next = int(state.pop(_NEXT))
-            starts, seconds = state.pop(_SPENT)
-            self.job.goes_on(int(starts), float(seconds))
-            tally.take(state)
-        if self.whole:
+        for state in self.whole or ():
+            self._take(tally, state)
+        if self.whole is not None:
             return range(0)
-        if not self.span and not any(found):
+        self._next = self.span.start
+        found = {} if self.path is None else checkpoint.read(self.path, self.key)
+        if found:
+            self._take(tally, found)
+        elif not self.span:
             self.tick(tally, now=True)  # of more shards than batches, some have none: that is said, too
         return range(self._next, self.span.stop)
+
+    def _take(self, tally: Tally, state: Arrays) -> None:
+        self._next = int(state.pop(_NEXT))
+        starts, seconds = state.pop(_SPENT)
+        self.job.goes_on(int(starts), float(seconds))
+        tally.take(state)
 
     def tick(self, tally: Tally, now: bool = False) -> None:
         """Write what the tally holds, where it is time to, or `now`."""
