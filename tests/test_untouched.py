@@ -1,6 +1,6 @@
 """Is the user's model bit for bit what it was, whatever is asked of it and however that ends?
 
-A new method gets a line in METHODS.
+A new method gets a line in `methods.METHODS`.
 """
 
 from __future__ import annotations
@@ -16,19 +16,15 @@ from torch import nn
 
 import unwrite as uw
 from executed import weights
+from methods import COMBINED, IDS, METHODS, few_draws, shape
 from tiny import snapshot
 from unwrite.model.load import view
 from unwrite.model.view import Model
-from unwrite.run import trust, without
 
 pytestmark = pytest.mark.promise("untouched")
 
 # One of every way in which attention is reached: the interface, post-norms, own code with a branch for sdpa, own code.
 FAMILIES = ("gpt2", "llama", "gemma2", "falcon", "gptj")
-IDS = torch.randint(3, 50, (4, 6), generator=torch.Generator().manual_seed(0))
-
-PAIRS = uw.pairs(IDS[:2], IDS[2:], 5, 9)
-HEADS = ("L0H0", "L1H1")
 
 
 def _traced(lm: Model) -> None:
@@ -36,23 +32,9 @@ def _traced(lm: Model) -> None:
         lm.hf(IDS)
 
 
-METHODS: dict[str, Callable[[Model], Any]] = {
-    "scan": lambda lm: uw.scan(lm, IDS),
-    "verify": lambda lm: uw.verify(lm, IDS, "L0H0"),
-    "dla": lambda lm: uw.dla(lm, IDS[:2], 5, 9, replace="resample", batch=2),
-    "corpus_dla": lambda lm: uw.corpus_dla(lm, IDS, "L0H0", ["L1H0"]),
-    "adversarial": lambda lm: uw.adversarial(lm, IDS, "L0H0"),
-    "audit": lambda lm: uw.audit(lm, IDS, IDS[:2], most=1),
-    "paths": lambda lm: uw.paths(lm, PAIRS, "heads", ["L1H0.v", "MLP1", "logits"], "frozen"),
-    "bound": lambda lm: uw.bound(lm, PAIRS, uw.effects(lm, PAIRS, method="atp"), subsets=12, p=0.5),
-    "effects": lambda lm: uw.effects(lm, PAIRS, [*HEADS, "MLP0"]),
-    "effects atp*": lambda lm: uw.effects(lm, PAIRS, [*HEADS, *("L1H1.k",) * lm.row.interface], method="atp*"),
-    "trace": _traced,
-}
-
-
-# An audit is made of the others.
-MATRIX = [(method, family) for method in METHODS for family in FAMILIES if method != "audit" or family == "falcon"]
+ASKED: dict[str, Callable[[Model], Any]] = {**METHODS, "trace": _traced}
+# What is made of the others is asked once.
+MATRIX = [(method, family) for method in ASKED for family in FAMILIES if method not in COMBINED or family == "falcon"]
 matrix = pytest.mark.parametrize(("method", "family"), MATRIX)
 
 
@@ -62,18 +44,18 @@ class Planted(Exception):
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_draws() -> Iterator[None]:
-    """What is random is repeated less often than in earnest."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trust, "_DRAWS", 9)
-        patch.setattr(without, "ROTATIONS", 2)
-        patch.setattr("unwrite.methods.verify.ROTATIONS", 2)
+    with few_draws():
         yield
 
 
-@cache
-def model(family: str) -> Model:
+def model(family: str, method: str = "") -> Model:
     """As a user may have left it: own hooks, parts in training, frozen weights, a gradient."""
-    lm = view(weights(family, 4, num_hidden_layers=2, num_attention_heads=2))
+    return _model(family, tuple(shape(method).items()))
+
+
+@cache
+def _model(family: str, settings: tuple[tuple[str, int], ...]) -> Model:
+    lm = view(weights(family, 4, **dict(settings)))
     blocks = next(module for module in lm.hf.modules() if isinstance(module, nn.ModuleList))
     blocks[0].train()
     blocks[1].register_forward_hook(lambda module, args, output: None)
@@ -104,15 +86,15 @@ def interrupted(lm: Model, at: int, error: BaseException | None) -> Iterator[lis
 @cache
 def uses(method: str, family: str) -> int:
     """How often a method runs the second block."""
-    lm = model(family)
+    lm = model(family, method)
     with interrupted(lm, 0, None) as calls:
-        METHODS[method](lm)
+        ASKED[method](lm)
     return calls[0]
 
 
 @matrix
 def test_a_model_is_untouched_by_success(method: str, family: str) -> None:
-    lm = model(family)
+    lm = model(family, method)
     before = snapshot(lm.hf)
     with torch.no_grad():
         logits = lm.hf(IDS).logits
@@ -125,13 +107,13 @@ def test_a_model_is_untouched_by_success(method: str, family: str) -> None:
 @matrix
 def test_a_model_is_untouched_by_what_is_raised_in_the_middle(method: str, family: str) -> None:
     """At the first use, and at one while something is recorded, continued or differentiated; errors take turns."""
-    lm, n, turn = model(family), uses(method, family), MATRIX.index((method, family))
+    lm, n, turn = model(family, method), uses(method, family), MATRIX.index((method, family))
     errors = (Planted, KeyboardInterrupt) if turn % 2 else (KeyboardInterrupt, Planted)
     for error, at in zip(errors, (1, 1 + n * (turn % 5) // 6), strict=True):
         with interrupted(lm, at, error()):
             before = snapshot(lm.hf)
             with pytest.raises(error):
-                METHODS[method](lm)
+                ASKED[method](lm)
             assert snapshot(lm.hf) == before
 
 
@@ -158,24 +140,18 @@ def test_a_model_is_untouched_by_what_fails_between_passes(
 
     monkeypatch.setattr(inside, fails)
     with pytest.raises(Planted):
-        METHODS[method](lm)
+        ASKED[method](lm)
     assert snapshot(lm.hf) == before
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "trace"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_model_is_untouched_by_a_listener_that_raises(method: str) -> None:
-    lm = model("llama")
+    lm = model("llama", method)
     before = snapshot(lm.hf)
 
     def fails(_: Any) -> None:
         raise KeyboardInterrupt
 
-    settings: dict[str, Any] = {"listener": fails}
-    asked = {
-        "verify": (IDS, "L0H0"), "corpus_dla": (IDS, "L0H0", ["L1H0"]), "adversarial": (IDS, "L0H0"), "paths": (PAIRS,),
-        "effects": (PAIRS, HEADS), "effects atp*": (PAIRS, HEADS, "each", "atp*"),
-        "bound": (PAIRS, uw.effects(lm, PAIRS, method="atp")) if method == "bound" else (),
-    }.get(method, (IDS,))  # fmt: skip
     with pytest.raises(KeyboardInterrupt):
-        getattr(uw, method.split()[0])(lm, *asked, **settings)
+        METHODS[method](lm, listener=fails)
     assert snapshot(lm.hf) == before

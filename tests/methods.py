@@ -1,0 +1,92 @@
+"""What can be asked of a model? One list of methods, for every test that holds for all of them.
+
+A new method gets a line in METHODS; a test fails until it has one.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+import unwrite as uw
+from unwrite.model.view import Model
+from unwrite.run import trust, without
+
+# A method of a model on little input. It passes on what all methods take: `checkpoint`, `listener` and, where a person
+# chooses it, `batch`.
+Method = Callable[..., uw.Result]
+
+IDS = torch.randint(3, 50, (4, 6), generator=torch.Generator().manual_seed(0))
+PAIRS = uw.pairs(IDS[:2], IDS[2:], 5, 9)
+HEADS = ("L0H0", "L1H1")
+
+
+def _star(lm: Model, **kept: Any) -> uw.Result:
+    names = [*HEADS, *("L1H1.k",) * lm.row.interface]
+    return uw.effects(lm, PAIRS, names, method="atp*", **kept)
+
+
+def _bound(lm: Model, **kept: Any) -> uw.Result:
+    guess = uw.effects(lm, PAIRS, method="atp")
+    return uw.bound(lm, PAIRS, guess, subsets=12, p=0.5, **kept)
+
+
+def _estimated(method: str) -> Method:
+    return lambda lm, **kept: uw.effects(lm, PAIRS, [*HEADS, "MLP0"], method=method, steps=2, **kept)
+
+
+# The first word is the public name.
+METHODS: dict[str, Method] = {
+    "scan": lambda lm, **kept: uw.scan(lm, IDS, **kept),
+    "verify": lambda lm, **kept: uw.verify(lm, IDS, "L0H0", **kept),
+    "verify erasers": lambda lm, **kept: uw.verify(lm, IDS, "L0H0", ["L1H0"], **kept),
+    "dla texts": lambda lm, **kept: uw.dla(lm, IDS[:2], texts=IDS[2:], **kept),
+    "dla": lambda lm, **kept: uw.dla(lm, IDS[:2], 5, 9, replace="resample", **kept),
+    "corpus_dla": lambda lm, **kept: uw.corpus_dla(lm, IDS, "L0H0", ["L1H0"], **kept),
+    "adversarial": lambda lm, **kept: uw.adversarial(lm, IDS, "L0H0", **kept),
+    "effects": lambda lm, **kept: uw.effects(lm, PAIRS, [*HEADS, "MLP0"], **kept),
+    "effects atp": _estimated("atp"),
+    "effects atp*": _star,
+    "effects relp": _estimated("relp"),
+    "effects ig": _estimated("ig"),
+    "paths": lambda lm, **kept: uw.paths(lm, PAIRS, "heads", ["L1H0.v", "MLP1", "logits"], "frozen", **kept),
+    "paths recompute": lambda lm, **kept: uw.paths(lm, PAIRS, "heads", ["L1H0.v", "MLP1", "logits"], **kept),
+    "bound": _bound,
+    "compare": lambda lm, **kept: uw.compare(lm, PAIRS, HEADS, methods=("atp", "exact"), **kept),
+    "audit": lambda lm, **kept: uw.audit(lm, IDS, IDS[:2], most=1, **kept),
+    "reproduce": lambda lm, **kept: uw.reproduce(weights=lm, tokens=IDS, **kept),
+}
+# Made of the others.
+COMBINED = ("audit", "reproduce", "compare")
+# What each asks of a model's shape beside two layers of two heads: `reproduce` names heads of the paper's model.
+SHAPES: dict[str, dict[str, int]] = {
+    "reproduce": {"num_hidden_layers": 4, "num_attention_heads": 8, "hidden_size": 32}
+}  # fmt: skip
+
+
+def shape(method: str) -> dict[str, int]:
+    """The settings of a model that a method can be asked of."""
+    return SHAPES.get(method, {"num_hidden_layers": 2, "num_attention_heads": 2})
+
+
+def resumable() -> Iterator[str]:
+    """Public names that take a `checkpoint`."""
+    for name in dir(uw):
+        public = getattr(uw, name)
+        if inspect.isfunction(public) and "checkpoint" in inspect.signature(public).parameters:
+            yield name
+
+
+@contextmanager
+def few_draws() -> Iterator[None]:
+    """Inside the `with`, what is random is repeated less often than in earnest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trust, "_DRAWS", 9)
+        patch.setattr(without, "ROTATIONS", 2)
+        patch.setattr("unwrite.methods.verify.ROTATIONS", 2)
+        yield
