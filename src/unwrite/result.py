@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import tempfile
@@ -35,6 +37,11 @@ VERSIONS = ("unwrite", "torch", "transformers", "numpy", "xarray")
 # A spreadsheet takes a cell that begins with one of these for a formula, some also the full-width forms.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "＝", "＋", "－", "＠")
 
+
+# A file of a result ends with this and the SHA-256 of all before it, which netCDF readers leave alone: HDF5 looks at
+# its data as it is, and may not come back from a damaged file. An attribute says that the end must be there.
+_SEAL = b"unwrite sha256: "
+_SEALED = "sealed"
 
 # Names on these axes are nothing else, whoever wrote the file.
 _NAMES = {"writer": parse_node, "node": parse_node, "verified": parse_node, "location": parse_location}
@@ -100,7 +107,10 @@ class Result:
 
         Raises ResultError where the place cannot be written.
         """
-        return write(_file(path), lambda place: self.data.to_netcdf(place, engine="h5netcdf"))
+        # In memory first: HDF5 may take the process with it where a disk is full.
+        whole = bytes(self.data.assign_attrs({_SEALED: 1}).to_netcdf(engine="h5netcdf"))
+        sealed = whole + _SEAL + hashlib.sha256(whole).digest()
+        return write(_file(path), lambda place: place.write_bytes(sealed))
 
     def save_table(self, path: str | Path) -> Path:
         """Write `table()` as CSV, text cells made harmless for spreadsheets. Raises ResultError as `save` does."""
@@ -121,21 +131,39 @@ def read(path: str | Path) -> Result:
     if not file.is_file():
         raise ResultError(f"no result at {path}", expected="a result.nc or a folder that holds one")
     try:
-        # Everything is read at once: an open file would fail later, far from here, where it is damaged.
-        with xr.open_dataset(file, engine="h5netcdf") as opened:
-            data = opened.load()
+        data = _opened(file)
         schema = int(data.attrs["schema"])
+        if schema > SCHEMA:
+            raise ResultError(
+                f"{file} was written by a newer unwrite", got=f"schema {schema}", expected=f"up to {SCHEMA}",
+                fix="update unwrite",
+            )  # fmt: skip
         of_sites = json.loads(data.attrs["provenance"])["method"] in _OF_SITES
         for axis, parse in (_NAMES | ({"node": parse_site} if of_sites else {})).items():
             for name in np.unique(data[axis].values) if axis in data.coords else ():
                 parse(str(name))
+    except ResultError:
+        raise
     except Exception as error:  # noqa: BLE001 - whatever HDF5 raises on a damaged file means the same to the user
         raise ResultError(
             f"{file} is not a readable result of unwrite", got=f"{type(error).__name__}: {error}"
         ) from None
-    if schema > SCHEMA:
-        raise ResultError(f"{file} was written by a newer unwrite", got=f"schema {schema}", expected=f"up to {SCHEMA}")
     return Result(data)
+
+
+def _opened(file: Path) -> xr.Dataset:
+    """All that a file holds, after its end has been found to fit; one of an earlier version has no such end."""
+    whole = file.read_bytes()
+    end = len(whole) - len(_SEAL) - hashlib.sha256().digest_size
+    sealed = whole[max(0, end) :].startswith(_SEAL)
+    if sealed and not whole.endswith(hashlib.sha256(whole[:end]).digest()):
+        raise ValueError("its bytes are not those that were written")
+    # Everything is read at once: an open file would fail later, far from here, where it is damaged.
+    with xr.open_dataset(io.BytesIO(whole), engine="h5netcdf") as opened:
+        data = opened.load()
+    if data.attrs.pop(_SEALED, 0) and not sealed:
+        raise ValueError("its end is missing, or another program has rewritten it: save it by uw.Result(data).save")
+    return data
 
 
 def build(
