@@ -17,7 +17,7 @@ import torch
 import xarray as xr
 from torch.nn.functional import cross_entropy
 
-from unwrite.errors import ModelError, TokensError
+from unwrite.errors import ModelError, NumericError, TokensError
 from unwrite.methods.corpus import corpus_dla
 from unwrite.methods.dla import dla
 from unwrite.methods.scan import scan
@@ -26,7 +26,7 @@ from unwrite.model.load import load, provenance, view
 from unwrite.model.view import Model
 from unwrite.result import Result, build, quantity
 from unwrite.run.job import Job, opened
-from unwrite.run.stream import Listener, admit, batches
+from unwrite.run.stream import Batch, Listener, admit, batches, parts
 from unwrite.tokens import Tokens, from_ids
 
 WEIGHTS = "NeelNanda/GELU_4L512W_C4_Code"
@@ -231,10 +231,17 @@ def _of_corpus(lm: Model, tokens: Tokens, heard: dict[str, Any]) -> Iterator[Cla
 def _loss(lm: Model, tokens: Tokens) -> tuple[float, float]:
     """Nats per token: the mean over the first prompts, the median over all."""
     losses: list[torch.Tensor] = []
-    for batch in batches(tokens, 1):
+
+    def measured(batch: Batch) -> torch.Tensor:
         ids = batch.ids[:, : int(tokens.lengths[batch.first])].to(lm.device)
         logits = lm.hf(input_ids=ids, use_cache=False).logits[0, :-1].to(lm.device, lm.compute_dtype)
-        losses.append(cross_entropy(logits, ids[0, 1:], reduction="none").cpu())
+        found = cross_entropy(logits, ids[0, 1:], reduction="none").cpu()
+        if not found.isfinite().all():
+            raise NumericError(f"the loss of prompt {batch.first} is not finite", fix="load the model in float32")
+        return found
+
+    for batch in batches(tokens, 1):
+        losses += [found for _, found in parts(batch, measured)]
     return float(torch.cat(losses[:_LOSS]).mean()), float(torch.cat(losses).median())
 
 

@@ -127,6 +127,8 @@ class _Search:
                 "direct_mean": (typical * r).sum(-1),
                 "total": difference - self._measure(question, added(run, self.writer, -turned)),
             }
+            finite = torch.stack([part.isfinite() for part in found.values()]).all(0)
+            batch.require_numbers(finite | ~kept, "what the writer does to the logits")
             hit = _hits(found) & kept
             counts[int(number > 0)] += (int(hit.sum()), int(kept.sum()))
             if turn is None:

@@ -121,6 +121,8 @@ class _Tally:
         kept, question = self._asked(batch, run)
         r, _ = reading(self.lm, question, run.record.stream[self.lm.states[-1]])
         along = [(part * r).sum(-1) for part in self._writes(run)]
+        finite = torch.stack([part.isfinite() for part in along]).all(0)
+        batch.require_numbers(finite | ~kept, "the attribution of the writer or its erasers")
         x, *ys = (torch.where(kept, part, 0).double().cpu().numpy() for part in along)
         counted = kept.cpu().numpy()
         sums = np.zeros((int(self.tokens.cluster.max()) + 1, len(PATHS), 6))

@@ -166,7 +166,8 @@ def _measured(lm: Model, request: Request, batch: Batch) -> dict[str, np.ndarray
     found = asked.sums() | {"answer": question.answer}
     if question.against is not None:
         found["against"] = question.against
-    _require_finite(batch, found["logit_diff"])
+    known = torch.ones_like(row, dtype=torch.bool)
+    _require_finite(batch, found["logit_diff"][:, None], known, "the logits")
     found |= _attributed(request, batch, asked)
     found["other_direct"] = torch.stack([*invariance(asked, request.pool, batch.first, batch.real)])
     return {name: part.double().cpu().numpy() for name, part in found.items()}
@@ -182,6 +183,7 @@ def _attributed(request: Request, batch: Batch, asked: Asked) -> dict[str, Tenso
     for name in dict.fromkeys((*TRUSTED, request.replace)):
         replaced = request.pool.replaced(name, batch, writes, where)
         for key, part in (readings(asked, slopes, replaced) | totals(asked, replaced)).items():
+            _require_finite(batch, part[replaced.known].flatten(1), replaced.known, f"{key} ({name} replacement)")
             part[~replaced.known] = torch.nan
             found[f"{key} {name}"] = part
     return found
@@ -195,11 +197,12 @@ def _question(lm: Model, request: Request, prompt: list[int], final: Tensor, row
     return Question(answer, None if against is None else torch.from_numpy(against[prompt]).to(row.device))
 
 
-def _require_finite(batch: Batch, difference: Tensor) -> None:
-    bad = (~difference.isfinite()).nonzero()
+def _require_finite(batch: Batch, found: Tensor, known: Tensor, what: str) -> None:
+    """Raise NumericError naming the first prompt of which something that is known is no number."""
+    bad = known.nonzero()[(~found.isfinite()).any(1)]
     if len(bad):
         raise NumericError(
-            f"the logits of prompt {batch.first + int(bad[0])} are not finite",
+            f"{what} of prompt {batch.first + int(bad[0])} are not finite",
             fix="load the model in float32, or leave this prompt out",
         )
 

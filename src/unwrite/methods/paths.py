@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
+from jaxtyping import Bool
+from torch import Tensor
 
 from unwrite.contrasts import Pairs
 from unwrite.errors import NumericError
@@ -115,7 +117,19 @@ def _measured(request: _Request, batch: Batch) -> dict[str, np.ndarray]:
     found = torch.where(joins, 0.0, torch.nan).to(clean.dtype).repeat(len(base.row), 1, 1)
     for pair, sender, receiver, final in effects_of_edges(base, request.donor.values(rows), request.ends, request.mode):
         found[pair, sender, receiver] = metric(final, pair) - clean[pair]
+    _require_finite(request, joins & ~found.isfinite(), batch.first)
     return {"base": clean.double().cpu().numpy(), "effect": found.double().cpu().numpy()}
+
+
+def _require_finite(request: _Request, bad: Bool[Tensor, "pair sender receiver"], first: int) -> None:
+    """Raise NumericError naming the first pair, and edge, whose effect is no number."""
+    if bad.any():
+        pair, sender, receiver = bad.nonzero()[0].tolist()
+        raise NumericError(
+            f"the effect of pair {first + pair} from {[*request.ends.senders][sender]} through "
+            f"{[*request.ends.receivers][receiver]} is not finite",
+            fix="load the model in float32, or leave this pair out",
+        )
 
 
 def _dataset(request: _Request, whole: dict[str, np.ndarray], unit: str) -> xr.Dataset:

@@ -16,7 +16,7 @@ from unwrite.errors import ModelError, NumericError, TokensError
 from unwrite.model.load import weights_hash
 from unwrite.model.view import Model
 from unwrite.run.slots import Slot, slots
-from unwrite.run.stream import batch_size, batches
+from unwrite.run.stream import batch_size, batches, parts
 from unwrite.run.sweep import values
 
 DONORS = ("source", "mean", "zero", "resample")
@@ -61,9 +61,10 @@ class Donor:
         tokens, total = self.pairs.source, dict.fromkeys(self.slots, torch.zeros(()))
         reach = torch.from_numpy(np.arange(tokens.length) < tokens.lengths[:, None])
         for batch in batches(tokens, batch_size(self.reader, tokens)):
-            for slot, part in values(self.reader, batch.ids, self.slots).items():
-                exact = part.to(self.reader.compute_dtype)
-                total[slot] = total[slot].to(exact) + torch.einsum("bt...,bt->t...", exact, batch.counted.to(exact))
+            for rows, found in parts(batch, lambda part: values(self.reader, part.ids, self.slots)):
+                for slot, part in found.items():
+                    exact, kept = part.to(self.reader.compute_dtype), batch.counted[rows]
+                    total[slot] = total[slot].to(exact) + torch.einsum("bt...,bt->t...", exact, kept.to(exact))
         counts = reach.sum(0).clamp_min(1)
         return {slot: (part / counts.to(part)[:, None, None])[None] for slot, part in total.items()}
 

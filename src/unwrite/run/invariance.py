@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from unwrite.errors import NumericError
 from unwrite.model.view import Model, expand
 from unwrite.run.account import Asked
 from unwrite.run.logits import reading
@@ -38,6 +39,11 @@ def invariance(asked: Asked, pool: Pool, first: int, real: int) -> Iterator[Floa
             yield torch.full((len(REPLACED), len(asked.lm.parts), len(QUARTILES)), torch.nan).to(r)
             continue
         quartiles = torch.tensor(QUARTILES, dtype=r.dtype, device=r.device)
+        if not all(part.isfinite().all() for part in values):
+            raise NumericError(
+                f"a node's direct reading for prompt {first + i} is not finite when it reads other texts",
+                fix="load the model in float32, or leave texts out that are not read well",
+            )
         yield torch.quantile(torch.cat(values, 2), quartiles, dim=2).movedim(0, 2)
 
 

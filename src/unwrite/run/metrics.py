@@ -84,7 +84,8 @@ class Metric:
     def _bounded(self, logits: Tensor) -> Tensor:
         logits = logits * self.lm.row.logit_scale(self.lm.config)
         cap = self.lm.row.logit_cap(self.lm.config)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        # A cap would make a number of what is none.
+        return logits if cap is None else (torch.tanh(logits / cap) * cap).where(logits.isfinite(), torch.nan)
 
 
 def metric_of(

@@ -14,7 +14,7 @@ from torch import Tensor
 from unwrite.model.capture import run
 from unwrite.model.view import Folded, Model, Writes, write_of
 from unwrite.nodes import Node
-from unwrite.run.stream import Batch, batch_size, batches
+from unwrite.run.stream import Batch, batch_size, batches, parts
 from unwrite.tokens import Tokens
 
 REPLACEMENTS = ("zero", "mean", "resample")
@@ -113,10 +113,18 @@ class Pool:
         """Mean factors of all writes at every position, over the texts that reach it."""
         counts = torch.from_numpy((np.arange(self.tokens.length) < self.tokens.lengths[:, None]).sum(0))
         weight = 1 / counts.clamp_min(1).double()
-        parts = (self._weighed(batch, weight) for batch in batches(self.tokens, batch_size(self.lm, self.tokens)))
-        return reduce(add, parts), counts
+        size = batch_size(self.lm, self.tokens)
+        weighed = (
+            found
+            for batch in batches(self.tokens, size)
+            for _, found in parts(batch, lambda part: self._weighed(part, weight))
+        )
+        return reduce(add, weighed), counts
 
     def _weighed(self, batch: Batch, weight: Tensor) -> Writes:
         kept = (batch.counted * weight).to(self.lm.device)
         writes = run(self.lm, batch.ids, self.folded)
+        for factor in writes.tensors().values():
+            finite = factor.flatten(2).isfinite().all(-1) if factor.dim() > 2 else factor.isfinite()
+            batch.require_numbers(finite | (kept == 0), "what a mean is taken over")
         return writes.map(lambda factor: torch.einsum("bt...,bt->t...", factor, kept.to(factor.dtype)))

@@ -61,6 +61,16 @@ class Batch:
             fix="load the model in float32, or leave this prompt out",
         )
 
+    def require_numbers(self, finite: Bool[Tensor, "prompt position"], what: str) -> None:
+        """Raise NumericError naming the first prompt and position at which `what` is not finite."""
+        bad = (~finite).nonzero()
+        if len(bad):
+            prompt, place = bad[0].tolist()
+            raise NumericError(
+                f"{what} is not finite at prompt {self.first + prompt}, position {place}",
+                fix="load the model in float32, or leave this prompt out",
+            )
+
 
 @dataclass(frozen=True)
 class Progress:

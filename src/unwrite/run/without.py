@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from unwrite.errors import NumericError
 from unwrite.model.capture import Recording
 from unwrite.model.view import Model, fold
 from unwrite.nodes import Node
@@ -259,6 +260,12 @@ class WithoutTally:
     def _clusters(self, batch: Batch, sums: Float[Tensor, "prompt sum"], write: Tensor) -> ClusterSums:
         clusters, energy = self.tokens.cluster[batch.first : batch.first + batch.real], write.pow(2).sum((1, 2))
         y, x = (part[: batch.real, ..., None].double() for part in (sums, energy))
+        bad = (~sums[: batch.real].isfinite().all(1)).nonzero()
+        if len(bad):
+            raise NumericError(
+                f"a run without the write is not finite at prompt {batch.first + int(bad[0])}",
+                fix="load the model in float32, or leave this prompt out",
+            )
         return ClusterSums.over(clusters, y, x)
 
     @property
@@ -284,11 +291,16 @@ class WithoutTally:
         """Typical and extreme prompts, and what lies along the write at their ends, row by row (NaN: not counted)."""
         shown, end = self.tokens.take(typical(self._of_prompts)), self.lm.states[-1]
         found = np.full((3, len(shown), shown.length), np.nan)
-        for batch in batches(shown, 1):
+
+        def measured(batch: Batch) -> np.ndarray:
             run, kept = self._clean(batch), self._kept(batch)
             write = run.nodes(run.record)[self.index] * kept[..., None]
             rows = at_the_end(run.record.stream[end], added(run, self.writer, -write).stream[end], write)
-            found[:, batch.first] = torch.where(kept, rows, torch.nan)[:, 0].double().cpu().numpy()
+            batch.require_numbers(rows.isfinite().all(0), "a run without the write")
+            return torch.where(kept, rows, torch.nan)[:, 0].double().cpu().numpy()
+
+        for batch in batches(shown, 1):
+            ((_, found[:, batch.first]),) = parts(batch, measured)
         return shown, found
 
     def _named(self, values: np.ndarray) -> dict[str, np.ndarray]:
