@@ -224,6 +224,12 @@ def _beside(file: Path) -> Iterator[Path]:
         place.unlink(missing_ok=True)
 
 
+def unfinished(place: Path, *names: str) -> Iterator[Path]:
+    """What a process that was killed had begun to `write` in a folder, of files whose names match."""
+    for name in names:
+        yield from place.glob(f".{name}.*")
+
+
 def _file(path: str | Path) -> Path:
     path = Path(path)
     return path / FILE if path.is_dir() or path.suffix != ".nc" else path

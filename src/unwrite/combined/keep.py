@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -57,6 +58,8 @@ def keep(
     with ExitStack() as stack:
         place = None if out is None else stack.enter_context(results.folder(out))
         working = stack.enter_context(job or Job(place))
+        for rest in () if place is None else results.unfinished(place, "*.nc", *page.BESIDE):
+            rest.unlink(missing_ok=True)
         over = False
         try:
             found = run(parts, working)
@@ -88,8 +91,9 @@ def _save(parts: list[Result], place: Path) -> tuple[str, ...]:
 
 
 def _name(part: Result) -> str:
-    writer = part.data.attrs.get("writer")
-    return f"{part.method}_{writer}" if writer else part.method
+    # A name that came out of a file could lead elsewhere.
+    words = (part.method, part.data.attrs.get("writer", ""))
+    return "_".join(filter(None, (re.sub("[^A-Za-z0-9.+]+", "-", str(word)).strip(".-")[:40] for word in words)))
 
 
 def _missing(parts: Parts) -> tuple[str, ...]:

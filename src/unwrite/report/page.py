@@ -24,6 +24,8 @@ from unwrite.result import FILE, Result, write
 # Cells of the map of levels, and bytes of a file that the page carries with it.
 _CELLS = 5000
 _INLINE = 2**19
+# What lies beside a result's own file; the page only of what it can show.
+BESIDE = ("table.csv", "report.html")
 _KINDS = {".csv": "text/csv", ".nc": "application/x-netcdf"}
 _EQUATIONS = (Column("variable", holds="word"), Column("unit", holds="word"), Column("equation", holds="words"))
 
@@ -77,7 +79,7 @@ def save_all(result: Result, folder: Path) -> tuple[str, ...]:
 
 def files(result: Result) -> tuple[str, ...]:
     """The names of the files that `save_all` writes."""
-    return (FILE, "table.csv", *(("report.html",) if result.method in ("scan", "audit") else ()))
+    return (FILE, *(BESIDE if result.method in ("scan", "audit") else BESIDE[:1]))
 
 
 def _address(file: Path) -> str:

@@ -77,10 +77,22 @@ def read(path: Path, key: str) -> Arrays:
     return {}
 
 
+def belongs(file: Path, asked: str) -> bool:
+    """Is this whole, and kept of some stage of the run that was asked for so?"""
+    try:
+        own, wanted = json.loads(str(_unpacked(file)["key"])), json.loads(asked)
+    except Exception:  # noqa: BLE001 - whatever is no checkpoint raises
+        return False
+    return isinstance(own, dict) and {name: own.get(name) for name in wanted} == wanted
+
+
 def remove(path: Path) -> None:
-    """The file and the one before it, where there are any."""
-    path.unlink(missing_ok=True)
-    _before(path).unlink(missing_ok=True)
+    """The file and the one before it, where there are any. Raises ResultError where they cannot be removed."""
+    for file in (path, _before(path)):
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            raise ResultError(f"cannot remove {file}", got=error.strerror, fix="ask again: all of it is done") from None
 
 
 def differing(one: str, other: str) -> str:

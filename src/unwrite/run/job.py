@@ -118,6 +118,8 @@ class Job:
         """What is done stays where the run was stopped, and of a shard; after the end of a run nothing is left."""
         try:
             if kind is None:
+                for path in self._left():
+                    checkpoint.remove(path)
                 for path in (stage.path for stage in self._stages if stage.path is not None):
                     for other in [path] if self.peers is None else path.parent.glob(f"{path.name.split('.')[0]}.*.npz"):
                         checkpoint.remove(other)
@@ -126,6 +128,13 @@ class Job:
             if self._lock is not None:
                 checkpoint.unlocked(self._lock)
         return kind is _PartDone
+
+    def _left(self) -> list[Path]:
+        """Where the folder had the result already: what a process did not come to remove that was killed after that."""
+        if self.folder is None or not self.finished:
+            return []
+        kept = self._named(Path(self.folder), "[0-9][0-9]-*.npz")
+        return [file for file in kept.parent.glob(f"{kept.name}*") if checkpoint.belongs(file, self.key)]
 
     def _named(self, place: Path, name: str) -> Path:
         """A file of this shard."""

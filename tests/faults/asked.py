@@ -1,0 +1,58 @@
+"""Every method, asked the same of the same small model, and what it finds where nothing goes wrong."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+import unwrite as uw
+from executed import weights
+from methods import METHODS, shape
+from unwrite.model.load import view
+from unwrite.model.view import Model
+
+every_method = pytest.mark.parametrize("method", METHODS)
+
+
+@cache
+def model(method: str) -> Model:
+    """Small, its unembedding a matrix of its own."""
+    return _model(tuple(shape(method).items()))
+
+
+@cache
+def _model(settings: tuple[tuple[str, int], ...]) -> Model:
+    return view(weights("gpt2", 4, tie_word_embeddings=False, **dict(settings)))
+
+
+def ask(method: str, **kept: Any) -> uw.Result:
+    """The method's answer. A prompt at a time, where that can be chosen: so there is much to lose."""
+    chooses = "batch" in inspect.signature(getattr(uw, method.split()[0])).parameters
+    return METHODS[method](model(method), **({"batch": 1} if chooses else {}), **kept)
+
+
+@cache
+def found(method: str) -> uw.Result:
+    """What nothing disturbed."""
+    return ask(method)
+
+
+def differing(one: uw.Result, other: uw.Result) -> list[str]:
+    """Names of variables and coordinates that are not equal bit for bit."""
+    assert set(one.data.variables) == set(other.data.variables)
+    return [name for name in map(str, one.data.variables) if not _same(one.data[name].values, other.data[name].values)]
+
+
+def same(one: uw.Result, other: uw.Result) -> bool:
+    """Are all variables and coordinates equal, bit for bit?"""
+    return not differing(one, other)
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    # Text is of another kind in a result that was read from a file.
+    kinds = {array.dtype.kind.replace("U", "O") for array in (one, other)}
+    return len(kinds) == 1 and np.array_equal(one, other, equal_nan=one.dtype.kind == "f")
