@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -14,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import h5py
 import numpy as np
 import pandas as pd
 import xarray as xr
@@ -108,9 +110,13 @@ class Result:
         Raises ResultError where the place cannot be written.
         """
         # In memory first: HDF5 may take the process with it where a disk is full.
-        whole = bytes(self.data.assign_attrs({_SEALED: 1}).to_netcdf(engine="h5netcdf"))
+        file = _file(path)
+        try:
+            whole = bytes(self.data.assign_attrs({_SEALED: 1}).to_netcdf(engine="h5netcdf"))
+        except ValueError as error:
+            raise ResultError("netCDF cannot hold this result", got=error, expected="text without NUL") from None
         sealed = whole + _SEAL + hashlib.sha256(whole).digest()
-        return write(_file(path), lambda place: place.write_bytes(sealed))
+        return write(file, lambda place: place.write_bytes(sealed))
 
     def save_table(self, path: str | Path) -> Path:
         """Write `table()` as CSV, text cells made harmless for spreadsheets. Raises ResultError as `save` does."""
@@ -158,11 +164,14 @@ def _opened(file: Path) -> xr.Dataset:
     sealed = whole[max(0, end) :].startswith(_SEAL)
     if sealed and not whole.endswith(hashlib.sha256(whole[:end]).digest()):
         raise ValueError("its bytes are not those that were written")
+    # What has lost its end is refused before more of it is looked at.
+    with h5py.File(io.BytesIO(whole), "r") as opened:
+        if _SEALED in opened.attrs and not sealed:
+            raise ValueError("its end is missing, or another program has rewritten it: save it by uw.Result(data).save")
     # Everything is read at once: an open file would fail later, far from here, where it is damaged.
     with xr.open_dataset(io.BytesIO(whole), engine="h5netcdf") as opened:
         data = opened.load()
-    if data.attrs.pop(_SEALED, 0) and not sealed:
-        raise ValueError("its end is missing, or another program has rewritten it: save it by uw.Result(data).save")
+    data.attrs.pop(_SEALED, None)
     return data
 
 
@@ -186,7 +195,8 @@ def folder(path: str | Path) -> Iterator[Path]:
 
     Raises ResultError where files cannot be written.
     """
-    place, made = Path(path), not Path(path).exists()
+    place = possible(path)
+    made = not place.exists()
     try:
         place.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=place):
@@ -202,6 +212,7 @@ def folder(path: str | Path) -> Iterator[Path]:
 
 def write(file: Path, make: Callable[[Path], object]) -> Path:
     """Let `make` write a file beside `file`, then put it in place at once: never half a file."""
+    file = possible(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with _beside(file) as place:
@@ -224,6 +235,16 @@ def _beside(file: Path) -> Iterator[Path]:
         place.unlink(missing_ok=True)
 
 
+def possible(path: str | Path) -> Path:
+    """A path again. Raises ResultError where no file can be called so."""
+    try:
+        os.lstat(path)
+    except (ValueError, OSError) as error:
+        if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
+            raise ResultError(f"no file can be called {path}", got=error, fix="choose another place") from None
+    return Path(path)
+
+
 def unfinished(place: Path, *names: str) -> Iterator[Path]:
     """What a process that was killed had begun to `write` in a folder, of files whose names match."""
     for name in names:
@@ -231,7 +252,7 @@ def unfinished(place: Path, *names: str) -> Iterator[Path]:
 
 
 def _file(path: str | Path) -> Path:
-    path = Path(path)
+    path = possible(path)
     return path / FILE if path.is_dir() or path.suffix != ".nc" else path
 
 

@@ -47,7 +47,7 @@ def every(pytestconfig: pytest.Config) -> bool:
 
 def _spread(states: list[disk.State], method: str) -> list[disk.State]:
     """Some of them, from the first to the last."""
-    most = 5 if method in COMBINED else 12
+    most = 5 if method in COMBINED else 8
     return [states[i] for i in sorted({round(i * (len(states) - 1) / (most - 1)) for i in range(most)})]
 
 

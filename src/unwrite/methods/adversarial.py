@@ -207,4 +207,5 @@ _SAYS = {
 
 
 def _words(lm: Model, ids: np.ndarray) -> np.ndarray:
-    return np.array([spelled([i], lm.tokenizer) for i in ids], dtype=object)
+    # Of no words at all a file would not know that they are words.
+    return np.array([spelled([i], lm.tokenizer) for i in ids], dtype=object if len(ids) else str)

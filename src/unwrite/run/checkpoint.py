@@ -18,7 +18,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from unwrite.errors import ResultError
-from unwrite.result import write
+from unwrite.result import possible, write
 
 _DIGEST = hashlib.sha256().digest_size
 Arrays = dict[str, np.ndarray]
@@ -116,6 +116,7 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def locked(file: Path) -> FileLock:
     """A lock that dies with the process. Raises ResultError where another one holds it, or it cannot be written."""
+    possible(file)
     lock = FileLock(file, thread_local=False)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
@@ -45,6 +45,12 @@ class Part:
     ratios: dict[str, Tensor]
     moments: Moments | None = None
     of_prompts: tuple[int, np.ndarray] = (0, np.zeros(0))
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All sums and ratios."""
+        yield from self.ratios.values()
+        for total in self.totals.values():
+            yield from total.tensors().values() if isinstance(total, ClusterSums) else (total,)
 
 
 class WithoutTally:
@@ -213,7 +219,8 @@ class WithoutTally:
     def _ratios(self, nodes: Tensor, record: Recording, write: Tensor, kept: Tensor) -> Float[Tensor, "row channel"]:
         """Ratios onto the clean write, where it is above the floor."""
         stream, energy = self._states(record), write.pow(2).sum(-1)
-        there = kept & (energy > self.floor**2 * stream.pow(2).sum(-1).amax(0))
+        # Written so that NaN is not left out as too small.
+        there = kept & ~(energy <= self.floor**2 * stream.pow(2).sum(-1).amax(0))
         return torch.einsum("ebtd,btd->bte", torch.cat([nodes, stream]), write)[there] / energy[there][:, None]
 
     def _through_values(self, run: Clean, write: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -260,12 +267,6 @@ class WithoutTally:
     def _clusters(self, batch: Batch, sums: Float[Tensor, "prompt sum"], write: Tensor) -> ClusterSums:
         clusters, energy = self.tokens.cluster[batch.first : batch.first + batch.real], write.pow(2).sum((1, 2))
         y, x = (part[: batch.real, ..., None].double() for part in (sums, energy))
-        bad = (~sums[: batch.real].isfinite().all(1)).nonzero()
-        if len(bad):
-            raise NumericError(
-                f"a run without the write is not finite at prompt {batch.first + int(bad[0])}",
-                fix="load the model in float32, or leave this prompt out",
-            )
         return ClusterSums.over(clusters, y, x)
 
     @property
@@ -353,7 +354,16 @@ class Pass:
 
     def step(self, batch: Batch) -> None:
         """Measure one batch; nothing of prompts that only fill it up."""
-        self.tally.add(batch, parts(batch, lambda part: self.measure(part) if part.real else None))
+        self.tally.add(batch, parts(batch, self._measured))
+
+    def _measured(self, batch: Batch) -> Part | None:
+        part = self.measure(batch) if batch.real else None
+        if part is not None and not all(tensor.isfinite().all() for tensor in part.tensors()):
+            raise NumericError(
+                f"a run without the write is not finite among prompts {batch.first} to {batch.first + batch.real - 1}",
+                fix="load the model in float32, or use smaller batches to find the prompt and leave it out",
+            )
+        return part
 
     def state(self) -> Arrays:
         """Everything that this pass keeps between two batches, as arrays by name."""

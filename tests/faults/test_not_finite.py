@@ -1,0 +1,151 @@
+"""Does a value that is no number, wherever in a model it comes from, ever become a number or a gap in a result?
+
+Either the method says so, or its answer does not depend on that place and is the same to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from asked import ask, differing, every_method, found, model
+from torch import nn
+
+from methods import IDS, METHODS
+from unwrite.errors import ModelError, NumericError
+from unwrite.model.view import Model
+
+Site = Callable[[Model, float], AbstractContextManager[None]]
+VALUES = (float("nan"), float("inf"), float("-inf"))
+# Tokens that one prompt holds, of those that are asked about (the base of pairs) or of the others (their source).
+OWN, OTHER = int(IDS[1, 2]), int(IDS[2, 3])
+assert (IDS == OWN).sum() == (IDS == OTHER).sum() == 1
+
+
+@contextmanager
+def weight(parameter: nn.Parameter, at: Any, value: float) -> Iterator[None]:
+    """Inside the `with`, a part of a parameter is `value`."""
+    before = parameter.detach().clone()
+    with torch.no_grad():
+        parameter[at] = value
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            parameter.copy_(before)
+
+
+@contextmanager
+def passed(module: nn.Module, value: float, taken: bool = False) -> Iterator[None]:
+    """Inside the `with`, one number of every vector that a module gives, or takes, is `value`."""
+
+    def spoilt(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.clone()
+        tensor[..., 0] = value
+        return tensor
+
+    def take(_: nn.Module, args: Any) -> Any:
+        return (spoilt(args[0]), *args[1:])
+
+    def give(_: nn.Module, __: Any, output: Any) -> Any:
+        return spoilt(output) if isinstance(output, torch.Tensor) else (spoilt(output[0]), *output[1:])
+
+    handle = module.register_forward_pre_hook(take) if taken else module.register_forward_hook(give)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _embedding(token: int) -> Site:
+    return lambda lm, value: weight(lm.hf.get_input_embeddings().weight, token, value)
+
+
+def _unembedding(token: int) -> Site:
+    return lambda lm, value: weight(lm.hf.get_output_embeddings().weight, token, value)
+
+
+SITES: dict[str, Site] = {
+    "embedding of a prompt's token": _embedding(OWN),
+    "embedding of another prompt's token": _embedding(OTHER),
+    "embedding": lambda lm, value: passed(lm.hf.get_input_embeddings(), value),
+    "z of L0H0": lambda lm, value: passed(lm.layers[0].out_proj, value, taken=True),
+    "z of L1H0": lambda lm, value: passed(lm.layers[1].out_proj, value, taken=True),
+    "attention of the last layer": lambda lm, value: passed(lm.layers[-1].out_proj, value),
+    "MLP0": lambda lm, value: passed(lm.layers[0].mlp, value),
+    "the last MLP": lambda lm, value: passed(lm.layers[-1].mlp, value),
+    "final norm": lambda lm, value: weight(lm.decoder.get_submodule(lm.row.final_norm).weight, 0, value),
+    "unembedding of the answer": _unembedding(5),
+    "unembedding of no answer": _unembedding(40),
+}
+# Of these a method's answer is made without that place.
+_NO_LOGITS = {"scan", "verify", "verify erasers"}
+_OWN_TOP = {"dla texts", "corpus_dla", "adversarial", "audit", "reproduce"}
+_UNREAD: dict[str, set[str]] = {
+    "embedding of another prompt's token": {"dla"},
+    "final norm": _NO_LOGITS,
+    "unembedding of the answer": _NO_LOGITS,
+    # The others are asked about two tokens alone.
+    "unembedding of no answer": set(METHODS) - _OWN_TOP,
+}
+
+
+@pytest.mark.promise("faults")
+@pytest.mark.promise("finite")
+@pytest.mark.parametrize("site", SITES)
+@every_method
+def test_what_is_no_number_is_said_or_not_read(method: str, site: str) -> None:
+    lm = model(method)
+    for value in VALUES:
+        with SITES[site](lm, value):
+            if method in _UNREAD.get(site, ()):
+                assert not differing(ask(method), found(method))
+                continue
+            # A model whose weights are no numbers may be refused as a whole.
+            with pytest.raises((NumericError, ModelError), match=r"not finite|not exact") as caught:
+                ask(method)
+        if site.startswith("embedding of"):
+            assert any(word in str(caught.value) for word in ("prompt ", "pair "))
+
+
+@contextmanager
+def once(module: nn.Module, at: int, value: float) -> Iterator[list[int]]:
+    """Inside the `with`, what a module gives is `value` at its `at`-th use; counts uses."""
+    count = [0]
+
+    def give(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor | None:
+        count[0] += 1
+        return torch.full_like(output, value) if count[0] == at else None
+
+    handle = module.register_forward_hook(give)
+    try:
+        yield count
+    finally:
+        handle.remove()
+
+
+@pytest.mark.promise("faults")
+@pytest.mark.promise("finite")
+@every_method
+def test_what_is_no_number_in_one_pass_alone(method: str) -> None:
+    """A clean run may be finite where one without a write, or with a patch, is not."""
+    spoilt = partial(once, model(method).layers[-1].out_proj)
+    with spoilt(0, 0.0) as count:
+        ask(method)
+    for at in sorted({round(1 + i * (count[0] - 1) / 11) for i in range(12)}):
+        with spoilt(at, float("nan")):
+            said = _said(method)
+        assert said is None or "not finite" in said or "not exact" in said, (at, said)
+
+
+def _said(method: str) -> str | None:
+    """The error, None where the answer is to the bit what it should be."""
+    try:
+        other = differing(ask(method), found(method))
+    except (NumericError, ModelError) as error:
+        return str(error)
+    return f"another {', '.join(other)}" if other else None
