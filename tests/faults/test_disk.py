@@ -73,7 +73,8 @@ def test_a_full_disk_while_a_result_is_saved(method: str, tmp_path: Path) -> Non
 
 @pytest.mark.promise("faults")
 @pytest.mark.promise("whole")
-def test_a_full_disk_between_the_files_of_a_result(tmp_path: Path) -> None:
+def test_a_full_disk_between_the_files_of_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unwrite.report.page.page", lambda *_: "a page" * 10**5)
     result, place = found("scan"), tmp_path / "run"
     done = keep(lambda parts, job: result, tmp_path / "whole")
     assert done is not None

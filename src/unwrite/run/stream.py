@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -60,6 +60,14 @@ class Batch:
             f"at prompt {self.first + int(prompt[row])}, position {int(place[row])}",
             fix="load the model in float32, or leave this prompt out",
         )
+
+    def require_sums(self, sums: Iterable[Tensor], what: str) -> None:
+        """Raise NumericError naming these prompts where `what`, summed over some of their rows, is not finite."""
+        if not all(part.isfinite().all() for part in sums):
+            raise NumericError(
+                f"{what} is not finite among prompts {self.first} to {self.first + self.real - 1}",
+                fix="load the model in float32, or find the prompt by smaller batches and leave it out",
+            )
 
     def require_numbers(self, finite: Bool[Tensor, "prompt position"], what: str) -> None:
         """Raise NumericError naming the first prompt and position at which `what` is not finite."""
