@@ -83,7 +83,7 @@ def belongs(file: Path, asked: str) -> bool:
         own, wanted = json.loads(str(_unpacked(file)["key"])), json.loads(asked)
     except Exception:  # noqa: BLE001 - whatever is no checkpoint raises
         return False
-    return isinstance(own, dict) and {name: own.get(name) for name in wanted} == wanted
+    return isinstance(own, dict) and (own.get("run") == asked or {name: own.get(name) for name in wanted} == wanted)
 
 
 def remove(path: Path) -> None:
