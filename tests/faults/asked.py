@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import inspect
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import disk
 import numpy as np
 import pytest
 
@@ -39,6 +42,15 @@ def ask(method: str, **kept: Any) -> uw.Result:
 def found(method: str) -> uw.Result:
     """What nothing disturbed."""
     return ask(method)
+
+
+@cache
+def written(method: str) -> tuple[disk.State, ...]:
+    """All that the folder goes through of a run that keeps what is done after every batch."""
+    with TemporaryDirectory() as root, disk.watched(Path(root) / "run") as states:
+        assert not differing(ask(method, checkpoint=uw.Job(Path(root) / "run", every=0.0)), found(method))
+        assert disk.state(Path(root) / "run") == {}
+    return tuple(states)
 
 
 def differing(one: uw.Result, other: uw.Result) -> list[str]:

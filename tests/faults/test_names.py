@@ -40,7 +40,7 @@ def test_a_part_whose_writer_has_a_hostile_name_stays_in_its_folder(name: str, t
     place = tmp_path / "a" / "b" / "run"
 
     def stopped(parts, job):
-        ask("scan", checkpoint=job, listener=parts)
+        job.begin("scan", model("scan"), {}, {})
         parts.finish(found("scan"))
         parts.finish(uw.Result(found("verify").data.assign_attrs(writer=name.replace("\0", "").replace("\ud800", ""))))
         raise KeyboardInterrupt
@@ -71,7 +71,7 @@ def test_a_text_with_a_hostile_name_is_kept_in_the_folder(name: str, tmp_path: P
 def test_a_file_with_hostile_names_is_refused_or_writes_inside(method: str, tmp_path: Path) -> None:
     """Names of nodes and writers are nodes; names of models and texts are text."""
     data = found(method).data
-    for number, name in enumerate(HOSTILE):
+    for number, name in enumerate(HOSTILE if method == "scan" else HOSTILE[:1]):
         file = tmp_path / f"{number}.nc"
         for axis in {"node", "writer"} & set(data.coords):
             names = [name, *map(str, data[axis].values[1:])]
