@@ -89,7 +89,8 @@ PROMISES: dict[str, Promise] = {
     ),
     "memory": Promise(
         "Running out of memory costs time, not results",
-        "`run/stream.py` halves what did not fit and repeats it, and nothing that was half done has been counted: to the "
+        "`run/stream.py` halves what did not fit and repeats it, and nothing that was half done has been counted: to "
+        "the "
         "bit as if halves had been asked for, and to rounding the whole; a prompt that does not fit alone is named.",
     ),
     "resumed": Promise(
@@ -110,10 +111,10 @@ PROMISES: dict[str, Promise] = {
         "`run/checkpoint.py` begins its file with the SHA-256 of the rest, keeps the one before it, and locks them.",
     ),
     "faults": Promise(
-        "Every method stands every fault: killed where it writes, short of memory, a value that is no number, a full or "
-        "read-only disk, damaged files",
-        "The tests in `tests/faults` go through one list of methods, in which every public name that takes a checkpoint "
-        "must stand; `run/job.py`, `run/checkpoint.py` and `run/stream.py` keep it for all of them.",
+        "Every method stands every fault: killed where it writes, short of memory, a value that is no number, a full "
+        "or read-only disk, damaged files",
+        "The tests in `tests/faults` go through one list of methods, in which every public name that takes a "
+        "checkpoint must stand; `run/job.py`, `run/checkpoint.py` and `run/stream.py` keep it for all of them.",
     ),
     "interrupted": Promise(
         "Ctrl-C keeps what is finished, and says what is missing",
@@ -122,8 +123,9 @@ PROMISES: dict[str, Promise] = {
     # What goes in
     "finite": Promise(
         "NaN and infinity never enter a number silently",
-        "`run/stream.py`, `run/metrics.py`, `run/without.py`, `run/replace.py` and the methods look at what a model gave "
-        "before it is counted, and say at which node, prompt or pair it was; `model/certificate.py` refuses such weights.",
+        "`run/stream.py`, `run/metrics.py`, `run/without.py`, `run/replace.py` and the methods look at what a model "
+        "gave before it is counted, and say at which node, prompt or pair it was; `model/certificate.py` refuses such "
+        "weights.",
     ),
     "tokens": Promise(
         "Tokens, prompts and answers that do not fit the model or the question are refused",
@@ -154,8 +156,8 @@ PROMISES: dict[str, Promise] = {
     ),
     "inside": Promise(
         "Names that strangers wrote put nothing outside the folder that was named",
-        "`run/job.py` and `combined/keep.py` make names of files out of letters and digits, and `result.py` refuses what "
-        "no file can be called.",
+        "`run/job.py` and `combined/keep.py` make names of files out of letters and digits, and `result.py` refuses "
+        "what no file can be called.",
     ),
     "provenance": Promise(
         "A result says which weights, tokens, settings and versions it was made from",
