@@ -90,8 +90,7 @@ PROMISES: dict[str, Promise] = {
     "memory": Promise(
         "Running out of memory costs time, not results",
         "`run/stream.py` halves what did not fit and repeats it, and nothing that was half done has been counted: to "
-        "the "
-        "bit as if halves had been asked for, and to rounding the whole; a prompt that does not fit alone is named.",
+        "the bit as if halves had been asked for, to rounding as the whole; a prompt that alone is too large is named.",
     ),
     "resumed": Promise(
         "A run that was killed goes on where it was, to the same bits",
