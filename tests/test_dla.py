@@ -671,14 +671,21 @@ def test_what_cannot_be_answered_is_refused_in_words(case: str) -> None:
 
 
 @pytest.mark.promise("finite")
-def test_logits_that_are_not_finite_are_named() -> None:
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        (3, "the logits of prompt 2 are not finite"),
+        (2, "what a mean is taken over is not finite at prompt 2, position 1"),
+    ],
+)
+def test_what_is_not_finite_is_named(batch: int, said: str) -> None:
     hf = weights("llama", 7, tie_word_embeddings=False)
     with torch.no_grad():
         hf.model.embed_tokens.weight[2] = float("nan")
     ids = torch.ones(3, 5, dtype=torch.long)
     ids[2, 1] = 2
-    with pytest.raises(NumericError, match=r"the logits of prompt 2 are not finite.*float32"):
-        uw.dla(view(hf), ids, batch=2)
+    with pytest.raises(NumericError, match=rf"{said}.*float32"):
+        uw.dla(view(hf), ids, batch=batch)
 
 
 def test_refusals_are_of_their_kind() -> None:

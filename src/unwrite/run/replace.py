@@ -124,7 +124,8 @@ class Pool:
     def _weighed(self, batch: Batch, weight: Tensor) -> Writes:
         kept = (batch.counted * weight).to(self.lm.device)
         writes = run(self.lm, batch.ids, self.folded)
-        for factor in writes.tensors().values():
-            finite = factor.flatten(2).isfinite().all(-1) if factor.dim() > 2 else factor.isfinite()
+        # The embedding first: through attention what is none at one position reaches all, be its weight 0 there.
+        for factor in (*writes.vectors.values(), *writes.z):
+            finite = factor.flatten(2).isfinite().all(-1)
             batch.require_numbers(finite | (kept == 0), "what a mean is taken over")
         return writes.map(lambda factor: torch.einsum("bt...,bt->t...", factor, kept.to(factor.dtype)))
