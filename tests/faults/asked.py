@@ -19,6 +19,10 @@ from unwrite.model.load import view
 from unwrite.model.view import Model
 
 every_method = pytest.mark.parametrize("method", METHODS)
+# The two that combine most of the others meet these faults where there is time.
+single_methods = pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=pytest.mark.slow if m in ("audit", "reproduce") else ()) for m in METHODS]
+)
 
 
 @cache

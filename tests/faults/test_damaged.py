@@ -9,7 +9,7 @@ from pathlib import Path
 import disk
 import numpy as np
 import pytest
-from asked import ask, differing, every_method, found, written
+from asked import ask, differing, every_method, found, single_methods, written
 
 import unwrite as uw
 from unwrite import result as results
@@ -96,7 +96,7 @@ def test_every_bit_of_a_checkpoint_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.promise("damaged")
-@every_method
+@single_methods
 def test_a_checkpoint_of_another_version_is_refused(method: str, tmp_path: Path) -> None:
     package = "unwrite" if method == "scan" else "torch"
     place, real = disk.put(tmp_path / "old", _stopped(method)), results.version
@@ -108,7 +108,7 @@ def test_a_checkpoint_of_another_version_is_refused(method: str, tmp_path: Path)
 
 @pytest.mark.promise("faults")
 @pytest.mark.promise("whole")
-@every_method
+@single_methods
 def test_a_damaged_result_is_an_error(method: str, tmp_path: Path) -> None:
     file = found(method).save(tmp_path / "a.nc")
     whole = file.read_bytes()
@@ -156,7 +156,7 @@ def test_what_another_program_has_rewritten_is_an_error_that_says_what_to_do(tmp
 
 
 @pytest.mark.promise("faults")
-@every_method
+@single_methods
 def test_a_result_of_a_newer_version_says_so_whatever_it_holds(method: str, tmp_path: Path) -> None:
     data = found(method).data.assign_attrs(schema=results.SCHEMA + 1)
     names = {axis: [f"{i}@new" for i in range(data.sizes[axis])] for axis in ("node", "writer") if axis in data.coords}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import disk
 import pytest
-from asked import ask, differing, every_method, found, model
+from asked import ask, differing, every_method, found, model, single_methods
 
 import unwrite as uw
 from unwrite.combined.keep import keep
@@ -49,7 +49,7 @@ def _saved(method: str, place: Path) -> int:
 
 @pytest.mark.promise("faults")
 @pytest.mark.parametrize("size", [1000])
-@every_method
+@single_methods
 def test_a_disk_that_has_room_for_a_part_of_a_checkpoint(method: str, size: int, tmp_path: Path) -> None:
     place = tmp_path / "run"
     with disk.limited(size), pytest.raises(ResultError, match=f"cannot write .*npz. Got: {LARGE}"):
@@ -59,7 +59,7 @@ def test_a_disk_that_has_room_for_a_part_of_a_checkpoint(method: str, size: int,
 
 @pytest.mark.promise("faults")
 @pytest.mark.promise("whole")
-@every_method
+@single_methods
 def test_a_full_disk_while_a_result_is_saved(method: str, tmp_path: Path) -> None:
     result, file = found(method), tmp_path / "run" / "result.nc"
     size = result.save(tmp_path / "whole").stat().st_size
@@ -89,7 +89,7 @@ def test_a_full_disk_between_the_files_of_a_result(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.promise("faults")
-@every_method
+@single_methods
 def test_a_read_only_folder_is_said_before_anything_runs(method: str, tmp_path: Path) -> None:
     place, passes = tmp_path / "run", []
     handle = model(method).layers[0].out_proj.register_forward_hook(lambda *_: passes.append(1))
@@ -108,7 +108,7 @@ def test_a_read_only_folder_is_said_before_anything_runs(method: str, tmp_path: 
 
 @pytest.mark.promise("faults")
 @pytest.mark.parametrize("after", [3, "last"])
-@every_method
+@single_methods
 def test_a_folder_that_becomes_read_only(method: str, after: int | str, tmp_path: Path) -> None:
     """In the middle of the run, or when all is done and files are to be removed."""
     place = tmp_path / "run"

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from asked import differing, every_method, model
+from asked import differing, model, single_methods
 from torch import nn
 
 import unwrite as uw
@@ -116,7 +116,7 @@ def close(one: uw.Result, other: uw.Result) -> None:
 
 @pytest.mark.promise("faults")
 @pytest.mark.promise("memory")
-@every_method
+@single_methods
 def test_out_of_memory_in_any_pass_leaves_nothing_behind(method: str) -> None:
     lm, n = model(method), uses(method)
     start = lm.hf.get_input_embeddings()
@@ -158,7 +158,7 @@ def caught(method: str) -> uw.Result | str:
 
 @pytest.mark.promise("faults")
 @pytest.mark.promise("memory")
-@every_method
+@single_methods
 def test_where_there_is_room_for_one_prompt_at_a_time(method: str) -> None:
     with failing(last_block(method), lambda passes: passes.prompts > 1):
         close(METHODS[method](model(method)), whole(method))
@@ -166,7 +166,7 @@ def test_where_there_is_room_for_one_prompt_at_a_time(method: str) -> None:
 
 @pytest.mark.promise("faults")
 @pytest.mark.promise("memory")
-@every_method
+@single_methods
 def test_where_there_is_room_for_nothing(method: str) -> None:
     with failing(last_block(method), lambda passes: passes.part > 0), pytest.raises(NumericError, match=NO_ROOM):
         METHODS[method](model(method))

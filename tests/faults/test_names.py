@@ -7,7 +7,7 @@ from pathlib import Path
 
 import disk
 import pytest
-from asked import ask, differing, every_method, found, model
+from asked import ask, differing, found, model, single_methods
 
 import unwrite as uw
 from methods import IDS
@@ -67,7 +67,7 @@ def test_a_text_with_a_hostile_name_is_kept_in_the_folder(name: str, tmp_path: P
 
 
 @pytest.mark.promise("inside")
-@every_method
+@single_methods
 def test_a_file_with_hostile_names_is_refused_or_writes_inside(method: str, tmp_path: Path) -> None:
     """Names of nodes and writers are nodes; names of models and texts are text."""
     data = found(method).data

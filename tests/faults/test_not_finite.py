@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from asked import ask, differing, every_method, found, model
+from asked import ask, differing, every_method, found, model, single_methods
 from torch import nn
 
 from methods import IDS, METHODS
@@ -130,7 +130,7 @@ def once(module: nn.Module, at: int, value: float) -> Iterator[list[int]]:
 
 @pytest.mark.promise("faults")
 @pytest.mark.promise("finite")
-@every_method
+@single_methods
 def test_what_is_no_number_in_one_pass_alone(method: str) -> None:
     """A clean run may be finite where one without a write, or with a patch, is not."""
     spoilt = partial(once, model(method).layers[-1].out_proj)
