@@ -9,7 +9,7 @@ import pytest
 from methods import few_draws
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _few_draws() -> Iterator[None]:
     with few_draws():
         yield
