@@ -21,13 +21,14 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 import unwrite as uw
+from methods import few_draws
 from unwrite import cli
 from unwrite.combined.doctor import foresee
 from unwrite.errors import ModelError
 from unwrite.model import weights
 from unwrite.model.load import weights_hash
 from unwrite.model.view import Model
-from unwrite.run import rules, trust, without
+from unwrite.run import rules
 
 pytest.importorskip("accelerate", reason="device_map needs accelerate")
 from accelerate import dispatch_model
@@ -82,11 +83,7 @@ METHODS: dict[str, Callable[[Model], uw.Result]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_draws() -> Iterator[None]:
-    """What is random is repeated less often than in earnest."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trust, "_DRAWS", 9)
-        patch.setattr(without, "ROTATIONS", 2)
-        patch.setattr("unwrite.methods.verify.ROTATIONS", 2)
+    with few_draws():
         yield
 
 

@@ -18,10 +18,10 @@ from torch.overrides import TorchFunctionMode
 
 import tiny
 import unwrite as uw
+from methods import few_draws
 from unwrite.model.capture import run
 from unwrite.model.load import provenance
 from unwrite.model.view import Model, fold, write_of
-from unwrite.run import trust, without
 
 IDS = torch.randint(3, 50, (6, 6), generator=torch.Generator().manual_seed(0))
 PAIRS = uw.pairs(IDS[:2], IDS[2:4], 5, 9)
@@ -56,11 +56,7 @@ METHODS: dict[str, Any] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_draws() -> Iterator[None]:
-    """What is random is repeated less often than in earnest."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trust, "_DRAWS", 9)
-        patch.setattr(without, "ROTATIONS", 2)
-        patch.setattr("unwrite.methods.verify.ROTATIONS", 2)
+    with few_draws():
         yield
 
 

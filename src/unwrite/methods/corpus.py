@@ -30,7 +30,7 @@ from unwrite.run.checkpoint import Arrays
 from unwrite.run.job import Job, opened
 from unwrite.run.logits import Question, reading, top_two
 from unwrite.run.rerun import Clean, clean
-from unwrite.run.stats import Tree, under
+from unwrite.run.stats import Tree, joined, under
 from unwrite.run.stream import Batch, Listener, admit, batch_size, parts, stream
 from unwrite.run.trust import fit, interval, moments
 from unwrite.tokens import Tokens
@@ -107,8 +107,7 @@ class _Tally:
     def state(self) -> Arrays:
         """Everything that is kept between two batches, as arrays by name."""
         kept = {"sums": self._sums, "sample": self._sample}
-        states = {name: tree.state(lambda part: {"": part}) for name, tree in kept.items()}
-        return {f"{name}/{path}": array for name, arrays in states.items() for path, array in arrays.items()}
+        return joined({name: tree.state(lambda part: {"": part}) for name, tree in kept.items()})
 
     def take(self, state: Mapping[str, np.ndarray]) -> None:
         """Add what was kept of other batches."""

@@ -31,7 +31,7 @@ from unwrite.run.job import Job, opened
 from unwrite.run.metrics import Custom, known, metric_of, name_of, unless_own
 from unwrite.run.rules import RULES, Rules
 from unwrite.run.slots import Slot, slots
-from unwrite.run.stats import under
+from unwrite.run.stats import joined, under
 from unwrite.run.stream import Batch, Listener, Progress, Rows, batch_size, stream
 from unwrite.run.sweep import base_of, forwards, patched, patches
 
@@ -178,8 +178,7 @@ class _Tally:
 
     def state(self) -> Arrays:
         """Everything that is known, as arrays by name."""
-        return {f"{name}/{path}": part for name, one in (("done", self._rows.state()), ("begun", self._begun))
-                for path, part in one.items()}  # fmt: skip
+        return joined({"done": self._rows.state(), "begun": self._begun})
 
     def take(self, state: Mapping[str, np.ndarray]) -> None:
         """Add what was known."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from unwrite.model.view import Model, Writes, expand, fold
 from unwrite.nodes import Node
 from unwrite.run.positions import Positions
-from unwrite.run.stats import LENGTH, RATIO, ClusterSums, Histogram, Tree, under
+from unwrite.run.stats import LENGTH, RATIO, ClusterSums, Histogram, Tree, joined, under
 from unwrite.run.stream import Batch, forward
 from unwrite.tokens import Tokens
 
@@ -131,7 +131,7 @@ class GramTally:
         alone = {name: getattr(self, name).state() for name in _HISTOGRAMS}
         sums = {"sums": self.sums.state(ClusterSums.tensors), "positions": self.positions.state()}
         sums |= {name: getattr(self, name).state(lambda part: {"": part}) for name in _TREES}
-        return alone | {f"{name}/{path}": array for name, arrays in sums.items() for path, array in arrays.items()}
+        return alone | joined(sums)
 
     def take(self, state: Mapping[str, np.ndarray]) -> None:
         """Add what was kept of other batches."""

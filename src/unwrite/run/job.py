@@ -102,7 +102,7 @@ class Job:
         part, of = self.shard
         if not (type(part) is type(of) is int and 1 <= part <= of):
             raise ResultError("a shard is a part of a run", got=f"{part}/{of}", expected="i/n with 1 ≤ i ≤ n")
-        self.of = tuple(map(Path, self.of))
+        self.of = tuple(self.of)
 
     def __enter__(self) -> Job:
         if self.folder is not None:
@@ -211,7 +211,7 @@ class Job:
         stage = Stage(
             self, None if self.folder is None else self._named(Path(self.folder), label), key,
             range(0) if self.of else range(total * (part - 1) // of, total * part // of),
-            _whole(tuple(map(Path, self.of)), label, key) if self.of else None,
+            _whole(self.of, label, key) if self.of else None,
         )  # fmt: skip
         self._stages.append(stage)
         return stage
@@ -327,10 +327,10 @@ class Stage:
         self.tick(tally, now or self._next == self.span.stop)
 
 
-def _whole(folders: tuple[Path, ...], label: str, key: str) -> Iterator[Arrays]:
+def _whole(folders: Iterable[str | Path], label: str, key: str) -> Iterator[Arrays]:
     """What all shards kept of a stage. Raises ResultError where one is missing, unfinished or of another run."""
     stem = label.removesuffix(".npz")
-    files = sorted({file.resolve() for folder in folders for file in folder.glob(f"{stem}.*-of-*.npz")})
+    files = sorted({file.resolve() for folder in folders for file in Path(folder).glob(f"{stem}.*-of-*.npz")})
     found = {tuple(map(int, re.findall("[0-9]+", file.name.removeprefix(stem)))): file for file in files}
     of = {n for _, n in found}
     missing = sorted({(i, n) for n in of for i in range(1, n + 1)} - set(found))

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unwrite.model.view import Folded, Model, Writes, expand
-from unwrite.run.stats import Tree, under
+from unwrite.run.stats import Tree, joined, under
 from unwrite.tokens import Tokens
 
 _BYTES = 2**30
@@ -74,7 +74,7 @@ class Positions:
     def state(self) -> dict[str, np.ndarray]:
         """What is kept between two batches, as arrays by name."""
         kept = {"sums": self._sums.state(Writes.tensors), "products": self._products.state(lambda part: {"": part})}
-        return {f"{name}/{path}": array for name, arrays in kept.items() for path, array in arrays.items()}
+        return joined(kept)
 
     def take(self, state: Mapping[str, np.ndarray]) -> None:
         """Add what was kept of other batches."""

@@ -209,6 +209,11 @@ class Tree(Generic[V]):
         return total
 
 
+def joined(states: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Several states as one, each array's name behind that of its state; `under` takes one out again."""
+    return {f"{name}/{path}": array for name, state in states.items() for path, array in state.items()}
+
+
 def under(state: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
     """The arrays of a state whose names begin with `name/`, without it."""
     return {path[len(name) + 1 :]: array for path, array in state.items() if path.startswith(f"{name}/")}
