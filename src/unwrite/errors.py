@@ -68,7 +68,8 @@ def plain(text: object) -> str:
 
     Names of files, models and tokens are written by strangers; a terminal obeys ESC and right-to-left overrides.
     """
-    return "".join(_visible(character) for character in str(text))
+    text = str(text)
+    return text if text.isprintable() else "".join(_visible(character) for character in text)
 
 
 def _visible(character: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -196,12 +197,13 @@ V = TypeVar("V")
 
 
 def parts(batch: Batch, measure: Callable[[Batch], V]) -> Iterator[tuple[slice, V]]:
-    """What `measure` finds in a batch, in as many parts as memory asks for: out of memory halves a part and repeats it.
+    """What `measure` finds in a batch, in as many parts as memory asks for.
 
-    `measure` must only compute. What is handed out was computed to the end, so whoever adds it up counts nothing twice.
-    Raises NumericError when even one prompt does not fit.
+    Out of memory, what nobody uses is given back and the part repeated, to the same bits; where that did not help, parts
+    are halved, which rounds otherwise. `measure` must only compute: what is handed out was computed to the end, so
+    whoever adds it up counts nothing twice. Raises NumericError when even one prompt does not fit.
     """
-    at, size = 0, len(batch.ids)
+    at, size, cleared = 0, len(batch.ids), False
     while at < len(batch.ids):
         rows = slice(at, min(at + size, len(batch.ids)))
         try:
@@ -209,15 +211,27 @@ def parts(batch: Batch, measure: Callable[[Batch], V]) -> Iterator[tuple[slice, 
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
-            if size == 1:
+            if cleared and size == 1:
                 raise NumericError(
                     f"prompt {batch.first + at} does not fit into memory",
                     got=f"{batch.ids.shape[1]} tokens", fix="use a smaller length, or a device with more memory",
                 ) from error  # fmt: skip
-            size = -(-size // 2)
+        else:
+            yield rows, found
+            at = rows.stop
             continue
-        yield rows, found
-        at = rows.stop
+        # Only here, since the error held all that was computed.
+        if cleared:
+            size = -(-size // 2)
+        else:
+            _give_back()
+            cleared = True
+
+
+def _give_back() -> None:
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def device_memory() -> int:
