@@ -49,8 +49,8 @@ def _checked(*, typechecker: Callable[..., Any]) -> Callable[[Any], Any]:
 
 def _names_axes(function: Callable[..., Any]) -> bool:
     """Whether an annotation is, or is an alias of, something like Float[Tensor, "prompt position"]."""
-    hints = " ".join(str(hint) for hint in function.__annotations__.values())
-    return '"' in hints or any("jaxtyping." in repr(function.__globals__.get(word)) for word in re.findall(r"\w+", hints))
+    hints, known = " ".join(map(str, function.__annotations__.values())), function.__globals__
+    return '"' in hints or any("jaxtyping." in repr(known.get(word)) for word in re.findall(r"\w+", hints))
 
 
 jaxtyping.jaxtyped = _checked  # what --jaxtyping-packages puts on everything that is imported from here on

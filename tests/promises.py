@@ -89,9 +89,9 @@ PROMISES: dict[str, Promise] = {
     ),
     "memory": Promise(
         "Running out of memory costs time, not results",
-        "`run/stream.py` gives back what nobody uses and repeats what did not fit, to the same bits. Where that does not "
-        "help it halves it: to the bit as if halves had been asked for, to rounding as the whole. Nothing that was half "
-        "done is counted; a prompt that alone is too large is named.",
+        "`run/stream.py` gives back what nobody uses and repeats what did not fit, to the same bits. Where that does "
+        "not help it is halved: to the bit as if halves had been asked for, to rounding as the whole. Nothing that was "
+        "half done is counted; a prompt that alone is too large is named.",
     ),
     "resumed": Promise(
         "A run that was killed goes on where it was, to the same bits",

@@ -175,7 +175,7 @@ def test_memory_that_stays_short_in_any_pass_leaves_nothing_behind(method: str) 
         began: list[int] = []
 
         def early(passes: Passes, part: int = part, began: list[int] = began) -> bool:
-            """The first use in the part in which memory was short, and in its repetition, before anything is computed."""
+            """The first use in the part in which memory was short, and when it is repeated: before it computes."""
             began.append(passes.part)
             return passes.part in (part, part + 1) and began.count(passes.part) == 1
 

@@ -199,9 +199,9 @@ V = TypeVar("V")
 def parts(batch: Batch, measure: Callable[[Batch], V]) -> Iterator[tuple[slice, V]]:
     """What `measure` finds in a batch, in as many parts as memory asks for.
 
-    Out of memory, what nobody uses is given back and the part repeated, to the same bits; where that did not help, parts
-    are halved, which rounds otherwise. `measure` must only compute: what is handed out was computed to the end, so
-    whoever adds it up counts nothing twice. Raises NumericError when even one prompt does not fit.
+    Out of memory, what nobody uses is given back and the part repeated, to the same bits; where that did not help,
+    parts are halved, which rounds otherwise. `measure` must only compute: what is handed out was computed to the end,
+    so whoever adds it up counts nothing twice. Raises NumericError when even one prompt does not fit.
     """
     at, size, cleared = 0, len(batch.ids), False
     while at < len(batch.ids):
