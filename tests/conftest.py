@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import functools
 import os
 import re
@@ -48,9 +49,10 @@ def _checked(*, typechecker: Callable[..., Any]) -> Callable[[Any], Any]:
 
 
 def _names_axes(function: Callable[..., Any]) -> bool:
-    """Whether an annotation is, or is an alias of, something like Float[Tensor, "prompt position"]."""
-    hints, known = " ".join(map(str, function.__annotations__.values())), function.__globals__
-    return '"' in hints or any("jaxtyping." in repr(known.get(word)) for word in re.findall(r"\w+", hints))
+    """Whether an annotation is, or may be, an alias of something like Float[Tensor, "prompt position"]."""
+    hints, known = " ".join(map(str, function.__annotations__.values())), vars(builtins) | function.__globals__
+    aliases = [known.get(word, "jaxtyping.") for word in re.findall(r"(?<![\w.])[A-Za-z_]\w*", hints)]
+    return '"' in hints or any("jaxtyping." in repr(alias) for alias in aliases)
 
 
 jaxtyping.jaxtyped = _checked  # what --jaxtyping-packages puts on everything that is imported from here on
