@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -278,8 +279,15 @@ def test_the_signal_usr1_says_how_far_a_run_is(folder, monkeypatch, capsys, tmp_
     assert "prompts" in asked[1]
 
 
-def test_how_long_a_run_took_is_an_attribute_over_all_its_starts(lm, tmp_path) -> None:
-    assert "seconds" not in uw.scan(lm, IDS).data.attrs
-    first = uw.scan(lm, IDS, checkpoint=tmp_path)
+def test_times_and_hosts_are_attributes_over_all_starts(lm, whole, tmp_path, monkeypatch) -> None:
+    assert not {"seconds", "starts", "hosts"} & set(whole.data.attrs)
+    first = uw.scan(lm, IDS, checkpoint=tmp_path / "first")
     assert first.data.attrs["starts"] == 1
     assert 0 < first.data.attrs["seconds"] < 600
+    monkeypatch.setattr(platform, "node", lambda: "elsewhere")
+    shard(lm, tmp_path, 1, 2)
+    monkeypatch.setattr(platform, "node", lambda: "here")
+    shard(lm, tmp_path, 2, 2)
+    both = uw.scan(lm, tokens(), batch=2, checkpoint=uw.Job(tmp_path / "out", of=[tmp_path]))
+    assert [host.split()[0] for host in both.data.attrs["hosts"].split("; ")] == ["elsewhere", "here"]
+    same(both, whole)

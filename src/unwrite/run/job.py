@@ -8,17 +8,19 @@ scheduler, each with a folder of its own, or the ranks of torchrun, which tell e
 from __future__ import annotations
 
 import json
+import platform
 import re
 import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from filelock import FileLock
 
 from unwrite import result as results
@@ -33,8 +35,8 @@ SECONDS = 30.0
 _KEY, _UNFINISHED = "key", "unfinished"
 # The array of a stage that says which batch comes next.
 _NEXT = "next"
-# How often the run was started until then, and for how many seconds it ran.
-_SPENT = "spent"
+# How often the run was started until then, for how many seconds it ran, and where.
+_SPENT, _HOSTS = "spent", "hosts"
 _LOCK = "unwrite.lock"
 
 
@@ -60,6 +62,34 @@ class Peers(Protocol):
     def gather(self, state: Arrays) -> Iterator[Arrays]:
         """What all others kept, at the first of them; nothing elsewhere."""
         ...
+
+
+@dataclass(frozen=True)
+class Spent:
+    """How often a run was started, for how many seconds it ran, and where: bits may depend on the kind of machine."""
+
+    starts: int = 0
+    seconds: float = 0.0
+    hosts: frozenset[str] = frozenset()
+
+    def and_now(self, seconds: float) -> Spent:
+        """With this start, which began so many seconds ago."""
+        here = f"{platform.node()} ({platform.machine()}, {torch.get_num_threads()} threads)"
+        return Spent(self.starts + 1, self.seconds + seconds, self.hosts | {here})
+
+    def beside(self, other: Spent) -> Spent:
+        """What two parts of a run that went side by side spent."""
+        return Spent(max(self.starts, other.starts), max(self.seconds, other.seconds), self.hosts | other.hosts)
+
+    def state(self) -> Arrays:
+        """As arrays by name, which `taken` reads."""
+        return {_SPENT: np.array([self.starts, self.seconds]), _HOSTS: np.array(sorted(self.hosts))}
+
+    @classmethod
+    def taken(cls, state: Arrays) -> Spent:
+        """Out of arrays by name, from which it is removed."""
+        starts, seconds = state.pop(_SPENT)
+        return cls(int(starts), float(seconds), frozenset(map(str, state.pop(_HOSTS))))
 
 
 class _PartDone(Exception):
@@ -94,9 +124,8 @@ class Job:
     _open: bool = field(init=False, default=False)
     _came: list[int] = field(init=False, default_factory=list)
     _began: float = field(init=False, default_factory=time.monotonic)
-    # Of earlier starts of the same run.
-    _starts: int = field(init=False, default=0)
-    _seconds: float = field(init=False, default=0.0)
+    # In earlier starts of the same run, and elsewhere.
+    _before: Spent = field(init=False, default=Spent())
 
     def __post_init__(self) -> None:
         part, of = self.shard
@@ -111,7 +140,7 @@ class Job:
             # What a process that was killed had not written to its end; nobody else works on these.
             for rest in place.glob(f"{self._named(place, '.*.npz').name}.*"):
                 rest.unlink()
-        self._open, self._began, self._starts, self._seconds = True, time.monotonic(), 0, 0.0
+        self._open, self._began, self._before = True, time.monotonic(), Spent()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
@@ -181,19 +210,20 @@ class Job:
 
         Of a run that is not finished, a part is signed as what there is of the whole.
         """
-        starts, seconds = self.spent
+        spent = self.spent
         key = self._asked.get(found.method, self.key) if finished else self.key
-        marks = {_KEY: key, "starts": starts, "seconds": seconds} | ({} if finished else {_UNFINISHED: 1})
+        marks = {_KEY: key, **asdict(spent), _HOSTS: "; ".join(sorted(spent.hosts))}
+        marks |= {} if finished else {_UNFINISHED: 1}
         return found if self.folder is None else Result(found.data.assign_attrs(marks))
 
     @property
-    def spent(self) -> tuple[int, float]:
-        """How often the run was started, and for how many seconds it ran."""
-        return self._starts + 1, self._seconds + time.monotonic() - self._began
+    def spent(self) -> Spent:
+        """What the run took until now."""
+        return self._before.and_now(time.monotonic() - self._began)
 
-    def goes_on(self, starts: int, seconds: float) -> None:
-        """A stage was begun by an earlier start of the run."""
-        self._starts, self._seconds = max(self._starts, starts), max(self._seconds, seconds)
+    def goes_on(self, spent: Spent) -> None:
+        """A part of the run was done by an earlier start of it, or elsewhere."""
+        self._before = self._before.beside(spent)
 
     def stage(self, name: str, total: int, more: object = None) -> Stage:
         """What is kept of one pass over `total` batches; `more` says what it depends on beside the job's key.
@@ -230,7 +260,8 @@ class Job:
     def gather(self, tally: Tally) -> None:
         """Add up what all peers kept, at the first of them."""
         if self.peers is not None:
-            for state in self.peers.gather(tally.state()):
+            for state in self.peers.gather({**self.spent.state(), **tally.state()}):
+                self._before = replace(self._before, hosts=self._before.hosts | Spent.taken(state).hosts)
                 tally.take(state)
 
     def together(self) -> None:
@@ -310,14 +341,13 @@ class Stage:
 
     def _take(self, tally: Tally, state: Arrays) -> None:
         self._next = int(state.pop(_NEXT))
-        starts, seconds = state.pop(_SPENT)
-        self.job.goes_on(int(starts), float(seconds))
+        self.job.goes_on(Spent.taken(state))
         tally.take(state)
 
     def tick(self, tally: Tally, now: bool = False) -> None:
         """Write what the tally holds, where it is time to, or `now`."""
         if self.path is not None and (now or self.due):
-            own = {_NEXT: np.array(self._next), _SPENT: np.array(self.job.spent)}
+            own = {_NEXT: np.array(self._next), **self.job.spent.state()}
             checkpoint.save(self.path, self.key, {**own, **tally.state()})
             self._saved = time.monotonic()
 
