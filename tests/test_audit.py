@@ -444,6 +444,7 @@ def test_an_error_in_the_middle_leaves_no_result_and_what_was_done(stage, asked,
     def fails(*_: Any, **__: Any) -> None:
         raise NumericError("planted failure")
 
+    monkeypatch.setattr(page, "page", lambda *_: "pages are drawn elsewhere")
     with monkeypatch.context() as patch:
         patch.setattr(AUDIT, stage, fails)
         with pytest.raises(NumericError, match="planted failure"):
