@@ -61,6 +61,15 @@ METHODS: dict[str, Method] = {
     "audit": lambda lm, **kept: uw.audit(lm, IDS, IDS[:2], most=1, **kept),
     "reproduce": lambda lm, **kept: uw.reproduce(weights=lm, tokens=IDS, **kept),
 }
+# The same methods with other settings, which lead other ways through a model.
+VARIANTS: dict[str, Method] = {
+    "dla mean": lambda lm, **kept: uw.dla(lm, IDS[:3], 5, 9, replace="mean", **kept),
+    "dla position": lambda lm, **kept: uw.dla(lm, IDS[:3], replace="resample", at="position", **kept),
+    "effects states": lambda lm, **kept: uw.effects(lm, PAIRS, ["embed", "L1.attn_out", "L1H0.k"], **kept),
+    "effects kl": lambda lm, **kept: uw.effects(lm, PAIRS, HEADS, "all", metric="kl", source="mean", **kept),
+    "effects atp prob": lambda lm, **kept: uw.effects(lm, PAIRS, method="atp", metric="prob", **kept),
+    "effects net": lambda lm, **kept: uw.effects(lm, PAIRS, method="net", **kept),
+}
 # Made of the others.
 COMBINED = ("audit", "reproduce", "compare")
 # What each asks of a model's shape beside two layers of two heads: `reproduce` names heads of the paper's model.

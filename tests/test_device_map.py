@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 import unwrite as uw
-from methods import few_draws
+from methods import IDS, METHODS, SHAPES, VARIANTS, few_draws
 from unwrite import cli
 from unwrite.combined.doctor import foresee
 from unwrite.errors import ModelError
@@ -34,8 +34,6 @@ pytest.importorskip("accelerate", reason="device_map needs accelerate")
 from accelerate import dispatch_model
 from accelerate.utils import OffloadedWeightsLoader
 
-IDS = torch.randint(3, 50, (6, 6), generator=torch.Generator().manual_seed(0))
-PAIRS = uw.pairs(IDS[:2], IDS[2:4], 5, 9)
 TIED = {"gpt2", "gemma2"}
 
 
@@ -59,26 +57,10 @@ def _named(name: str, part: torch.Tensor) -> tuple[tuple[str, ...], Any]:
     return tuple(f"{name} {axis}" for axis in range(part.dim())), part.detach().cpu().numpy()
 
 
-METHODS: dict[str, Callable[[Model], uw.Result]] = {
-    "scan": lambda lm: uw.scan(lm, IDS),
-    "verify": lambda lm: uw.verify(lm, IDS, "L0H0", ["L1H0", "L2H1"]),
-    "dla": lambda lm: uw.dla(lm, IDS[:2], 5, 9, replace="mean"),
-    "dla resample": lambda lm: uw.dla(lm, IDS[:3], replace="resample", at="position"),
-    "corpus_dla": lambda lm: uw.corpus_dla(lm, IDS, "L0H0", ["L1H0"]),
-    "adversarial": lambda lm: uw.adversarial(lm, IDS, "L0H0"),
-    "paths": lambda lm: uw.paths(lm, PAIRS, "heads", ["L1H0.v", "MLP1", "logits"]),
-    "paths frozen": lambda lm: uw.paths(lm, PAIRS, "mlp_out", ["L1H0.q", "MLP2", "logits"], "frozen"),
-    "bound": lambda lm: uw.bound(lm, PAIRS, uw.effects(lm, PAIRS, method="atp"), subsets=12, p=0.5),
-    "exact": lambda lm: uw.effects(lm, PAIRS, ["embed", "L0H0", "MLP1", "L1.attn_out", "L2H0.k", "resid_post1"]),
-    "exact kl": lambda lm: uw.effects(lm, PAIRS, ["L0H0", "MLP1"], "all", metric="kl", source="mean"),
-    "atp": lambda lm: uw.effects(lm, PAIRS, "heads", method="atp", metric="prob"),
-    "atp*": lambda lm: uw.effects(lm, PAIRS, ["L0H0", "L1H1.k", "L1H0.q", "MLP1"], method="atp*"),
-    "relp": lambda lm: uw.effects(lm, PAIRS, "mlp_out", method="relp"),
-    "ig": lambda lm: uw.effects(lm, PAIRS, "heads", method="ig", steps=2),
-    "net": lambda lm: uw.effects(lm, PAIRS, "heads", method="net"),
-    "audit": lambda lm: uw.audit(lm, IDS, IDS[:2], most=1),
-    "trace": _edited,
-}
+# All that can be asked of one shape; `compare` adds nothing to what it is made of.
+ASKED: dict[str, Callable[[Model], uw.Result]] = {
+    name: ask for name, ask in (METHODS | VARIANTS).items() if name not in SHAPES and name != "compare"
+} | {"trace": _edited}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -157,10 +139,10 @@ def left_over(hf: nn.Module) -> Any:
 
 # Every method in the plainest family and in the one with the most norms (an audit, which is made of the others, in the
 # latter alone); elsewhere one method of each way to read a weight.
-SOME = ("scan", "dla", "paths", "exact", "relp", "trace")
+SOME = ("scan", "dla mean", "paths recompute", "effects", "effects relp", "trace")
 OTHERS = [("gpt2", "blocks"), ("gpt_neox", "blocks"), ("olmo2", "blocks"), ("gpt2", "ends"), ("olmo2", "all")]
-MATRIX = [(method, "gemma2", "blocks") for method in METHODS]
-MATRIX += [(method, "llama", "blocks") for method in METHODS if method not in ("audit", "dla resample")]
+MATRIX = [(method, "gemma2", "blocks") for method in ASKED]
+MATRIX += [(method, "llama", "blocks") for method in ASKED if method not in ("audit", "dla position")]
 MATRIX += [(method, family, layout) for family, layout in OTHERS for method in SOME]
 
 
@@ -168,7 +150,7 @@ MATRIX += [(method, family, layout) for family, layout in OTHERS for method in S
 def test_every_number_is_that_of_the_model_loaded_whole(method: str, family: str, layout: str, both: Any) -> None:
     whole, lm = both(family, layout)
     before = left_over(lm.hf)
-    equal(METHODS[method](lm), METHODS[method](whole))
+    equal(ASKED[method](lm), ASKED[method](whole))
     assert left_over(lm.hf) == before
     assert weights.offloaded(lm.hf)
 
@@ -180,8 +162,8 @@ def test_a_part_of_a_block_may_be_elsewhere(folders: Any) -> None:
     places |= {f"model.layers.0.{name}": "cpu" for name, _ in whole.hf.model.layers[0].named_children()}
     lm = uw.load(folders("mixtral"), device_map=places | {"model.layers.0.self_attn": "disk"})
     assert {one.name for one in weights.stored(lm.hf) if one.moves} >= {"model.layers.0.self_attn.o_proj.weight"}
-    for method in ("scan", "dla", "exact", "relp", "trace"):
-        equal(METHODS[method](lm), METHODS[method](whole))
+    for method in ("scan", "dla mean", "effects", "effects relp", "trace"):
+        equal(ASKED[method](lm), ASKED[method](whole))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "gemma2"])
@@ -191,10 +173,11 @@ def test_every_number_is_the_same_where_layers_compute_on_other_devices(
     """Nothing is ever made of tensors on two devices, and nothing that is handed out is anywhere but here."""
     from elsewhere import Devices, spread
 
-    asked = [*SOME, *(("verify", "corpus_dla", "adversarial", "atp*", "ig", "exact kl") if family == "gemma2" else ())]
+    more = ("verify", "corpus_dla", "adversarial", "effects atp*", "effects ig", "effects kl")
+    asked = [*SOME, *(more if family == "gemma2" else ())]
     shape = {"num_hidden_layers": 3, "num_attention_heads": 2, "tie_word_embeddings": False}
     whole, hf = uw.load(tiny.model(family, 3, torch.float32, **shape)), tiny.model(family, 3, torch.float32, **shape)
-    want = {name: METHODS[name](whole) for name in asked}
+    want = {name: ASKED[name](whole) for name in asked}
     follow, devices = rules._follow, Devices()
     # What a Function of autograd makes is not seen by a mode.
     monkeypatch.setattr(rules, "_follow", lambda value, *other: devices.put(follow(value, *other), devices.of(value)))
@@ -207,7 +190,7 @@ def test_every_number_is_the_same_where_layers_compute_on_other_devices(
         for name in asked:
             # Autograd adds up what several readers hand back as it arrives: one on another device is one step further.
             slopes = tuple(part for part in want[name].data if str(part).startswith("slope "))
-            equal(METHODS[name](lm), want[name], slopes)
+            equal(ASKED[name](lm), want[name], slopes)
 
 
 def _is_last(name: str) -> bool:
@@ -289,8 +272,8 @@ def test_a_model_in_memory_that_was_spread_by_hand_is_read_as_well(folders: Any,
     dispatch_model(hf, spread(hf, "blocks"), offload_dir=tmp_path)
     lm = uw.load(hf)
     assert weights.offloaded(hf)
-    for method in ("scan", "dla", "exact"):
-        equal(METHODS[method](lm), METHODS[method](whole))
+    for method in ("scan", "dla mean", "effects"):
+        equal(ASKED[method](lm), ASKED[method](whole))
     assert weights_hash(lm) == weights_hash(whole)
 
 

@@ -18,13 +18,11 @@ from torch.overrides import TorchFunctionMode
 
 import tiny
 import unwrite as uw
-from methods import few_draws
+from methods import COMBINED, IDS, METHODS, VARIANTS, few_draws
 from unwrite.model.capture import run
 from unwrite.model.load import provenance
 from unwrite.model.view import Model, fold, write_of
 
-IDS = torch.randint(3, 50, (6, 6), generator=torch.Generator().manual_seed(0))
-PAIRS = uw.pairs(IDS[:2], IDS[2:4], 5, 9)
 HERE = Path(uw.__file__).parent
 HALVES = (torch.bfloat16, torch.float16)
 SUMS = {
@@ -34,24 +32,7 @@ SUMS = {
 # Attention that is opened is still the model's own, and so is what a backward pass goes through.
 THE_MODELS_OWN = {"attention.py": {"attend", "_pattern", "_scores"}, "rules.py": {"_held"}}
 
-METHODS: dict[str, Any] = {
-    "scan": lambda lm: uw.scan(lm, IDS),
-    "verify": lambda lm: uw.verify(lm, IDS, "L0H0", ["L1H0"]),
-    "dla": lambda lm: uw.dla(lm, IDS[:3], 5, 9, replace="mean"),
-    "dla resample": lambda lm: uw.dla(lm, IDS[:3], replace="resample", at="position"),
-    "corpus_dla": lambda lm: uw.corpus_dla(lm, IDS, "L0H0", ["L1H0"]),
-    "adversarial": lambda lm: uw.adversarial(lm, IDS, "L0H0"),
-    "paths": lambda lm: uw.paths(lm, PAIRS, "heads", ["L1H0.v", "MLP1", "logits"]),
-    "paths frozen": lambda lm: uw.paths(lm, PAIRS, "heads", ["L1H0.v", "MLP1", "logits"], "frozen"),
-    "bound": lambda lm: uw.bound(lm, PAIRS, uw.effects(lm, PAIRS, method="atp"), subsets=12, p=0.5),
-    "exact": lambda lm: uw.effects(lm, PAIRS, ["embed", "L0H0", "MLP1", "resid_mid1"], metric="log_prob"),
-    "exact mean": lambda lm: uw.effects(lm, PAIRS, ["L0H0", "MLP1"], "all", metric="kl", source="mean"),
-    "atp": lambda lm: uw.effects(lm, PAIRS, "heads", method="atp"),
-    "atp*": lambda lm: uw.effects(lm, PAIRS, ["L0H0", "L1H1.k", "L1H0.q"], method="atp*"),
-    "relp": lambda lm: uw.effects(lm, PAIRS, "mlp_out", method="relp"),
-    "ig": lambda lm: uw.effects(lm, PAIRS, "heads", method="ig", steps=2),
-    "net": lambda lm: uw.effects(lm, PAIRS, "heads", method="net"),
-}
+SINGLE = {name: ask for name, ask in (METHODS | VARIANTS).items() if name not in COMBINED}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -91,12 +72,12 @@ def model(family: str, dtype: torch.dtype) -> Model:
     return uw.load(tiny.model(family, 5, dtype, num_hidden_layers=2, num_attention_heads=2))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SINGLE)
 @pytest.mark.parametrize(("family", "dtype"), [("gemma2", HALVES[0]), ("gpt2", HALVES[1])])
 def test_no_statistic_is_summed_in_half_precision(method: str, family: str, dtype: torch.dtype) -> None:
     lm = model(family, dtype)
     with Sums() as sums:
-        result = METHODS[method](lm)
+        result = SINGLE[method](lm)
     assert not sums.found
     halves = [
         str(name) for name, part in result.data.variables.items() if part.dtype.kind == "f" and part.dtype.itemsize < 4
@@ -107,7 +88,7 @@ def test_no_statistic_is_summed_in_half_precision(method: str, family: str, dtyp
 def test_a_sum_of_half_precision_numbers_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Model, "compute_dtype", property(lambda lm: lm.dtype))
     with Sums() as sums:
-        METHODS["atp"](model("llama", torch.bfloat16))
+        SINGLE["effects atp"](model("llama", torch.bfloat16))
     assert any("estimates.py" in place for place in sums.found)
 
 

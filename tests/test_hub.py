@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from hypothesis import given
 
 import unwrite as uw
 from test_cli import run
+from test_resume import kills
 from test_tokens import BOS, IDS, build
 from unwrite import reading
 from unwrite.errors import ResultError, TokensError
@@ -392,30 +392,19 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(opened, after, tokenizer, 
 
 @pytest.mark.promise("resumed")
 def test_killed_anywhere_it_goes_on_to_the_same_bits(tokenizer, tmp_path) -> None:
-    script = f"""
-import os, random, signal, sys, time
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+    setup = f"""
 import unwrite as uw
-from unwrite.run.job import Job
-from test_hub import DOCUMENTS, LENGTH, build, parquet
 from pathlib import Path
+from test_hub import DOCUMENTS, LENGTH, build, parquet
 place = Path({str(tmp_path)!r})
 tokenizer, data = build(), parquet(place)
-for kills in range(50):
-    if not (child := os.fork()):
-        with Job(place / "run", every=0.0) as job:
-            found = uw.text(data, tokenizer, n=1000, length=LENGTH, checkpoint=job).hash
-        (place / "hash").write_text(found)
-        os._exit(0)
-    time.sleep(random.Random(kills).uniform(0.0, 0.04) + 0.02 * kills)
-    os.kill(child, signal.SIGKILL)
-    if os.waitpid(child, 0)[1] == 0:
-        break
-print(kills)
 """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 2
+    work = """
+with uw.Job(place / "run", every=0.0) as job:
+    found = uw.text(data, tokenizer, n=1000, length=LENGTH, checkpoint=job).hash
+(place / "hash").write_text(found)
+"""
+    assert kills(setup, work, 0.02) >= 2
     assert (tmp_path / "hash").read_text() == uw.text(parquet(tmp_path), tokenizer, n=1000, length=LENGTH).hash
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import numpy as np
@@ -21,26 +22,31 @@ from unwrite.run.job import Stage
 
 IDS = torch.randint(3, 50, (40, 9), generator=torch.Generator().manual_seed(0))
 FIRST = "00-scan.npz"
-# One prompt a batch, and a file after each: so a kill falls into every part of the work. Children are forked, since
-# loading torch anew takes longer than the scan.
-SCRIPT = """
+# Children are forked, since loading torch anew takes longer than what they do.
+KILLED = """
 import os, random, signal, sys, time
 sys.path.insert(0, {tests!r})
-import tiny, torch, unwrite as uw
-from unwrite.model.load import view
-torch.set_num_threads(1)
-lm, ids = view(tiny.model("gpt2", 0)), torch.randint(3, 50, (40, 9), generator=torch.Generator().manual_seed(0))
+{setup}
 for kills in range(50):
     if not (child := os.fork()):
-        uw.scan(lm, ids, batch=1, checkpoint=uw.Job({place!r}, every=0.0)).save({out!r})
+{work}
         os._exit(0)
     # At first soon, so that several starts are needed; then it may come to its end.
-    time.sleep(random.Random(kills).uniform(0.0, 0.1) + 0.1 * kills)
+    time.sleep(random.Random(kills).uniform(0.0, {soon}) + {soon} * kills)
     os.kill(child, signal.SIGKILL)
     if os.waitpid(child, 0)[1] == 0:
         break
 print(kills)
 """
+
+
+def kills(setup: str, work: str, soon: float) -> int:
+    """How often a process had to be killed that does `work` after `setup`, each time some `soon` seconds later."""
+    tests = str(Path(__file__).parent)
+    script = KILLED.format(tests=tests, setup=setup, work=indent(work, 8 * " "), soon=soon)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +87,15 @@ def stopped(lm: Any, place: Path, after: int, monkeypatch: pytest.MonkeyPatch, *
 @pytest.mark.promise("resumed")
 def test_killed_anywhere_and_started_again_it_ends_in_the_same_bits(lm, tmp_path) -> None:
     place, out = tmp_path / "run", tmp_path / "result.nc"
-    script = SCRIPT.format(tests=str(Path(__file__).parent), place=str(place), out=str(out))
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
-    kills = int(done.stdout)
-    assert kills >= 2
+    setup = """
+import torch, unwrite as uw
+from test_resume import IDS, tiny, view
+torch.set_num_threads(1)
+lm = view(tiny.model("gpt2", 0))
+"""
+    # One prompt a batch, and a file after each: so a kill falls into every part of the work.
+    work = f"uw.scan(lm, IDS, batch=1, checkpoint=uw.Job({str(place)!r}, every=0.0)).save({str(out)!r})"
+    assert kills(setup, work, 0.1) >= 2
     assert same(uw.read(out), uw.scan(lm, IDS, batch=1))
     assert list(place.iterdir()) == []
 
