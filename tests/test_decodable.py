@@ -26,7 +26,7 @@ def tokens_of(lm: Model, lengths: list[int], cluster: list[int]) -> Tokens:
 def stacked(lm: Model, tokens: Tokens, writer: str, skip: int) -> list[float]:
     """Held-out R² by location: all rows in memory, the write in full, ridge as rows appended to the regression."""
     run = rerun.clean(lm, torch.from_numpy(tokens.ids), fold(lm))
-    write = run.nodes(run.record)[lm.nodes.index(writer)].double().numpy()
+    write = torch.cat([*run.written(run.record)])[lm.nodes.index(writer)].double().numpy()
     documents = list(dict.fromkeys(tokens.cluster.tolist()))
     parity = [documents.index(document) % 2 for document in tokens.cluster.tolist()]
     groups: list[list[tuple[list[int], int]]] = [[], []]

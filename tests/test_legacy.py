@@ -154,7 +154,7 @@ def test_transformer_lens_sees_the_same_writes_states_and_logits(sibling: str, o
     """The nodes of the convention "paper" are those of TransformerLens' default processing."""
     lm, seen = uw.load(oracle / sibling), np.load(oracle / sibling / "oracle.npz")
     run = rerun.clean(lm, IDS, fold(lm))
-    nodes = dict(zip(lm.nodes, run.nodes(run.record).numpy(), strict=True))
+    nodes = dict(zip(lm.nodes, torch.cat([*run.written(run.record)]).numpy(), strict=True))
     attn_only = lm.config.n_inner == 1
     close(nodes["embed"], seen["hook_embed"])
     close(nodes["pos_embed"], seen["hook_pos_embed"])

@@ -112,7 +112,7 @@ def test_writes_and_states_are_those_of_the_decomposition(kind: str) -> None:
         t, _ = ran(lm, *lm.nodes, *lm.locations)
         run = rerun.clean(lm, ids_of(lm), fold(lm))
         writes = torch.stack([t[node] for node in lm.nodes])
-        close(writes, run.nodes(run.record), lm)
+        close(writes, torch.cat([*run.written(run.record)]), lm)
         for state, held in zip(lm.states, lm.holds(), strict=True):
             close(t[state], run.record.stream[state], lm)
             close(writes[held].sum(0), t[state], lm)
@@ -236,7 +236,7 @@ def test_the_same_in_lower_precision(kind: str, dtype: torch.dtype) -> None:
 def test_a_removed_node_is_a_run_without_it(kind: str) -> None:
     lm = model(kind)
     run = rerun.clean(lm, ids_of(lm), fold(lm))
-    writes = run.nodes(run.record)
+    writes = torch.cat([*run.written(run.record)])
     last = lm.states[-1]
     chosen = [node for node in lm.parts if node.layer < 1 and node.head < 1 and node.kind != "mlp"] + [lm.parts[-1]]
     for node in chosen:

@@ -145,7 +145,7 @@ def test_a_removed_head_is_a_head_silenced_by_a_plain_hook(family) -> None:
     lm, ids = view(hf, convention="raw"), ids_of(view(hf))
     run = rerun.clean(lm, ids, fold(lm))
     node = next(node for node in lm.parts if node.kind == "head" and node.layer == 1)
-    write = run.nodes(run.record)[lm.parts.index(node)]
+    write = torch.cat([*run.written(run.record)])[lm.parts.index(node)]
     ours = rerun.added(run, node, -write).stream[lm.states[-1]]
     truth = removed_by_hand(lm, 1, node.head, ids)
     tolerance = 1e-6 if lm.row.float32_inside else 1e-10
@@ -159,7 +159,7 @@ def test_algebra_through_values_equals_the_executed_intervention(family) -> None
     lm = model(family, 1)
     run = rerun.clean(lm, ids_of(lm), fold(lm), with_patterns=True)
     node = next(node for node in lm.parts if node.kind == "head" and node.layer == 0)
-    write = run.nodes(run.record)[lm.parts.index(node)]
+    write = torch.cat([*run.written(run.record)])[lm.parts.index(node)]
     block = lm.layers[1]
     after = rerun.hidden(run, write, [1])
     state = next(s for s in lm.states if s.layer == 1)
@@ -176,7 +176,7 @@ def test_algebra_through_values_equals_the_executed_intervention(family) -> None
 def test_hiding_changes_neither_queries_nor_keys_of_the_hidden_layer() -> None:
     lm = model("llama", 2)
     run = rerun.clean(lm, ids_of(lm), fold(lm), with_patterns=True)
-    write = run.nodes(run.record)[1]
+    write = torch.cat([*run.written(run.record)])[1]
     z = rerun.hidden(run, write, [1]).z
     assert torch.equal(z[0], run.record.z[0])
 
@@ -184,7 +184,7 @@ def test_hiding_changes_neither_queries_nor_keys_of_the_hidden_layer() -> None:
 def brute_survival(lm: Model, ids: Tensor, node: Any, skip: int) -> np.ndarray:
     """Σ⟨x_k − x_k^{−w}, o_w⟩ / Σ‖o_w‖² from two whole runs, position by position."""
     run = rerun.clean(lm, ids, fold(lm))
-    write = run.nodes(run.record)[lm.parts.index(node)].clone()
+    write = torch.cat([*run.written(run.record)])[lm.parts.index(node)].clone()
     write[:, :skip] = 0
     gone = rerun.added(run, node, -write)
     top, bottom = np.zeros(len(lm.states)), 0.0
@@ -234,14 +234,8 @@ def test_a_rotated_write_decays_like_anything(monkeypatch) -> None:
     basis = torch.linalg.qr(torch.cat([torch.ones(48, 1), torch.eye(48)[:, 1:]], 1).double()).Q[:, 1:]
     drawn = torch.linalg.qr(torch.randn(47, 47, generator=generator, dtype=torch.float64)).Q
     own = basis @ drawn @ basis.t()
-    original = rerun.Clean.nodes
-
-    def turned(self: rerun.Clean, record: Any) -> Tensor:
-        nodes = original(self, record)
-        nodes[2] = nodes[2] @ own
-        return nodes
-
-    monkeypatch.setattr(rerun.Clean, "nodes", turned)
+    original = rerun.Clean.write
+    monkeypatch.setattr(rerun.Clean, "write", lambda self, node: original(self, node) @ own)
     result = uw.verify(lm, tokens, lm.nodes[2])
     assert result.data.attrs["verdict"] == "decays like anything"
     assert result.data.attrs["readers"] == ""
@@ -339,7 +333,7 @@ def test_each_reader_alone_is_that_of_a_slow_twin(family, seed) -> None:
     ids, writer = ids_of(lm), next(node for node in lm.parts if node.kind == "head")
     result = uw.verify(lm, ids, str(writer)).data
     run = rerun.clean(lm, ids, fold(lm), with_patterns=True)
-    nodes = run.nodes(run.record)
+    nodes = torch.cat([*run.written(run.record)])
     write = nodes[lm.parts.index(writer)].clone()
     write[:, 0] = 0
     energy = {str(node): float(nodes[i, :, 1:].pow(2).sum()) for i, node in enumerate(lm.parts)}

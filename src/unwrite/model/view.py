@@ -7,9 +7,10 @@ where it must, and never changes a weight of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -379,15 +380,20 @@ def write_of(lm: Model, folded: Sequence[Folded], writes: Writes, node: Node) ->
 
 
 def expand(
-    lm: Model, folded: tuple[Folded, ...], writes: Writes, count: Float[Tensor, " row"] | float = 1.0
+    lm: Model,
+    folded: tuple[Folded, ...],
+    writes: Writes,
+    count: Float[Tensor, " row"] | float = 1.0,
+    among: slice = slice(None),
 ) -> Float[Tensor, "node row d_model"]:
     """The nodes' writes in full, in write order, from factors with one row axis.
 
-    `count`: how many rows each row sums up; a bias without post-norm is written once per row.
+    `count`: how many rows each row sums up; a bias without post-norm is written once per row. `among`: which nodes, one
+    of `blocks`.
     """
-    row = writes.z[0]
-    out = row.new_empty(len(lm.parts), row.shape[0], lm.d_model)
-    for at, node in enumerate(lm.parts):
+    row, parts = writes.z[0], lm.parts[among]
+    out = row.new_empty(len(parts), row.shape[0], lm.d_model)
+    for at, node in enumerate(parts):
         if node.kind == "head" and node.head == 0:
             torch.bmm(writes.z[node.layer].transpose(0, 1), folded[node.layer].w_o, out=out[at : at + lm.n_heads])
         elif node.kind == "bias":
@@ -397,3 +403,12 @@ def expand(
         elif node.kind != "head":
             out[at] = writes.vectors[node]
     return out
+
+
+def blocks(lm: Model) -> Iterator[slice]:
+    """Which nodes are of the input, and of each block: so few can be had in full where all would be too many."""
+    start = 0
+    for _, nodes in groupby(lm.parts, lambda node: node.layer):
+        end = start + len(list(nodes))
+        yield slice(start, end)
+        start = end

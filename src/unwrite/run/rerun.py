@@ -5,7 +5,7 @@ Only the layers from the edited one on are run again, with the arguments that th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from unwrite.model.attention import Patterns, patterns
 from unwrite.model.capture import Recording, recording
 from unwrite.model.values import through_values, value_scale
-from unwrite.model.view import Folded, Layer, Model, centre, expand
+from unwrite.model.view import Folded, Layer, Model, blocks, centre, expand, write_of
 from unwrite.nodes import Node
 
 
@@ -31,11 +31,18 @@ class Clean:
     calls: Mapping[int, tuple[tuple[Any, ...], dict[str, Any]]]
     patterns: Patterns
 
-    def nodes(self, record: Recording) -> Float[Tensor, "node prompt position d_model"]:
-        """What every node wrote in this run or in one continued from it."""
+    def written(self, record: Recording) -> Iterator[Float[Tensor, "node prompt position d_model"]]:
+        """What every node wrote in this run or in one continued from it: in write order, a block at a time."""
         rows = next(iter(record.z.values())).shape[:2]
         writes = record.writes.map(lambda part: part.expand(rows[0], *part.shape[1:]).flatten(0, 1))
-        return expand(self.lm, tuple(self.folded), writes).unflatten(1, rows)
+        for among in blocks(self.lm):
+            yield expand(self.lm, tuple(self.folded), writes, among=among).unflatten(1, rows)
+
+    def write(self, node: Node) -> Float[Tensor, "prompt position d_model"]:
+        """What one node wrote in this run."""
+        rows = self.record.z[0].shape[:-2]
+        own = write_of(self.lm, self.folded, self.record.writes, node)
+        return own.expand(*rows, -1)
 
     def input(self, layer: int) -> Float[Tensor, "prompt position d_model"]:
         """The stream as this layer's block was given it, wherever the layer before it computes."""

@@ -57,7 +57,7 @@ class WithoutTally:
 
     def __init__(self, lm: Model, tokens: Tokens, writer: Node, skip: int, floor: float):
         self.lm, self.tokens, self.writer, self.skip, self.floor = lm, tokens, writer, skip, floor
-        self.folded, self.index = fold(lm), lm.parts.index(writer)
+        self.folded = fold(lm)
         rows, n = int(np.maximum(tokens.lengths - skip, 0).sum()), len(lm.parts)
         channels = {**dict.fromkeys(CONDITIONS, n + len(lm.states)), "values": n, "opposed": 1}
         self.ratios = {name: Histogram(width, RATIO, rows, lm.device) for name, width in channels.items()}
@@ -149,42 +149,42 @@ class WithoutTally:
         return replace(part, totals={**part.totals, **beside.totals}, ratios={**part.ratios, **beside.ratios})
 
     def _followed(self, batch: Batch, run: Clean) -> Part:
-        nodes, kept = run.nodes(run.record), self._kept(batch)
+        kept = self._kept(batch)
+        write = run.write(self.writer) * kept[..., None]
+        finite, onto, energy = self._looked_at(run, write, kept)
         prompt, place = kept.nonzero(as_tuple=True)
-        batch.require_finite(self.lm, nodes[:, prompt, place].isfinite().all(-1).t(), prompt, place)
-        write = nodes[self.index] * kept[..., None]
-        nodes.mul_(kept[..., None])
-        sums, rows = self._executed(run, nodes, write)
+        batch.require_finite(self.lm, finite[:, prompt, place].t(), prompt, place)
+        sums, rows = self._executed(run, onto, write)
         rows = rows[:, : batch.real]
         for number, rotation in enumerate(self._rotations):
             turned = write @ rotation
             sums[f"rotation {number}"] = self._survival(run.record, added(run, self.writer, -turned), turned)
         by_node, through = self._through_values(run, write)
         sums |= through
-        read, sums["one_reader"] = self._read(run, write, by_node)
+        read, sums["one_reader"] = self._read(run, write)
         generic = [self._read(run, write @ rotation)[0] for rotation in self._rotations[:READ_ROTATIONS]]
         self._rows = {name: part.shape[1] for name, part in sums.items()}
         totals = {
             "sums": self._clusters(batch, torch.cat(list(sums.values()), 1), write),
-            "nodes": torch.stack([*self._energy(nodes), read, *generic]),
+            "nodes": torch.stack([*energy, read, *generic]),
             "states": torch.stack(self._energy(self._states(run.record) * kept[..., None])),
             "places": by_position(rows, self.tokens.cluster[batch.first : batch.first + batch.real]),
         }
-        ratios = {CONDITIONS[0]: self._ratios(nodes, run.record, write, kept), "values": _ratio(by_node, write)}
+        ratios = {CONDITIONS[0]: self._ratios(onto, run.record, write, kept), "values": _ratio(by_node, write)}
         moments = self.decoding.measure(batch, run.record.stream, write, kept)
         return Part(totals, ratios, moments, (batch.first, (rows[1].sum(1) / rows[2].sum(1)).cpu().numpy()))
 
     def _hidden(self, batch: Batch, run: Clean, erasers: Sequence[Node]) -> Part:
-        kept, nodes = self._kept(batch), run.nodes(run.record)
-        write = nodes[self.index] * kept[..., None]
+        kept = self._kept(batch)
+        write = run.write(self.writer) * kept[..., None]
         patched = hidden(run, write, sorted({node.layer for node in erasers}))
-        sums = write.new_zeros(len(write), 2)
-        opposed = nodes[[self.lm.parts.index(node) for node in erasers]].sum(0)
-        sums[:, 0] = _dot(opposed, write)
+        sums, opposed = write.new_zeros(len(write), 2), write.new_zeros(write.shape[:2])
         for node in erasers:
+            opposed += _rows(run.write(node), write)
             sums[:, 1] += _dot(run.carried(node.layer, write)[:, :, node.head], write)
+        sums[:, 0] = opposed.sum(1)
         ratios = {
-            CONDITIONS[1]: self._ratios(run.nodes(patched), patched, write, kept),
+            CONDITIONS[1]: self._ratios(self._onto(run, patched, write), patched, write, kept),
             "opposed": _ratio(opposed[None], write),
         }
         return Part({"erasers": self._clusters(batch, sums, write)}, ratios)
@@ -198,10 +198,23 @@ class WithoutTally:
     def _states(self, record: Recording) -> Float[Tensor, "location prompt position d_model"]:
         return torch.stack([record.stream[state] for state in self.lm.states])
 
-    def _executed(self, run: Clean, nodes: Tensor, write: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def _looked_at(self, run: Clean, write: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every node of the clean run: where it is finite, what of it lies along the write, and its energy."""
+        found = [
+            (nodes.isfinite().all(-1), _rows(nodes, write), torch.stack(self._energy(nodes * kept[..., None]), 1))
+            for nodes in run.written(run.record)
+        ]
+        finite, onto, energy = map(torch.cat, zip(*found, strict=True))
+        return finite, onto, energy.t()
+
+    def _onto(self, run: Clean, record: Recording, write: Tensor) -> Float[Tensor, "node prompt position"]:
+        """What of every node lies along the write."""
+        return torch.cat([_rows(nodes, write) for nodes in run.written(record)])
+
+    def _executed(self, run: Clean, onto: Tensor, write: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Sums by prompt, and what lies along the write at the end, row by row."""
         without, end = added(run, self.writer, -write), self.lm.states[-1]
-        share, share_without = _along(nodes, write), _along(run.nodes(without), write)
+        share, share_without = onto.sum(2).t(), self._onto(run, without, write).sum(2).t()
         levels = torch.stack([_dot(run.record.stream[state], write) for state in self.lm.states], 1)
         sums = {
             "level": levels,
@@ -215,43 +228,37 @@ class WithoutTally:
     def _survival(self, record: Recording, without: Recording, write: Tensor) -> Float[Tensor, "prompt location"]:
         return torch.stack([_dot(record.stream[s] - without.stream[s], write) for s in self.lm.states], 1)
 
-    def _ratios(self, nodes: Tensor, record: Recording, write: Tensor, kept: Tensor) -> Float[Tensor, "row channel"]:
-        """Ratios onto the clean write, where it is above the floor."""
+    def _ratios(self, onto: Tensor, record: Recording, write: Tensor, kept: Tensor) -> Float[Tensor, "row channel"]:
+        """Ratios onto the clean write, where it is above the floor, of nodes and of states."""
         stream, energy = self._states(record), write.pow(2).sum(-1)
         # Written so that NaN is not left out as too small.
         there = kept & ~(energy <= self.floor**2 * stream.pow(2).sum(-1).amax(0))
-        return torch.einsum("ebtd,btd->bte", torch.cat([nodes, stream]), write)[there] / energy[there][:, None]
+        return torch.cat([onto, _rows(stream, write)])[:, there].t() / energy[there][:, None]
 
     def _through_values(self, run: Clean, write: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """C of every pair, and the write propagated layer by layer: x ← x + Σ_e C_e(x)."""
-        by_node = write.new_zeros(len(self.lm.parts), *write.shape)
+        """What of each C lies along the write, and the write propagated layer by layer: x ← x + Σ_e C_e(x)."""
+        by_node = write.new_zeros(len(self.lm.parts), *write.shape[:2])
         whole, survival = write, []
         for state in self.lm.states:
             reads = state.state == ("post" if self.lm.parallel else "mid")
             if reads and state.layer > self.writer.layer:
-                by_node[self._heads(state.layer)] = run.carried(state.layer, write).movedim(2, 0)
+                by_node[self._heads(state.layer)] = _rows(run.carried(state.layer, write).movedim(2, 0), write)
                 whole = whole + run.carried(state.layer, whole).sum(2)
             survival.append(_dot(whole, write))
-        return by_node, {"v_share": _along(by_node, write), "v_survival": torch.stack(survival, 1)}
+        return by_node, {"v_share": by_node.sum(2).t(), "v_survival": torch.stack(survival, 1)}
 
     def _heads(self, layer: int) -> slice:
         """Where the heads of a layer are among the nodes."""
         first = self.lm.parts.index(Node("head", layer, 0))
         return slice(first, first + self.lm.n_heads)
 
-    def _read(self, run: Clean, vector: Tensor, by_node: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Σ‖·‖² of what each node writes because it reads `vector`, and each MLP's part of that along the vector.
-
-        `by_node`: C of every head, where it is known already.
-        """
+    def _read(self, run: Clean, vector: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ‖·‖² of what each node writes because it reads `vector`, and each MLP's part of that along the vector."""
         mlps = [node.layer for node in self.lm.parts if node.kind == "mlp" and self.later(node)]
-        energy = torch.zeros(len(self.lm.parts), dtype=torch.float64, device=vector.device)
         along = vector.new_zeros(len(vector), len(self.lm.parts))
-        if by_node is not None:
-            energy += _squares(by_node)
-        else:
-            for layer in (layer for layer in range(len(self.lm.layers)) if layer > self.writer.layer):
-                energy[self._heads(layer)] = _squares(run.carried(layer, vector).movedim(2, 0))
+        energy = torch.zeros(len(self.lm.parts), dtype=torch.float64, device=vector.device)
+        for layer in range(self.writer.layer + 1, len(self.lm.layers)):
+            energy[self._heads(layer)] = _squares(run.carried(layer, vector).movedim(2, 0))
         there = vector.ne(0).any(-1, keepdim=True)  # elsewhere the difference is rounding
         for layer, change in one_reader(run, vector, mlps).items():
             index = self.lm.parts.index(Node("mlp", layer))
@@ -294,7 +301,7 @@ class WithoutTally:
 
         def measured(batch: Batch) -> np.ndarray:
             run, kept = self._clean(batch), self._kept(batch)
-            write = run.nodes(run.record)[self.index] * kept[..., None]
+            write = run.write(self.writer) * kept[..., None]
             rows = at_the_end(run.record.stream[end], added(run, self.writer, -write).stream[end], write)
             batch.require_numbers(rows.isfinite().all(0), "a run without the write")
             return torch.where(kept, rows, torch.nan)[:, 0].double().cpu().numpy()
@@ -377,18 +384,18 @@ def _dot(x: Float[Tensor, "prompt position d"], write: Float[Tensor, "prompt pos
     return torch.einsum("btd,btd->b", x, write)
 
 
-def _along(nodes: Float[Tensor, "node prompt position d"], write: Tensor) -> Float[Tensor, "prompt node"]:
-    return torch.einsum("ebtd,btd->be", nodes, write)
+def _rows(vectors: Float[Tensor, "*what prompt position d"], write: Tensor) -> Float[Tensor, "*what prompt position"]:
+    return torch.einsum("...btd,btd->...bt", vectors, write)
 
 
 def _squares(vectors: Float[Tensor, "what prompt position d"]) -> Float[Tensor, " what"]:
     return vectors.pow(2).sum((1, 2, 3), dtype=torch.float64)
 
 
-def _ratio(vectors: Float[Tensor, "what prompt position d"], write: Tensor) -> Float[Tensor, "row what"]:
+def _ratio(onto: Float[Tensor, "what prompt position"], write: Tensor) -> Float[Tensor, "row what"]:
     """⟨·, o_w⟩ / ‖o_w‖² wherever there is a write."""
     energy = write.pow(2).sum(-1)
-    return torch.einsum("ebtd,btd->bte", vectors, write)[energy > 0] / energy[energy > 0][:, None]
+    return onto[:, energy > 0].t() / energy[energy > 0][:, None]
 
 
 def _space(tally: WithoutTally) -> Float[Tensor, "d_model rank"]:
