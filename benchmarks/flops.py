@@ -193,17 +193,18 @@ def verify(s: Shape, erasers: int = 1) -> Cost:
     rows, n_batches, later = s.batches(2) * s.batch(2) * s.length, s.batches(2), s.layers - 1
     head, kept = s.d // s.heads, s.tokens - s.prompts
     runs = passes(s, (2 + 1 + DRAWN + 1 + READ) * rows, (2 + 1 + DRAWN + 1 + READ) * n_batches)
-    shown = 2 * passes(s, SHOWN * s.length, SHOWN) + expand(s, SHOWN * s.length)
+    shown = 2 * passes(s, SHOWN * s.length, SHOWN) + Cost(single=2 * SHOWN * s.length * s.d * head)
     # Recorded runs copy what they record; nodes and states are compared with the write again and again.
     recorded = Cost(moved=80 * rows * s.d * s.layers * (2 + 1 + DRAWN + 1 + READ))
     hidden = n_batches * erasers * block(s, rows / n_batches, s.length) + 2 * erasers * carried(s, rows)
     turned = Cost(single=2 * (DRAWN + READ) * rows * s.d**2)
-    read = (2 + READ) * later * carried(s, rows) + Cost(moved=20 * (1 + READ) * rows * s.nodes * s.d)
-    along = dots(s, rows, 6 * s.nodes + (DRAWN + 5) * s.states + (1 + READ) * s.layers)
+    read = (3 + READ) * later * carried(s, rows) + Cost(moved=20 * (1 + READ) * rows * s.nodes * s.d)
+    heads = later * s.heads + (2 + erasers) * head + 2 * erasers + 1
+    along = dots(s, rows, 3 * s.nodes + heads + (DRAWN + 5) * s.states + (1 + READ) * s.layers)
     space = Cost(single=2 * rows * s.d * head * (s.nodes + s.states), moved=60 * rows * s.nodes * s.d)
     ends = Cost(host=TURNING * s.d**3, factors=8 / 3 * (DRAWN + 1) * s.d**3, moved=8 * (DRAWN + 1) * 10 * s.d**2)
     constants = Cost(single=4 * s.layers * s.d**2 * s.gpt2)
-    algebra = 4 * expand(s, rows) + turned + read + along + space + decoded(s, kept, head) + constants
+    algebra = 3 * expand(s, rows) + turned + read + along + space + decoded(s, kept, head) + constants
     return runs + shown + recorded + hidden + algebra + ends
 
 

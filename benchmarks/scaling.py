@@ -206,12 +206,14 @@ def predict(here: dict[str, Hardware], share: dict[str, float], sheets: dict[str
 def memory(s: Shape, writers: int) -> dict[str, float]:
     """Bytes that a scan holds whatever it reads, weights in bfloat16; and what verify holds of one prompt."""
     pairs = (s.nodes + s.states + 1) * writers
+    # Of every block what it takes in, both its states, its z and both its writes.
+    recorded, patterns = (6 * s.layers + 1) * s.length * s.d, s.layers * s.heads * s.length**2
     return {
         "weights": 2 * s.weights,
         "W_O in float32": 4 * s.layers * s.d**2,
         "histograms": pairs * (4 * BINS + 2 * 256),
         "sums": 40 * pairs * (s.batches().bit_length() + 1),
-        "verify, all writes of a prompt, three times": 3 * 4 * s.nodes * s.length * s.d,
+        "verify, two runs of a prompt": 2 * 4 * (recorded + patterns),
     }
 
 

@@ -241,6 +241,16 @@ def test_a_rotated_write_decays_like_anything(monkeypatch) -> None:
     assert result.data.attrs["readers"] == ""
 
 
+def test_long_prompts_lose_no_digit_in_single_precision() -> None:
+    shape = {"hidden_size": 256, "num_attention_heads": 2, "num_hidden_layers": 2, "max_position_embeddings": 1024}
+    ids = torch.randint(50, (2, 1024), generator=torch.Generator().manual_seed(0))
+    single, double = (
+        uw.verify(view(tiny.model("llama", 0, dtype, **shape)), ids, "L0H0") for dtype in (torch.float32, torch.float64)
+    )
+    for name in ("survival", "generic", "background", "share", "share_without", "v_share", "v_survival", "level_share"):
+        np.testing.assert_allclose(single[name], double[name], rtol=0, atol=1e-6, err_msg=name)
+
+
 def test_bad_requests_are_refused() -> None:
     lm = model("gpt2", 0)
     ids = ids_of(lm)

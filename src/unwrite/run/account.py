@@ -72,7 +72,7 @@ class Asked:
             "logit_diff": difference,
             "capped": capped(self.lm, self.question, final),
             "constant": constant,
-            "unexplained": difference - torch.einsum("nbd,bd->b", writes, r) - constant,
+            "unexplained": difference - torch.einsum("nbd,bd->nb", writes, r).sum(0) - constant,
         }
 
     def cotangents(self) -> Cotangents:

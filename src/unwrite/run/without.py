@@ -17,6 +17,7 @@ from torch import Tensor
 from unwrite.model.capture import Recording
 from unwrite.model.view import Model, fold
 from unwrite.nodes import Node
+from unwrite.run.along import along, dot, ratio, squares, summed
 from unwrite.run.checkpoint import Arrays
 from unwrite.run.decode import Decoding, Moments
 from unwrite.run.places import at_the_end, by_position, typical
@@ -144,7 +145,9 @@ class WithoutTally:
         # run: only a family that returns its patterns and is eager by itself shows them in its own run. Elsewhere a
         # second run gives the patterns, and nothing else.
         if self.lm.row.interface or self.lm.config._attn_implementation != "eager":
-            run = replace(self._clean(batch), patterns=run.patterns)
+            patterns = run.patterns
+            del run  # or both would be held until the second is there
+            run = replace(self._clean(batch), patterns=patterns)
         part = self._followed(batch, run)
         return replace(part, totals={**part.totals, **beside.totals}, ratios={**part.ratios, **beside.ratios})
 
@@ -167,10 +170,10 @@ class WithoutTally:
         totals = {
             "sums": self._clusters(batch, torch.cat(list(sums.values()), 1), write),
             "nodes": torch.stack([*energy, read, *generic]),
-            "states": torch.stack(self._energy(self._states(run.record) * kept[..., None])),
+            "states": torch.cat([self._energy(x[None] * kept[..., None]) for x in self._states(run.record)], 1),
             "places": by_position(rows, self.tokens.cluster[batch.first : batch.first + batch.real]),
         }
-        ratios = {CONDITIONS[0]: self._ratios(onto, run.record, write, kept), "values": _ratio(by_node, write)}
+        ratios = {CONDITIONS[0]: self._ratios(onto, run.record, write, kept), "values": ratio(by_node, write)}
         moments = self.decoding.measure(batch, run.record.stream, write, kept)
         return Part(totals, ratios, moments, (batch.first, (rows[1].sum(1) / rows[2].sum(1)).cpu().numpy()))
 
@@ -178,14 +181,14 @@ class WithoutTally:
         kept = self._kept(batch)
         write = run.write(self.writer) * kept[..., None]
         patched = hidden(run, write, sorted({node.layer for node in erasers}))
-        sums, opposed = write.new_zeros(len(write), 2), write.new_zeros(write.shape[:2])
+        opposed, caused = write.new_zeros(write.shape[:2]), write.new_zeros(write.shape[:2])
         for node in erasers:
-            opposed += _rows(run.write(node), write)
-            sums[:, 1] += _dot(run.carried(node.layer, write)[:, :, node.head], write)
-        sums[:, 0] = opposed.sum(1)
+            opposed += along(run.write(node), write)
+            caused += along(run.carried(node.layer, write)[:, :, node.head], write)
+        sums = summed(torch.stack([opposed, caused])).t()
         ratios = {
             CONDITIONS[1]: self._ratios(self._onto(run, patched, write), patched, write, kept),
-            "opposed": _ratio(opposed[None], write),
+            "opposed": ratio(opposed[None], write),
         }
         return Part({"erasers": self._clusters(batch, sums, write)}, ratios)
 
@@ -195,13 +198,13 @@ class WithoutTally:
     def _kept(self, batch: Batch) -> Tensor:
         return batch.beyond(self.skip).to(self.lm.device)
 
-    def _states(self, record: Recording) -> Float[Tensor, "location prompt position d_model"]:
-        return torch.stack([record.stream[state] for state in self.lm.states])
+    def _states(self, record: Recording) -> list[Float[Tensor, "prompt position d_model"]]:
+        return [record.stream[state] for state in self.lm.states]
 
     def _looked_at(self, run: Clean, write: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of every node of the clean run: where it is finite, what of it lies along the write, and its energy."""
         found = [
-            (nodes.isfinite().all(-1), _rows(nodes, write), torch.stack(self._energy(nodes * kept[..., None]), 1))
+            (nodes.isfinite().all(-1), along(nodes, write), self._energy(nodes * kept[..., None]).t())
             for nodes in run.written(run.record)
         ]
         finite, onto, energy = map(torch.cat, zip(*found, strict=True))
@@ -209,13 +212,13 @@ class WithoutTally:
 
     def _onto(self, run: Clean, record: Recording, write: Tensor) -> Float[Tensor, "node prompt position"]:
         """What of every node lies along the write."""
-        return torch.cat([_rows(nodes, write) for nodes in run.written(record)])
+        return torch.cat([along(nodes, write) for nodes in run.written(record)])
 
     def _executed(self, run: Clean, onto: Tensor, write: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Sums by prompt, and what lies along the write at the end, row by row."""
         without, end = added(run, self.writer, -write), self.lm.states[-1]
-        share, share_without = onto.sum(2).t(), self._onto(run, without, write).sum(2).t()
-        levels = torch.stack([_dot(run.record.stream[state], write) for state in self.lm.states], 1)
+        share, share_without = summed(onto).t(), summed(self._onto(run, without, write)).t()
+        levels = torch.stack([dot(x, write) for x in self._states(run.record)], 1)
         sums = {
             "level": levels,
             "survival": self._survival(run.record, without, write),
@@ -226,14 +229,17 @@ class WithoutTally:
         return sums, at_the_end(run.record.stream[end], without.stream[end], write)
 
     def _survival(self, record: Recording, without: Recording, write: Tensor) -> Float[Tensor, "prompt location"]:
-        return torch.stack([_dot(record.stream[s] - without.stream[s], write) for s in self.lm.states], 1)
+        pairs = zip(self._states(record), self._states(without), strict=True)
+        return torch.stack([dot(x - other, write) for x, other in pairs], 1)
 
     def _ratios(self, onto: Tensor, record: Recording, write: Tensor, kept: Tensor) -> Float[Tensor, "row channel"]:
         """Ratios onto the clean write, where it is above the floor, of nodes and of states."""
         stream, energy = self._states(record), write.pow(2).sum(-1)
+        largest = reduce(torch.maximum, (x.pow(2).sum(-1) for x in stream))
         # Written so that NaN is not left out as too small.
-        there = kept & ~(energy <= self.floor**2 * stream.pow(2).sum(-1).amax(0))
-        return torch.cat([onto, _rows(stream, write)])[:, there].t() / energy[there][:, None]
+        there = kept & ~(energy <= self.floor**2 * largest)
+        found = torch.cat([onto, torch.stack([along(x, write) for x in stream])])
+        return found[:, there].t() / energy[there][:, None]
 
     def _through_values(self, run: Clean, write: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """What of each C lies along the write, and the write propagated layer by layer: x ← x + Σ_e C_e(x)."""
@@ -242,10 +248,10 @@ class WithoutTally:
         for state in self.lm.states:
             reads = state.state == ("post" if self.lm.parallel else "mid")
             if reads and state.layer > self.writer.layer:
-                by_node[self._heads(state.layer)] = _rows(run.carried(state.layer, write).movedim(2, 0), write)
+                by_node[self._heads(state.layer)] = along(run.carried(state.layer, write).movedim(2, 0), write)
                 whole = whole + run.carried(state.layer, whole).sum(2)
-            survival.append(_dot(whole, write))
-        return by_node, {"v_share": by_node.sum(2).t(), "v_survival": torch.stack(survival, 1)}
+            survival.append(dot(whole, write))
+        return by_node, {"v_share": summed(by_node).t(), "v_survival": torch.stack(survival, 1)}
 
     def _heads(self, layer: int) -> slice:
         """Where the heads of a layer are among the nodes."""
@@ -255,23 +261,23 @@ class WithoutTally:
     def _read(self, run: Clean, vector: Tensor) -> tuple[Tensor, Tensor]:
         """Σ‖·‖² of what each node writes because it reads `vector`, and each MLP's part of that along the vector."""
         mlps = [node.layer for node in self.lm.parts if node.kind == "mlp" and self.later(node)]
-        along = vector.new_zeros(len(vector), len(self.lm.parts))
+        onto = vector.new_zeros(len(vector), len(self.lm.parts))
         energy = torch.zeros(len(self.lm.parts), dtype=torch.float64, device=vector.device)
         for layer in range(self.writer.layer + 1, len(self.lm.layers)):
-            energy[self._heads(layer)] = _squares(run.carried(layer, vector).movedim(2, 0))
+            energy[self._heads(layer)] = squares(run.carried(layer, vector).movedim(2, 0))
         there = vector.ne(0).any(-1, keepdim=True)  # elsewhere the difference is rounding
         for layer, change in one_reader(run, vector, mlps).items():
             index = self.lm.parts.index(Node("mlp", layer))
-            energy[index] = _squares((change * there)[None])[0]
-            along[:, index] = _dot(change, vector)
-        return energy, along
+            energy[index] = squares((change * there)[None])[0]
+            onto[:, index] = dot(change, vector)
+        return energy, onto
 
-    def _energy(self, vectors: Float[Tensor, "what prompt position d_model"]) -> list[Tensor]:
+    def _energy(self, vectors: Float[Tensor, "what prompt position d_model"]) -> Float[Tensor, "kind what"]:
         """Σ‖·‖², whole and inside the head's space."""
-        return [_squares(vectors), _squares(vectors @ self._space)]
+        return torch.stack([squares(vectors), squares(vectors @ self._space)])
 
     def _clusters(self, batch: Batch, sums: Float[Tensor, "prompt sum"], write: Tensor) -> ClusterSums:
-        clusters, energy = self.tokens.cluster[batch.first : batch.first + batch.real], write.pow(2).sum((1, 2))
+        clusters, energy = self.tokens.cluster[batch.first : batch.first + batch.real], dot(write, write)
         y, x = (part[: batch.real, ..., None].double() for part in (sums, energy))
         return ClusterSums.over(clusters, y, x)
 
@@ -378,24 +384,6 @@ class Pass:
         self.tally.take(state)
         if self.executes:
             self.tally.take_alone(state)
-
-
-def _dot(x: Float[Tensor, "prompt position d"], write: Float[Tensor, "prompt position d"]) -> Float[Tensor, " prompt"]:
-    return torch.einsum("btd,btd->b", x, write)
-
-
-def _rows(vectors: Float[Tensor, "*what prompt position d"], write: Tensor) -> Float[Tensor, "*what prompt position"]:
-    return torch.einsum("...btd,btd->...bt", vectors, write)
-
-
-def _squares(vectors: Float[Tensor, "what prompt position d"]) -> Float[Tensor, " what"]:
-    return vectors.pow(2).sum((1, 2, 3), dtype=torch.float64)
-
-
-def _ratio(onto: Float[Tensor, "what prompt position"], write: Tensor) -> Float[Tensor, "row what"]:
-    """⟨·, o_w⟩ / ‖o_w‖² wherever there is a write."""
-    energy = write.pow(2).sum(-1)
-    return onto[:, energy > 0].t() / energy[energy > 0][:, None]
 
 
 def _space(tally: WithoutTally) -> Float[Tensor, "d_model rank"]:
