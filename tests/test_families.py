@@ -21,7 +21,8 @@ from unwrite.model import capture
 from unwrite.model.certificate import Certificate
 from unwrite.model.families import FAMILIES
 from unwrite.model.load import view
-from unwrite.model.view import Model, expand, fold
+from unwrite.model.view import Model, fold
+from unwrite.model.writes import expand
 
 # These compute in the dtype of the weights throughout; the others' norms, scores or softmax are float32 in any model.
 NATIVE = {"gpt2", "gpt_neox", "opt", "falcon", "phi", "stablelm", "starcoder2"}

@@ -21,7 +21,8 @@ import unwrite as uw
 from methods import COMBINED, IDS, METHODS, VARIANTS, few_draws
 from unwrite.model.capture import run
 from unwrite.model.load import provenance
-from unwrite.model.view import Model, fold, write_of
+from unwrite.model.view import Model, fold
+from unwrite.model.writes import write_of
 
 HERE = Path(uw.__file__).parent
 HALVES = (torch.bfloat16, torch.float16)

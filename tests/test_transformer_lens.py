@@ -13,7 +13,8 @@ import tiny
 import unwrite as uw
 from unwrite.model import capture
 from unwrite.model.load import view
-from unwrite.model.view import Model, expand, fold
+from unwrite.model.view import Model, fold
+from unwrite.model.writes import expand
 from unwrite.nodes import parse_location
 
 # The other library's import and its own deprecations are not ours to fail on.

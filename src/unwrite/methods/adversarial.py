@@ -21,7 +21,8 @@ from torch import Tensor
 
 from unwrite.model.capture import Recording
 from unwrite.model.load import provenance
-from unwrite.model.view import Model, fold, write_of
+from unwrite.model.view import Model, fold
+from unwrite.model.writes import write_of
 from unwrite.nodes import Node, choose, parse_node
 from unwrite.result import Result, build, quantity
 from unwrite.run.checkpoint import Arrays

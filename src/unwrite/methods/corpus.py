@@ -23,7 +23,8 @@ from torch import Tensor
 from unwrite.errors import NumericError
 from unwrite.model.load import provenance
 from unwrite.model.values import through_values
-from unwrite.model.view import Model, fold, write_of
+from unwrite.model.view import Model, fold
+from unwrite.model.writes import write_of
 from unwrite.nodes import Node, choose, parse_node, require_readers
 from unwrite.result import Result, build, quantity
 from unwrite.run.checkpoint import Arrays

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from unwrite.model.view import Folded, Layer, Model, Writes, centre, norm_scale
+from unwrite.model.view import Folded, Layer, Model, centre, norm_scale
+from unwrite.model.writes import Writes
 from unwrite.nodes import Location, Node
 
 Hook = Callable[[Tensor], None]

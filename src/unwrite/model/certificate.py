@@ -20,17 +20,9 @@ from unwrite.errors import ModelError
 from unwrite.model.attention import patterns
 from unwrite.model.capture import Recording, recording
 from unwrite.model.values import carry, into_values, value_scale
-from unwrite.model.view import (
-    Folded,
-    Layer,
-    Model,
-    Writes,
-    expand,
-    fold,
-    value_constant,
-    value_weights,
-)
+from unwrite.model.view import Folded, Layer, Model, fold, value_constant, value_weights
 from unwrite.model.weights import through
+from unwrite.model.writes import Writes, expand
 from unwrite.nodes import Location
 
 IDENTITIES = ("heads", "stream", "locations", "logits", "values")

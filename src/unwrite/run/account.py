@@ -16,7 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from unwrite.model.capture import Recording
-from unwrite.model.view import Folded, Model, expand
+from unwrite.model.view import Folded, Model
+from unwrite.model.writes import expand
 from unwrite.nodes import Location, Node
 from unwrite.run.logits import Question, capped, measure, normed_measure, reading
 from unwrite.run.replace import Replaced

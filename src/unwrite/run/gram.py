@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from unwrite.model.view import Model, Writes, expand, fold
+from unwrite.model.view import Model, fold
+from unwrite.model.writes import Writes, expand
 from unwrite.nodes import Node
 from unwrite.run.positions import Positions
 from unwrite.run.stats import LENGTH, RATIO, ClusterSums, Histogram, Tree, joined, under

@@ -17,7 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from unwrite.errors import NumericError
-from unwrite.model.view import Model, expand
+from unwrite.model.view import Model
+from unwrite.model.writes import expand
 from unwrite.run.account import Asked
 from unwrite.run.logits import reading
 from unwrite.run.replace import Pool

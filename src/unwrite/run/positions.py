@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from unwrite.model.view import Folded, Model, Writes, expand
+from unwrite.model.view import Folded, Model
+from unwrite.model.writes import Writes, expand
 from unwrite.run.stats import Tree, joined, under
 from unwrite.tokens import Tokens
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from unwrite.model.attention import Patterns, patterns
 from unwrite.model.capture import Recording, recording
 from unwrite.model.values import through_values, value_scale
-from unwrite.model.view import Folded, Layer, Model, blocks, centre, expand, write_of
+from unwrite.model.view import Folded, Layer, Model, centre
+from unwrite.model.writes import blocks, expand, write_of
 from unwrite.nodes import Node
 
 
@@ -40,9 +41,8 @@ class Clean:
 
     def write(self, node: Node) -> Float[Tensor, "prompt position d_model"]:
         """What one node wrote in this run."""
-        rows = self.record.z[0].shape[:-2]
         own = write_of(self.lm, self.folded, self.record.writes, node)
-        return own.expand(*rows, -1)
+        return own.expand(*self.record.z[0].shape[:2], -1)
 
     def input(self, layer: int) -> Float[Tensor, "prompt position d_model"]:
         """The stream as this layer's block was given it, wherever the layer before it computes."""

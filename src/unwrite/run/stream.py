@@ -15,7 +15,8 @@ from torch import Tensor
 
 from unwrite.errors import NumericError, TokensError
 from unwrite.model.capture import run
-from unwrite.model.view import Folded, Model, Writes
+from unwrite.model.view import Folded, Model
+from unwrite.model.writes import Writes
 from unwrite.result import Result
 from unwrite.run.checkpoint import Arrays
 from unwrite.run.job import Job, Tally
