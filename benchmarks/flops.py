@@ -199,12 +199,13 @@ def verify(s: Shape, erasers: int = 1) -> Cost:
     hidden = n_batches * erasers * block(s, rows / n_batches, s.length) + 2 * erasers * carried(s, rows)
     turned = Cost(single=2 * (DRAWN + READ) * rows * s.d**2)
     read = (3 + READ) * later * carried(s, rows) + Cost(moved=20 * (1 + READ) * rows * s.nodes * s.d)
-    heads = later * s.heads + (2 + erasers) * head + 2 * erasers + 1
-    along = dots(s, rows, 3 * s.nodes + heads + (DRAWN + 5) * s.states + (1 + READ) * s.layers)
+    written = Cost(single=2 * rows * s.d * head * (2 + erasers))  # the writer's in both runs, and the erasers'
+    onto_nodes = 3 * s.nodes + later * s.heads + 2 * erasers + 1
+    along = dots(s, rows, onto_nodes + (DRAWN + 5) * s.states + (1 + READ) * s.layers)
     space = Cost(single=2 * rows * s.d * head * (s.nodes + s.states), moved=60 * rows * s.nodes * s.d)
     ends = Cost(host=TURNING * s.d**3, factors=8 / 3 * (DRAWN + 1) * s.d**3, moved=8 * (DRAWN + 1) * 10 * s.d**2)
     constants = Cost(single=4 * s.layers * s.d**2 * s.gpt2)
-    algebra = 3 * expand(s, rows) + turned + read + along + space + decoded(s, kept, head) + constants
+    algebra = 3 * expand(s, rows) + written + turned + read + along + space + decoded(s, kept, head) + constants
     return runs + shown + recorded + hidden + algebra + ends
 
 

@@ -261,8 +261,8 @@ class WithoutTally:
     def _read(self, run: Clean, vector: Tensor) -> tuple[Tensor, Tensor]:
         """Σ‖·‖² of what each node writes because it reads `vector`, and each MLP's part of that along the vector."""
         mlps = [node.layer for node in self.lm.parts if node.kind == "mlp" and self.later(node)]
-        onto = vector.new_zeros(len(vector), len(self.lm.parts))
-        energy = torch.zeros(len(self.lm.parts), dtype=torch.float64, device=vector.device)
+        n, exact = len(self.lm.parts), torch.float64
+        onto, energy = vector.new_zeros(len(vector), n, dtype=exact), vector.new_zeros(n, dtype=exact)
         for layer in range(self.writer.layer + 1, len(self.lm.layers)):
             energy[self._heads(layer)] = squares(run.carried(layer, vector).movedim(2, 0))
         there = vector.ne(0).any(-1, keepdim=True)  # elsewhere the difference is rounding
@@ -278,7 +278,7 @@ class WithoutTally:
 
     def _clusters(self, batch: Batch, sums: Float[Tensor, "prompt sum"], write: Tensor) -> ClusterSums:
         clusters, energy = self.tokens.cluster[batch.first : batch.first + batch.real], dot(write, write)
-        y, x = (part[: batch.real, ..., None].double() for part in (sums, energy))
+        y, x = (part[: batch.real, ..., None] for part in (sums, energy))
         return ClusterSums.over(clusters, y, x)
 
     @property
