@@ -19,8 +19,8 @@ from torch.utils.flop_counter import flop_registry
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import unwrite as uw
-from unwrite.run.gram import FEW
-from unwrite.run.stats import RATIO
+from unwrite.run.tally.gram import FEW
+from unwrite.stats.mergeable import RATIO
 
 DRAWN, READ = 20, 5  # rotations that verify executes a run for, and those whose readers it runs
 TURNING, SHOWN = 80, 5  # d³ FLOPs of turning 20 rotations into place; prompts that verify shows token by token
@@ -82,7 +82,7 @@ class Shape:
         return 4 * (2 * self.layers + 2) * self.d
 
     def batch(self, held: int = 1) -> int:
-        """Prompts at a time, as unwrite.run.stream has it."""
+        """Prompts at a time, as unwrite.run.loop.stream has it."""
         return max(1, min(self.prompts, min(4096, 2**28 // self.factors) // (held * self.length)))
 
     def batches(self, held: int = 1) -> int:
@@ -155,13 +155,13 @@ def summed(s: Shape, rows: float) -> Cost:
 
 
 def chunk(s: Shape, writers: int) -> int:
-    """Positions whose Gram matrices are made at once, as unwrite.run.gram has it."""
+    """Positions whose Gram matrices are made at once, as unwrite.run.tally.gram has it."""
     floats = s.nodes * (s.d + s.nodes) + 2 * (s.nodes + s.states + 1) * writers
     return max(8, min(512, 2**23 * s.room // floats))
 
 
 def buckets(s: Shape) -> int:
-    """Groups of positions whose sums over prompts are kept, as unwrite.run.positions has it."""
+    """Groups of positions whose sums over prompts are kept, as unwrite.run.tally.position_part has it."""
     return max(1, min(s.length, 2**30 // (s.factors * (s.batches().bit_length() + 2))))
 
 

@@ -27,8 +27,8 @@ from scipy import stats
 import unwrite as uw
 from unwrite.model.capture import run
 from unwrite.model.view import fold
-from unwrite.run.gram import ON_DEVICE
-from unwrite.run.stats import RATIO, Histogram
+from unwrite.run.tally.gram import ON_DEVICE
+from unwrite.stats.mergeable import RATIO, Histogram
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ import torch
 
 import unwrite as uw
 from unwrite.model.view import Model
-from unwrite.run import trust, without
+from unwrite.run.tally import without
+from unwrite.stats import bootstrap
 
 # A method of a model on little input. It passes on what all methods take: `checkpoint`, `listener` and, where a person
 # chooses it, `batch`.
@@ -96,7 +97,7 @@ def resumable() -> Iterator[str]:
 def few_draws() -> Iterator[None]:
     """Inside the `with`, what is random is repeated less often than in earnest."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trust, "_DRAWS", 9)
+        patch.setattr(bootstrap, "_DRAWS", 9)
         patch.setattr(without, "ROTATIONS", 2)
         patch.setattr("unwrite.methods.verify.ROTATIONS", 2)
         yield

@@ -17,14 +17,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import pretend
 import unwrite as uw
 from executed import weights
-from unwrite.contrasts import Pairs
 from unwrite.errors import NumericError
 from unwrite.model.load import view, weights_hash
 from unwrite.model.view import Model
-from unwrite.run import trust, without
-from unwrite.run.job import Stage
-from unwrite.run.slots import KINDS
-from unwrite.tokens import from_ids
+from unwrite.prompts.pairs import Pairs
+from unwrite.prompts.tokens import from_ids
+from unwrite.run.edit.slots import KINDS
+from unwrite.run.loop.job import Stage
+from unwrite.run.tally import without
+from unwrite.stats import bootstrap
 
 DEVICE = pretend.register()
 # Learned positions, LayerNorm and tied weights; rotary ones, a gated MLP, grouped keys and values, in float32.
@@ -43,7 +44,7 @@ HEADS = ["L0H0", "L1H1"]
 def _alike() -> Iterator[None]:
     """Few draws; and torch's attention computed openly, since its fused kernels are for devices that it knows."""
     with pytest.MonkeyPatch.context() as patch, sdpa_kernel(SDPBackend.MATH):
-        patch.setattr(trust, "_DRAWS", 9)
+        patch.setattr(bootstrap, "_DRAWS", 9)
         patch.setattr(without, "ROTATIONS", 2)
         patch.setattr("unwrite.methods.verify.ROTATIONS", 2)
         yield
@@ -208,7 +209,7 @@ def infinite(lm: Model) -> dict[str, np.ndarray]:
 
 def in_buckets(lm: Model) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unwrite.run.positions._buckets", lambda *_: 3)
+        patch.setattr("unwrite.run.tally.position_part._buckets", lambda *_: 3)
         return uw.scan(lm, IDS, mask=MASK)
 
 

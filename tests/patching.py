@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 import unwrite as uw
-from unwrite.contrasts import Pairs
 from unwrite.model.view import Model
-from unwrite.tokens import from_ids
+from unwrite.prompts.pairs import Pairs
+from unwrite.prompts.tokens import from_ids
 
 # What a metric makes of logits [run, vocabulary], those of the clean run [vocabulary], and the two tokens.
 METRICS: dict[str, Callable[[Tensor, Tensor, int, int | None], Tensor]] = {

@@ -22,7 +22,7 @@ _FILE = re.compile(r"`([\w/.]+\.\w+)`")
 
 
 class Promise(NamedTuple):
-    """What is promised, in one sentence without a full stop, and how it is kept, naming files as `run/trace.py`."""
+    """What is promised, in one sentence without a full stop, and how it is kept, naming files as `result.py`."""
 
     words: str
     kept: str
@@ -42,30 +42,32 @@ PROMISES: dict[str, Promise] = {
     ),
     "causal": Promise(
         "A node that erases a write because it reads it is told apart from one that would write the same anyway",
-        "`methods/verify.py` compares executed runs with and without the write, from `run/without.py`.",
+        "`methods/verify.py` compares executed runs with and without the write, from `run/tally/without.py`.",
     ),
     "erased": Promise(
         "Nothing is called erased unless executed runs keep less of it than of randomly turned writes",
         "A scan has no such word; `methods/verify.py` says it only where the interval of the difference from "
-        "`run/rotations.py` excludes 0, and `combined/audit.py` judges on prompts that did not choose the writer.",
+        "`run/source/rotations.py` excludes 0, and `studies/audit.py` judges on prompts that did not choose a writer.",
     ),
     "executed": Promise(
         "Shortcuts and algebra give what really executing the intervention gives",
-        "Values carried by hand (`model/values.py`), continued runs (`run/rerun.py`) and sweeps that run nothing twice "
-        "(`run/sweep.py`, `run/paths.py`, `run/together.py`) are compared with plain hooks and traces, one by one.",
+        "Values carried by hand (`model/values.py`), continued runs (`run/replay/clean.py`) and sweeps that run "
+        "nothing twice (`run/replay/sweep.py`, `run/replay/paths.py`, `run/replay/walk.py`) are compared with plain "
+        "hooks and traces, one by one.",
     ),
     "estimates": Promise(
         "An estimate stands beside the executed truth, and says how well it predicts it in this very model",
-        "`run/trust.py`, `methods/agree.py` and `methods/bound.py` measure it with intervals; `combined/compare.py` "
-        "puts estimators side by side.",
+        "`run/tally/trust.py`, `methods/agree.py` and `methods/bound.py` measure it with intervals; "
+        "`studies/compare.py` puts estimators side by side.",
     ),
     "account": Promise(
         "Between what an attribution says and what really happens, nothing is left unexplained",
-        "`run/account.py` splits the executed total into direct, erased, filled in and norm, which add up to rounding.",
+        "`run/tally/account.py` splits the executed total into direct, erased, filled in and norm, which add up to "
+        "rounding.",
     ),
     "statistics": Promise(
         "Quantiles, shares and standard errors are those of numpy and of a bootstrap, within stated bounds",
-        "`run/stats.py` counts on a fixed grid of integers and adds pairwise in the order of prompts.",
+        "`stats/mergeable.py` counts on a fixed grid of integers and adds pairwise in the order of prompts.",
     ),
     "others": Promise(
         "Other software sees the same writes, states and patches in the same model",
@@ -74,62 +76,66 @@ PROMISES: dict[str, Promise] = {
     ),
     "paper": Promise(
         "Every number that the paper prints is asked for again, by its own definition, with ours beside it",
-        "`combined/reproduce.py` holds the paper's claims. The tests use a random model of gelu-4l's shape: they judge "
+        "`studies/reproduce.py` holds the paper's claims. The tests use a random model of gelu-4l's shape: they judge "
         "the arithmetic, not how near the trained weights come to the paper.",
     ),
     # Your model, your runs
     "untouched": Promise(
         "Your model is bit for bit what it was, whatever is asked of it and however that ends",
         "Whatever is hung into a model is taken out again when a `with` ends: in `model/capture.py`, "
-        "`model/attention.py`, `run/trace.py`, `run/rules.py` and `run/slots.py`.",
+        "`model/attention.py`, `run/edit/trace.py`, `run/backward/rules.py` and `run/edit/slots.py`.",
     ),
     "batches": Promise(
         "Batch size, padding and the order of prompts change no count, and sums by rounding at most",
-        "`run/stream.py` gives every batch one shape; `run/stats.py` counts integers and adds up in one fixed order.",
+        "`run/loop/stream.py` gives every batch one shape; `stats/mergeable.py` counts integers and adds up in one "
+        "fixed order.",
     ),
     "memory": Promise(
         "Running out of memory costs time, not results",
-        "`run/stream.py` gives back what nobody uses and repeats what did not fit, to the same bits. Where that does "
-        "not help it is halved: to the bit as if halves had been asked for, to rounding as the whole. Nothing that was "
-        "half done is counted; a prompt that alone is too large is named.",
+        "`run/loop/stream.py` gives back what nobody uses and repeats what did not fit, to the same bits. Where that "
+        "does not help it is halved: to the bit as if halves had been asked for, to rounding as the whole. Nothing "
+        "that was half done is counted; a prompt that alone is too large is named.",
     ),
     "resumed": Promise(
         "A run that was killed goes on where it was, to the same bits",
-        "`run/checkpoint.py` keeps whole batches and what they depend on, and replaces its file in one step.",
+        "`run/loop/checkpoint.py` keeps whole batches and what they depend on, and replaces its file in one step.",
     ),
     "shards": Promise(
         "One process, several ranks and shards in any order give the same bits, and parts that do not fit are refused",
-        "Batches are fixed by the prompts' places; `run/stats.py` adds integers, and floats along a fixed tree; "
-        "`run/job.py` says which batches are whose. As with all bits: as many threads, on the same kind of machine.",
+        "Batches are fixed by the prompts' places; `stats/mergeable.py` adds integers, and floats along a fixed tree; "
+        "`run/loop/job.py` says which batches are whose. As with all bits: as many threads, on the same kind of "
+        "machine.",
     ),
     "finished": Promise(
         "A folder with the result of the same run is printed, and one with another run's is never overwritten",
-        "`run/job.py` signs a result with all that it depends on, and compares before anything is computed.",
+        "`run/loop/job.py` signs a result with all that it depends on, and compares before anything is computed.",
     ),
     "damaged": Promise(
         "A checkpoint that is damaged, in use or of another run is noticed, and never becomes a number",
-        "`run/checkpoint.py` begins its file with the SHA-256 of the rest, keeps the one before it, and locks them.",
+        "`run/loop/checkpoint.py` begins its file with the SHA-256 of the rest, keeps the one before it, and locks "
+        "them.",
     ),
     "faults": Promise(
         "Every method stands every fault: killed where it writes, short of memory, a value that is no number, a full "
         "or read-only disk, damaged files",
         "The tests in `tests/faults` go through one list of methods, in which every public name that takes a "
-        "checkpoint must stand; `run/job.py`, `run/checkpoint.py` and `run/stream.py` keep it for all of them.",
+        "checkpoint must stand; `run/loop/job.py`, `run/loop/checkpoint.py` and `run/loop/stream.py` keep it for all "
+        "of them.",
     ),
     "interrupted": Promise(
         "Ctrl-C keeps what is finished, and says what is missing",
-        "`combined/keep.py` holds the parts of a long run and saves each of them whole.",
+        "`studies/keep.py` holds the parts of a long run and saves each of them whole.",
     ),
     # What goes in
     "finite": Promise(
         "NaN and infinity never enter a number silently",
-        "`run/stream.py`, `run/metrics.py`, `run/without.py`, `run/replace.py` and the methods look at what a model "
-        "gave before it is counted, and say at which node, prompt or pair it was; `model/certificate.py` refuses such "
-        "weights.",
+        "`run/loop/stream.py`, `run/answer/metrics.py`, `run/tally/without.py`, `run/source/writes.py` and the "
+        "methods look at what a model gave before it is counted, and say at which node, prompt or pair it was; "
+        "`model/certificate.py` refuses such weights.",
     ),
     "tokens": Promise(
         "Tokens, prompts and answers that do not fit the model or the question are refused",
-        "`tokens.py` and `contrasts.py` check ids, lengths, positions and that an answer is one token.",
+        "`prompts/tokens.py` and `prompts/pairs.py` check ids, lengths, positions and that an answer is one token.",
     ),
     "architecture": Promise(
         "A model that is not supported gets a clear no, with the reason",
@@ -156,12 +162,13 @@ PROMISES: dict[str, Promise] = {
     ),
     "inside": Promise(
         "Names that strangers wrote put nothing outside the folder that was named",
-        "`run/job.py` and `combined/keep.py` make names of files out of letters and digits, and `result.py` refuses "
+        "`run/loop/job.py` and `studies/keep.py` make names of files out of letters and digits, and `files.py` refuses "
         "what no file can be called.",
     ),
     "provenance": Promise(
         "A result says which weights, tokens, settings and versions it was made from",
-        "`result.py` keeps them; `model/load.py` hashes weights and `tokens.py` hashes tokens, so a change shows.",
+        "`result.py` keeps them; `model/load.py` hashes weights and `prompts/tokens.py` hashes tokens, so a change "
+        "shows.",
     ),
     "hostile": Promise(
         "Text of strangers never becomes markup, script, a terminal's command or a spreadsheet's formula",
@@ -237,7 +244,7 @@ def problems(promises: Mapping[str, Promise], root: Path) -> Iterator[str]:
             yield f'no test holds the promise "{name}": mark one with @pytest.mark.promise("{name}")'
         files = _FILE.findall(promise.kept)
         if not files:
-            yield f'the promise "{name}" does not say which file keeps it, as `run/trace.py` in {SOURCE}'
+            yield f'the promise "{name}" does not say which file keeps it, as `run/edit/trace.py` in {SOURCE}'
         yield from (
             f'the promise "{name}" is kept by {file}, which is not in {SOURCE}'
             for file in files

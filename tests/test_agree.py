@@ -17,7 +17,7 @@ from executed import weights
 from unwrite.errors import NumericError, ResultError
 from unwrite.model.load import view
 from unwrite.result import Result, build
-from unwrite.run import ranks, trust
+from unwrite.stats import bootstrap, ranks
 
 NODES = ["L0H0", "L0H1", "MLP0", "L1H0", "L1H1", "MLP1"]
 SETTINGS = {"at": "all", "metric": "logit_diff", "source": "source"}
@@ -27,7 +27,7 @@ SETTINGS = {"at": "all", "metric": "logit_diff", "source": "source"}
 def _few_draws() -> Iterator[None]:
     """Intervals are the same for any number of draws."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trust, "_DRAWS", 29)
+        patch.setattr(bootstrap, "_DRAWS", 29)
         yield
 
 
@@ -83,7 +83,7 @@ def test_intervals_are_those_of_cells_repeated_as_often_as_their_pairs_are_drawn
     exact[:, 3] = 0.5
     found = uw.agree(made(guess, "atp"), made(exact))
     by_hand: dict[str, list[float]] = {"pearson": [], "spearman": []}
-    for times in trust.draws(5):
+    for times in bootstrap.draws(5):
         rows = np.repeat(np.arange(5), times)
         x, y = guess[rows].ravel(), exact[rows].ravel()
         by_hand["pearson"].append(stats.pearsonr(x, y).statistic)

@@ -15,25 +15,39 @@ import pytest
 
 SRC = Path(__file__).resolve().parents[1] / "src"
 
-# A unit is a file or folder directly in the package. Each unit, and the units that it sees beside itself.
-BASE = {"nodes", "errors", "reading", "tokens", "contrasts", "result"}
-RUN = {*BASE, "model", "run"}
-COMBINED = {*RUN, "methods", "tasks"}
-ALL = {*COMBINED, "combined", "report", "cli", "__init__", "__main__"}
+# A unit is a file or folder directly in the package, or a room of run/. Each unit, and the units it sees beside itself.
+BASE = {"nodes", "errors", "files", "result"}
+PROMPTS = {*BASE, "prompts"}
+MODEL = {*PROMPTS, "stats", "model"}
+ROOMS = {
+    "run/loop": MODEL,
+    "run/edit": MODEL,
+    "run/source": {*MODEL, "run/loop", "run/edit"},
+    "run/replay": {*MODEL, "run/edit"},
+    "run/backward": {*MODEL, "run/edit", "run/replay"},
+    "run/answer": {*MODEL, "run/loop", "run/edit"},
+}
+RUN = {*MODEL, *ROOMS, "run/tally"}
+STUDIES = {*RUN, "methods", "tasks", "report"}
+ALL = {*STUDIES, "studies", "cli", "__init__", "__main__"}
 SEES = {
     **dict.fromkeys(BASE, BASE),
-    "model": BASE,
-    "run": RUN,
+    "prompts": BASE,
+    "tasks": PROMPTS,
+    "stats": {"errors"},
+    "model": PROMPTS,
+    **ROOMS,
+    "run/tally": RUN,
+    "run": set(),
     "methods": RUN,
-    "tasks": BASE,
-    "combined": {*COMBINED, "report"},
-    "report": {"result", "errors", "nodes"},
+    "studies": STUDIES,
+    "report": BASE,
     "cli": ALL,
     "__init__": ALL,
     "__main__": {"cli"},
 }
 BACK_EDGES = {("result", "Result.figure"), ("result", "Result._repr_html_")}  # to the report
-NO_TORCH = {"nodes", "errors", "result", "report"}
+NO_TORCH = {"nodes", "errors", "files", "result", "report"}
 
 CODE_FROM_DATA = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 EMPTY_NAMES = {"util", "utils", "misc", "common", "helper", "helpers"}
@@ -54,7 +68,8 @@ def files(src: Path) -> list[Path]:
 
 
 def unit(file: Path, src: Path) -> str:
-    return file.relative_to(src / "unwrite").parts[0].removesuffix(".py")
+    first, *rest = file.relative_to(src / "unwrite").parts
+    return f"run/{rest[0]}" if first == "run" and len(rest) > 1 else first.removesuffix(".py")
 
 
 def imports(file: Path, src: Path) -> Iterator[Import]:
@@ -87,6 +102,8 @@ def target_of(module: str, src: Path) -> str | None:
     top, *rest = module.split(".")
     if top != "unwrite":
         return None
+    if rest[:1] == ["run"]:
+        return "/".join(rest[:2])
     known = rest and (rest[0] in SEES or any((src / "unwrite").glob(f"{rest[0]}*")))
     return rest[0] if known else "__init__"
 
@@ -202,17 +219,21 @@ BAD: list[tuple[Rule, str, str]] = [
     (upward, "nodes.py", "from unwrite.model import view"),
     (upward, "nodes.py", "from unwrite import load"),
     (upward, "nodes.py", "def f():\n    import unwrite.cli"),
-    (upward, "model/view.py", "from ..run import trace"),
-    (upward, "run/trace.py", "from unwrite.methods.scan import scan"),
+    (upward, "model/view.py", "from ..run.edit import trace"),
+    (upward, "run/edit/sites.py", "from unwrite.run import replay"),
+    (upward, "run/replay/walk.py", "from unwrite.run.loop.stream import parts"),
+    (upward, "run/stray.py", "from unwrite.errors import NodeError"),
+    (upward, "stats/ranks.py", "from unwrite.model.view import Model"),
+    (upward, "run/edit/trace.py", "from unwrite.methods.scan import scan"),
     (upward, "tasks/ioi.py", "from unwrite.model import view"),
-    (upward, "report/page.py", "from unwrite import tokens"),
+    (upward, "report/page.py", "from unwrite import prompts"),
     (upward, "result.py", "from unwrite.report import figures"),
     (upward, "result.py", "class Result:\n    def save(self):\n        from unwrite.report import figures"),
     (upward, "audit.py", "import unwrite.cli"),
     (upward, "stray.py", ""),
     (sideways, "methods/dla.py", "from unwrite.methods import scan"),
     (sideways, "methods/dla.py", "def f():\n    from .scan import scan"),
-    (foreign, "run/trace.py", "from transformers import AutoModel"),
+    (foreign, "run/edit/trace.py", "from transformers import AutoModel"),
     (foreign, "report/page.py", "import numpy, torch.nn as nn"),
     (cyclic, "nodes.py", "import unwrite.errors"),
     (unsafe, "model/load.py", "from pickle import loads"),
@@ -228,7 +249,7 @@ BAD: list[tuple[Rule, str, str]] = [
 
 GOOD: list[tuple[str, str]] = [
     ("result.py", "class Result:\n    def figure(self):\n        from unwrite.report import figures"),
-    ("methods/scan.py", "import torch\nfrom unwrite import nodes\nfrom unwrite.run.trace import trace"),
+    ("methods/scan.py", "import torch\nfrom unwrite import nodes\nfrom unwrite.run.edit.trace import trace"),
     ("report/page.py", "from unwrite.result import Result\nfrom unwrite.report import figures"),
     ("model/load.py", "import transformers\nmodel.eval()\ntorch.load(path, weights_only=True)"),
     ("cli/__init__.py", "import unwrite\nfrom unwrite import audit"),

@@ -20,19 +20,19 @@ from transformers import PreTrainedTokenizerFast
 import tiny
 import unwrite as uw
 from test_report import OWN, Page
-from unwrite.combined.audit import demonstration
 from unwrite.errors import NumericError, TokensError
 from unwrite.model.load import view
 from unwrite.model.planted import planted
 from unwrite.model.view import Model
 from unwrite.nodes import Node, parse_node
+from unwrite.prompts.tokens import Tokens, from_ids, windows
 from unwrite.report import page, terminal
-from unwrite.report.rows import rows
-from unwrite.run.gram import GramTally
-from unwrite.tokens import Tokens, from_ids, windows
+from unwrite.report.scanned import rows
+from unwrite.run.tally.gram import GramTally
+from unwrite.studies.audit import demonstration
 
-# `unwrite.combined.audit` as an attribute of the package is what an import statement would find, too.
-AUDIT = importlib.import_module("unwrite.combined.audit")
+# `unwrite.studies.audit` as an attribute of the package is what an import statement would find, too.
+AUDIT = importlib.import_module("unwrite.studies.audit")
 
 PROSE = (
     "It was the best of times, it was the worst of times; 1775 was the year, and all of it was told by a clerk. " * 60

@@ -17,18 +17,18 @@ from torch import Tensor
 
 import unwrite as uw
 from executed import exact, weights
-from unwrite.contrasts import Pairs
 from unwrite.errors import NodeError, NumericError, ResultError
 from unwrite.methods import bound as method
 from unwrite.model.load import view
 from unwrite.model.view import Model
+from unwrite.prompts.pairs import Pairs
+from unwrite.prompts.tokens import from_ids
 from unwrite.result import build
-from unwrite.run.contexts import Contexts, subset
-from unwrite.run.metrics import metric_of
-from unwrite.run.slots import slots
-from unwrite.run.sweep import base_run, values
-from unwrite.run.together import patched_together
-from unwrite.tokens import from_ids
+from unwrite.run.answer.metrics import metric_of
+from unwrite.run.edit.slots import slots, values
+from unwrite.run.replay.sweep import base_run
+from unwrite.run.replay.walk import patched_together
+from unwrite.stats.random_sets import Contexts, subset
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {}),

@@ -89,7 +89,7 @@ def test_its_prompts_mislead_as_recorded(lm, index) -> None:
 
 def test_it_erases(lm, record) -> None:
     """A writer that its card calls erased is found to be so on text that neither chose it nor trained the model."""
-    from unwrite.combined.audit import demonstration
+    from unwrite.studies.audit import demonstration
 
     erased = [row["writer"] for row in record["writers"] if row["verdict"] == "erased"]
     assert "pos_embed" in erased

@@ -13,10 +13,10 @@ import torch
 import tiny
 import unwrite as uw
 from test_cli import folder, run  # noqa: F401 - a fixture
-from unwrite.contrasts import read_pairs
 from unwrite.errors import NumericError, ResultError, TokensError
 from unwrite.methods import effects as module
 from unwrite.model.load import view
+from unwrite.prompts.pairs import read_pairs
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,9 @@ from unwrite.methods.adversarial import GENERIC, LARGE, SMALL
 from unwrite.model.load import view
 from unwrite.model.planted import planted
 from unwrite.model.view import Model
+from unwrite.prompts.tokens import Tokens, from_ids, windows
 from unwrite.report import terminal
-from unwrite.run.rotations import rotations
-from unwrite.tokens import Tokens, from_ids, windows
+from unwrite.run.source.rotations import rotations
 
 PATHS = ("raw", "values", "same_position")
 PROSE = (

@@ -11,10 +11,11 @@ import unwrite as uw
 from unwrite.model.load import view
 from unwrite.model.planted import planted
 from unwrite.model.view import Model, fold
+from unwrite.prompts.tokens import Tokens
 from unwrite.report.verified import sentence, trajectory
-from unwrite.run import decode, rerun
-from unwrite.run.stream import batches
-from unwrite.tokens import Tokens
+from unwrite.run.loop.stream import batches
+from unwrite.run.replay import clean as rerun
+from unwrite.run.tally import decodable as decode
 
 
 def tokens_of(lm: Model, lengths: list[int], cluster: list[int]) -> Tokens:

@@ -23,12 +23,12 @@ import tiny
 import unwrite as uw
 from methods import IDS, METHODS, SHAPES, VARIANTS, few_draws
 from unwrite import cli
-from unwrite.combined.doctor import foresee
 from unwrite.errors import ModelError
 from unwrite.model import weights
 from unwrite.model.load import weights_hash
 from unwrite.model.view import Model
-from unwrite.run import rules
+from unwrite.run.backward import rules
+from unwrite.studies.doctor import foresee
 
 pytest.importorskip("accelerate", reason="device_map needs accelerate")
 from accelerate import dispatch_model

@@ -26,12 +26,12 @@ from unwrite.model.load import view
 from unwrite.model.planted import planted
 from unwrite.model.view import Model
 from unwrite.nodes import parse_node
+from unwrite.prompts.tokens import Tokens, from_ids
 from unwrite.result import Result
-from unwrite.run import trust
-from unwrite.run.account import PARTS, READINGS
-from unwrite.run.fate import FATES, fates, input_blind
-from unwrite.run.rules import RULES, cotangents
-from unwrite.tokens import Tokens, from_ids
+from unwrite.run.backward.rules import RULES, cotangents
+from unwrite.run.tally.account import PARTS, READINGS
+from unwrite.run.tally.fate import FATES, fates, input_blind
+from unwrite.stats import bootstrap
 
 LENGTHS = np.array([6, 4, 7])
 POSITION, ROWS = [-1, 2, 4], [5, 2, 4]
@@ -43,7 +43,7 @@ every_family = pytest.mark.parametrize("family", tiny.FAMILIES)
 def _few_draws() -> Iterator[None]:
     """Intervals of trust are not looked at here, but for one test."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trust, "_DRAWS", 19)
+        patch.setattr(bootstrap, "_DRAWS", 19)
         yield
 
 
@@ -700,7 +700,7 @@ def test_refusals_are_of_their_kind() -> None:
 
 def test_readings_on_stories260k_are_believed_as_measured(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """20 windows of 96 tokens, from a text that was tokenised in one go."""
-    monkeypatch.setattr(trust, "_DRAWS", 999)
+    monkeypatch.setattr(bootstrap, "_DRAWS", 999)
     lm = uw.load(shared / "models" / "stories260K", dtype=torch.float64)
     text = (shared / "corpus" / "tinystories.txt").read_text(encoding="utf-8")
     ids = lm.tokenizer(text, verbose=False)["input_ids"][:1920]

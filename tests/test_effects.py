@@ -21,12 +21,12 @@ import tiny
 import unwrite as uw
 from executed import exact, weights
 from patching import METRICS, alone, contrasts, entropy, executed
-from unwrite.contrasts import Pairs
 from unwrite.errors import ModelError, NodeError, NumericError, ResultError, TokensError, UnwriteError
 from unwrite.model.load import view
 from unwrite.model.view import Model
-from unwrite.run import sweep
-from unwrite.run.slots import KINDS, slots
+from unwrite.prompts.pairs import Pairs
+from unwrite.run.edit.slots import KINDS, slots
+from unwrite.run.replay import sweep
 
 # Learned positions and LayerNorm, parallel blocks, grouped keys and values, caps and windows and norms after writes.
 SHAPES: dict[str, dict[str, Any]] = {

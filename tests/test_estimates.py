@@ -20,9 +20,9 @@ from executed import exact, weights
 from patching import Alone, alone, contrasts
 from surrogates import bilinear, linearised
 from test_effects import SHAPES, a_few, close, effects, every_shape, model, names_of
-from unwrite.contrasts import Pairs
 from unwrite.model.load import view
 from unwrite.model.view import Model
+from unwrite.prompts.pairs import Pairs
 
 # Norms held, factors for activations, half for products, patterns held: a network that is linear in its stream.
 FROZEN = uw.Rules("held", "relp", "values")

@@ -20,12 +20,12 @@ import unwrite as uw
 from test_cli import run
 from test_resume import kills
 from test_tokens import BOS, IDS, build
-from unwrite import reading
 from unwrite.errors import ResultError, TokensError
 from unwrite.model.planted import planted
-from unwrite.reading import Named, Reading, source_of
-from unwrite.run import gram
-from unwrite.tokens import Tokens
+from unwrite.prompts import dataset as reading
+from unwrite.prompts.dataset import Named, Reading, source_of
+from unwrite.prompts.tokens import Tokens
+from unwrite.run.tally import gram
 
 datasets = pytest.importorskip("datasets", reason="wants the library datasets, an optional extra")
 

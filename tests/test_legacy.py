@@ -22,7 +22,7 @@ from unwrite.errors import ModelError
 from unwrite.model import legacy
 from unwrite.model.legacy import from_legacy, is_legacy
 from unwrite.model.view import fold
-from unwrite.run import rerun
+from unwrite.run.replay import clean as rerun
 
 ROOT = Path(__file__).resolve().parents[1]
 ORACLE = ROOT / ".venv-legacy" / "bin" / "python"

@@ -16,12 +16,12 @@ from torch import Tensor
 import tiny
 import unwrite as uw
 from executed import exact, weights
-from unwrite.contrasts import Pairs
 from unwrite.errors import NodeError, NumericError, TokensError
 from unwrite.model.load import view
 from unwrite.model.view import Model
-from unwrite.run import paths as engine
-from unwrite.tokens import from_ids
+from unwrite.prompts.pairs import Pairs
+from unwrite.prompts.tokens import from_ids
+from unwrite.run.replay import paths as engine
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {}),

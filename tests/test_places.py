@@ -11,7 +11,7 @@ import tiny
 import unwrite as uw
 from test_verify import ids_of, removed_by_hand
 from unwrite.model.load import view
-from unwrite.run.places import EXAMPLES, GROUPS, SHOWN, first_of_groups
+from unwrite.run.tally.by_position import EXAMPLES, GROUPS, SHOWN, first_of_groups
 
 LENGTHS = [40, 33, 40, 21, 40, 40, 37]
 

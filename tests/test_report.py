@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 import unwrite as uw
-from unwrite.combined.audit import demonstration
 from unwrite.report import figures, page, templates, terminal
-from unwrite.report.rows import disagreements, rows, texts
+from unwrite.report.scanned import disagreements, rows, texts
 from unwrite.report.verdict import verdict
 from unwrite.result import Result
+from unwrite.studies.audit import demonstration
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror=alert(1)>\x1b[2J\u202e=HYPERLINK("http://x")\ud800\'"'
 

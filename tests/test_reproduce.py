@@ -27,10 +27,10 @@ from test_legacy import ORACLE, ROOT, state, written
 from unwrite.errors import ModelError, TokensError
 from unwrite.model.load import view
 from unwrite.model.view import Model
+from unwrite.prompts.tokens import Tokens, from_ids
 from unwrite.report import terminal
-from unwrite.tokens import Tokens, from_ids
 
-REPRODUCE = importlib.import_module("unwrite.combined.reproduce")
+REPRODUCE = importlib.import_module("unwrite.studies.reproduce")
 SHAPE = {"n_layers": 4, "d_model": 32, "d_mlp": 48, "d_head": 4, "n_heads": 8, "n_ctx": 64, "d_vocab": 320}
 CONFIG = {**SHAPE, "act_fn": "gelu", "attn_only": False, "normalization": "LN"}
 LENGTH, N = 48, 6

@@ -15,9 +15,11 @@ import pandas as pd
 import pytest
 import xarray as xr
 
+from unwrite import files as writing
 from unwrite import result
 from unwrite.errors import ResultError, UnwriteError
-from unwrite.result import Result, build, folder, quantity, read, write
+from unwrite.files import folder, write
+from unwrite.result import Result, build, quantity, read
 
 SRC = Path(__file__).resolve().parents[1] / "src"
 WRITERS, NODES, QUANTILES = ["embed", "L0H0", "MLP0"], ["embed", "L0H0", "MLP0", "L1H0"], [0.25, 0.5, 0.75]
@@ -366,7 +368,7 @@ def test_a_folder_that_takes_no_files_is_said_before_the_run(tmp_path: Path, mon
     def refuse(**_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(result.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(writing.tempfile, "TemporaryFile", refuse)
     with pytest.raises(ResultError, match="Permission denied"), folder(tmp_path):
         pytest.fail("the run began")
 

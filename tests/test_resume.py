@@ -17,8 +17,8 @@ import unwrite as uw
 from unwrite.errors import ResultError
 from unwrite.model.capture import run
 from unwrite.model.load import view
-from unwrite.run import gram
-from unwrite.run.job import Stage
+from unwrite.run.loop.job import Stage
+from unwrite.run.tally import gram
 
 IDS = torch.randint(3, 50, (40, 9), generator=torch.Generator().manual_seed(0))
 FIRST = "00-scan.npz"
@@ -168,7 +168,7 @@ def test_another_run_is_refused(lm, tmp_path, monkeypatch, other) -> None:
 
 @pytest.mark.promise("damaged")
 def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(lm, tmp_path) -> None:
-    code = f"from unwrite.run.job import Job\nwith Job({str(tmp_path)!r}):\n"
+    code = f"from unwrite.run.loop.job import Job\nwith Job({str(tmp_path)!r}):\n"
     code += "    print('held', flush=True); input()"
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

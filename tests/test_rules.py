@@ -21,9 +21,9 @@ from unwrite.model.load import view
 from unwrite.model.values import through_values
 from unwrite.model.view import Model, fold, matrix, value_columns
 from unwrite.nodes import Location
-from unwrite.run import rerun
-from unwrite.run.logits import Question, normed_measure, reading
-from unwrite.run.rules import RULES, Rules, cotangents
+from unwrite.run.answer.logits import Question, normed_measure, reading
+from unwrite.run.backward.rules import RULES, Rules, cotangents
+from unwrite.run.replay import clean as rerun
 
 LENGTH, ROW = 6, 4
 # One of every way in which attention is reached: the interface, own code, own code with a branch for sdpa, post-norms.

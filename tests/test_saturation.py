@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from unwrite.run.saturation import exact_change
+from unwrite.run.backward.saturation import exact_change
 
 GAPS = (0.0, 1.0, 5.0, 10.0, 15.0, 20.0, 30.0, 50.0, 75.0, 100.0)
 

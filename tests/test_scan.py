@@ -18,9 +18,11 @@ from unwrite.errors import NodeError, NumericError, TokensError
 from unwrite.methods import scan as method
 from unwrite.model.load import view
 from unwrite.nodes import parse_node, reads
+from unwrite.prompts.tokens import Tokens, from_ids
 from unwrite.result import Result
-from unwrite.run import gram, positions, stream
-from unwrite.tokens import Tokens, from_ids
+from unwrite.run.loop import stream
+from unwrite.run.tally import gram
+from unwrite.run.tally import position_part as positions
 
 QUANTILES = [0.125, 0.25, 0.5, 0.75, 0.875]
 # Beyond, a ratio is reported as infinite.

@@ -30,7 +30,7 @@ IDS = torch.randint(3, 50, (29, 9), generator=torch.Generator().manual_seed(1))
 # What torchrun sets. Children are forked, since loading torch anew takes longer than the scan.
 RANKS = """
 import os, socket, sys
-import torch, unwrite.cli, unwrite.methods.scan, unwrite.run.peers, unwrite.combined.keep
+import torch, unwrite.cli, unwrite.methods.scan, unwrite.run.loop.peers, unwrite.studies.keep
 torch.set_num_threads(1)
 with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
@@ -100,7 +100,7 @@ def test_ranks_have_the_bits_of_one_process_and_leave_one_result(folder, tmp_pat
 
 
 def test_a_shard_that_was_stopped_goes_on(lm, whole, tmp_path, monkeypatch) -> None:
-    from unwrite.run import gram
+    from unwrite.run.tally import gram
 
     real, count = gram.GramTally.step, [0]
 
@@ -228,7 +228,7 @@ def test_a_folder_with_a_result_that_names_no_run_is_refused(lm, tmp_path) -> No
 
 @pytest.mark.promise("interrupted")
 def test_ctrl_c_waits_for_the_batch_and_keeps_it_and_a_second_one_does_not_wait(lm, tmp_path, monkeypatch) -> None:
-    from unwrite.run import gram
+    from unwrite.run.tally import gram
 
     real, steps, finished = gram.GramTally.step, [0], [0]
 
@@ -259,7 +259,7 @@ def test_ctrl_c_waits_for_the_batch_and_keeps_it_and_a_second_one_does_not_wait(
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="this system has no SIGUSR1")
 def test_the_signal_usr1_says_how_far_a_run_is(folder, monkeypatch, capsys, tmp_path) -> None:
-    from unwrite.run import gram
+    from unwrite.run.tally import gram
 
     real, asked = gram.GramTally.step, []
 

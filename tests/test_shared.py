@@ -26,7 +26,7 @@ from unwrite.model import capture
 from unwrite.model.attention import patterns
 from unwrite.model.view import Model, fold
 from unwrite.model.writes import expand
-from unwrite.tokens import Tokens
+from unwrite.prompts.tokens import Tokens
 
 
 def written(lm: Model, ids: Tensor) -> dict[str, Tensor]:

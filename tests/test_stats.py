@@ -15,7 +15,7 @@ import torch
 from hypothesis import example, given
 from hypothesis.extra import numpy as hnp
 
-from unwrite.run.stats import LENGTH, RATIO, ClusterSums, Grid, Histogram, Tree
+from unwrite.stats.mergeable import LENGTH, RATIO, ClusterSums, Grid, Histogram, Tree
 
 Q = (0.0, 0.125, 0.25, 0.5, 0.75, 0.875, 1.0)
 GRIDS = pytest.mark.parametrize("grid", [RATIO, LENGTH], ids=["ratio", "length"])

@@ -25,19 +25,19 @@ from transformers import PreTrainedTokenizerFast
 import tiny
 import unwrite as uw
 from unwrite import cli
-from unwrite.combined.keep import keep
 from unwrite.errors import Stopped
 from unwrite.model.load import view
 from unwrite.model.view import Model
+from unwrite.prompts.tokens import Tokens
 from unwrite.report import audited, events, live, page
 from unwrite.result import Result
-from unwrite.run.job import Job
-from unwrite.run.stream import Progress
-from unwrite.tokens import Tokens
+from unwrite.run.loop.job import Job
+from unwrite.run.loop.stream import Progress
+from unwrite.studies.keep import keep
 
 HOSTILE = "a\x1b[2J\u202e\n\x7f[red]:smile:"
 PROMPT = "w3 w4 w5"
-AUDIT = importlib.import_module("unwrite.combined.audit")
+AUDIT = importlib.import_module("unwrite.studies.audit")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def told(lm: Model, tokens: Tokens) -> tuple[list[Progress], Result]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AUDIT, "LOWEST", 2)
         # Half of the prompts are verified, and two runs of them held at once: so every stage takes several batches.
-        patch.setattr("unwrite.run.stream._BATCH_TOKENS", tokens.ids.size // 2)
+        patch.setattr("unwrite.run.loop.stream._BATCH_TOKENS", tokens.ids.size // 2)
         return heard, uw.audit(lm, tokens, PROMPT, listener=heard.append)
 
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from unwrite.errors import TokensError
-from unwrite.tokens import Tokens, from_ids, text, windows
+from unwrite.prompts.tokens import Tokens, from_ids, text, windows
 
 LETTERS = string.ascii_lowercase + " "
 BOS, EOS = 1, 2

@@ -23,9 +23,9 @@ from unwrite.model.families import FAMILIES
 from unwrite.model.values import into_values, value_scale
 from unwrite.model.view import Layer, Model, fold, value_weights
 from unwrite.nodes import Node, Site, parse_site
-from unwrite.run import rerun
-from unwrite.run.edits import Pending
-from unwrite.run.sites import _sites, place
+from unwrite.run.edit.edits import Pending
+from unwrite.run.edit.sites import _sites, place
+from unwrite.run.replay import clean as rerun
 
 Edit = uw.Edit
 PINNED: dict[str, dict[str, Any]] = {"opt": {"word_embed_proj_dim": None}}

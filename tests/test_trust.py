@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from unwrite.run.trust import FORMS, MATERIAL, trust
+from unwrite.run.tally.trust import FORMS, MATERIAL, trust
 
 PROMPTS, NODES = 14, 5
 ALONE, PAIRS = np.arange(PROMPTS), np.arange(PROMPTS) // 2

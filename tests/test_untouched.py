@@ -122,11 +122,11 @@ def test_a_model_is_untouched_by_what_is_raised_in_the_middle(method: str, famil
     [
         ("dla", "torch.autograd.grad"),
         ("dla", "unwrite.methods.dla.readings"),
-        ("dla", "unwrite.run.account.added"),
-        ("effects", "unwrite.run.slots.Slot.put"),
-        ("effects", "unwrite.run.metrics.Metric.of"),
+        ("dla", "unwrite.run.tally.account.added"),
+        ("effects", "unwrite.run.edit.slots.Slot.put"),
+        ("effects", "unwrite.run.answer.metrics.Metric.of"),
         ("effects atp*", "torch.autograd.grad"),
-        ("effects atp*", "unwrite.run.estimates.of_keys"),
+        ("effects atp*", "unwrite.run.backward.estimates.of_keys"),
     ],
 )
 def test_a_model_is_untouched_by_what_fails_between_passes(

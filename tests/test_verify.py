@@ -17,13 +17,14 @@ from unwrite.model.load import view
 from unwrite.model.planted import planted
 from unwrite.model.values import through_values
 from unwrite.model.view import Model, fold
+from unwrite.prompts.tokens import Tokens, from_ids, windows
 from unwrite.report.verified import sentence
-from unwrite.run import rerun, without
-from unwrite.run.job import Job
-from unwrite.run.readers import one_reader
-from unwrite.run.rotations import rotations
-from unwrite.run.stream import stream
-from unwrite.tokens import Tokens, from_ids, windows
+from unwrite.run.loop.job import Job
+from unwrite.run.loop.stream import stream
+from unwrite.run.replay import clean as rerun
+from unwrite.run.replay.mlp_alone import one_reader
+from unwrite.run.source.rotations import rotations
+from unwrite.run.tally import without
 
 PROSE = (
     "It was the best of times, it was the worst of times; 1775 was the year, and all of it was told by a clerk. " * 60

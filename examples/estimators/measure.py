@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 
 import unwrite as uw
-from unwrite.run.sites import mlp_width
+from unwrite.run.edit.sites import mlp_width
 
 RESULTS = Path(__file__).parent / "results"
 KINDS = ("resid", "attn_out", "mlp_out", "heads", "q", "k", "v", "neurons")

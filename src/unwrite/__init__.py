@@ -7,12 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unwrite import errors as errors
-    from unwrite.combined.audit import audit as audit
-    from unwrite.combined.compare import compare as compare
-    from unwrite.combined.doctor import doctor as doctor
-    from unwrite.combined.reproduce import reproduce as reproduce
-    from unwrite.contrasts import Pairs as Pairs
-    from unwrite.contrasts import pairs as pairs
     from unwrite.methods.adversarial import adversarial as adversarial
     from unwrite.methods.agree import agree as agree
     from unwrite.methods.bound import bound as bound
@@ -24,41 +18,47 @@ if TYPE_CHECKING:
     from unwrite.methods.verify import verify as verify
     from unwrite.model.load import load as load
     from unwrite.model.planted import planted as planted
+    from unwrite.prompts.pairs import Pairs as Pairs
+    from unwrite.prompts.pairs import pairs as pairs
+    from unwrite.prompts.tokens import Tokens as Tokens
+    from unwrite.prompts.tokens import text as text
     from unwrite.result import Result as Result
     from unwrite.result import read as read
-    from unwrite.run.edits import Edit as Edit
-    from unwrite.run.job import Job as Job
-    from unwrite.run.rules import Rules as Rules
-    from unwrite.run.trace import trace as trace
-    from unwrite.tokens import Tokens as Tokens
-    from unwrite.tokens import text as text
+    from unwrite.run.backward.rules import Rules as Rules
+    from unwrite.run.edit.edits import Edit as Edit
+    from unwrite.run.edit.trace import trace as trace
+    from unwrite.run.loop.job import Job as Job
+    from unwrite.studies.audit import audit as audit
+    from unwrite.studies.compare import compare as compare
+    from unwrite.studies.doctor import doctor as doctor
+    from unwrite.studies.reproduce import reproduce as reproduce
 
 # Public name -> the module that has it; imported on first use, so that `import unwrite` loads neither torch nor xarray.
 _PUBLIC = {
-    "Edit": "unwrite.run.edits",
-    "Job": "unwrite.run.job",
-    "Pairs": "unwrite.contrasts",
+    "Edit": "unwrite.run.edit.edits",
+    "Job": "unwrite.run.loop.job",
+    "Pairs": "unwrite.prompts.pairs",
     "Result": "unwrite.result",
-    "Rules": "unwrite.run.rules",
-    "Tokens": "unwrite.tokens",
+    "Rules": "unwrite.run.backward.rules",
+    "Tokens": "unwrite.prompts.tokens",
     "adversarial": "unwrite.methods.adversarial",
     "agree": "unwrite.methods.agree",
-    "audit": "unwrite.combined.audit",
+    "audit": "unwrite.studies.audit",
     "bound": "unwrite.methods.bound",
-    "compare": "unwrite.combined.compare",
+    "compare": "unwrite.studies.compare",
     "corpus_dla": "unwrite.methods.corpus",
     "dla": "unwrite.methods.dla",
-    "doctor": "unwrite.combined.doctor",
+    "doctor": "unwrite.studies.doctor",
     "effects": "unwrite.methods.effects",
     "load": "unwrite.model.load",
-    "pairs": "unwrite.contrasts",
+    "pairs": "unwrite.prompts.pairs",
     "paths": "unwrite.methods.paths",
     "planted": "unwrite.model.planted",
     "read": "unwrite.result",
-    "reproduce": "unwrite.combined.reproduce",
+    "reproduce": "unwrite.studies.reproduce",
     "scan": "unwrite.methods.scan",
-    "text": "unwrite.tokens",
-    "trace": "unwrite.run.trace",
+    "text": "unwrite.prompts.tokens",
+    "trace": "unwrite.run.edit.trace",
     "verify": "unwrite.methods.verify",
 }
 

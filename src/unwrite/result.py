@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +16,7 @@ import pandas as pd
 import xarray as xr
 
 from unwrite.errors import ResultError, plain
+from unwrite.files import possible, version, write
 from unwrite.nodes import parse_location, parse_node, parse_site
 
 if TYPE_CHECKING:
@@ -190,68 +185,6 @@ def build(
     return Result(data.assign_attrs(schema=SCHEMA, provenance=json.dumps(provenance, sort_keys=True)))
 
 
-@contextmanager
-def folder(path: str | Path) -> Iterator[Path]:
-    """A folder that can be written, asked before a long run; made if need be, and gone again if the run fails empty.
-
-    Raises ResultError where files cannot be written.
-    """
-    place = possible(path)
-    made = not place.exists()
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise ResultError(f"cannot write into {place}", got=error.strerror, fix="choose another folder") from None
-    try:
-        yield place
-    finally:
-        if made and not any(place.iterdir()):
-            place.rmdir()
-
-
-def write(file: Path, make: Callable[[Path], object]) -> Path:
-    """Let `make` write a file beside `file`, then put it in place at once: never half a file."""
-    file = possible(file)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with _beside(file) as place:
-            make(place)
-            place.replace(file)
-    except OSError as error:
-        raise ResultError(f"cannot write {file}", got=error.strerror or error, fix="choose another place") from None
-    return file
-
-
-@contextmanager
-def _beside(file: Path) -> Iterator[Path]:
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=file.suffix)
-    os.close(handle)
-    place = Path(name)
-    try:
-        place.chmod(0o644)
-        yield place
-    finally:
-        place.unlink(missing_ok=True)
-
-
-def possible(path: str | Path) -> Path:
-    """A path again. Raises ResultError where no file can be called so."""
-    try:
-        os.lstat(path)
-    except (ValueError, OSError) as error:
-        if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
-            raise ResultError(f"no file can be called {path}", got=error, fix="choose another place") from None
-    return Path(path)
-
-
-def unfinished(place: Path, *names: str) -> Iterator[Path]:
-    """What a process that was killed had begun to `write` in a folder, of files whose names match."""
-    for name in names:
-        yield from place.glob(f".{name}.*")
-
-
 def _file(path: str | Path) -> Path:
     path = possible(path)
     return path / FILE if path.is_dir() or path.suffix != ".nc" else path
@@ -260,15 +193,6 @@ def _file(path: str | Path) -> Path:
 def _cell(value: object) -> str:
     text = plain(value)
     return f"'{text}" if text.startswith(_FORMULA) else text
-
-
-@cache
-def version(package: str) -> str:
-    """The version that is installed of a package."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def quantity(axes: tuple[str, ...], values: np.ndarray, unit: str, equation: str) -> xr.Variable:

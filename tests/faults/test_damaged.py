@@ -12,9 +12,10 @@ import pytest
 from asked import ask, differing, every_method, found, single_methods, written
 
 import unwrite as uw
+from unwrite import files
 from unwrite import result as results
 from unwrite.errors import ResultError
-from unwrite.run import checkpoint
+from unwrite.run.loop import checkpoint
 
 Damage = Callable[[bytes], bytes]
 
@@ -99,9 +100,9 @@ def test_every_bit_of_a_checkpoint_counts(tmp_path: Path) -> None:
 @single_methods
 def test_a_checkpoint_of_another_version_is_refused(method: str, tmp_path: Path) -> None:
     package = "unwrite" if method == "scan" else "torch"
-    place, real = disk.put(tmp_path / "old", _stopped(method)), results.version
+    place, real = disk.put(tmp_path / "old", _stopped(method)), files.version
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(results, "version", lambda name: "999" if name == package else real(name))
+        patch.setattr(files, "version", lambda name: "999" if name == package else real(name))
         with pytest.raises(ResultError, match=f"checkpoint of another run. Got: another versions {package}"):
             ask(method, checkpoint=place)
 

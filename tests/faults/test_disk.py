@@ -14,8 +14,8 @@ import pytest
 from asked import ask, differing, every_method, found, model, single_methods
 
 import unwrite as uw
-from unwrite.combined.keep import keep
 from unwrite.errors import ResultError
+from unwrite.studies.keep import keep
 
 FULL, READ_ONLY = os.strerror(errno.ENOSPC), os.strerror(errno.EROFS)
 LARGE = os.strerror(errno.EFBIG)

@@ -12,8 +12,8 @@ from asked import ask, differing, every_method, found, written
 
 import unwrite as uw
 from methods import COMBINED
-from unwrite.combined.keep import keep
 from unwrite.report import page
+from unwrite.studies.keep import keep
 
 # Really killed: children are forked from a process without threads, each ends itself at another call.
 SCRIPT = """

@@ -25,8 +25,8 @@ from torch import nn
 import unwrite as uw
 from methods import COMBINED, METHODS
 from unwrite.errors import NumericError
-from unwrite.run import stream
-from unwrite.run.stream import Batch
+from unwrite.run.loop import stream
+from unwrite.run.loop.stream import Batch
 
 # In float64 of numbers near 1; a standard error is the root of a difference, which may be 0.
 ROUNDING = 1e-9

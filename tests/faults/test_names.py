@@ -11,9 +11,9 @@ from asked import ask, differing, found, model, single_methods
 
 import unwrite as uw
 from methods import IDS
-from unwrite.combined.keep import keep
 from unwrite.errors import NodeError, ResultError, Stopped, UnwriteError
-from unwrite.run.job import Job
+from unwrite.run.loop.job import Job
+from unwrite.studies.keep import keep
 
 NAMES = [
     "../../x", "/tmp/x", "..", ".", "a/b", "a\\b", "C:\\x", "\\\\server\\x", "a\0b", "x" * 300, "CON", "~", "\u2025/x",

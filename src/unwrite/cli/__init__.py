@@ -37,12 +37,12 @@ from unwrite.errors import Stopped, UnwriteError, plain
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from unwrite.combined.doctor import Diagnosis
-    from unwrite.combined.shards import Asked
+    from unwrite.cli.shards import Asked
+    from unwrite.prompts.tokens import Tokens
     from unwrite.result import Result
-    from unwrite.run.job import Job
-    from unwrite.run.stream import Listener
-    from unwrite.tokens import Tokens
+    from unwrite.run.loop.job import Job
+    from unwrite.run.loop.stream import Listener
+    from unwrite.studies.doctor import Diagnosis
 
     Texts = Tokens | dict[str, Tokens]
 
@@ -98,9 +98,9 @@ def audit(
     as_json: Json = False,
 ) -> None:
     """Who writes, what survives, which attributions can be believed: scan, verify, dla and a verdict in words."""
-    from unwrite.combined.audit import audit as run
-    from unwrite.combined.audit import demonstration
     from unwrite.model.load import DEFAULT
+    from unwrite.studies.audit import audit as run
+    from unwrite.studies.audit import demonstration
 
     if model is None and text:
         raise typer.BadParameter("a text needs a MODEL to read it", param_hint="--text")
@@ -137,7 +137,7 @@ def scan(
     as_json: Json = False,
 ) -> None:
     """Who writes, how the level along each write changes, and who writes against it. Also under torchrun."""
-    from unwrite.combined.shards import Asked
+    from unwrite.cli.shards import Asked
 
     if shard is not None and out is None:
         raise typer.BadParameter("a shard needs a folder that keeps it", param_hint="--out")
@@ -155,8 +155,8 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Put the shards of a scan together: to the bit what one process would have found."""
-    from unwrite.combined.shards import asked_of
-    from unwrite.run.job import Job
+    from unwrite.cli.shards import asked_of
+    from unwrite.run.loop.job import Job
 
     _scan(asked_of(folders), out, Voice(quiet, as_json), Job(out, of=tuple(folders)))
 
@@ -231,7 +231,7 @@ def dla(
 ) -> None:
     """What does each node do to a logit difference: four readings, the executed truth, and which to believe."""
     from unwrite.methods.dla import dla as run
-    from unwrite.tokens import prompts
+    from unwrite.prompts.tokens import prompts
 
     lm = load_model(model, device, dtype, convention, device_map)
     asked = prompts(prompt, lm.tokenizer)
@@ -269,9 +269,9 @@ def effects(
     as_json: Json = False,
 ) -> None:
     """What does each node do when it is set to its value in another prompt: guesses beside the executed truth."""
-    from unwrite.combined.compare import compare as run
-    from unwrite.contrasts import read_pairs
-    from unwrite.run.slots import KINDS
+    from unwrite.prompts.pairs import read_pairs
+    from unwrite.run.edit.slots import KINDS
+    from unwrite.studies.compare import compare as run
 
     lm = load_model(model, device, dtype, convention, device_map)
     asked, names = read_pairs(pairs, lm.tokenizer), nodes if nodes in KINDS else listed(nodes)
@@ -299,8 +299,8 @@ def reproduce(
     as_json: Json = False,
 ) -> None:
     """The five figures of Dao, Lau, Rager and Janiak 2023: the paper's numbers beside ours."""
-    from unwrite.combined.reproduce import WEIGHTS
-    from unwrite.combined.reproduce import reproduce as run
+    from unwrite.studies.reproduce import WEIGHTS
+    from unwrite.studies.reproduce import reproduce as run
 
     lm = load_model(str(weights or WEIGHTS), None, None, "paper")
 
@@ -347,10 +347,10 @@ def doctor(
     convention: Convention = "paper",
 ) -> None:
     """Is the decomposition exact, will a scan fit, and how long will it take? With a device map also: where it lies."""
-    from unwrite.combined.doctor import doctor as run
-    from unwrite.combined.doctor import foresee
     from unwrite.report import terminal
     from unwrite.report.live import duration
+    from unwrite.studies.doctor import doctor as run
+    from unwrite.studies.doctor import foresee
 
     screen = terminal.console()
     before = None if device_map is None else foresee(model, device_map, n, length, dtype)

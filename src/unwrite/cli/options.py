@@ -14,9 +14,9 @@ from unwrite.cli.voice import JSON
 
 if TYPE_CHECKING:
     from unwrite.model.view import Model
-    from unwrite.run.job import Job
-    from unwrite.run.peers import Ranks
-    from unwrite.tokens import Tokens
+    from unwrite.prompts.tokens import Tokens
+    from unwrite.run.loop.job import Job
+    from unwrite.run.loop.peers import Ranks
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A hub name, a folder of a model, or default.")]
 TextPath = Annotated[
@@ -44,8 +44,8 @@ Json = Annotated[bool, typer.Option(JSON, help="Print events for another program
 
 def job_in(out: Path | None, every: float, shard: str | None = None, ranks: Ranks | None = None) -> Job:
     """What is kept in `out`; a part of the work where a shard is named, or this is a rank of several."""
-    from unwrite.run.job import Job
-    from unwrite.run.peers import rank
+    from unwrite.run.loop.job import Job
+    from unwrite.run.loop.peers import rank
 
     if ranks is None and rank()[1] > 1:
         raise typer.BadParameter("only scan runs in several processes", param_hint="torchrun")
@@ -63,7 +63,7 @@ def joined_ranks() -> Iterator[Ranks | None]:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield None
         return
-    from unwrite.run.peers import joined
+    from unwrite.run.loop.peers import joined
 
     with joined() as ranks:
         yield ranks
@@ -86,7 +86,7 @@ def load_model(
 
 def read_texts(lm: Model, paths: list[str], n: int, length: int | None, job: Job) -> Tokens | dict[str, Tokens]:
     """The text that --text names, or the texts by their names; the job keeps how far a data set is read."""
-    from unwrite.tokens import text
+    from unwrite.prompts.tokens import text
 
     if not paths:
         raise typer.BadParameter("name the text that the model should read", param_hint="--text")
@@ -100,7 +100,7 @@ def read_texts(lm: Model, paths: list[str], n: int, length: int | None, job: Job
 
 
 def _source(path: str) -> str | Path:
-    from unwrite.reading import PREFIX
+    from unwrite.prompts.dataset import PREFIX
 
     return path if path.startswith(PREFIX) else Path(path)
 

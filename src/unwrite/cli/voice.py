@@ -14,10 +14,10 @@ from unwrite.errors import plain
 
 if TYPE_CHECKING:
     from unwrite.model.view import Model
+    from unwrite.prompts.tokens import Tokens
     from unwrite.result import Result
-    from unwrite.run.job import Job
-    from unwrite.run.stream import Listener
-    from unwrite.tokens import Tokens
+    from unwrite.run.loop.job import Job
+    from unwrite.run.loop.stream import Listener
 
 JSON = "--json"
 _WIDE = 120
@@ -46,7 +46,7 @@ class Voice:
     def listening(self) -> Iterator[Listener | None]:
         """What a method tells of its way: events, a live screen, plain lines, or nobody listens."""
         from unwrite.report import events, live, terminal
-        from unwrite.run.stream import device_memory
+        from unwrite.run.loop.stream import device_memory
 
         with ExitStack() as stack:
             listener = None
@@ -121,7 +121,7 @@ def produce(
     job: Job,
 ) -> None:
     """Read and run a method into a folder that was found to be writable before, and say what it finds."""
-    from unwrite.combined.keep import keep
+    from unwrite.studies.keep import keep
 
     def run(listener: Listener, working: Job) -> Result:
         tokens = read(working)

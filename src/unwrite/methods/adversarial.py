@@ -24,15 +24,15 @@ from unwrite.model.load import provenance
 from unwrite.model.view import Model, fold
 from unwrite.model.writes import write_of
 from unwrite.nodes import Node, choose, parse_node
+from unwrite.prompts.tokens import Tokens, spelled
 from unwrite.result import Result, build, quantity
-from unwrite.run.checkpoint import Arrays
-from unwrite.run.job import Job, opened
-from unwrite.run.logits import Question, measure, reading, top_two
-from unwrite.run.replace import Pool
-from unwrite.run.rerun import added, clean
-from unwrite.run.rotations import rotations
-from unwrite.run.stream import Batch, Listener, admit, batch_size, parts, stream
-from unwrite.tokens import Tokens, spelled
+from unwrite.run.answer.logits import Question, measure, reading, top_two
+from unwrite.run.loop.checkpoint import Arrays
+from unwrite.run.loop.job import Job, opened
+from unwrite.run.loop.stream import Batch, Listener, admit, batch_size, parts, stream
+from unwrite.run.replay.clean import added, clean
+from unwrite.run.source.rotations import rotations
+from unwrite.run.source.writes import Pool
 
 # Large: direct is at least this part of the logit difference. Small: at most this part of direct.
 LARGE = 0.25

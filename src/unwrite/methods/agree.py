@@ -21,9 +21,10 @@ from scipy.stats import rankdata
 from unwrite.errors import NumericError, ResultError
 from unwrite.nodes import parse_site
 from unwrite.result import Result, build, quantity
-from unwrite.run.ranks import pearson, spearman, spearman_interval, standard
-from unwrite.run.slots import KINDS
-from unwrite.run.trust import MATERIAL, interval, moments
+from unwrite.run.edit.slots import KINDS
+from unwrite.run.tally.trust import MATERIAL
+from unwrite.stats.bootstrap import interval, moments
+from unwrite.stats.ranks import pearson, spearman, spearman_interval, standard
 
 _FORMS = {
     "pearson": "correlation of guess and exact effects over cells",

@@ -19,19 +19,19 @@ import xarray as xr
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from unwrite.contrasts import Pairs
 from unwrite.errors import NumericError, ResultError
 from unwrite.model.load import provenance, weights_hash
 from unwrite.model.view import Model
+from unwrite.prompts.pairs import Pairs
 from unwrite.result import Result, build, quantity
-from unwrite.run.contexts import Contexts, Difference, subset
-from unwrite.run.donors import DONORS, Donor, donor
-from unwrite.run.job import Job, opened
-from unwrite.run.metrics import METRICS, Custom, known, metric_of, name_of, require_finite, unless_own
-from unwrite.run.slots import Slot, slots
-from unwrite.run.stream import Batch, Listener, Rows, batch_size, stream
-from unwrite.run.sweep import ROWS, Base, base_of, differing
-from unwrite.run.together import patched_together
+from unwrite.run.answer.metrics import METRICS, Custom, known, metric_of, name_of, require_finite, unless_own
+from unwrite.run.edit.slots import Slot, slots
+from unwrite.run.loop.job import Job, opened
+from unwrite.run.loop.stream import Batch, Listener, Rows, batch_size, stream
+from unwrite.run.replay.sweep import ROWS, Base, base_of, differing
+from unwrite.run.replay.walk import patched_together
+from unwrite.run.source.values import DONORS, Donor, donor
+from unwrite.stats.random_sets import Contexts, Difference, subset
 
 ASSUMES = (
     "d is a node's effect averaged over random sets of the other unverified nodes being patched as well; it is the "

@@ -26,15 +26,15 @@ from unwrite.model.values import through_values
 from unwrite.model.view import Model, fold
 from unwrite.model.writes import write_of
 from unwrite.nodes import Node, choose, parse_node, require_readers
+from unwrite.prompts.tokens import Tokens
 from unwrite.result import Result, build, quantity
-from unwrite.run.checkpoint import Arrays
-from unwrite.run.job import Job, opened
-from unwrite.run.logits import Question, reading, top_two
-from unwrite.run.rerun import Clean, clean
-from unwrite.run.stats import Tree, joined, under
-from unwrite.run.stream import Batch, Listener, admit, batch_size, parts, stream
-from unwrite.run.trust import fit, interval, moments
-from unwrite.tokens import Tokens
+from unwrite.run.answer.logits import Question, reading, top_two
+from unwrite.run.loop.checkpoint import Arrays
+from unwrite.run.loop.job import Job, opened
+from unwrite.run.loop.stream import Batch, Listener, admit, batch_size, parts, stream
+from unwrite.run.replay.clean import Clean, clean
+from unwrite.stats.bootstrap import fit, interval, moments
+from unwrite.stats.mergeable import Tree, joined, under
 
 PATHS = ("raw", "values", "same_position")
 # Of all positions, about so many are kept to be drawn, spread evenly.

@@ -21,17 +21,17 @@ from torch import Tensor
 from unwrite.errors import NumericError, TokensError
 from unwrite.model.load import provenance
 from unwrite.model.view import Model, fold
+from unwrite.prompts.tokens import Tokens, prompts, read_rows, single_tokens, spelled
 from unwrite.result import Result, build, quantity
-from unwrite.run.account import PARTS, READINGS, Asked, readings, totals
-from unwrite.run.fate import fates, input_blind
-from unwrite.run.invariance import QUARTILES, REPLACED, invariance
-from unwrite.run.job import Job, opened
-from unwrite.run.logits import Question, top_two
-from unwrite.run.replace import REPLACEMENTS, Pool
-from unwrite.run.rerun import clean
-from unwrite.run.stream import Batch, Listener, Rows, admit, batch_size, stream
-from unwrite.run.trust import FORMS, trust
-from unwrite.tokens import Tokens, prompts, read_rows, single_tokens, spelled
+from unwrite.run.answer.logits import Question, top_two
+from unwrite.run.loop.job import Job, opened
+from unwrite.run.loop.stream import Batch, Listener, Rows, admit, batch_size, stream
+from unwrite.run.replay.clean import clean
+from unwrite.run.source.writes import REPLACEMENTS, Pool
+from unwrite.run.tally.account import PARTS, READINGS, Asked, readings, totals
+from unwrite.run.tally.fate import fates, input_blind
+from unwrite.run.tally.invariance import QUARTILES, REPLACED, invariance
+from unwrite.run.tally.trust import FORMS, trust
 
 AT = ("all", "position")
 # Whatever is asked for, trust is measured for these.

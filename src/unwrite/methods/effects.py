@@ -19,21 +19,21 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from unwrite.contrasts import Pairs
 from unwrite.errors import NumericError, TokensError
 from unwrite.model.load import provenance
 from unwrite.model.view import Model
+from unwrite.prompts.pairs import Pairs
 from unwrite.result import Result, build, quantity
-from unwrite.run.checkpoint import Arrays
-from unwrite.run.donors import Donor, donor
-from unwrite.run.estimates import Asked, Summed, attributed, integrated, star
-from unwrite.run.job import Job, opened
-from unwrite.run.metrics import Custom, known, metric_of, name_of, unless_own
-from unwrite.run.rules import RULES, Rules
-from unwrite.run.slots import Slot, slots
-from unwrite.run.stats import joined, under
-from unwrite.run.stream import Batch, Listener, Progress, Rows, batch_size, stream
-from unwrite.run.sweep import base_of, forwards, patched, patches
+from unwrite.run.answer.metrics import Custom, known, metric_of, name_of, unless_own
+from unwrite.run.backward.estimates import Asked, Summed, attributed, integrated, star
+from unwrite.run.backward.rules import RULES, Rules
+from unwrite.run.edit.slots import Slot, slots
+from unwrite.run.loop.checkpoint import Arrays
+from unwrite.run.loop.job import Job, opened
+from unwrite.run.loop.stream import Batch, Listener, Progress, Rows, batch_size, stream
+from unwrite.run.replay.sweep import base_of, forwards, patched, patches
+from unwrite.run.source.values import Donor, donor
+from unwrite.stats.mergeable import joined, under
 
 AT = ("each", "all", "last")
 _RULED: Mapping[str, Rules] = {

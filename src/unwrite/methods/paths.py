@@ -19,18 +19,18 @@ import xarray as xr
 from jaxtyping import Bool
 from torch import Tensor
 
-from unwrite.contrasts import Pairs
 from unwrite.errors import NumericError
 from unwrite.model.load import provenance
 from unwrite.model.view import Model
+from unwrite.prompts.pairs import Pairs
 from unwrite.result import Result, build, quantity
-from unwrite.run.donors import Donor, donor
-from unwrite.run.ends import Ends, ends
-from unwrite.run.job import Job, opened
-from unwrite.run.metrics import Custom, known, metric_of, name_of, require_finite, unless_own
-from unwrite.run.paths import MODES, effects_of_edges
-from unwrite.run.stream import Batch, Listener, Rows, batch_size, stream
-from unwrite.run.sweep import base_of
+from unwrite.run.answer.metrics import Custom, known, metric_of, name_of, require_finite, unless_own
+from unwrite.run.loop.job import Job, opened
+from unwrite.run.loop.stream import Batch, Listener, Rows, batch_size, stream
+from unwrite.run.replay.edges import Ends, ends
+from unwrite.run.replay.paths import MODES, effects_of_edges
+from unwrite.run.replay.sweep import base_of
+from unwrite.run.source.values import Donor, donor
 
 _EQUATIONS = {
     "recompute": "metric(base run with the receiver set to what it is when the sender has its source value, all other "

@@ -22,9 +22,9 @@ from unwrite.model.load import provenance
 from unwrite.model.view import Model
 from unwrite.nodes import Node, choose, reads
 from unwrite.result import QUANTILES, Result, build, quantity
-from unwrite.run.gram import GramTally
-from unwrite.run.job import Job, opened
-from unwrite.run.stream import Listener, admit, admit_floor, batch_size, stream
+from unwrite.run.loop.job import Job, opened
+from unwrite.run.loop.stream import Listener, admit, admit_floor, batch_size, stream
+from unwrite.run.tally.gram import GramTally
 
 # A candidate eraser's share is below −ERASES with a false discovery rate of FDR over all pairs that can read.
 ERASES = 0.02

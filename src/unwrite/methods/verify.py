@@ -21,13 +21,13 @@ from unwrite.errors import NumericError
 from unwrite.model.load import provenance
 from unwrite.model.view import Model
 from unwrite.nodes import Node, choose, parse_node, require_readers
+from unwrite.prompts.tokens import spelled
 from unwrite.result import QUANTILES, Result, build, quantity
-from unwrite.run.decode import RIDGE
-from unwrite.run.job import Job, opened
-from unwrite.run.places import EXAMPLES, SHOWN, first_of_groups
-from unwrite.run.stream import Listener, admit, admit_floor, batch_size, stream
-from unwrite.run.without import CONDITIONS, READ_ROTATIONS, ROTATIONS, WithoutTally
-from unwrite.tokens import spelled
+from unwrite.run.loop.job import Job, opened
+from unwrite.run.loop.stream import Listener, admit, admit_floor, batch_size, stream
+from unwrite.run.tally.by_position import EXAMPLES, SHOWN, first_of_groups
+from unwrite.run.tally.decodable import RIDGE
+from unwrite.run.tally.without import CONDITIONS, READ_ROTATIONS, ROTATIONS, WithoutTally
 
 BOUNDS = ("low", "mean", "high")
 # The paper's erasers: later nodes whose median PR is at most this.

@@ -120,7 +120,7 @@ def _truth_hooks(lm: Model, layer: Layer, record: Recording) -> Iterator[tuple[n
         keep_mid = _keep(record.stream, Location("mid", layer.index), lm)
         yield layer.mid, True, lambda x: keep_mid(_like(x, record.z[layer.index]))
     if layer.index == len(lm.layers) - 1:
-        yield _module(lm, lm.row.final_norm), True, _keep(record.stream, Location("post", layer.index), lm)
+        yield lm.final_norm, True, _keep(record.stream, Location("post", layer.index), lm)
     keep_attention = _keep(record.attention, layer.index, lm, residual)
     yield layer.post_attention_norm or layer.out_proj, False, keep_attention
 

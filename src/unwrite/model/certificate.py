@@ -153,7 +153,7 @@ def _relative(parts: Float[Tensor, "part row d"], truth: Float[Tensor, "row d"])
 
 
 def _unembed(lm: Model, stream: Float[Tensor, "row d_model"]) -> Float[Tensor, "row vocabulary"]:
-    normed = through(lm.decoder.get_submodule(lm.row.final_norm), stream.to(lm.dtype))
+    normed = through(lm.final_norm, stream.to(lm.dtype))
     logits = through(lm.hf.get_output_embeddings(), normed) * lm.row.logit_scale(lm.config)
     cap = lm.row.logit_cap(lm.config)
     return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -79,6 +79,11 @@ class Model:
         )
 
     @cached_property
+    def final_norm(self) -> nn.Module:
+        """The norm between the final stream and the unembedding."""
+        return find(self.decoder, self.row.final_norm)
+
+    @cached_property
     def parts(self) -> tuple[Node, ...]:
         """The nodes in write order; one that is zero by construction is not listed."""
         start = [Node("embed")] + ([Node("pos_embed")] if self.row.pos_embed else [])

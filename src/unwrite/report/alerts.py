@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from unwrite.report import audited, believed
-from unwrite.report.rows import at_the_start, disagreements, texts
+from unwrite.report.scanned import at_the_start, disagreements, texts
 from unwrite.result import Result
 
 # An identity is named above this part of the limit at which the model would be refused.

@@ -9,7 +9,7 @@ from unwrite.report import audited, believed, found, verified
 from unwrite.report.alerts import alerts
 from unwrite.report.columns import Column, Table, listed, table
 from unwrite.report.pictures import Picture, picture
-from unwrite.report.rows import HEADER, rows, texts
+from unwrite.report.scanned import HEADER, rows, texts
 from unwrite.report.templates import own, render
 from unwrite.report.terminal import headline, last_word
 from unwrite.result import Result

@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 
 from unwrite.errors import ResultError, plain
+from unwrite.files import write
 from unwrite.report.paper import FIGURES, SAYS, finish, harmless, of_verified, series
-from unwrite.report.rows import rows, texts
-from unwrite.result import Result, write
+from unwrite.report.scanned import rows, texts
+from unwrite.result import Result
 
 # Rows; and of more columns than so many the numbers are left to the tooltips.
 _MOST, _WIDE = 40, 24

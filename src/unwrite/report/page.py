@@ -10,16 +10,17 @@ from typing import Any
 
 import xarray as xr
 
+from unwrite.files import write
 from unwrite.report import audited, believed, panels
 from unwrite.report.alerts import alerts
 from unwrite.report.columns import Column, table
 from unwrite.report.paper import FIGURES
 from unwrite.report.pictures import picture
-from unwrite.report.rows import HEADER, Row, folded_line, rows, soundness, texts
+from unwrite.report.scanned import HEADER, Row, folded_line, rows, soundness, texts
 from unwrite.report.templates import own, render
 from unwrite.report.terminal import certificate, headline
 from unwrite.report.verdict import verdict
-from unwrite.result import FILE, Result, write
+from unwrite.result import FILE, Result
 
 # Cells of the map of levels, and bytes of a file that the page carries with it.
 _CELLS = 5000

@@ -15,7 +15,7 @@ import xarray as xr
 
 from unwrite.errors import ResultError, plain
 from unwrite.report import audited
-from unwrite.report.rows import texts
+from unwrite.report.scanned import texts
 from unwrite.result import Result
 
 # Told apart by colour-blind readers too; the same thing has the same colour in every figure.

@@ -14,7 +14,7 @@ from xarray import Dataset
 from unwrite.errors import plain
 from unwrite.report import audited, believed, found, patched
 from unwrite.report.columns import Column, listed
-from unwrite.report.rows import HEADER, disagreements, folded_line, rows, soundness, texts
+from unwrite.report.scanned import HEADER, disagreements, folded_line, rows, soundness, texts
 from unwrite.report.verdict import verdict
 from unwrite.report.verified import ACTORS, TRAJECTORY, actors, sentence, trajectory
 from unwrite.result import Result

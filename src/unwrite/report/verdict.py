@@ -7,7 +7,7 @@ from typing import Any
 
 from unwrite.report.audited import summary
 from unwrite.report.believed import belief
-from unwrite.report.rows import Row, rows, texts
+from unwrite.report.scanned import Row, rows, texts
 from unwrite.result import Result
 
 _NAMED = 3

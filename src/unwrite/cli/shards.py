@@ -1,0 +1,67 @@
+"""What was a shard asked, so that whoever puts shards together can ask the same again?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from unwrite.errors import ResultError
+from unwrite.files import write
+
+_FILE = "shard.json"
+_OPTIONAL = (str, type(None))
+_KINDS: dict[str, Any] = {
+    "model": str, "text": list, "n": int, "length": (int, type(None)), "writers": _OPTIONAL, "skip": int,
+    "device": _OPTIONAL, "device_map": _OPTIONAL, "dtype": _OPTIONAL, "convention": str,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `unwrite scan` was told: the model, how to load it, the texts, how they are cut, and the settings."""
+
+    model: str
+    text: list[str]
+    n: int
+    length: int | None
+    writers: str | None
+    skip: int
+    device: str | None
+    device_map: str | None
+    dtype: str | None
+    convention: str
+
+    def write(self, folder: Path) -> None:
+        """Leave it beside what the shard keeps. Raises ResultError where it cannot be written."""
+        write(folder / _FILE, lambda place: place.write_text(json.dumps(asdict(self)), encoding="utf-8"))
+
+
+def asked_of(folders: Sequence[Path]) -> Asked:
+    """What all these shards were asked. Raises ResultError for a folder without a shard, and for two that differ."""
+    found = {folder: _read(folder / _FILE) for folder in folders}
+    first = next(iter(found))
+    for folder, asked in found.items():
+        other = [part.name for part in fields(Asked) if getattr(asked, part.name) != getattr(found[first], part.name)]
+        if other:
+            raise ResultError(
+                f"{folder} and {first} hold shards of different scans", got=f"another {', '.join(other)}",
+                expected="the same command, but for --shard and --out",
+            )  # fmt: skip
+    return found[first]
+
+
+def _read(file: Path) -> Asked:
+    try:
+        named: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        asked = Asked(**named)
+    except (OSError, ValueError, TypeError) as error:
+        raise ResultError(
+            f"{file.parent} holds no shard", got=error, expected="the --out of unwrite scan --shard i/n"
+        ) from None
+    wrong = [name for name, kinds in _KINDS.items() if not isinstance(getattr(asked, name), kinds)]
+    if wrong or not all(isinstance(part, str) for part in asked.text):
+        raise ResultError(f"{file} is not what a shard writes", got=f"another kind of {', '.join(wrong) or 'text'}")
+    return asked

@@ -1,0 +1,178 @@
+"""Which two prompts are compared, and what is asked of them?
+
+The base prompt is the one that is run and patched; the source prompt is where the values come from. Both have the same
+number of tokens, so that a position means the same in both.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from unwrite.errors import TokensError
+from unwrite.prompts.tokens import Tokens, from_ids, prompts, read_rows, read_text, single_tokens, spelled
+
+_ANY_VOCABULARY = 2**31
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Base and source prompts of equal lengths, with the answer, what it is compared to, and the row that is read."""
+
+    base: Tokens
+    source: Tokens
+    answer: Int[np.ndarray, " pair"]
+    against: Int[np.ndarray, " pair"] | None
+    row: Int[np.ndarray, " pair"]
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    @cached_property
+    def first(self) -> Int[np.ndarray, " pair"]:
+        """The first position at which the two prompts differ; before it no node of one differs from the other's."""
+        differs = (self.base.ids != self.source.ids) & (np.arange(self.base.length) < self.base.lengths[:, None])
+        return np.where(differs.any(1), differs.argmax(1), self.base.lengths)
+
+    def check(self, vocabulary: int, context: int | None) -> None:
+        """Raise TokensError unless a model with this many embedding rows and positions can read and answer."""
+        for part in (self.base, self.source):
+            part.check(vocabulary, context)
+        for name, ids in (("answer", self.answer), ("against", self.against)):
+            if ids is not None and (ids >= vocabulary).any():
+                raise TokensError(f"{name} is outside the vocabulary", got=ids.max(), expected=f"0 to {vocabulary - 1}")
+
+    def words(self, tokenizer: Any) -> dict[str, list[str]]:
+        """The prompts up to the row that is read, and the tokens that are asked for, as texts, pair by pair."""
+        asked = {"answer": self.answer} | ({} if self.against is None else {"against": self.against})
+        words = {name: [spelled([i], tokenizer) for i in ids] for name, ids in asked.items()}
+        for name, tokens in (("base_text", self.base), ("source_text", self.source)):
+            words[name] = [spelled(ids[: n + 1], tokenizer) for ids, n in zip(tokens.ids, self.row, strict=True)]
+        return words
+
+    def about(self) -> dict[str, Any]:
+        """What a result says about the pairs."""
+        parts = [self.answer, self.row] if self.against is None else [self.answer, self.row, self.against]
+        sha = hashlib.sha256((self.base.hash + self.source.hash).encode())
+        for part in parts:
+            sha.update(np.ascontiguousarray(part, dtype=np.int64).tobytes())
+        named = {"source": f"{len(self)} pairs", "prompts": len(self), "length": self.base.length, "notes": []}
+        return {**named, "hash": sha.hexdigest(), "base": self.base.about(), "values": self.source.about()}
+
+
+def pairs(
+    base: Any, source: Any, answer: Any, against: Any = None, position: Any = -1, tokenizer: Any = None, bos: Any = None
+) -> Pairs:
+    """Pairs of prompts for `uw.effects`, `uw.paths` and `uw.bound`.
+
+    Arguments: `base` and `source` strings (one, or a list), or LongTensors [pair, position]; `answer` and `against` a
+    token each (its text, such as " Paris", or its id), or one for every pair; `position` the row that is read, one
+    number or one for every pair (−1: the last token); `tokenizer` as transformers has it (`lm.tokenizer`), for texts;
+    `bos` as in `uw.text`.
+    Raises TokensError, naming the pair, for prompts of unequal token counts, a token that is not one token, and a row
+    outside the prompt.
+
+    Example: `uw.pairs("The Eiffel Tower is in", "The Colosseum is in", " Paris", " Rome", tokenizer=lm.tokenizer)`
+    """
+    read, given = (_tokens(part, tokenizer, bos) for part in (base, source))
+    _require_equal(read, given, tokenizer)
+    row = read_rows(position, read)
+    ids = [
+        single_tokens(token, len(read), name, tokenizer, _ANY_VOCABULARY)
+        for token, name in ((answer, "answer"), (against, "against"))
+    ]
+    if ids[0] is None:
+        raise TokensError("pairs need an answer", expected="a token, or one for every pair")
+    if ids[1] is not None and (ids[0] == ids[1]).any():
+        raise TokensError("answer and against are the same token", got=f"pair {int((ids[0] == ids[1]).argmax())}")
+    return Pairs(read, given, ids[0], ids[1], row)
+
+
+def read_pairs(path: str | Path, tokenizer: Any) -> Pairs:
+    """Pairs from a CSV file (with a header) or from JSON lines: base, source, answer, and against and position or not.
+
+    Raises TokensError, naming the line, for what is missing or unknown, and as `pairs` does.
+    """
+    file = Path(path)
+    text = read_text(file)
+    lines = _csv(text) if file.suffix == ".csv" else _json_lines(text)
+    if not lines:
+        raise TokensError(f"{file} holds no pair", expected="a line for each")
+    for number, line in lines:
+        missing = [name for name in _NEEDED if not _given(name, line.get(name))]
+        wrong = missing or [name for name in line if name not in (*_NEEDED, *_OPTIONAL)]
+        if wrong:
+            expected = f"{', '.join(_NEEDED)}; and {' or '.join(_OPTIONAL)}"
+            raise TokensError(
+                f"line {number} of {file} is not a pair", got=", ".join(map(str, wrong)), expected=expected
+            )
+    columns = {name: [line.get(name) or None for _, line in lines] for name in (*_NEEDED, "against")}
+    against = None if not any(columns["against"]) else columns["against"]
+    position = [_position(number, line.get("position"), file) for number, line in lines]
+    return pairs(columns["base"], columns["source"], columns["answer"], against, position, tokenizer)
+
+
+def _given(name: str, value: Any) -> bool:
+    """A text; an answer may also be an id."""
+    return value is not None and value != "" and (isinstance(value, str) or name == "answer")
+
+
+_NEEDED, _OPTIONAL = ("base", "source", "answer"), ("against", "position")
+_Lines = list[tuple[int, dict[str, Any]]]
+
+
+def _csv(text: str) -> _Lines:
+    reader = csv.DictReader(io.StringIO(text))
+    return [(reader.line_num, dict(line)) for line in reader]
+
+
+def _json_lines(text: str) -> _Lines:
+    found: _Lines = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                read = json.loads(line)
+            except ValueError as error:
+                raise TokensError(f"line {number} is not JSON", got=error, expected="an object on each line") from None
+            if not isinstance(read, dict):
+                raise TokensError(f"line {number} is no object", got=type(read).__name__, expected='{"base": …}')
+            found.append((number, read))
+    return found
+
+
+def _position(number: int, given: Any, file: Path) -> int:
+    if given in (None, ""):
+        return -1
+    try:
+        return int(given)
+    except (TypeError, ValueError):
+        raise TokensError(f"line {number} of {file} has no position", got=given, expected="an integer") from None
+
+
+def _tokens(source: Any, tokenizer: Any, bos: Any) -> Tokens:
+    if isinstance(source, Tokens):
+        return source
+    if isinstance(source, str) or (isinstance(source, (list, tuple)) and any(isinstance(s, str) for s in source)):
+        return prompts(source, tokenizer, bos)
+    return from_ids(source)
+
+
+def _require_equal(base: Tokens, source: Tokens, tokenizer: Any) -> None:
+    if len(base) != len(source):
+        raise TokensError("every base prompt needs one source prompt", got=f"{len(base)} and {len(source)} prompts")
+    for i in np.flatnonzero(base.lengths != source.lengths):
+        texts = [spelled(part.ids[i, : part.lengths[i]], tokenizer) for part in (base, source)]
+        raise TokensError(
+            f"the prompts of pair {i} have unequal numbers of tokens",
+            got=f"{base.lengths[i]} ({texts[0]}) and {source.lengths[i]} ({texts[1]})",
+            expected="equal numbers, so that a position means the same in both",
+        )

@@ -1,0 +1,110 @@
+"""What does a vector in the final stream do to a logit, or to the difference of two? The last linear step of a model.
+
+With the final norm's scale held, a logit difference is linear in the final stream x: ⟨x, r⟩ + constant, where
+r = c · scale · centre(gain ⊙ (u_a − u_b)) and constant = c · (⟨β, u_a − u_b⟩ + b_a − b_b); u and b are the
+unembedding, β the final norm's bias, c the family's logit scale. All of it before a soft-cap, which is monotone but
+not linear.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from unwrite.model.view import Model, gain_of, norm_scale
+from unwrite.model.weights import through, weight_of
+
+_CHUNK = 2**24
+
+
+@dataclass(frozen=True)
+class Question:
+    """A logit, or its difference to another one or (`centred`) to the mean over the vocabulary, one at every row."""
+
+    answer: Int[Tensor, "*rows"]
+    against: Int[Tensor, "*rows"] | None = None
+    centred: bool = False
+
+    def direction(self, lm: Model) -> tuple[Float[Tensor, "*rows d_model"], Float[Tensor, "*rows"]]:
+        """u_a − u_b and b_a − b_b."""
+        weight, bias = unembedding(lm)
+        u, b = _rows_of(weight, bias, self.answer, lm)
+        if self.against is not None:
+            v, c = _rows_of(weight, bias, self.against, lm)
+            return u - v, b - c
+        return (u - _mean(weight, lm), b - _mean(bias, lm)) if self.centred else (u, b)
+
+
+def normed(lm: Model, stream: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+    """What the model's own final norm makes of streams, wherever it computes."""
+    return through(lm.final_norm, stream)
+
+
+def unembedding(lm: Model) -> tuple[Float[Tensor, "vocabulary d_model"], Float[Tensor, " vocabulary"] | None]:
+    """Its weight and bias, wherever they are."""
+    head = lm.hf.get_output_embeddings()
+    weight = weight_of(head)
+    assert weight is not None  # noqa: S101 (a causal language model has an unembedding)
+    return weight, weight_of(head, "bias")
+
+
+@torch.no_grad()
+def measure(lm: Model, question: Question, stream: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows"]:
+    """The logit or logit difference of the final stream, through the model's own final norm, before a soft-cap."""
+    return normed_measure(lm, question, normed(lm, stream.to(lm.dtype)))
+
+
+def normed_measure(lm: Model, question: Question, final: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows"]:
+    """`measure` of what the final norm gave."""
+    direction, offset = question.direction(lm)
+    return lm.row.logit_scale(lm.config) * ((final.to(direction) * direction).sum(-1) + offset)
+
+
+def reading(
+    lm: Model, question: Question, stream: Float[Tensor, "*rows d_model"]
+) -> tuple[Float[Tensor, "*rows d_model"], Float[Tensor, "*rows"]]:
+    """(r, constant): the clean final norm's scale held, `measure` of x is ⟨x, r⟩ + constant."""
+    direction, offset = question.direction(lm)
+    norm, scale = lm.final_norm, lm.row.logit_scale(lm.config)
+    gain, beta = gain_of(norm, lm), weight_of(norm, "bias")
+    r = direction if gain is None else direction * gain
+    if lm.row.layer_norm:
+        r = r - r.mean(-1, keepdim=True)
+    constant = offset if beta is None else offset + (direction * beta.detach().to(direction)).sum(-1)
+    return scale * norm_scale(stream, norm, lm.row.layer_norm)[..., None] * r, scale * constant
+
+
+def capped(lm: Model, question: Question, stream: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows"]:
+    """The logit or difference that the model itself returns, after its soft-cap where it has one."""
+    cap = lm.row.logit_cap(lm.config)
+    if cap is None:
+        return measure(lm, question, stream)
+    logits = [measure(lm, Question(ids), stream) for ids in (question.answer, question.against) if ids is not None]
+    bounded = [torch.tanh(logit / cap) * cap for logit in logits]
+    return bounded[0] - bounded[1] if len(bounded) == 2 else bounded[0]
+
+
+@torch.no_grad()
+def top_two(lm: Model, stream: Float[Tensor, "*rows d_model"]) -> Question:
+    """The model's own two highest logits at every row: the highest against the second."""
+    head, flat = lm.hf.get_output_embeddings(), stream.flatten(0, -2)
+    step = max(1, _CHUNK // head.weight.shape[0])
+    found = [through(head, normed(lm, part.to(lm.dtype))).topk(2).indices for part in flat.split(step)]
+    first, second = torch.cat(found).unflatten(0, stream.shape[:-1]).unbind(-1)
+    return Question(first, second)
+
+
+def _mean(parameter: Tensor | None, lm: Model) -> Tensor | float:
+    return 0.0 if parameter is None else parameter.detach().to(lm.compute_dtype).mean(0).to(lm.device)
+
+
+def _rows_of(weight: Tensor, bias: Tensor | None, ids: Tensor, lm: Model) -> tuple[Tensor, Tensor]:
+    """Rows of an unembedding, where the ids are."""
+    here = ids.to(weight.device)
+    vectors = weight.detach()[here].to(ids.device, lm.compute_dtype)
+    if bias is None:
+        return vectors, vectors.new_zeros(ids.shape)
+    return vectors, bias.detach()[here].to(ids.device, lm.compute_dtype)

@@ -1,0 +1,143 @@
+"""What is an answer worth? One number for each pair, of the logits that the model returns at the row that is read.
+
+logit_diff  ℓ[answer] − ℓ[against], or ℓ[answer] alone; linear in logits, hence the default
+log_prob    ℓ[answer] − logsumexp ℓ             prob  softmax(ℓ)[answer]
+kl          Σ p (log p − log p'), p of the clean base run; it has no sign, and no slope at the base run itself
+or any function of logits [pair, vocabulary] that gives a number for each pair
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from unwrite.errors import NumericError
+from unwrite.model.view import Model
+from unwrite.model.weights import through
+from unwrite.prompts.pairs import Pairs
+from unwrite.run.answer.logits import normed as final_normed
+from unwrite.run.answer.logits import unembedding
+
+METRICS = ("logit_diff", "log_prob", "prob", "kl")
+Custom = Callable[[Float[Tensor, "pair vocabulary"]], Float[Tensor, " pair"]]
+P = TypeVar("P")
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """A metric of some pairs. `clean`: what the final norm gives at the row that is read in base runs, for "kl"."""
+
+    lm: Model
+    name: str | Custom
+    answer: Int[Tensor, " pair"]
+    against: Int[Tensor, " pair"] | None
+    clean: Float[Tensor, "pair d_model"] | None = None
+
+    def __call__(
+        self, stream: Float[Tensor, "run d_model"], pair: Int[Tensor, " run"] | None = None
+    ) -> Float[Tensor, " run"]:
+        """The metric of final streams, `pair[i]` the pair of run i (by default run i is of pair i).
+
+        Raises NumericError where a function of the caller gives anything but a number for each run.
+        """
+        return self.of(final_normed(self.lm, stream), pair)
+
+    def of(
+        self, normed: Float[Tensor, "run d_model"], pair: Int[Tensor, " run"] | None = None
+    ) -> Float[Tensor, " run"]:
+        """The same of what the final norm gives."""
+        pair = torch.arange(len(normed), device=self.answer.device) if pair is None else pair
+        if self.name == "logit_diff":
+            value = self._logit(normed, self.answer[pair])
+            return value if self.against is None else value - self._logit(normed, self.against[pair])
+        logits = self._bounded(self._logits(normed))
+        if callable(self.name):
+            return _numbers(self.name(logits), logits)
+        log_p = logits.log_softmax(-1)
+        if self.name == "kl":
+            clean = self._reference()[pair]
+            return (clean.exp() * (clean - log_p)).sum(-1)
+        chosen = log_p.gather(-1, self.answer[pair][:, None])[:, 0]
+        return chosen.exp() if self.name == "prob" else chosen
+
+    def _reference(self) -> Float[Tensor, "pair vocabulary"]:
+        assert self.clean is not None  # noqa: S101 (given wherever runs are continued)
+        with torch.no_grad():
+            return self._bounded(self._logits(self.clean)).log_softmax(-1)
+
+    def _logits(self, normed: Tensor) -> Tensor:
+        return through(self.lm.hf.get_output_embeddings(), normed).to(self.lm.device, self.lm.compute_dtype)
+
+    def _logit(self, normed: Tensor, ids: Tensor) -> Tensor:
+        """One logit of every run; the others are not computed."""
+        weight, bias = unembedding(self.lm)
+        rows = weight.detach()[ids.to(weight.device)].to(self.lm.device, self.lm.compute_dtype)
+        value = (normed.to(rows) * rows).sum(-1)
+        return self._bounded(value if bias is None else value + bias.detach()[ids.to(bias.device)].to(value.device))
+
+    def _bounded(self, logits: Tensor) -> Tensor:
+        logits = logits * self.lm.row.logit_scale(self.lm.config)
+        cap = self.lm.row.logit_cap(self.lm.config)
+        # A cap would make a number of what is none.
+        return logits if cap is None else (torch.tanh(logits / cap) * cap).where(logits.isfinite(), torch.nan)
+
+
+def metric_of(
+    lm: Model, pairs: Pairs, name: str | Custom, rows: slice, clean: Float[Tensor, "pair d_model"] | None = None
+) -> Metric:
+    """The metric of some rows of pairs, `clean` the final stream of their base runs at the row that is read, for "kl".
+
+    To be made before any graph is recorded: hooks would take its pass through the final norm for one of the run's own.
+    """
+    answer, against = torch.from_numpy(pairs.answer[rows]).to(lm.device), None
+    if pairs.against is not None:
+        against = torch.from_numpy(pairs.against[rows]).to(lm.device)
+    return Metric(lm, name, answer, against, None if clean is None else final_normed(lm, clean).detach())
+
+
+def known(metric: Any) -> str | Custom:
+    """The metric again. Raises NumericError for a name that is none."""
+    if callable(metric) or (isinstance(metric, str) and metric in METRICS):
+        return metric  # pyright: ignore[reportReturnType]
+    raise NumericError("metric is unknown", got=repr(metric), expected=f"{', '.join(METRICS)}, or a function of logits")
+
+
+def name_of(setting: Any) -> str:
+    """What a result calls a setting: its own name, or that of the function or rules."""
+    return setting if isinstance(setting, str) else getattr(setting, "__name__", repr(setting))
+
+
+def unless_own(place: P, *settings: Any) -> P:
+    """`place` again. Raises NumericError where a run is to be kept there that a function of the caller's decides.
+
+    Its name does not say what it computes, so another run could go on from there.
+    """
+    own = [name_of(setting) for setting in settings if callable(setting)]
+    if own and getattr(place, "folder", place) is not None:
+        raise NumericError("no checkpoint is kept of this", got=", ".join(own), expected="a metric that has a name")
+    return place
+
+
+def require_finite(values: Float[np.ndarray, "_ pair"], first: int) -> None:
+    """Raise NumericError naming the first pair with a metric that is no number; `first` is the batch's first pair."""
+    bad = np.flatnonzero(~np.isfinite(values).all(0))
+    if len(bad):
+        raise NumericError(
+            f"the metric of pair {first + int(bad[0])} is not finite",
+            fix="load the model in float32, or leave this pair out",
+        )
+
+
+def _numbers(value: Any, logits: Float[Tensor, "run vocabulary"]) -> Tensor:
+    if not isinstance(value, Tensor) or value.shape != logits.shape[:1] or value.is_complex():
+        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        what = "the metric gives something else than a number for each pair"
+        raise NumericError(what, got=got, expected=f"real numbers [{len(logits)}]")
+    # One that counts or compares gives whole numbers, or truths.
+    return value.to(logits)

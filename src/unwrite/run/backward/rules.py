@@ -1,0 +1,216 @@
+"""What would a gradient be if parts of the network were held still? One backward pass of the model's own forward pass.
+
+A rule replaces what the backward pass sees of a module by a surrogate; the forward pass keeps its values bit for bit.
+
+direct     every later node stopped, the final norm's scale held: classic direct logit attribution
+net        what later heads write because of a node, through frozen patterns and norms; MLPs stopped
+relp       norms held, an activation is the factor act(x)/x, each factor of a gated product gets half; attention is free
+           (Jafari et al. 2025, arXiv 2508.21258: LN, identity and half rule)
+gradient   everything differentiated
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from unwrite.errors import NumericError
+from unwrite.model.capture import evaluating
+from unwrite.model.view import Layer, Model, gain_of, is_norm, norm_scale, value_columns
+from unwrite.model.weights import reloading
+from unwrite.nodes import Location
+from unwrite.run.edit.sites import last_projection
+
+_STABLE = 1e-6
+# How much an expert counts is held: a product of three factors has no agreed rule.
+_ROUTERS = ("gate", "shared_expert_gate")
+
+Hook = Callable[[nn.Module, Any, Any], Any]
+_SETTINGS = {
+    "norm": ("free", "held"), "mlp": ("free", "relp", "stopped"), "attention": ("free", "values", "stopped"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How each kind of module is seen by the backward pass.
+
+    `norm` "free" or "held"; `mlp` "free", "relp" or "stopped"; `attention` "free", "values" (queries and keys stopped:
+    the pattern is a constant) or "stopped".
+    """
+
+    norm: str = "free"
+    mlp: str = "free"
+    attention: str = "free"
+
+    def __post_init__(self) -> None:
+        for name, known in _SETTINGS.items():
+            if (got := getattr(self, name)) not in known:
+                raise NumericError(f"no rule for {name} is called so", got=repr(got), expected=", ".join(known))
+
+
+RULES: Mapping[str, Rules] = {
+    "direct": Rules("held", "stopped", "stopped"),
+    "net": Rules("held", "stopped", "values"),
+    "relp": Rules("held", "relp", "free"),
+    "gradient": Rules(),
+}
+
+Metric = Callable[[Float[Tensor, "prompt position d_model"]], Float[Tensor, " prompt"]]
+
+
+def cotangents(
+    lm: Model, ids: Int[Tensor, "prompt position"], rules: Rules, metric: Metric
+) -> tuple[Float[Tensor, " prompt"], dict[Location, Float[Tensor, "prompt position d_model"]]]:
+    """∂ metric / ∂ stream at every location under `rules`, and the metric, of what the final norm gives, itself.
+
+    One forward and one backward pass; no parameter's gradient is computed or stored.
+    """
+    stream: dict[Location, Tensor] = {}
+    with torch.enable_grad(), ExitStack() as stack:
+        stack.enter_context(evaluating(lm.hf))
+        stack.enter_context(reloading(lm.hf))
+        for handle in [*put(lm, rules), *_watch(lm, stream)]:
+            stack.callback(handle.remove)
+        values = metric(lm.decoder(input_ids=ids.to(lm.device), use_cache=False).last_hidden_state.to(lm.device))
+        # Rows do not mix, so the gradient of the sum is every prompt's own.
+        found = torch.autograd.grad(values.sum(), list(stream.values()))
+    shape = (len(ids), ids.shape[1], lm.d_model)
+    return values.detach(), {
+        state: part.reshape(shape).to(lm.device, lm.compute_dtype) for state, part in zip(stream, found, strict=True)
+    }
+
+
+def _watch(lm: Model, stream: dict[Location, Tensor]) -> Iterator[Any]:
+    """Keep the stream's own tensors: the skip path and every reader use the same one."""
+
+    def keep(state: Location) -> Hook:
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+            stream[state] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    yield lm.layers[0].block.register_forward_pre_hook(leaf(), with_kwargs=True)
+    for layer in lm.layers:
+        yield layer.block.register_forward_pre_hook(keep(layer.reads), with_kwargs=True)
+        if layer.mid is not None and not lm.parallel:
+            yield layer.mid.register_forward_pre_hook(keep(Location("mid", layer.index)), with_kwargs=True)
+    yield lm.final_norm.register_forward_pre_hook(keep(lm.states[-1]), with_kwargs=True)
+
+
+def leaf(embedded: Tensor | None = None) -> Hook:
+    """What was embedded, or `embedded`, begins the graph, whether or not the parameters have gradients."""
+
+    def hook(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        given = args[0] if args else kwargs["hidden_states"]
+        start = (given if embedded is None else embedded.to(given)).detach().requires_grad_()
+        return ((start, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": start})
+
+    return hook
+
+
+class _Surrogate(torch.autograd.Function):
+    """Forward: `value`. Backward: as if it had been `surrogate`."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, surrogate: Tensor) -> Tensor:
+        # A copy, since some blocks go on to add into what a module gave them.
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient[0]
+
+
+def _follow(value: Tensor, surrogate: Tensor) -> Tensor:
+    return _Surrogate.apply(value, surrogate.to(value.dtype))  # pyright: ignore[reportReturnType]
+
+
+def put(lm: Model, rules: Rules) -> Iterator[Any]:
+    """Hooks that make a backward pass follow `rules`; whoever puts them there removes them."""
+    if rules.norm == "held":
+        for norm in [*(norm for layer in lm.layers for norm in _norms(layer)), lm.final_norm]:
+            yield norm.register_forward_hook(lambda norm, args, output: _held(lm, norm, args[0], output))
+    for layer in lm.layers:
+        yield from _mlp_rules(lm, layer, rules.mlp)
+        yield from _attention_rules(lm, layer, rules.attention)
+
+
+def _norms(layer: Layer) -> Iterator[nn.Module]:
+    """Every norm on the way of the stream; those of queries and keys are part of the attention."""
+    inside = set(layer.attention.modules())
+    for module in layer.block.modules():
+        if module not in inside and is_norm(module):
+            yield module
+
+
+def _held(lm: Model, norm: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+    """A norm as a linear map: its scale is a constant."""
+    scale, gain = norm_scale(x.detach().to(lm.compute_dtype), norm, lm.row.layer_norm), gain_of(norm, lm)
+    x = x - x.mean(-1, keepdim=True) if lm.row.layer_norm else x
+    factor = scale[..., None] if gain is None else scale[..., None] * gain.to(scale.device)
+    return _follow(output, (x * factor).to(output.device))
+
+
+def _stopped(_: nn.Module, __: Any, output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output.detach()
+    return type(output)(part.detach() if isinstance(part, Tensor) else part for part in output)
+
+
+def _mlp_rules(lm: Model, layer: Layer, rule: str) -> Iterator[Any]:
+    product = last_projection(lm, layer)
+    if rule == "stopped":
+        if product is None:
+            yield layer.mlp.register_forward_hook(_stopped)
+        else:
+            yield product.register_forward_pre_hook(lambda _, args: (args[0].detach(), *args[1:]))
+    if rule != "relp":
+        return
+    inside = set(layer.attention.modules())
+    for name, module in layer.block.named_modules():
+        if module not in inside and _is_activation(module):
+            yield module.register_forward_hook(_as_factor)
+        if name.rpartition(".")[2] in _ROUTERS:
+            yield module.register_forward_hook(_stopped)
+    if not lm.row.gated:
+        return
+    if product is not None:
+        yield product.register_forward_pre_hook(lambda _, args: (_follow(args[0], args[0] / 2), *args[1:]))
+    else:
+        # All of such an MLP's input goes through products, so half of their gradient is half of all.
+        yield layer.mlp.register_forward_hook(_halved)
+
+
+def _is_activation(module: nn.Module) -> bool:
+    leaf = next(module.children(), None) is None and not module.state_dict()
+    return leaf and not is_norm(module) and not isinstance(module, (nn.Dropout, nn.Identity))
+
+
+def _as_factor(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """act(x) as x times the constant act(x)/x."""
+    x = args[0]
+    return _follow(output, x * (output / (x + torch.where(x < 0, -_STABLE, _STABLE))).detach())
+
+
+def _halved(_: nn.Module, __: Any, output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return _follow(output, output / 2)
+    return (_follow(output[0], output[0] / 2), *output[1:])
+
+
+def _attention_rules(lm: Model, layer: Layer, rule: str) -> Iterator[Any]:
+    if rule == "free":
+        return
+    kept = value_columns(lm, layer)
+    for module in layer.attention.modules():
+        if module is layer.value and rule == "values":
+            yield module.register_forward_hook(lambda _, __, made: _follow(made, made * kept.to(made.device)))  # pyright: ignore
+        elif module is not layer.out_proj and isinstance(getattr(module, "weight", None), Tensor):
+            yield module.register_forward_hook(_stopped)

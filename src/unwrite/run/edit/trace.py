@@ -1,0 +1,259 @@
+"""What is at a site in the user's own forward pass, and what if it were something else?
+
+The one open door to a model: every site can be recorded and edited inside one `with`, under plain hooks and
+transformers' AttentionInterface. After the `with`, however it ends, the model is bit for bit what it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unwrite.errors import ModelError, NodeError
+from unwrite.model.attention import Attend, Attended, around_attention, implementation, per_query_head
+from unwrite.model.view import Model
+from unwrite.nodes import Site, nearest, parse_site
+from unwrite.run.edit.edits import Edit, Pending
+from unwrite.run.edit.sites import Part, Pass, Place, Point, named, place
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What a trace has recorded: `t["L2H3.z"]` is the tensor of the latest forward pass."""
+
+    sites: tuple[Site, ...]
+    _run: _Run
+
+    def __getitem__(self, name: object) -> Tensor:
+        """The tensor at a site that was asked for. Raises NodeError for another, or where no pass has reached it."""
+        site = parse_site(name)
+        if site not in self.sites:
+            raise NodeError(
+                f"{site} was not asked for",
+                expected=", ".join(map(str, self.sites)) or "a site named in `uw.trace`",
+                fix=nearest(site, self.sites),
+            )
+        if site not in self._run.values:
+            none = "no forward pass has run inside the `with`"
+            raise NodeError(
+                f"nothing was recorded at {site}",
+                got="a forward pass that did not reach it" if self._run.passes else none,
+            )
+        return self._run.values[site]
+
+    def __repr__(self) -> str:
+        return f"Trace({', '.join(map(str, self.sites))}; {self._run.passes} forward passes)"
+
+
+@contextmanager
+def trace(lm: Model, *sites: object, edits: Sequence[Edit] | Edit = ()) -> Iterator[Trace]:
+    """Inside the `with`, every forward pass of `lm.hf` or `lm.decoder` is edited, and `t[site]` holds what it used.
+
+    x' = x + g · P(α · source + β · x) at each edited site (see `uw.Edit`); edits of one site are applied in the order
+    given, and sites in the order in which the pass reaches them. What is recorded is what later modules used: after
+    the edits. Shapes, with d that of the site:
+
+        "L2H3", "L2H3.out", "L2.bias", "MLP2", "embed", "pos_embed"   [prompt, position, d_model], as the nodes sum up
+        "resid_pre0", "resid_mid2", "resid_post2", "L2.v_input"       [prompt, position, d_model]
+        "L2H3.q", ".k", ".v" (after rotation), ".z"; "L2KV1.k", ".v"  [prompt, position, d_head]
+        "L2H3.pattern"                                                [prompt, query, key]
+        "L2.attn_out"                                                 [prompt, position, d_model]
+        "MLP2.act", "MLP2.act[17]"                                    [prompt, position, d_mlp], [prompt, position, 1]
+
+    "L2.v_input" is the stream as all values of layer 2 read it, before the norm: queries, keys and the stream itself
+    stay. ".k" and ".v" of a query head are its copy of what its group shares as "L2KV1.k". ".z" and ".act" are what the
+    last projections read; writes and states are under the model's `convention`, in `lm.compute_dtype`. With a cache, a
+    pass brings only its new positions; keys and values are all that attention sees.
+    Gradients flow through recorded tensors and edits wherever autograd is on: `t[site].grad` is there after `backward`.
+
+    Arguments: `lm` a model; `sites` their names; `edits` one `Edit` or several. Yields a `Trace`.
+    Raises NodeError for an unknown site, one that this model does not have or that cannot be edited, a value of another
+    shape, and, at the end of the `with`, an edit that touched nothing; ModelError for a model that is already traced,
+    and where dropout or gradient checkpointing would make what is recorded untrue.
+
+    Example: `with uw.trace(lm, "resid_post3", edits=[uw.Edit.set("L2H3", 0.0)]) as t: lm.hf(ids)`; `t["resid_post3"]`
+    """
+    _require_free(lm)
+    run = _Run(lm, _wanted(lm, sites), _grouped(lm, [edits] if isinstance(edits, Edit) else edits))
+    with ExitStack() as stack:
+        stack.callback(run.end)
+        for opened in _opened(run):
+            stack.enter_context(opened)
+        for attach in _hooks(run):
+            stack.callback(attach().remove)
+        yield Trace(tuple(run.wanted), run)
+    # Only where nothing was raised: an error is never hidden by this one.
+    for pending in run.pending:
+        pending.require()
+
+
+def _wanted(lm: Model, sites: Sequence[object]) -> dict[Site, Place]:
+    return {site: place(lm, site) for site in (named(lm, name) for name in sites)}
+
+
+def _grouped(lm: Model, edits: Sequence[Edit]) -> dict[Site, list[Pending]]:
+    grouped: dict[Site, list[Pending]] = {}
+    for edit in edits:
+        site = parse_site(edit.site)
+        place(lm, site, edited=True)
+        grouped.setdefault(site, []).append(Pending(edit, site))
+    return grouped
+
+
+@dataclass(eq=False)
+class _Run:
+    """A trace that is open: what is wanted, what is edited, and what the pass under way has shown."""
+
+    lm: Model
+    wanted: dict[Site, Place]
+    edits: dict[Site, list[Pending]]
+    values: dict[Site, Tensor] = field(default_factory=dict)
+    passes: int = 0
+    now: Pass | None = None
+    places: dict[Site, Place] = field(init=False)
+    at: dict[Point | Part, list[Site]] = field(init=False)
+    keep: set[Point] = field(init=False)
+
+    def __post_init__(self) -> None:
+        edited = {site: place(self.lm, site) for site in self.edits}
+        self.places = dict(sorted((self.wanted | edited).items(), key=lambda item: item[0].order))
+        self.keep = {point for found in self.places.values() for point in found.keep}
+        self.at = {point: [] for point in self.keep}
+        for site, found in self.places.items():
+            self.at.setdefault(found.point, []).append(site)
+
+    @property
+    def pending(self) -> list[Pending]:
+        """All edits."""
+        return [pending for waiting in self.edits.values() for pending in waiting]
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pass starts: what the last one showed is gone."""
+        _require_plain(self)
+        self.values.clear()
+        self.passes += 1
+        given = next(
+            (part for part in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if part is not None),
+            None,
+        )
+        if given is not None:  # the model itself says what it misses
+            cache = next((part for part in (*args, *kwargs.values()) if hasattr(part, "get_seq_length")), None)
+            self.now = Pass(given.shape[0], given.shape[1], 0 if cache is None else int(cache.get_seq_length()))
+
+    def end(self, *_: Any) -> None:
+        """A forward pass is over: a module that the user calls by hand is no part of one."""
+        self.now = None
+
+    def visit(self, point: Point | Part, tensor: Tensor) -> Tensor:
+        """Edit and record the sites at a point, keep its tensor for later ones; returns what the model goes on with."""
+        if (now := self.now) is None or point not in self.at:
+            return tensor
+        if point in now.seen:
+            what = ", ".join(map(str, self.at[point])) or "a site"
+            raise ModelError(f"the module that shows {what} ran twice in one forward pass, so there is no one value")
+        now.seen.add(point)
+        for site in self.at[point]:
+            tensor = self._visit(site, tensor, now)
+        if point in self.keep:
+            now.kept[point] = tensor
+        return tensor
+
+    def _visit(self, site: Site, tensor: Tensor, now: Pass) -> Tensor:
+        found = self.places[site]
+        x = new = found.read(tensor, now)
+        for pending in self.edits.get(site, ()):
+            new = pending.of(new, now.past + now.positions)
+        changed = new is not x
+        if site in self.wanted:
+            # What the model goes on with is made from what is recorded, so that gradients arrive there.
+            self.values[site] = new = new if changed else x.clone()
+            if new.requires_grad:
+                new.retain_grad()
+                changed = True
+        return found.write(tensor, x, new, now) if changed and found.write else tensor
+
+    def attend(self, layer: int, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Attended:
+        """One layer's attention, with the sites inside of it."""
+        query = self.visit(Part(layer, "q"), query)
+        key, value = self.visit(Part(layer, "shared_k"), key), self.visit(Part(layer, "shared_v"), value)
+        if self._own_copies(layer, key, value):
+            key, value = per_query_head(key, query), per_query_head(value, query)
+        key, value = self.visit(Part(layer, "k"), key), self.visit(Part(layer, "v"), value)
+        out, pattern = attend(query, key, value)
+        if pattern is None:
+            return out, None
+        changed = self.visit(Part(layer, "pattern"), pattern)
+        if changed is not pattern:
+            out = (changed @ per_query_head(value, query)).transpose(1, 2).contiguous()
+        return out, changed
+
+    def _own_copies(self, layer: int, key: Tensor, value: Tensor) -> bool:
+        """Must every query head get a key and value of its own: is one of them edited, or its gradient wanted?"""
+        sites = [site for kind in ("k", "v") for site in self.at.get(Part(layer, kind), ())]
+        follows = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
+        return any(follows or site in self.edits for site in sites)
+
+
+def _opened(run: _Run) -> Iterator[AbstractContextManager[None]]:
+    """What opens attention, where a site lies inside."""
+    kinds = {point.kind for point in run.at if isinstance(point, Part)}
+    if kinds:
+        yield around_attention(run.lm, run.attend, eager="pattern" in kinds)
+    elif any(site.kind == "pattern" for site in run.places):
+        yield implementation(run.lm, "eager")
+
+
+def _hooks(run: _Run) -> Iterator[Callable[[], Any]]:
+    decoder = run.lm.decoder
+    yield lambda: decoder.register_forward_pre_hook(run.begin, with_kwargs=True)
+    yield lambda: decoder.register_forward_hook(run.end, always_call=True)
+    for point in run.at:
+        if isinstance(point, Point):
+            if point.before:
+                yield partial(point.module.register_forward_pre_hook, partial(_before, run, point), with_kwargs=True)
+            else:
+                yield partial(point.module.register_forward_hook, partial(_after, run, point))
+
+
+def _before(run: _Run, point: Point, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    read = args[0] if args else kwargs["hidden_states"]
+    new = run.visit(point, read)
+    if new is read:
+        return None
+    return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+
+
+def _after(run: _Run, point: Point, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    every = (output,) if isinstance(output, Tensor) else tuple(output)
+    if every[point.item] is None or (new := run.visit(point, every[point.item])) is every[point.item]:
+        return None
+    return new if isinstance(output, Tensor) else (*every[: point.item], new, *every[point.item + 1 :])
+
+
+def _require_free(lm: Model) -> None:
+    hooks = lm.decoder._forward_pre_hooks.values()
+    if any(isinstance(getattr(hook, "__self__", None), _Run) for hook in hooks):
+        raise ModelError("this model is being traced already", fix="give all sites and edits to one `uw.trace`")
+
+
+def _require_plain(run: _Run) -> None:
+    """Raise ModelError where what is recorded would not be what the model uses."""
+    training = [module for module in run.lm.hf.modules() if module.training]
+    if not training:
+        return
+    rates = {name: rate for name, rate in run.lm.config.to_dict().items() if "drop" in name and isinstance(rate, float)}
+    dropout = [name for name, rate in rates.items() if rate and not name.startswith(("summary", "classifier"))]
+    if dropout and (site := next((site for site, found in run.places.items() if found.adds), None)):
+        raise ModelError(
+            f"dropout lies between what is written at {site} and the stream",
+            got=", ".join(dropout),
+            fix="call `lm.hf.eval()`",
+        )
+    if torch.is_grad_enabled() and any(getattr(module, "gradient_checkpointing", False) for module in training):
+        raise ModelError("gradient checkpointing runs layers a second time, outside of the trace", fix="switch it off")

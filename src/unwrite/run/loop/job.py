@@ -1,0 +1,382 @@
+"""Where does a long run keep what is done, and which part of the work is its own?
+
+A run that was stopped, however, goes on from its folder to the same bits: what is kept are whole batches, and the sums
+over them do not depend on who added them or when. So several processes can share the batches, too: shards of any
+scheduler, each with a folder of its own, or the ranks of torchrun, which tell each other.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from filelock import FileLock
+
+from unwrite import files
+from unwrite import result as results
+from unwrite.errors import ModelError, ResultError
+from unwrite.model.load import weights_hash
+from unwrite.model.view import Model
+from unwrite.result import Result
+from unwrite.run.loop import checkpoint
+from unwrite.run.loop.checkpoint import Arrays
+
+SECONDS = 30.0
+_KEY, _UNFINISHED = "key", "unfinished"
+# The array of a stage that says which batch comes next.
+_NEXT = "next"
+# How often the run was started until then, for how many seconds it ran, and where.
+_SPENT, _HOSTS = "spent", "hosts"
+_LOCK = "unwrite.lock"
+
+
+@runtime_checkable
+class Tally(Protocol):
+    """What a method keeps while batches go by."""
+
+    def step(self, batch: Any) -> None:
+        """Count one batch."""
+
+    def state(self) -> Arrays:
+        """Everything that is kept between two batches, as arrays by name."""
+        ...
+
+    def take(self, state: Mapping[str, np.ndarray]) -> None:
+        """Add what a tally of the same question kept of other batches."""
+
+
+@runtime_checkable
+class Peers(Protocol):
+    """Other processes that work on the same run."""
+
+    def gather(self, state: Arrays) -> Iterator[Arrays]:
+        """What all others kept, at the first of them; nothing elsewhere."""
+        ...
+
+
+@dataclass(frozen=True)
+class Spent:
+    """How often a run was started, for how many seconds it ran, and where: bits may depend on the kind of machine."""
+
+    starts: int = 0
+    seconds: float = 0.0
+    hosts: frozenset[str] = frozenset()
+
+    def and_now(self, seconds: float) -> Spent:
+        """With this start, which began so many seconds ago."""
+        here = f"{platform.node()} ({platform.machine()}, {torch.get_num_threads()} threads)"
+        return Spent(self.starts + 1, self.seconds + seconds, self.hosts | {here})
+
+    def beside(self, other: Spent) -> Spent:
+        """What two parts of a run that went side by side spent."""
+        return Spent(max(self.starts, other.starts), max(self.seconds, other.seconds), self.hosts | other.hosts)
+
+    def state(self) -> Arrays:
+        """As arrays by name, which `taken` reads."""
+        return {_SPENT: np.array([self.starts, self.seconds]), _HOSTS: np.array(sorted(self.hosts))}
+
+    @classmethod
+    def taken(cls, state: Arrays) -> Spent:
+        """Out of arrays by name, from which it is removed."""
+        starts, seconds = state.pop(_SPENT)
+        return cls(int(starts), float(seconds), frozenset(map(str, state.pop(_HOSTS))))
+
+
+class _PartDone(Exception):
+    """A part of a run is done; the rest of the method wants the whole."""
+
+
+@dataclass(eq=False)
+class Job:
+    """A long run's folder, inside a `with`; hand it to a method as its `checkpoint`.
+
+    Every `every` seconds what is done goes to a file in `folder` (None: nothing is kept); the same call goes on from
+    there. `shard` (i, n) does the i-th of n parts of a scan's batches: the `with` ends where the whole is needed, and a
+    Job with the folders of all n shards as `of` puts them together. Whoever works in a folder holds a lock in it, which
+    dies with the process.
+    Raises ResultError where the folder is in use, cannot be written or holds another run.
+
+    Example: `with uw.Job("run", every=600) as job: found = uw.scan(lm, tokens, checkpoint=job)`
+    """
+
+    folder: str | Path | None = None
+    every: float = SECONDS
+    shard: tuple[int, int] = (1, 1)
+    of: Iterable[str | Path] = ()
+    peers: Peers | None = None
+    # What the first method asked, which those that it combines are parts of; and what each asked last.
+    key: str = field(init=False, default="")
+    _asked: dict[str, str] = field(init=False, default_factory=dict)
+    finished: bool = field(init=False, default=False)
+    _now: str = field(init=False, default="")
+    _stages: list[Stage] = field(init=False, default_factory=list)
+    _lock: FileLock | None = field(init=False, default=None)
+    _open: bool = field(init=False, default=False)
+    _came: list[int] = field(init=False, default_factory=list)
+    _began: float = field(init=False, default_factory=time.monotonic)
+    # In earlier starts of the same run, and elsewhere.
+    _before: Spent = field(init=False, default=Spent())
+
+    def __post_init__(self) -> None:
+        part, of = self.shard
+        if not (type(part) is type(of) is int and 1 <= part <= of):
+            raise ResultError("a shard is a part of a run", got=f"{part}/{of}", expected="i/n with 1 ≤ i ≤ n")
+        self.of = tuple(self.of)
+
+    def __enter__(self) -> Job:
+        if self.folder is not None:
+            place = Path(self.folder)
+            self._lock = checkpoint.locked(self._named(place, _LOCK))
+            # What a process that was killed had not written to its end; nobody else works on these.
+            for rest in place.glob(f"{self._named(place, '.*.npz').name}.*"):
+                rest.unlink()
+        self._open, self._began, self._before = True, time.monotonic(), Spent()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        """What is done stays where the run was stopped, and of a shard; after the end of a run nothing is left."""
+        try:
+            if kind is None:
+                for path in self._left():
+                    checkpoint.remove(path)
+                for path in (stage.path for stage in self._stages if stage.path is not None):
+                    for other in [path] if self.peers is None else path.parent.glob(f"{path.name.split('.')[0]}.*.npz"):
+                        checkpoint.remove(other)
+        finally:
+            self._stages, self._open, self.key, self._asked, self._now = [], False, "", {}, ""
+            if self._lock is not None:
+                checkpoint.unlocked(self._lock)
+        return kind is _PartDone
+
+    def _left(self) -> list[Path]:
+        """Where the folder had the result already: what a process did not come to remove that was killed after that."""
+        if self.folder is None or not self.finished:
+            return []
+        kept = self._named(Path(self.folder), "[0-9][0-9]-*.npz")
+        return [file for file in kept.parent.glob(f"{kept.name}*") if checkpoint.belongs(file, self.key)]
+
+    def _named(self, place: Path, name: str) -> Path:
+        """A file of this shard."""
+        part, of = self.shard
+        stem, _, suffix = name.rpartition(".")
+        return place / (name if of == 1 else f"{stem}.{part}-of-{of}.{suffix}")
+
+    def begin(self, method: str, lm: Model, read: Mapping[str, str], settings: Mapping[str, Any]) -> Result | None:
+        """Say what is asked, `read` being names and hashes of all input; the Result, if the folder has it already.
+
+        The first to say it inside the `with` says it for all: methods that it combines are parts of it.
+        Raises ResultError where the folder holds the result of another run, ModelError for shards of a method that
+        cannot be put together.
+        """
+        model = {
+            "weights": weights_hash(lm), "dtype": str(lm.dtype), "device": lm.device.type, "convention": lm.convention,
+            "attention": lm.config._attn_implementation,
+        }  # fmt: skip
+        asked = {"method": method, "model": model, "input": dict(read), "settings": dict(settings)}
+        self._asked[method] = self._now = json.dumps(asked, sort_keys=True)
+        if self.key:
+            return None
+        self.key = self._now
+        if (self.shard[1] > 1 or self.of) and method != "scan":
+            raise ModelError(f"{method} cannot be done in parts", expected="a scan")
+        return None if self.folder is None else self._found(Path(self.folder))
+
+    def _found(self, folder: Path) -> Result | None:
+        if not (folder / results.FILE).exists():
+            return None
+        found = results.read(folder)
+        if found.data.attrs.get(_KEY) != self.key:
+            own = found.data.attrs.get(_KEY)
+            raise ResultError(
+                f"{folder} holds the result of another run",
+                got=f"a {found.method}" if own is None else f"another {checkpoint.differing(str(own), self.key)}",
+                expected="the same model, input and settings", fix="choose another folder, or remove this one",
+            )  # fmt: skip
+        self.finished = _UNFINISHED not in found.data.attrs
+        return found if self.finished else None
+
+    def signed(self, found: Result, finished: bool = True) -> Result:
+        """A result that says of which run it is, so that its folder can be found finished, and how long that took.
+
+        Of a run that is not finished, a part is signed as what there is of the whole.
+        """
+        spent = self.spent
+        key = self._asked.get(found.method, self.key) if finished else self.key
+        marks = {_KEY: key, **asdict(spent), _HOSTS: "; ".join(sorted(spent.hosts))}
+        marks |= {} if finished else {_UNFINISHED: 1}
+        return found if self.folder is None else Result(found.data.assign_attrs(marks))
+
+    @property
+    def spent(self) -> Spent:
+        """What the run took until now."""
+        return self._before.and_now(time.monotonic() - self._began)
+
+    def goes_on(self, spent: Spent) -> None:
+        """A part of the run was done by an earlier start of it, or elsewhere."""
+        self._before = self._before.beside(spent)
+
+    def stage(self, name: str, total: int, more: object = None) -> Stage:
+        """What is kept of one pass over `total` batches; `more` says what it depends on beside the job's key.
+
+        Raises ResultError outside of the `with`.
+        """
+        if not self._open:
+            raise ResultError("this job is not open", fix="with uw.Job(…) as job: …")
+        label = f"{len(self._stages):02}-{re.sub('[^A-Za-z0-9]+', '-', name)[:40].strip('-')}.npz"
+        versions = {package: files.version(package) for package in results.VERSIONS}
+        own = {"stage": name, "batches": total, "more": more, "versions": versions}
+        run = {} if self._now == self.key else {"run": self.key}
+        key = json.dumps({**json.loads(self._now or "{}"), **run, **own}, sort_keys=True)
+        part, of = self.shard
+        stage = Stage(
+            self, None if self.folder is None else self._named(Path(self.folder), label), key,
+            range(0) if self.of else range(total * (part - 1) // of, total * part // of),
+            _whole(self.of, label, key) if self.of else None,
+        )  # fmt: skip
+        self._stages.append(stage)
+        return stage
+
+    def tick(self, tally: Tally) -> None:
+        """Where a step takes long: what the tally holds is whole here, and an interrupt need not wait any longer."""
+        self._stages[-1].tick(tally, now=self.interrupted)
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+    @property
+    def interrupted(self) -> bool:
+        """Did an interrupt come while a batch was being counted?"""
+        return bool(self._came)
+
+    def gather(self, tally: Tally) -> None:
+        """Add up what all peers kept, at the first of them."""
+        if self.peers is not None:
+            for state in self.peers.gather({**self.spent.state(), **tally.state()}):
+                self._before = replace(self._before, hosts=self._before.hosts | Spent.taken(state).hosts)
+                tally.take(state)
+
+    def together(self) -> None:
+        """From here on the whole is needed: the `with` of a part ends here."""
+        if self.shard[0] > 1 or (self.shard[1] > 1 and self.peers is None):
+            raise _PartDone
+
+    @contextmanager
+    def unbroken(self) -> Iterator[None]:
+        """Inside the `with` a first interrupt waits until `tick` or the end; a second one does not wait."""
+        self._came.clear()
+        before = signal.getsignal(signal.SIGINT)
+        # A process in the background may ignore interrupts, and only the main thread can take them.
+        heard = callable(before) and threading.current_thread() is threading.main_thread()
+        if self.folder is None or not heard:
+            yield
+            return
+
+        def wait(number: int, _: Any) -> None:
+            self._came.append(number)
+            if len(self._came) > 1:
+                raise KeyboardInterrupt
+
+        signal.signal(signal.SIGINT, wait)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def opened(place: Job | str | Path | None) -> Iterator[Job]:
+    """A method's `checkpoint` as a Job: one that is open already stays open for whoever opened it."""
+    job = place if isinstance(place, Job) else Job(place)
+    if job._open:
+        yield job
+    elif job.shard[1] > 1:
+        raise ResultError("a shard has no result to return", fix="write: with uw.Job(…, shard=…) as job: uw.scan(…)")
+    else:
+        with job:
+            yield job
+
+
+@dataclass(eq=False)
+class Stage:
+    """What is kept at `path` (None: nothing) of one pass over batches, of which those in `span` are to be done here.
+
+    `whole`: what shards kept of all of them, one after the other, since each may be large.
+    """
+
+    job: Job
+    path: Path | None
+    key: str
+    span: range
+    whole: Iterator[Arrays] | None
+    _saved: float = field(init=False, default_factory=time.monotonic)
+    _next: int = field(init=False, default=0)
+
+    @property
+    def due(self) -> bool:
+        """Is it time to write?"""
+        return time.monotonic() - self._saved >= self.job.every
+
+    def resume(self, tally: Tally) -> range:
+        """Give the tally what is done already; the batches that are left."""
+        for state in self.whole or ():
+            self._take(tally, state)
+        if self.whole is not None:
+            return range(0)
+        self._next = self.span.start
+        found = {} if self.path is None else checkpoint.read(self.path, self.key)
+        if found:
+            self._take(tally, found)
+        elif not self.span:
+            self.tick(tally, now=True)  # of more shards than batches, some have none: that is said, too
+        return range(self._next, self.span.stop)
+
+    def _take(self, tally: Tally, state: Arrays) -> None:
+        self._next = int(state.pop(_NEXT))
+        self.job.goes_on(Spent.taken(state))
+        tally.take(state)
+
+    def tick(self, tally: Tally, now: bool = False) -> None:
+        """Write what the tally holds, where it is time to, or `now`."""
+        if self.path is not None and (now or self.due):
+            own = {_NEXT: np.array(self._next), **self.job.spent.state()}
+            checkpoint.save(self.path, self.key, {**own, **tally.state()})
+            self._saved = time.monotonic()
+
+    def done(self, tally: Tally, batch: int, now: bool) -> None:
+        """A batch is counted; the last one is always written, since other stages may follow."""
+        self._next = batch + 1
+        self.tick(tally, now or self._next == self.span.stop)
+
+
+def _whole(folders: Iterable[str | Path], label: str, key: str) -> Iterator[Arrays]:
+    """What all shards kept of a stage. Raises ResultError where one is missing, unfinished or of another run."""
+    stem = label.removesuffix(".npz")
+    files = sorted({file.resolve() for folder in folders for file in Path(folder).glob(f"{stem}.*-of-*.npz")})
+    found = {tuple(map(int, re.findall("[0-9]+", file.name.removeprefix(stem)))): file for file in files}
+    of = {n for _, n in found}
+    missing = sorted({(i, n) for n in of for i in range(1, n + 1)} - set(found))
+    if len(of) != 1 or missing or len(files) > len(found):
+        raise ResultError(
+            f"the shards of {stem} are not whole", got=", ".join(file.name for file in files) or "none",
+            expected="every shard of one division, once",
+            fix=f"run shard {missing[0][0]}/{missing[0][1]}, too" if missing else "name the folder of every shard",
+        )  # fmt: skip
+    total = json.loads(key)["batches"]
+    for (part, n), file in sorted(found.items()):
+        state = checkpoint.read(file, key)
+        if int(state[_NEXT]) < total * part // n:
+            raise ResultError(
+                f"{file} is of a shard that is not done", got=f"{int(state[_NEXT])} of {total * part // n} batches",
+                fix="run the same command again: it goes on from there",
+            )  # fmt: skip
+        yield state

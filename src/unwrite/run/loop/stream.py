@@ -1,0 +1,274 @@
+"""How does a method see its prompts? The one loop over batches: fixed batches, memory back-off, progress."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from unwrite.errors import NumericError, TokensError
+from unwrite.model.capture import run
+from unwrite.model.view import Folded, Model
+from unwrite.model.writes import Writes
+from unwrite.prompts.tokens import Tokens, from_ids
+from unwrite.result import Result
+from unwrite.run.loop.checkpoint import Arrays
+from unwrite.run.loop.job import Job, Tally
+
+_BATCH_TOKENS = 4096
+_BATCH_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts [first, first + len(counted)) of the tokens, filled up with repeats so that every batch has one shape.
+
+    `ids` [prompt, position] as the model sees them; `counted` says which rows are real tokens and not a repeat.
+    """
+
+    index: int
+    first: int
+    real: int
+    ids: Int[Tensor, "prompt position"]
+    counted: Bool[Tensor, "prompt position"]
+
+    def beyond(self, skip: int) -> Bool[Tensor, "prompt position"]:
+        """The counted rows without the first `skip` positions of each prompt."""
+        return self.counted & (torch.arange(self.ids.shape[1]) >= skip)
+
+    def part(self, rows: slice) -> Batch:
+        """Some of its prompts; `real` is 0 where they are all repeats."""
+        real = max(0, min(self.real, rows.stop) - rows.start)
+        return Batch(self.index, self.first + rows.start, real, self.ids[rows], self.counted[rows])
+
+    def require_finite(self, lm: Model, finite: Bool[Tensor, "row node"], prompt: Tensor, place: Tensor) -> None:
+        """Raise NumericError naming the first node, in write order, that is not finite at some row of this batch.
+
+        In write order, since a bad write spoils the later ones, at other positions too.
+        """
+        if finite.all():
+            return
+        node, row = (int(index) for index in (~finite).t().nonzero()[0])
+        layer = lm.parts[node].layer
+        raise NumericError(
+            f"an activation is not finite: {lm.parts[node]} ({f'layer {layer}' if layer >= 0 else 'input'}) "
+            f"at prompt {self.first + int(prompt[row])}, position {int(place[row])}",
+            fix="load the model in float32, or leave this prompt out",
+        )
+
+    def require_sums(self, sums: Iterable[Tensor], what: str) -> None:
+        """Raise NumericError naming these prompts where `what`, summed over some of their rows, is not finite."""
+        if not all(part.isfinite().all() for part in sums):
+            raise NumericError(
+                f"{what} is not finite among prompts {self.first} to {self.first + self.real - 1}",
+                fix="load the model in float32, or find the prompt by smaller batches and leave it out",
+            )
+
+    def require_numbers(self, finite: Bool[Tensor, "prompt position"], what: str) -> None:
+        """Raise NumericError naming the first prompt and position at which `what` is not finite."""
+        bad = (~finite).nonzero()
+        if len(bad):
+            prompt, place = bad[0].tolist()
+            raise NumericError(
+                f"{what} is not finite at prompt {self.first + prompt}, position {place}",
+                fix="load the model in float32, or leave this prompt out",
+            )
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a method is: `done` of `total` prompts, tokens so far, seconds since the start.
+
+    `before` of them were done before this start of a run. `result` is there where a part of a longer run is finished:
+    what it found.
+    """
+
+    stage: str
+    done: int
+    total: int
+    tokens: int
+    seconds: float
+    result: Result | None = None
+    before: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second so far."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def left(self) -> float:
+        """Seconds to go at the rate so far."""
+        now = self.done - self.before
+        return self.seconds * (self.total - self.done) / now if now else float("inf")
+
+
+Listener = Callable[[Progress], None]
+
+
+def batch_size(lm: Model, tokens: Tokens, wanted: int | None = None, held: int = 1) -> int:
+    """Prompts per batch: `wanted`, or about 4,096 tokens, fewer where the factors of all writes would pass 256 MiB.
+
+    `held`: how many such runs a method holds at once; each gets its part.
+
+    Raises NumericError unless `wanted` is a positive integer.
+    """
+    if wanted is not None:
+        if type(wanted) is not int or wanted < 1:
+            raise NumericError("batch is a number of prompts", got=wanted, expected="a positive integer")
+        return min(wanted, len(tokens))
+    factors = (2 * len(lm.layers) + 2) * lm.d_model * torch.finfo(lm.compute_dtype).bits // 8
+    return max(1, min(len(tokens), min(_BATCH_TOKENS, _BATCH_BYTES // factors) // (held * tokens.length)))
+
+
+def admit(lm: Model, tokens: Any, mask: Any, skip: int) -> Tokens:
+    """`tokens`, or a matrix of ids with its mask, as Tokens that this model can read with positions left to count.
+
+    Raises TokensError for ids or lengths that the model does not have, NumericError if `skip` leaves nothing.
+    """
+    if isinstance(tokens, Tokens) and mask is not None:
+        raise TokensError("these tokens know their padding already", fix="leave mask out")
+    tokens = tokens if isinstance(tokens, Tokens) else from_ids(tokens, mask)
+    tokens.check(lm.vocabulary, lm.context)
+    longest = int(tokens.lengths.max())
+    if type(skip) is not int or not 0 <= skip < longest:
+        raise NumericError("skip leaves no position to count", got=skip, expected=f"an integer from 0 to {longest - 1}")
+    return tokens
+
+
+def admit_floor(floor: float) -> float:
+    """`floor` as a fraction of the stream's norm. Raises NumericError for anything but a number in [0, 1)."""
+    if not 0 <= floor < 1:
+        raise NumericError("floor is a fraction of the stream's norm", got=floor, expected="at least 0, below 1")
+    return floor
+
+
+def batches(tokens: Tokens, size: int, which: range | None = None) -> Iterator[Batch]:
+    """The batches of `tokens`, fixed by the prompts' global index: batch i holds prompts i·size … (i+1)·size − 1."""
+    position = torch.arange(tokens.length)
+    for index in range(-(-len(tokens) // size)) if which is None else which:
+        first = index * size
+        real = min(size, len(tokens) - first)
+        prompts = [first + min(i, real - 1) for i in range(size)]
+        counted = position < torch.from_numpy(tokens.lengths[prompts])[:, None]
+        counted[real:] = False
+        yield Batch(index, first, real, torch.from_numpy(tokens.ids[prompts]), counted)
+
+
+def stream(lm: Model, tokens: Tokens, tally: Tally, size: int, stage: str, listener: Listener | None, job: Job) -> None:
+    """Give the tally every batch that is this job's and not done yet, in order, and tell the listener how far it is.
+
+    Afterwards the tally holds the whole, or in a job that does a part of the work that part.
+    """
+    kept = job.stage(stage, -(-len(tokens) // size), [tokens.hash, size])
+    left = kept.resume(tally)
+    first, end = (min(index * size, len(tokens)) for index in (kept.span.start, kept.span.stop))
+    start, seen, before = time.monotonic(), 0, min(left.start * size, end) - first
+
+    def tell(done: int) -> None:
+        if listener is not None and end > first:
+            listener(Progress(stage, done, end - first, seen, time.monotonic() - start, before=before))
+
+    if not left:
+        tell(end - first)
+    for batch in batches(tokens, size, left):
+        with job.unbroken():
+            tally.step(batch)
+            kept.done(tally, batch.index, now=job.interrupted)
+        seen += int(batch.counted.sum())
+        tell(batch.first + batch.real - first)
+        if job.interrupted:
+            raise KeyboardInterrupt
+    job.gather(tally)
+
+
+def forward(lm: Model, batch: Batch, folded: tuple[Folded, ...]) -> Iterator[tuple[slice, Writes]]:
+    """The writes of a batch, in as many parts as memory asks for. Raises NumericError as `parts` does."""
+    return parts(batch, lambda part: run(lm, part.ids, folded))
+
+
+V = TypeVar("V")
+
+
+def parts(batch: Batch, measure: Callable[[Batch], V]) -> Iterator[tuple[slice, V]]:
+    """What `measure` finds in a batch, in as many parts as memory asks for.
+
+    Out of memory, what nobody uses is given back and the part repeated, to the same bits; where that did not help,
+    parts are halved, which rounds otherwise. `measure` must only compute: what is handed out was computed to the end,
+    so whoever adds it up counts nothing twice. Raises NumericError when even one prompt does not fit.
+    """
+    at, size, cleared = 0, len(batch.ids), False
+    while at < len(batch.ids):
+        rows = slice(at, min(at + size, len(batch.ids)))
+        try:
+            found = measure(batch.part(rows))
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            if cleared and size == 1:
+                raise NumericError(
+                    f"prompt {batch.first + at} does not fit into memory",
+                    got=f"{batch.ids.shape[1]} tokens", fix="use a smaller length, or a device with more memory",
+                ) from error  # fmt: skip
+        else:
+            yield rows, found
+            at = rows.stop
+            continue
+        # Only here, since the error held all that was computed.
+        if cleared:
+            size = -(-size // 2)
+        else:
+            _give_back()
+            cleared = True
+
+
+def _give_back() -> None:
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def device_memory() -> int:
+    """Bytes that this process held at most on all CUDA devices; 0 where it used none."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    return sum(torch.cuda.max_memory_allocated(device) for device in devices)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    # The CPU allocator raises a plain RuntimeError.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+class Rows:
+    """A tally of what is measured of every prompt by itself: arrays by name, the prompts' axis first."""
+
+    def __init__(self, measure: Callable[[Batch], Mapping[str, np.ndarray]]):
+        self._measure = measure
+        self._parts: dict[int, Arrays] = {}
+
+    def step(self, batch: Batch) -> None:
+        """Measure the prompts of one batch, in as many parts as memory asks for."""
+        for rows, found in parts(batch.part(slice(0, batch.real)), self._measure):
+            self._parts[batch.first + rows.start] = dict(found)
+
+    def state(self) -> Arrays:
+        """What was found, by the first prompt of each part and name."""
+        return {f"{first}/{name}": part for first, found in self._parts.items() for name, part in found.items()}
+
+    def take(self, state: Mapping[str, np.ndarray]) -> None:
+        """Add what was found of other prompts."""
+        for path, part in state.items():
+            first, name = path.split("/", 1)
+            self._parts.setdefault(int(first), {})[name] = part
+
+    def whole(self) -> Arrays:
+        """What was found of all prompts, in their order."""
+        found = [self._parts[first] for first in sorted(self._parts)]
+        return {name: np.concatenate([part[name] for part in found]) for name in found[0]}

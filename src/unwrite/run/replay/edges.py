@@ -1,0 +1,143 @@
+"""Which nodes can be the ends of a path, and which edges are there?
+
+Places where something joins the stream, or is read: 2l the input of block l, 2l + 1 between its attention and its MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from unwrite.errors import NodeError
+from unwrite.model.view import Model
+from unwrite.nodes import Site
+from unwrite.run.edit.sites import named
+from unwrite.run.edit.slots import KINDS, Slot, slots
+
+LOGITS = "logits"
+_SENDERS = ("head", "attn_out", "mlp", "embed")
+_RECEIVERS = ("q", "k", "v", "shared_k", "shared_v", "head", "mlp")
+
+
+@dataclass(frozen=True)
+class Write:
+    """What one layer's attention (all of it, or some heads), an MLP or the embeddings write."""
+
+    kind: str
+    layer: int
+    heads: tuple[int, ...] = ()
+
+    def place(self, lm: Model) -> int:
+        """Where it joins the stream."""
+        if self.kind == "embed":
+            return 0
+        return 2 * self.layer + (1 if self.kind != "mlp" and not lm.parallel else 2)
+
+
+@dataclass(frozen=True, eq=False)
+class Ends:
+    """Senders and receivers by name, and what they are made of: "L1H0+MLP2" are two nodes that act as one.
+
+    `slots` hold senders, receivers and what the layers' attention makes; `joins[sender, receiver]` says which edges
+    there are.
+    """
+
+    lm: Model
+    senders: Mapping[str, tuple[Write, ...]]
+    receivers: Mapping[str, tuple[Site, ...]]
+    sent: tuple[Slot, ...]
+    received: tuple[Slot, ...]
+    held: Mapping[int, Slot]
+    z: Mapping[int, Slot]
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """Everything that must be known of the base run."""
+        return (*self.sent, *self.received, *self.held.values(), *self.z.values())
+
+    @property
+    def joins(self) -> Bool[np.ndarray, "sender receiver"]:
+        """Does the receiver read what the sender writes?"""
+        first = [min(write.place(self.lm) for write in writes) for writes in self.senders.values()]
+        last = [max(read_at(self.lm, site) for site in sites) for sites in self.receivers.values()]
+        return np.array(first)[:, None] <= np.array(last)
+
+    def takes(self, slot: Slot) -> Bool[Tensor, "receiver unit"]:
+        """Which units of a slot each receiver is made of."""
+        found = [[site in sites for site in slot.sites] for sites in self.receivers.values()]
+        return torch.tensor(found, device=self.lm.device)
+
+
+def read_at(lm: Model, site: Site) -> int:
+    """The place where a receiver reads the stream."""
+    if site.kind == LOGITS:
+        return 2 * len(lm.layers)
+    return 2 * site.layer + (site.kind == "mlp" and not lm.parallel)
+
+
+def ends(lm: Model, senders: Sequence[str], receivers: Sequence[str]) -> Ends:
+    """Senders and receivers by their names, or by kinds of nodes.
+
+    Raises NodeError for what can be neither, for writes that hold each other, and where no asked edge exists.
+    """
+    sent = {name: _sites(lm, name, _SENDERS, "send") for name in _spread(lm, senders, ("heads", "attn_out", "mlp_out"))}
+    got = {
+        name: _sites(lm, name, _RECEIVERS, "receive")
+        for name in _spread(lm, receivers, ("heads", "q", "k", "v", "mlp_out"))
+    }
+    every = [[str(site) for sites in part.values() for site in sites if site.kind != LOGITS] for part in (sent, got)]
+    received = slots(lm, every[1]) if every[1] else ()
+    held, z = ({slot.layer: slot for slot in slots(lm, kind)} for kind in ("attn_out", "heads"))
+    writes = {name: _writes(name, sites) for name, sites in sent.items()}
+    found = Ends(lm, writes, got, slots(lm, every[0]), received, held, z)
+    if not found.joins.any():
+        edge = f"{', '.join([*sent][:3])} → {', '.join([*got][:3])}"
+        raise NodeError("no such edge: the receiver does not read what the sender writes", got=edge)
+    return found
+
+
+def _spread(lm: Model, names: Sequence[str], kinds: tuple[str, ...]) -> list[str]:
+    """Names, with kinds of nodes written out."""
+    found: dict[str, None] = {}
+    for name in [names] if isinstance(names, str) else names:
+        if name in KINDS and name not in kinds and name != "embed":
+            raise NodeError(f"{name} are no ends of a path here", expected=", ".join(kinds))
+        each = [one for slot in slots(lm, name) for one in slot.names] if name in kinds else [str(name)]
+        found |= dict.fromkeys(each)
+    if not found:
+        raise NodeError("a path has two ends", got="no names", expected="names of nodes, or a kind of them")
+    return list(found)
+
+
+def _sites(lm: Model, name: str, kinds: tuple[str, ...], what: str) -> tuple[Site, ...]:
+    """The sites of "L1H0+MLP2"."""
+    found: list[Site] = []
+    for part in name.split("+"):
+        if part == LOGITS and what == "receive":
+            found.append(Site(LOGITS, len(lm.layers)))
+            continue
+        site = named(lm, part)
+        if site.kind not in kinds:
+            known = "heads, MLPs, L1.attn_out, embed" if what == "send" else "heads, L1H0.q (.k, .v), MLPs, logits"
+            raise NodeError(f"{site} cannot {what}", expected=known)
+        found.append(site)
+    if len(set(found)) < len(found):
+        raise NodeError(f"{name} names a node twice")
+    return tuple(found)
+
+
+def _writes(name: str, sites: Sequence[Site]) -> tuple[Write, ...]:
+    """Heads of one layer are one write: behind a post-norm what they write together is no sum."""
+    heads: dict[int, list[int]] = {}
+    for site in sites:
+        if site.kind == "head":
+            heads.setdefault(site.layer, []).append(site.head)
+    if twice := [site for site in sites if site.kind == "attn_out" and site.layer in heads]:
+        raise NodeError(f"{name} names heads twice", got=f"{twice[0]} and heads of its layer")
+    whole = [Write(site.kind, site.layer) for site in sites if site.kind != "head"]
+    return (*whole, *(Write("head", layer, tuple(sorted(own))) for layer, own in heads.items()))

@@ -1,0 +1,119 @@
+"""Where do the values come from that nodes are set to? Source prompts, means, zero, other pairs, another model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from unwrite.errors import ModelError, NumericError, TokensError
+from unwrite.model.load import weights_hash
+from unwrite.model.view import Model
+from unwrite.prompts.pairs import Pairs
+from unwrite.run.edit.slots import Slot, slots, values
+from unwrite.run.loop.stream import batch_size, batches, parts
+
+DONORS = ("source", "mean", "zero", "resample")
+Values = dict[Slot, Float[Tensor, "pair position _unit _d"]]
+
+
+@dataclass(frozen=True, eq=False)
+class Donor:
+    """`name` says where values of `slots` come from; `reader` is the model that reads them there.
+
+    They are handed out on `device`: another model may lie elsewhere.
+    """
+
+    name: str
+    pairs: Pairs
+    slots: tuple[Slot, ...]
+    reader: Model
+    read: tuple[Slot, ...]
+    order: Int[np.ndarray, " pair"]
+    device: torch.device
+
+    @property
+    def read_by(self) -> dict[str, str]:
+        """The hash of another model's weights that read the values."""
+        return {"read by": weights_hash(self.reader)} if self.name not in DONORS else {}
+
+    def ids(self, rows: slice) -> Int[Tensor, "pair position"]:
+        """The prompts that these pairs' values come from."""
+        return torch.from_numpy(self.pairs.source.ids[self.order[rows]])
+
+    def values(self, rows: slice) -> Values:
+        """What the nodes of these pairs are set to."""
+        if self.name == "mean":
+            return {slot: part.expand(rows.stop - rows.start, *part.shape[1:]) for slot, part in self._means.items()}
+        found = values(self.reader, self.ids(rows), self.read)
+        named = {slot: found[other].to(self.device) for slot, other in zip(self.slots, self.read, strict=True)}
+        return {slot: torch.zeros_like(part) for slot, part in named.items()} if self.name == "zero" else named
+
+    @cached_property
+    def _means(self) -> Values:
+        """Means over the source prompts that reach a position."""
+        tokens, total = self.pairs.source, dict.fromkeys(self.slots, torch.zeros(()))
+        reach = torch.from_numpy(np.arange(tokens.length) < tokens.lengths[:, None])
+        for batch in batches(tokens, batch_size(self.reader, tokens)):
+            for rows, found in parts(batch, lambda part: values(self.reader, part.ids, self.slots)):
+                for slot, part in found.items():
+                    exact, kept = part.to(self.reader.compute_dtype), batch.counted[rows]
+                    total[slot] = total[slot].to(exact) + torch.einsum("bt...,bt->t...", exact, kept.to(exact))
+        counts = reach.sum(0).clamp_min(1)
+        return {slot: (part / counts.to(part)[:, None, None])[None] for slot, part in total.items()}
+
+
+def donor(lm: Model, pairs: Pairs, asked: tuple[Slot, ...], source: Any) -> Donor:
+    """The donor that `source` names, or another model.
+
+    Raises NumericError for an unknown name, ModelError for a model of another shape, TokensError for a lone pair that
+    has no other to take values from.
+    """
+    order = np.arange(len(pairs))
+    if not isinstance(source, Model) and not (isinstance(source, str) and source in DONORS):
+        got = repr(source) if isinstance(source, str) else type(source).__name__
+        raise NumericError("source is unknown", got=got, expected=f"{', '.join(DONORS)}, or a model of uw.load")
+    own_positions = lm.row.pos_embed and (isinstance(source, Model) or source == "zero")
+    if own_positions and any(slot.kind == "embed" for slot in asked):
+        raise NumericError(
+            "beside its embedding the stream holds positions of the model's own", fix="patch 'resid_pre0', or use mean"
+        )
+    if isinstance(source, Model):
+        pairs.source.check(source.vocabulary, source.context)
+        return Donor(_other_name(lm, source), pairs, asked, source, _same(source, asked), order, lm.device)
+    if source == "resample":
+        order = _others(pairs)
+    return Donor(source, pairs, asked, lm, asked, order, lm.device)
+
+
+def _other_name(lm: Model, other: Model) -> str:
+    shape = ("n_heads", "kv_heads", "head_dim", "d_model", "vocabulary")
+    for name in shape:
+        if getattr(lm, name) != getattr(other, name):
+            raise ModelError(
+                "values come from a model of another shape",
+                got=f"{name} {getattr(other, name)}", expected=f"{name} {getattr(lm, name)}",
+            )  # fmt: skip
+    return str(other.about.get("name", other.family))
+
+
+def _same(other: Model, asked: tuple[Slot, ...]) -> tuple[Slot, ...]:
+    return tuple(slots(other, slot.names)[0] for slot in asked)
+
+
+def _others(pairs: Pairs) -> Int[np.ndarray, " pair"]:
+    """For each pair the next one with as many tokens."""
+    order = np.arange(len(pairs))
+    for length in np.unique(pairs.source.lengths):
+        same = np.flatnonzero(pairs.source.lengths == length)
+        if len(same) == 1:
+            raise TokensError(
+                f"pair {same[0]} has no other pair of its length to take values from", got=f"{length} tokens"
+            )
+        order[same] = np.roll(same, -1)
+    return order

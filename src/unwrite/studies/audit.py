@@ -1,0 +1,214 @@
+"""Does this model manage its memory, and which attributions can be believed? scan → verify → dla, and a verdict.
+
+Writers are chosen by a scan of one half of the prompts and verified on the other half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from unwrite import result as results
+from unwrite.errors import ModelError
+from unwrite.methods.adversarial import adversarial
+from unwrite.methods.corpus import corpus_dla
+from unwrite.methods.dla import dla
+from unwrite.methods.scan import scan
+from unwrite.methods.verify import verify
+from unwrite.model.view import Model
+from unwrite.nodes import parse_node, reads
+from unwrite.prompts.tokens import Tokens, windows
+from unwrite.prompts.tokens import prompts as as_prompts
+from unwrite.report.verdict import verdict
+from unwrite.result import Result
+from unwrite.run.loop.job import Job, opened
+from unwrite.run.loop.stream import Listener, admit
+from unwrite.studies.keep import Parts, keep
+
+# Verified: so many writers that nodes write against, most energy moved first; if none is erased, also so many whose
+# level ends lowest.
+MOST = 6
+LOWEST = 3
+# What attribution is asked about: so many prompts, found ones among them, beside means over so many texts.
+ASKED = 20
+TEXTS = 100
+# The demonstration's windows are this long.
+LENGTH = 64
+
+
+def audit(
+    lm: Model,
+    tokens: Any,
+    prompts: Any = None,
+    out: str | Path | None = None,
+    *,
+    most: int = MOST,
+    checkpoint: Job | str | Path | None = None,
+    listener: Listener | None = None,
+) -> Result:
+    """Who writes and is written against, what survives of it, and which attributions can be believed, with a verdict.
+
+    Arguments: `tokens` as `uw.scan` takes them: the first half of the prompts chooses writers (of several texts, all
+    are scanned and the first one's other half judges); `prompts` as `uw.dla` takes them, asked about the model's own
+    top two logits, by default prompts found by `uw.adversarial` and windows of the text; `out` a folder that gets
+    `result.nc`, `table.csv` and `report.html`, and where what is done is kept, so that the same call goes on from there
+    (`checkpoint`, as in `uw.scan`, keeps it elsewhere); `most` writers to verify; `listener` is told how far it is, and
+    of every finished part its Result. The embedding is never verified: without it the stream is empty.
+    Returns the scan's Result with, for each of the `verified` writers, what `uw.verify` returns (`verdict`, `survival`,
+    `erased`, …; what has a scan's name is called `verified_…`), `uw.dla`'s variables by `prompt`, `uw.adversarial`'s by
+    `hit` (`found_…`), `uw.corpus_dla`'s by `path`; the paragraph is its attribute `verdict`.
+    Raises what these raise; TokensError for fewer than four independent prompts; ResultError where `out` cannot be
+    written (found before anything runs); Stopped, a KeyboardInterrupt, after it saved in `out` what an interrupt found
+    finished: the scan as the folder's result, other parts beside it.
+
+    Example: `uw.audit(uw.load("gpt2"), uw.text("book.txt", lm.tokenizer), out="audit")`
+    """
+    parts = listener if isinstance(listener, Parts) else Parts(listener)
+    if out is not None:
+        kept = keep(
+            lambda parts, job: audit(lm, tokens, prompts, most=most, checkpoint=job, listener=parts), out, parts
+        )
+        assert kept is not None  # noqa: S101 (an audit has no parts)
+        return kept[0]
+    texts = tokens if isinstance(tokens, Mapping) else {"": tokens}
+    texts = {name: admit(lm, part, None, 1) for name, part in texts.items()}
+    if isinstance(prompts, (str, list)):
+        prompts = as_prompts(prompts, lm.tokenizer)
+    given = None if prompts is None else admit(lm, prompts, None, 0)
+    read = {f"text {name}": part.hash for name, part in texts.items()}
+    with opened(checkpoint) as job:
+        if done := job.begin("audit", lm, read | ({} if given is None else {"prompts": given.hash}), {"most": most}):
+            return done
+        return job.signed(_audit(lm, tokens, given, most, parts, job))
+
+
+def _audit(lm: Model, tokens: Any, prompts: Tokens | None, most: int, parts: Parts, job: Job) -> Result:
+    texts = tokens if isinstance(tokens, Mapping) else {"": tokens}
+    halves = {name: admit(lm, part, None, 1).halves() for name, part in texts.items()}
+    choose_by = {name: first for name, (first, _) in halves.items()}
+    judge_by = next(second for _, second in halves.values())
+    scanned = parts.finish(
+        scan(lm, choose_by if isinstance(tokens, Mapping) else choose_by[""], checkpoint=job, listener=parts)
+    )
+    proofs = _verified(lm, scanned, judge_by, most, parts, job)
+    if not proofs:
+        raise ModelError(f"no node of {scanned.provenance['model']['name']} could read what another wrote")
+    worst = min(proofs, key=lambda writer: _gap(proofs[writer]))
+    held_out = choose_by[next(iter(choose_by))]
+    search = parts.finish(adversarial(lm, judge_by, worst, held_out, checkpoint=job, listener=parts))
+    asked, kinds = _asked(prompts, search, judge_by)
+    texts = _texts(asked, judge_by)
+    believed = parts.finish(dla(lm, asked, at="position", texts=texts, checkpoint=job, listener=parts))
+    merged = _merged(scanned, proofs, search, believed, kinds)
+    if erasers := proofs[worst].data.attrs["erasers"].split():
+        corpus = parts.finish(corpus_dla(lm, judge_by, worst, erasers, checkpoint=job, listener=parts))
+        merged = merged.merge(_renamed(corpus.data, "corpus"))
+    merged = merged.assign_attrs(scanned.data.attrs, method="audit", searched=worst, judged=judge_by.source)
+    return _judged(Result(merged), scanned, judge_by, asked)
+
+
+def _verified(lm: Model, scanned: Result, tokens: Tokens, most: int, parts: Parts, job: Job) -> dict[str, Result]:
+    """Verifications of the writers that a scan found, and of those whose level ends lowest if none was erased."""
+
+    def proof(writer: str) -> Result:
+        return parts.finish(verify(lm, tokens, writer, checkpoint=job, listener=parts))
+
+    first = scanned.data.isel(text=0) if "text" in scanned.data.dims else scanned.data
+    able = first["material"].values & _answered(lm, first["writer"].values)
+    order = [str(w) for w in first["writer"].values[np.argsort(-first["moved"].fillna(-1).values, kind="stable")]]
+    opposed = set(first["writer"].values[able & first["eraser"].any("node").values])
+    chosen = [writer for writer in order if writer in opposed][:most]
+    proofs = {writer: proof(writer) for writer in chosen}
+    if not any(proof.data.attrs["verdict"] == "erased" for proof in proofs.values()):
+        end = first["level_end"].sel(quantile=0.5).values
+        # Where nothing is material, anything that writes has to do.
+        able = able if able.any() else np.isfinite(end) & _answered(lm, first["writer"].values)
+        lowest = first["writer"].values[np.argsort(np.where(able, end, np.inf), kind="stable")][
+            : min(LOWEST, able.sum())
+        ]
+        for writer in map(str, lowest):
+            if writer not in proofs:
+                proofs[writer] = proof(writer)
+    return proofs
+
+
+def _answered(lm: Model, writers: np.ndarray) -> np.ndarray:
+    """Which writers can be verified: not the embedding, and only those that some later node could read."""
+    nodes = [parse_node(writer) for writer in writers]
+    return np.array([w.kind != "embed" and any(reads(e, w, lm.parallel) for e in lm.parts) for w in nodes])
+
+
+def _gap(proof: Result) -> float:
+    """How far below generic the write's survival ends."""
+    return float(proof["gap"].isel(location=-1))
+
+
+def _asked(prompts: Tokens | None, search: Result, tokens: Tokens) -> tuple[Tokens, list[str]]:
+    """The prompts that attribution is asked about, and where each comes from."""
+    if prompts is not None:
+        return prompts, ["given"] * len(prompts)
+    found = [tuple(search.data[name].values.tolist()) for name in ("prompt", "row")]
+    hits = list(zip(*found, strict=True))
+    others = [i for i in range(len(tokens)) if i not in found[0]][: ASKED - len(hits)]
+    part = tokens.take([*found[0], *others])
+    lengths = np.array([*(row + 1 for row in found[1]), *tokens.lengths[others]])
+    shortened = Tokens(part.ids, lengths, np.arange(len(lengths)), "found prompts and windows of the text")
+    return shortened, ["found"] * len(hits) + ["window"] * len(others)
+
+
+def _texts(asked: Tokens, tokens: Tokens) -> Tokens | None:
+    """Texts that reach as far as the longest prompt; without any, the prompts are compared with each other."""
+    long = np.flatnonzero(tokens.lengths >= asked.lengths.max())[:TEXTS]
+    return tokens.take(long) if len(long) > 1 else None
+
+
+def _merged(
+    scanned: Result, proofs: Mapping[str, Result], search: Result, believed: Result, kinds: list[str]
+) -> xr.Dataset:
+    """One dataset: what two methods call alike keeps the scan's name, and gets a prefix from the others."""
+    names = xr.Variable("verified", list(proofs))
+    verified = xr.concat([_plain(proof.data) for proof in proofs.values()], names)
+    data = scanned.data.merge(_renamed(verified, "verified", scanned.data))
+    data = data.merge(believed.data.assign(prompt_kind=("prompt", np.array(kinds, dtype=object))))
+    return data.merge(_renamed(search.data.drop_vars("ids"), "found"))
+
+
+def _plain(proof: xr.Dataset) -> xr.Dataset:
+    """A verification whose words are variables, so that it can stand beside others."""
+    named = ("verdict", "erasers", "causal_share_note", "readers", "decodable_note")
+    words = {name: ((), np.array(str(proof.attrs[name]), dtype=object)) for name in named}
+    return proof.assign(words).drop_attrs(deep=False)
+
+
+def _renamed(data: xr.Dataset, prefix: str, beside: xr.Dataset | None = None) -> xr.Dataset:
+    """With a prefix before every variable, or before those only that `beside` has too."""
+    taken = set(data.data_vars) if beside is None else set(data.data_vars) & set(beside.data_vars)
+    axes = {"text"} & set(data.dims)
+    return data.rename({name: f"{prefix}_{name}" for name in (*taken, *axes)}).drop_attrs(deep=False)
+
+
+def _judged(merged: Result, scanned: Result, judged: Tokens, asked: Tokens) -> Result:
+    record = scanned.provenance
+    settings = record["settings"] | {"judged": judged.about(), "asked": asked.about()}
+    found = results.build("audit", merged.data, settings, record["model"], record["tokens"])
+    return Result(found.data.assign_attrs(verdict=verdict(found)))
+
+
+def demonstration(lm: Model, n: int = 300, length: int | None = None) -> Tokens:
+    """Text that every Python carries and the bundled model never saw, for `lm`: an audit that needs no file.
+
+    The documentation topics and the modules of asyncio in turn, each a document of its own.
+    """
+    from pydoc_data.topics import topics
+
+    modules = [file for file in resources.files("asyncio").iterdir() if file.name.endswith(".py")]
+    code = [file.read_text("utf-8") for file in sorted(modules, key=lambda file: file.name)]
+    documents = [text for pair in zip_longest([topics[name] for name in sorted(topics)], code) for text in pair if text]
+    tokens = windows(documents, lm.tokenizer, n=n, length=length or LENGTH)
+    return tokens.named("Python's documentation topics and asyncio")
