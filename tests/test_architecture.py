@@ -130,6 +130,15 @@ def sideways(src: Path) -> Iterator[str]:
                 yield f"{_place(file, src, found.line)}: a method imports a method"
 
 
+def hooking(src: Path) -> Iterator[str]:
+    """Hooks that are put on modules anywhere but in model/hooks.py."""
+    for file in files(src):
+        text = file.read_text()
+        if "register_forward" in text and file.relative_to(src).as_posix() != "unwrite/model/hooks.py":
+            line = text[: text.index("register_forward")].count("\n") + 1
+            yield f"{_place(file, src, line)}: a hook is put on a module outside of model/hooks.py"
+
+
 def foreign(src: Path) -> Iterator[str]:
     """transformers outside of model/, torch where only numbers are known."""
     for file in files(src):
@@ -204,7 +213,7 @@ def _place(file: Path, src: Path, line: int = 1) -> str:
 
 
 Rule = Callable[[Path], Iterator[str]]
-RULES: tuple[Rule, ...] = (upward, sideways, foreign, cyclic, unsafe, oversized)
+RULES: tuple[Rule, ...] = (upward, sideways, hooking, foreign, cyclic, unsafe, oversized)
 
 
 @pytest.mark.promise("no-code")
@@ -233,6 +242,7 @@ BAD: list[tuple[Rule, str, str]] = [
     (upward, "stray.py", ""),
     (sideways, "methods/dla.py", "from unwrite.methods import scan"),
     (sideways, "methods/dla.py", "def f():\n    from .scan import scan"),
+    (hooking, "run/edit/trace.py", "layer.block.register_forward_hook(print)"),
     (foreign, "run/edit/trace.py", "from transformers import AutoModel"),
     (foreign, "report/page.py", "import numpy, torch.nn as nn"),
     (cyclic, "nodes.py", "import unwrite.errors"),
@@ -251,6 +261,7 @@ GOOD: list[tuple[str, str]] = [
     ("result.py", "class Result:\n    def figure(self):\n        from unwrite.report import figures"),
     ("methods/scan.py", "import torch\nfrom unwrite import nodes\nfrom unwrite.run.edit.trace import trace"),
     ("report/page.py", "from unwrite.result import Result\nfrom unwrite.report import figures"),
+    ("model/hooks.py", "module.register_forward_hook(print)"),
     ("model/load.py", "import transformers\nmodel.eval()\ntorch.load(path, weights_only=True)"),
     ("cli/__init__.py", "import unwrite\nfrom unwrite import audit"),
     ("model/view.py", "def f():\n" + "    x = 1\n" * (MAX_FUNCTION - 1)),

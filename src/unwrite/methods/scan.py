@@ -166,7 +166,7 @@ def _judge(data: xr.Dataset, lm: Model, writers: tuple[Node, ...]) -> xr.Dataset
     """Candidate erasers, materiality and a reading in words."""
     parallel = lm.parallel
     can_read = np.array([[reads(node, writer, parallel) for node in lm.parts] for writer in writers])
-    after = [next(i for i, state in enumerate(lm.states) if state.holds(writer, lm.parallel)) for writer in writers]
+    after = [lm.states.index(lm.after(writer)) for writer in writers]
     index = xr.DataArray(after, dims="writer")
     start, end = data["level_share"].isel(location=index), data["level_share"].isel(location=-1)
     end_error = data["level_share_se"].isel(location=-1)

@@ -24,6 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from unwrite.errors import ModelError
+from unwrite.model.hooks import after, hooked
 from unwrite.model.view import Model
 
 _NAME = "unwrite"
@@ -299,19 +300,12 @@ def per_query_head(shared: Tensor, query: Tensor) -> Tensor:
 
 @contextmanager
 def _returned_weights(lm: Model, found: Patterns) -> Iterator[None]:
-    def keep(layer: int) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            found[layer] = output[1].detach().to(lm.device)
+    def keep(layer: int, pattern: Tensor) -> None:
+        found[layer] = pattern.detach().to(lm.device)
 
-        return hook
-
-    handles = [layer.attention.register_forward_hook(keep(layer.index)) for layer in lm.layers]
-    try:
-        with implementation(lm, "eager"):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    seen = (after(layer.attention, partial(keep, layer.index), item=1) for layer in lm.layers)
+    with hooked(seen), implementation(lm, "eager"):
+        yield
 
 
 @contextmanager

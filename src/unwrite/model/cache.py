@@ -13,6 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from unwrite.model.hooks import Call
+
 Kept = tuple[Float[Tensor, "prompt kv_head position d_head"], Float[Tensor, "prompt kv_head position d_head"]]
 
 
@@ -21,7 +23,7 @@ def empty() -> Cache:
     return DynamicCache()
 
 
-def kept(cache: Cache) -> list[Kept]:
+def kept_of(cache: Cache) -> list[Kept]:
     """Keys and values of every layer after a run."""
     layers: Any = cache.layers
     return [(layer.keys, layer.values) for layer in layers]
@@ -45,9 +47,7 @@ def remembering(kept: Mapping[int, Kept], layers: int) -> Cache:
     return Cache(layers=[_Remembered(*kept[i]) if i in kept else DynamicLayer() for i in range(layers)])
 
 
-def with_past(
-    call: tuple[tuple[Any, ...], dict[str, Any]], cache: Cache, prompts: int
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def with_past(call: Call, cache: Cache, prompts: int) -> Call:
     """The arguments with which a block was called for one prompt, for another number of prompts with this past."""
 
     def fit(name: str, value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,11 +11,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from unwrite.model.hooks import Handle, Visit, after, before, hooked
 from unwrite.model.view import Folded, Layer, Model, centre, norm_scale
 from unwrite.model.writes import Writes
 from unwrite.nodes import Location, Node
-
-Hook = Callable[[Tensor], None]
 
 
 @dataclass
@@ -46,8 +45,7 @@ def recording(lm: Model, folded: Sequence[Folded], truth: bool = False) -> Itera
     record = Recording()
     with ExitStack() as stack:
         stack.enter_context(evaluating(lm.hf))
-        for module, before, hook in _hooks(lm, folded, record, truth):
-            stack.callback(_attach(module, before, hook).remove)
+        stack.enter_context(hooked(_hooks(lm, folded, record, truth)))
         yield record
 
 
@@ -64,25 +62,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _attach(module: nn.Module, before: bool, hook: Hook) -> Any:
-    if not before:
-        return module.register_forward_hook(lambda _, args, output: hook(_first(output)))
-    return module.register_forward_pre_hook(
-        lambda _, args, kwargs: hook(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-    )
-
-
-def _first(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def _hooks(
-    lm: Model, folded: Sequence[Folded], record: Recording, truth: bool
-) -> Iterator[tuple[nn.Module, bool, Hook]]:
+def _hooks(lm: Model, folded: Sequence[Folded], record: Recording, truth: bool) -> Iterator[Handle]:
     embed_scale = lm.row.embed_scale(lm.config)
-    yield _module(lm, lm.row.embed), False, _keep(record.vectors, Node("embed"), lm, embed_scale)
+    yield after(_module(lm, lm.row.embed), _keep(record.vectors, Node("embed"), lm, embed_scale))
     if lm.row.pos_embed:
-        yield _module(lm, lm.row.pos_embed), False, _keep(record.vectors, Node("pos_embed"), lm)
+        yield after(_module(lm, lm.row.pos_embed), _keep(record.vectors, Node("pos_embed"), lm))
     for layer, fold in zip(lm.layers, folded, strict=True):
         yield from _layer_hooks(lm, layer, fold, record)
         if truth:
@@ -93,7 +77,7 @@ def _module(lm: Model, path: str) -> nn.Module:
     return lm.decoder.get_submodule(path)
 
 
-def _layer_hooks(lm: Model, layer: Layer, fold: Folded, record: Recording) -> Iterator[tuple[nn.Module, bool, Hook]]:
+def _layer_hooks(lm: Model, layer: Layer, fold: Folded, record: Recording) -> Iterator[Handle]:
     def keep_z(z: Tensor) -> None:
         z = z.detach().to(lm.device, lm.compute_dtype).unflatten(-1, (lm.n_heads, lm.head_dim))
         record.z[layer.index] = z.clone() if fold.constant is None else z - fold.constant
@@ -103,35 +87,31 @@ def _layer_hooks(lm: Model, layer: Layer, fold: Folded, record: Recording) -> It
         record.gain[layer.index] = scale
         record.z[layer.index] *= scale[..., None, None]
 
-    residual = lm.row.residual_scale(lm.config)
-    yield layer.out_proj, True, keep_z
+    yield before(layer.out_proj, keep_z)
     if (norm := layer.post_attention_norm) is not None:
-        yield norm, True, lambda attention: keep_gain(attention, norm)
-    written = layer.post_mlp_norm or layer.mlp
-    keep_mlp = _keep(record.vectors, Node("mlp", layer.index), lm, residual)
+        yield before(norm, lambda attention: keep_gain(attention, norm))
+    keep_mlp = _keep(record.vectors, Node("mlp", layer.index), lm, lm.residual_scale)
     # OPT flattens prompts and positions before its MLP.
-    yield written, False, lambda output: keep_mlp(_like(output, record.z[layer.index]))
+    yield after(layer.mlp_end, lambda output: keep_mlp(_like(output, record.z[layer.index])))
 
 
-def _truth_hooks(lm: Model, layer: Layer, record: Recording) -> Iterator[tuple[nn.Module, bool, Hook]]:
-    residual = lm.row.residual_scale(lm.config)
-    yield layer.block, True, _keep(record.stream, layer.reads, lm)
+def _truth_hooks(lm: Model, layer: Layer, record: Recording) -> Iterator[Handle]:
+    yield before(layer.block, _keep(record.stream, layer.reads, lm))
     if layer.mid is not None:  # in a parallel block too: it must read what attention reads
         keep_mid = _keep(record.stream, Location("mid", layer.index), lm)
-        yield layer.mid, True, lambda x: keep_mid(_like(x, record.z[layer.index]))
+        yield before(layer.mid, lambda x: keep_mid(_like(x, record.z[layer.index])))
     if layer.index == len(lm.layers) - 1:
-        yield lm.final_norm, True, _keep(record.stream, Location("post", layer.index), lm)
-    keep_attention = _keep(record.attention, layer.index, lm, residual)
-    yield layer.post_attention_norm or layer.out_proj, False, keep_attention
+        yield before(lm.final_norm, _keep(record.stream, Location("post", layer.index), lm))
+    yield after(layer.attention_end, _keep(record.attention, layer.index, lm, lm.residual_scale))
 
 
-def _keep(store: dict[Any, Tensor], key: Any, lm: Model, scale: float = 1.0) -> Hook:
-    def hook(output: Tensor) -> None:
+def _keep(store: dict[Any, Tensor], key: Any, lm: Model, scale: float = 1.0) -> Visit:
+    def keep(output: Tensor) -> None:
         write = output.detach().to(lm.device, lm.compute_dtype)
         write = centre(write if scale == 1.0 else write * scale, lm)
         store[key] = write.clone() if write.data_ptr() == output.data_ptr() else write
 
-    return hook
+    return keep
 
 
 def _like(output: Tensor, z: Tensor) -> Tensor:

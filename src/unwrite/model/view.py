@@ -43,6 +43,16 @@ class Layer:
         """The state of the stream that this block reads."""
         return Location("post", self.index - 1) if self.index else Location("pre", 0)
 
+    @property
+    def attention_end(self) -> nn.Module:
+        """What puts out all that attention writes, still apart from the stream."""
+        return self.post_attention_norm or self.out_proj
+
+    @property
+    def mlp_end(self) -> nn.Module:
+        """What puts out all that the MLP writes, still apart from the stream."""
+        return self.post_mlp_norm or self.mlp
+
 
 @dataclass(frozen=True, eq=False)
 class Model:
@@ -83,6 +93,11 @@ class Model:
         """The norm between the final stream and the unembedding."""
         return find(self.decoder, self.row.final_norm)
 
+    @property
+    def residual_scale(self) -> float:
+        """What attention and MLP write is multiplied by this on its way into the stream."""
+        return self.row.residual_scale(self.config)
+
     @cached_property
     def parts(self) -> tuple[Node, ...]:
         """The nodes in write order; one that is zero by construction is not listed."""
@@ -100,6 +115,10 @@ class Model:
         between = [] if self.parallel else ["mid"]
         states = [Location(state, layer.index) for layer in self.layers for state in [*between, "post"]]
         return (Location("pre", 0), *states)
+
+    def after(self, node: Node) -> Location:
+        """The state of the stream right after a node has written."""
+        return next(state for state in self.states if state.holds(node, self.parallel))
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -260,7 +279,7 @@ def fold(lm: Model) -> tuple[Folded, ...]:
 
 
 def _fold(lm: Model, layer: Layer) -> Folded:
-    scale = lm.row.residual_scale(lm.config)
+    scale = lm.residual_scale
     gain = gain_of(layer.post_attention_norm, lm)
     shape: Callable[[Tensor], Tensor] = lambda write: centre(write if gain is None else write * gain, lm)  # noqa: E731
     weight = _exact(lm, matrix(layer.out_proj)).view(lm.n_heads, lm.head_dim, lm.d_model)

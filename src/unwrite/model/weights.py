@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from unwrite.errors import ModelError
+from unwrite.model.hooks import called, ended, hooked
 
 DISK = "disk"
 
@@ -174,8 +175,8 @@ def reloading(hf: nn.Module) -> Iterator[None]:
     running: list[nn.Module] = []
     with ExitStack() as stack:
         for module in {module: None for module, _ in away}:
-            stack.callback(module.register_forward_pre_hook(lambda module, _: running.append(module)).remove)
-            stack.callback(module.register_forward_hook(lambda *_: _end(running), always_call=True).remove)
+            begins = called(module, lambda _, module=module: running.append(module))
+            stack.enter_context(hooked([begins, ended(module, lambda: _end(running))]))
         for module, name in followed:
             # The graph holds on to every leaf that has a gradient.
             module.get_parameter(name).requires_grad_(False)

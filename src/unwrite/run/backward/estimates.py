@@ -17,8 +17,9 @@ from torch import Tensor
 
 from unwrite.model.attention import Scored, scoring
 from unwrite.model.capture import evaluating
+from unwrite.model.hooks import before, hooked, leaf
 from unwrite.model.view import Model
-from unwrite.run.backward.rules import RULES, Rules, leaf
+from unwrite.run.backward.rules import RULES, Rules
 from unwrite.run.backward.saturation import of_keys, of_queries
 from unwrite.run.backward.slopes import Graph, Slopes, graph
 from unwrite.run.edit.slots import SCORED, Slot, Values, slots, values
@@ -148,8 +149,5 @@ def _embedded(lm: Model, ids: Tensor) -> Float[Tensor, "pair position d_model"]:
 
 
 def _values_at(asked: Asked, embedded: Tensor) -> Values:
-    handle = asked.lm.layers[0].block.register_forward_pre_hook(leaf(embedded), with_kwargs=True)
-    try:
+    with hooked([before(asked.lm.layers[0].block, leaf(embedded))]):
         return values(asked.lm, asked.ids, asked.slots)
-    finally:
-        handle.remove()

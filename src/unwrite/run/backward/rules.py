@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from unwrite.errors import NumericError
 from unwrite.model.capture import evaluating
+from unwrite.model.hooks import Handle, after, before, between, hooked, kept, leaf
 from unwrite.model.view import Layer, Model, gain_of, is_norm, norm_scale, value_columns
 from unwrite.model.weights import reloading
 from unwrite.nodes import Location
@@ -31,7 +33,6 @@ _STABLE = 1e-6
 # How much an expert counts is held: a product of three factors has no agreed rule.
 _ROUTERS = ("gate", "shared_expert_gate")
 
-Hook = Callable[[nn.Module, Any, Any], Any]
 _SETTINGS = {
     "norm": ("free", "held"), "mlp": ("free", "relp", "stopped"), "attention": ("free", "values", "stopped"),
 }  # fmt: skip
@@ -76,8 +77,7 @@ def cotangents(
     with torch.enable_grad(), ExitStack() as stack:
         stack.enter_context(evaluating(lm.hf))
         stack.enter_context(reloading(lm.hf))
-        for handle in [*put(lm, rules), *_watch(lm, stream)]:
-            stack.callback(handle.remove)
+        stack.enter_context(hooked([*put(lm, rules), *_watch(lm, stream)]))
         values = metric(lm.decoder(input_ids=ids.to(lm.device), use_cache=False).last_hidden_state.to(lm.device))
         # Rows do not mix, so the gradient of the sum is every prompt's own.
         found = torch.autograd.grad(values.sum(), list(stream.values()))
@@ -87,32 +87,14 @@ def cotangents(
     }
 
 
-def _watch(lm: Model, stream: dict[Location, Tensor]) -> Iterator[Any]:
+def _watch(lm: Model, stream: dict[Location, Tensor]) -> Iterator[Handle]:
     """Keep the stream's own tensors: the skip path and every reader use the same one."""
-
-    def keep(state: Location) -> Hook:
-        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-            stream[state] = args[0] if args else kwargs["hidden_states"]
-
-        return hook
-
-    yield lm.layers[0].block.register_forward_pre_hook(leaf(), with_kwargs=True)
+    yield before(lm.layers[0].block, leaf())
     for layer in lm.layers:
-        yield layer.block.register_forward_pre_hook(keep(layer.reads), with_kwargs=True)
+        yield before(layer.block, kept(stream, layer.reads))
         if layer.mid is not None and not lm.parallel:
-            yield layer.mid.register_forward_pre_hook(keep(Location("mid", layer.index)), with_kwargs=True)
-    yield lm.final_norm.register_forward_pre_hook(keep(lm.states[-1]), with_kwargs=True)
-
-
-def leaf(embedded: Tensor | None = None) -> Hook:
-    """What was embedded, or `embedded`, begins the graph, whether or not the parameters have gradients."""
-
-    def hook(_: nn.Module, args: Any, kwargs: Any) -> Any:
-        given = args[0] if args else kwargs["hidden_states"]
-        start = (given if embedded is None else embedded.to(given)).detach().requires_grad_()
-        return ((start, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": start})
-
-    return hook
+            yield before(layer.mid, kept(stream, Location("mid", layer.index)))
+    yield before(lm.final_norm, kept(stream, lm.states[-1]))
 
 
 class _Surrogate(torch.autograd.Function):
@@ -132,11 +114,11 @@ def _follow(value: Tensor, surrogate: Tensor) -> Tensor:
     return _Surrogate.apply(value, surrogate.to(value.dtype))  # pyright: ignore[reportReturnType]
 
 
-def put(lm: Model, rules: Rules) -> Iterator[Any]:
+def put(lm: Model, rules: Rules) -> Iterator[Handle]:
     """Hooks that make a backward pass follow `rules`; whoever puts them there removes them."""
     if rules.norm == "held":
         for norm in [*(norm for layer in lm.layers for norm in _norms(layer)), lm.final_norm]:
-            yield norm.register_forward_hook(lambda norm, args, output: _held(lm, norm, args[0], output))
+            yield between(norm, partial(_held, lm, norm))
     for layer in lm.layers:
         yield from _mlp_rules(lm, layer, rules.mlp)
         yield from _attention_rules(lm, layer, rules.attention)
@@ -158,34 +140,25 @@ def _held(lm: Model, norm: nn.Module, x: Tensor, output: Tensor) -> Tensor:
     return _follow(output, (x * factor).to(output.device))
 
 
-def _stopped(_: nn.Module, __: Any, output: Any) -> Any:
-    if isinstance(output, Tensor):
-        return output.detach()
-    return type(output)(part.detach() if isinstance(part, Tensor) else part for part in output)
+def _stopped(module: nn.Module) -> Handle:
+    return after(module, Tensor.detach, item=None)
 
 
-def _mlp_rules(lm: Model, layer: Layer, rule: str) -> Iterator[Any]:
+def _mlp_rules(lm: Model, layer: Layer, rule: str) -> Iterator[Handle]:
     product = last_projection(lm, layer)
     if rule == "stopped":
-        if product is None:
-            yield layer.mlp.register_forward_hook(_stopped)
-        else:
-            yield product.register_forward_pre_hook(lambda _, args: (args[0].detach(), *args[1:]))
+        yield _stopped(layer.mlp) if product is None else before(product, Tensor.detach)
     if rule != "relp":
         return
     inside = set(layer.attention.modules())
     for name, module in layer.block.named_modules():
         if module not in inside and _is_activation(module):
-            yield module.register_forward_hook(_as_factor)
+            yield between(module, _as_factor)
         if name.rpartition(".")[2] in _ROUTERS:
-            yield module.register_forward_hook(_stopped)
-    if not lm.row.gated:
-        return
-    if product is not None:
-        yield product.register_forward_pre_hook(lambda _, args: (_follow(args[0], args[0] / 2), *args[1:]))
-    else:
-        # All of such an MLP's input goes through products, so half of their gradient is half of all.
-        yield layer.mlp.register_forward_hook(_halved)
+            yield _stopped(module)
+    if lm.row.gated:
+        # All of the input of a mixture of experts goes through products, so half of their gradient is half of all.
+        yield after(layer.mlp, _halved) if product is None else before(product, _halved)
 
 
 def _is_activation(module: nn.Module) -> bool:
@@ -193,24 +166,21 @@ def _is_activation(module: nn.Module) -> bool:
     return leaf and not is_norm(module) and not isinstance(module, (nn.Dropout, nn.Identity))
 
 
-def _as_factor(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+def _as_factor(x: Tensor, output: Tensor) -> Tensor:
     """act(x) as x times the constant act(x)/x."""
-    x = args[0]
     return _follow(output, x * (output / (x + torch.where(x < 0, -_STABLE, _STABLE))).detach())
 
 
-def _halved(_: nn.Module, __: Any, output: Any) -> Any:
-    if isinstance(output, Tensor):
-        return _follow(output, output / 2)
-    return (_follow(output[0], output[0] / 2), *output[1:])
+def _halved(x: Tensor) -> Tensor:
+    return _follow(x, x / 2)
 
 
-def _attention_rules(lm: Model, layer: Layer, rule: str) -> Iterator[Any]:
+def _attention_rules(lm: Model, layer: Layer, rule: str) -> Iterator[Handle]:
     if rule == "free":
         return
-    kept = value_columns(lm, layer)
+    values = value_columns(lm, layer)
     for module in layer.attention.modules():
         if module is layer.value and rule == "values":
-            yield module.register_forward_hook(lambda _, __, made: _follow(made, made * kept.to(made.device)))  # pyright: ignore
+            yield after(module, lambda made: _follow(made, made * values.to(made.device)))
         elif module is not layer.out_proj and isinstance(getattr(module, "weight", None), Tensor):
-            yield module.register_forward_hook(_stopped)
+            yield _stopped(module)

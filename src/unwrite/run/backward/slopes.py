@@ -15,10 +15,11 @@ from torch import Tensor
 
 from unwrite.errors import NumericError
 from unwrite.model.capture import evaluating
+from unwrite.model.hooks import before, hooked, kept, leaf
 from unwrite.model.view import Model
 from unwrite.model.weights import reloading
-from unwrite.run.backward.rules import Rules, leaf, put
-from unwrite.run.edit.slots import SCORED, Slot, keep_input, readers, values_of, watching
+from unwrite.run.backward.rules import Rules, put
+from unwrite.run.edit.slots import SCORED, Slot, between_blocks, values_of, watching
 
 Slopes = dict[Slot, Float[Tensor, "pair position _unit _d"]]
 
@@ -73,12 +74,9 @@ def graph(
     with torch.enable_grad(), ExitStack() as stack:
         stack.enter_context(evaluating(lm.hf))
         stack.enter_context(reloading(lm.hf))
-        for handle in put(lm, rules):
-            stack.callback(handle.remove)
-        first = lm.layers[0].block
-        stack.callback(first.register_forward_pre_hook(leaf(embedded), with_kwargs=True).remove)
-        for index, module in enumerate(readers(lm)):
-            stack.callback(keep_input(module, stream, index).remove)
+        stack.enter_context(hooked(put(lm, rules)))
+        stack.enter_context(hooked([before(lm.layers[0].block, leaf(embedded))]))
+        stack.enter_context(hooked(before(module, kept(stream, i)) for i, module in enumerate(between_blocks(lm))))
         tensors = stack.enter_context(watching(lm, slots))
         value = metric(lm.decoder(input_ids=ids.to(lm.device), use_cache=False).last_hidden_state.to(lm.device))
         if not value.requires_grad:
@@ -92,7 +90,7 @@ def graph(
     if rules.attention != "free":
         slopes |= {slot: torch.zeros_like(slopes[slot]) for slot in slots if slot.kind in SCORED}
     cotangents = [_zero_if_none(part, x).to(lm.device) for part, x in zip(found[len(tensors) :], inputs, strict=True)]
-    scale = lm.row.residual_scale(lm.config)
+    scale = lm.residual_scale
     return Graph(value.detach(), values, slopes, cotangents, tensors if keep else {}, inputs if keep else (), scale)
 
 

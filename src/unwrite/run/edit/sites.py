@@ -17,18 +17,10 @@ from torch import Tensor, nn
 
 from unwrite.errors import NodeError
 from unwrite.model.attention import is_called
+from unwrite.model.hooks import Point
 from unwrite.model.view import Layer, Model, centre, find, matrix, norm_scale, sizes
 from unwrite.model.weights import weight_of
 from unwrite.nodes import Location, Site, nearest, parse_site
-
-
-@dataclass(frozen=True)
-class Point:
-    """Where a hook sees a tensor: what `module` reads, or (item `item` of) what it puts out."""
-
-    module: nn.Module
-    before: bool
-    item: int = 0
 
 
 @dataclass(frozen=True)
@@ -171,11 +163,11 @@ def _pos_embed(lm: Model, site: Site) -> Place:
 
 def _mlp(lm: Model, site: Site) -> Place:
     layer = lm.layers[site.layer]
-    return _written(lm, layer.post_mlp_norm or layer.mlp, lm.row.residual_scale(lm.config))
+    return _written(lm, layer.mlp_end, lm.residual_scale)
 
 
 def _attn_out(lm: Model, site: Site) -> Place:
-    return _written(lm, attention_end(lm.layers[site.layer]).module, lm.row.residual_scale(lm.config))
+    return _written(lm, lm.layers[site.layer].attention_end, lm.residual_scale)
 
 
 def _state(lm: Model, site: Site) -> Place:
@@ -188,24 +180,19 @@ def _state(lm: Model, site: Site) -> Place:
 
 
 def _mid(lm: Model, site: Site) -> Place:
-    layer, scale = lm.layers[site.layer], lm.row.residual_scale(lm.config)
+    layer, scale = lm.layers[site.layer], lm.residual_scale
     before = Point(layer.block, before=True)
     read: Read = lambda tensor, now: centre(  # noqa: E731
         (now.kept[before].to(tensor.device) + tensor * scale).to(lm.compute_dtype), lm
     )
     # The norm between attention and MLP reads the stream, but the stream does not go through it.
-    return _beside(attention_end(layer), read, (before,), scale)
-
-
-def attention_end(layer: Layer) -> Point:
-    """Where all that attention writes is still apart from the stream."""
-    return Point(layer.post_attention_norm or layer.out_proj, before=False)
+    return _beside(Point(layer.attention_end, before=False), read, (before,), scale)
 
 
 def _head(lm: Model, site: Site) -> Place:
     layer, z = lm.layers[site.layer], Point(lm.layers[site.layer].out_proj, before=True)
     read = partial(_head_write, lm, site, z)
-    return _beside(attention_end(layer), read, (z, *_post_norm(layer)), lm.row.residual_scale(lm.config))
+    return _beside(Point(layer.attention_end, before=False), read, (z, *_post_norm(layer)), lm.residual_scale)
 
 
 def _head_write(lm: Model, site: Site, z: Point, tensor: Tensor, now: Pass) -> Tensor:
@@ -216,8 +203,8 @@ def _head_write(lm: Model, site: Site, z: Point, tensor: Tensor, now: Pass) -> T
 
 
 def _bias(lm: Model, site: Site) -> Place:
-    layer, scale = lm.layers[site.layer], lm.row.residual_scale(lm.config)
-    return _beside(attention_end(layer), partial(_bias_write, lm, layer), _post_norm(layer), scale)
+    layer, scale = lm.layers[site.layer], lm.residual_scale
+    return _beside(Point(layer.attention_end, before=False), partial(_bias_write, lm, layer), _post_norm(layer), scale)
 
 
 def _bias_write(lm: Model, layer: Layer, tensor: Tensor, now: Pass) -> Tensor:
@@ -243,7 +230,7 @@ def _as_written(lm: Model, layer: Layer, write: Tensor, now: Pass) -> Tensor:
         scale = norm_scale(now.kept[point].to(write), point.module, lm.row.layer_norm)
         gain = 1.0 if weight is None else weight.to(write) + lm.row.norm_gain_offset
         write = write * scale[..., None] * gain
-    return centre(write * lm.row.residual_scale(lm.config), lm)
+    return centre(write * lm.residual_scale, lm)
 
 
 # The weights of `view.fold`, but in the graph of autograd: a removed write must take its gradients with it.

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from unwrite.errors import NodeError
 from unwrite.model.attention import Attend, Attended, around_attention, per_query_head
 from unwrite.model.capture import evaluating
+from unwrite.model.hooks import Point, before, hooked, kept, visited
 from unwrite.model.view import Model
 from unwrite.nodes import Site
-from unwrite.run.edit.sites import Part, Point, attention_end, last_projection, mlp_width, named, place
+from unwrite.run.edit.sites import Part, last_projection, mlp_width, named, place
 
 # Kind -> the kinds of its sites.
 KINDS: Mapping[str, tuple[str, ...]] = {
@@ -154,12 +155,12 @@ def _z(lm: Model, index: int) -> _Found:
 
 
 def _attention(lm: Model, index: int) -> _Found:
-    return attention_end(lm.layers[index]), lambda tensor, n: _rows(tensor, n)[:, :, None]
+    return Point(lm.layers[index].attention_end, before=False), lambda tensor, n: _rows(tensor, n)[:, :, None]
 
 
 def _mlp(lm: Model, index: int) -> _Found:
     layer = lm.layers[index]
-    return Point(layer.post_mlp_norm or layer.mlp, before=False), lambda tensor, n: _rows(tensor, n)[:, :, None]
+    return Point(layer.mlp_end, before=False), lambda tensor, n: _rows(tensor, n)[:, :, None]
 
 
 def _neurons(lm: Model, index: int) -> _Found:
@@ -207,7 +208,7 @@ def visiting(lm: Model, visits: Mapping[Slot, Visit]) -> Iterator[None]:
     with ExitStack() as stack:
         for slot, visit in visits.items():
             if isinstance(slot.at, Point):
-                stack.callback(_attach(slot.at, visit).remove)
+                stack.enter_context(hooked([visited(slot.at, visit)]))
         if attended:
             stack.enter_context(around_attention(lm, partial(_attend, attended), eager=False))
         yield
@@ -215,16 +216,6 @@ def visiting(lm: Model, visits: Mapping[Slot, Visit]) -> Iterator[None]:
 
 def _at_home(device: torch.device, visit: Visit, tensor: Tensor) -> Tensor:
     return visit(tensor.to(device)).to(tensor.device)
-
-
-def _attach(point: Point, visit: Visit) -> Any:
-    if point.before:
-        return point.module.register_forward_pre_hook(lambda _, args: (visit(args[0]), *args[1:]))
-
-    def hook(_: nn.Module, __: Any, output: Any) -> Any:
-        return visit(output) if isinstance(output, Tensor) else (visit(output[0]), *output[1:])
-
-    return point.module.register_forward_hook(hook)
 
 
 def _attend(
@@ -259,25 +250,14 @@ def watching(lm: Model, watched: Iterable[Slot]) -> Iterator[dict[Slot, Tensor]]
 
     states = [slot for slot in watched if slot.at is None]
     with ExitStack() as stack:
-        for slot in states:
-            stack.callback(keep_input(readers(lm)[slot.layer], found, slot).remove)
+        stack.enter_context(hooked(before(between_blocks(lm)[slot.layer], kept(found, slot)) for slot in states))
         stack.enter_context(visiting(lm, {slot: partial(keep, slot) for slot in watched if slot.at is not None}))
         yield found
 
 
-def readers(lm: Model) -> tuple[nn.Module, ...]:
+def between_blocks(lm: Model) -> tuple[nn.Module, ...]:
     """What reads the stream between blocks: every block, then the final norm."""
     return (*(layer.block for layer in lm.layers), lm.final_norm)
-
-
-def keep_input(module: nn.Module, store: dict[Any, Tensor], key: Any, copied: bool = False) -> Any:
-    """A hook that keeps what a module reads, as it is, or as a detached copy; whoever puts it there removes it."""
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        read = args[0] if args else kwargs["hidden_states"]
-        store[key] = read.detach().clone() if copied else read
-
-    return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def values_of(
@@ -288,7 +268,7 @@ def values_of(
     They are detached, and on the model's own device. A state between attention and MLP comes in units of what
     attention writes, which is multiplied on its way.
     """
-    scale = lm.row.residual_scale(lm.config)
+    scale = lm.residual_scale
     made: dict[Slot, Tensor] = {}
     for slot, tensor in found.items():
         value = slot.view(tensor.detach().to(lm.device), prompts).index_select(2, slot.units.to(lm.device))
@@ -304,7 +284,7 @@ def values(lm: Model, ids: Int[Tensor, "pair position"], slots: Sequence[Slot]) 
     with ExitStack() as stack:
         stack.enter_context(evaluating(lm.hf))
         found = stack.enter_context(watching(lm, slots))
-        for layer in {slot.layer for slot in slots if slot.joined}:
-            stack.callback(keep_input(readers(lm)[layer], calls, layer, copied=True).remove)
+        joined = {slot.layer for slot in slots if slot.joined}
+        stack.enter_context(hooked(before(between_blocks(lm)[i], kept(calls, i, copied=True)) for i in joined))
         lm.decoder(input_ids=ids.to(lm.device), use_cache=False)
     return values_of(lm, found, calls, len(ids))

@@ -6,21 +6,21 @@ transformers' AttentionInterface. After the `with`, however it ends, the model i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unwrite.errors import ModelError, NodeError
 from unwrite.model.attention import Attend, Attended, around_attention, implementation, per_query_head
+from unwrite.model.hooks import Call, Handle, Point, called, ended, hooked, listeners, visited
 from unwrite.model.view import Model
 from unwrite.nodes import Site, nearest, parse_site
 from unwrite.run.edit.edits import Edit, Pending
-from unwrite.run.edit.sites import Part, Pass, Place, Point, named, place
+from unwrite.run.edit.sites import Part, Pass, Place, named, place
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +85,7 @@ def trace(lm: Model, *sites: object, edits: Sequence[Edit] | Edit = ()) -> Itera
         stack.callback(run.end)
         for opened in _opened(run):
             stack.enter_context(opened)
-        for attach in _hooks(run):
-            stack.callback(attach().remove)
+        stack.enter_context(hooked(_hooks(run)))
         yield Trace(tuple(run.wanted), run)
     # Only where nothing was raised: an error is never hidden by this one.
     for pending in run.pending:
@@ -133,8 +132,9 @@ class _Run:
         """All edits."""
         return [pending for waiting in self.edits.values() for pending in waiting]
 
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(self, call: Call) -> None:
         """A forward pass starts: what the last one showed is gone."""
+        args, kwargs = call
         _require_plain(self)
         self.values.clear()
         self.passes += 1
@@ -146,7 +146,7 @@ class _Run:
             cache = next((part for part in (*args, *kwargs.values()) if hasattr(part, "get_seq_length")), None)
             self.now = Pass(given.shape[0], given.shape[1], 0 if cache is None else int(cache.get_seq_length()))
 
-    def end(self, *_: Any) -> None:
+    def end(self) -> None:
         """A forward pass is over: a module that the user calls by hand is no part of one."""
         self.now = None
 
@@ -209,36 +209,16 @@ def _opened(run: _Run) -> Iterator[AbstractContextManager[None]]:
         yield implementation(run.lm, "eager")
 
 
-def _hooks(run: _Run) -> Iterator[Callable[[], Any]]:
-    decoder = run.lm.decoder
-    yield lambda: decoder.register_forward_pre_hook(run.begin, with_kwargs=True)
-    yield lambda: decoder.register_forward_hook(run.end, always_call=True)
+def _hooks(run: _Run) -> Iterator[Handle]:
+    yield called(run.lm.decoder, run.begin)
+    yield ended(run.lm.decoder, run.end)
     for point in run.at:
         if isinstance(point, Point):
-            if point.before:
-                yield partial(point.module.register_forward_pre_hook, partial(_before, run, point), with_kwargs=True)
-            else:
-                yield partial(point.module.register_forward_hook, partial(_after, run, point))
-
-
-def _before(run: _Run, point: Point, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    read = args[0] if args else kwargs["hidden_states"]
-    new = run.visit(point, read)
-    if new is read:
-        return None
-    return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
-
-
-def _after(run: _Run, point: Point, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    every = (output,) if isinstance(output, Tensor) else tuple(output)
-    if every[point.item] is None or (new := run.visit(point, every[point.item])) is every[point.item]:
-        return None
-    return new if isinstance(output, Tensor) else (*every[: point.item], new, *every[point.item + 1 :])
+            yield visited(point, partial(run.visit, point))
 
 
 def _require_free(lm: Model) -> None:
-    hooks = lm.decoder._forward_pre_hooks.values()
-    if any(isinstance(getattr(hook, "__self__", None), _Run) for hook in hooks):
+    if any(isinstance(listener, _Run) for listener in listeners(lm.decoder)):
         raise ModelError("this model is being traced already", fix="give all sites and edits to one `uw.trace`")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from unwrite.model.attention import Patterns, patterns
 from unwrite.model.capture import Recording, recording
+from unwrite.model.hooks import Call, Visit, after, called, first_of, hooked, read_of, reading
 from unwrite.model.values import through_values, value_scale
 from unwrite.model.view import Folded, Layer, Model, centre
 from unwrite.model.writes import blocks, expand, write_of
@@ -29,7 +30,7 @@ class Clean:
     lm: Model
     folded: Sequence[Folded]
     record: Recording
-    calls: Mapping[int, tuple[tuple[Any, ...], dict[str, Any]]]
+    calls: Mapping[int, Call]
     patterns: Patterns
 
     def written(self, record: Recording) -> Iterator[Float[Tensor, "node prompt position d_model"]]:
@@ -46,7 +47,7 @@ class Clean:
 
     def input(self, layer: int) -> Float[Tensor, "prompt position d_model"]:
         """The stream as this layer's block was given it, wherever the layer before it computes."""
-        return _hidden_state(self.calls[layer])
+        return read_of(self.calls[layer])
 
     def scale(self, layer: Layer) -> Tensor | None:
         """The frozen scale of the norm before this layer's values."""
@@ -69,16 +70,11 @@ def clean(
     lm: Model, ids: Int[Tensor, "prompt position"], folded: Sequence[Folded], with_patterns: bool = False
 ) -> Clean:
     """Run the base model once over left-aligned prompts. With patterns, its attention is computed openly."""
-    calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-
-    def keep(index: int) -> Callable[..., None]:
-        return lambda _, args, kwargs: calls.__setitem__(index, (args, kwargs))
-
+    calls: dict[int, Call] = {}
     with ExitStack() as stack:
         found = stack.enter_context(patterns(lm) if with_patterns else nullcontext({}))
         record = stack.enter_context(recording(lm, folded, truth=True))
-        for layer in lm.layers:
-            stack.callback(layer.block.register_forward_pre_hook(keep(layer.index), with_kwargs=True).remove)
+        stack.enter_context(hooked(called(layer.block, partial(calls.__setitem__, layer.index)) for layer in lm.layers))
         lm.decoder(input_ids=ids.to(lm.device), use_cache=False)
     return Clean(lm, folded, record, calls, dict(found))
 
@@ -90,11 +86,10 @@ def added(run: Clean, node: Node, change: Float[Tensor, "prompt position d_model
     Returns a Recording that is complete: what lies before the edit is that of the clean run.
     """
     if node.layer < 0:
-        return _continued(run, 0, change, [])
+        return _continued(run, 0, change, {})
     layer = run.lm.layers[node.layer]
-    late = node.kind == "mlp"
-    module = (layer.post_mlp_norm or layer.mlp) if late else (layer.post_attention_norm or layer.out_proj)
-    return _continued(run, node.layer, None, [_addition(module, lambda: change, run.lm)])
+    module = layer.mlp_end if node.kind == "mlp" else layer.attention_end
+    return _continued(run, node.layer, None, {module: partial(_plus, run.lm, lambda: change)})
 
 
 @torch.no_grad()
@@ -116,8 +111,8 @@ def hidden(run: Clean, vector: Float[Tensor, "prompt position d_model"], layers:
             return -torch.einsum("bthk,hkd->btd", taken[layer.index], run.folded[layer.index].w_o)
 
         edited = [lm.layers[index] for index in layers]
-        attach = [_addition(_attention_end(lm, layer), lambda layer=layer: carried(layer), lm) for layer in edited]
-        record = _continued(run, min(layers), None, attach)
+        visits = {_attention_end(lm, layer): partial(_plus, lm, partial(carried, layer)) for layer in edited}
+        record = _continued(run, min(layers), None, visits)
     for index, part in taken.items():
         record.z[index] = record.z[index] - part  # recorded before it was taken out
     return record
@@ -141,37 +136,28 @@ def each_block(run: Clean, change: Callable[[int, Tensor], Tensor]) -> Clean:
 
 
 def _block(run: Clean, layer: Layer, x: Tensor) -> Tensor:
-    args, kwargs = run.calls[layer.index]
-    output = layer.block(x, *args[1:], **{k: v for k, v in kwargs.items() if k != "hidden_states"})
-    return output if isinstance(output, Tensor) else output[0]
+    args, kwargs = reading(run.calls[layer.index], x)
+    return first_of(layer.block(*args, **kwargs))
 
 
 def _attention_end(lm: Model, layer: Layer) -> nn.Module:
     """Where a layer's attention write can be changed and its pattern is already known."""
     if not lm.row.interface:  # the pattern comes out with the attention module's output
         return layer.attention
-    return layer.post_attention_norm or layer.out_proj
+    return layer.attention_end
 
 
-def _addition(module: nn.Module, change: Callable[[], Tensor], lm: Model) -> Callable[[], Any]:
-    """Puts a hook that adds to what a module writes into the stream (before the residual scale)."""
-
-    def hook(_: nn.Module, __: Any, output: Any) -> Any:
-        written = output if isinstance(output, Tensor) else output[0]
-        scaled = change() / lm.row.residual_scale(lm.config)
-        edited = written + scaled.reshape(written.shape).to(written)
-        return edited if written is output else (edited, *output[1:])
-
-    return lambda: module.register_forward_hook(hook)
+def _plus(lm: Model, change: Callable[[], Tensor], written: Tensor) -> Tensor:
+    """What a module writes with something added, in units of the stream, which it reaches scaled."""
+    return written + (change() / lm.residual_scale).reshape(written.shape).to(written)
 
 
-def _continued(run: Clean, start: int, change: Tensor | None, attach: Sequence[Callable[[], Any]]) -> Recording:
-    """Run the blocks from `start` on, with edits in place that `attach` puts there."""
+def _continued(run: Clean, start: int, change: Tensor | None, visits: Mapping[nn.Module, Visit]) -> Recording:
+    """Run the blocks from `start` on, with edits of what some modules put out."""
     lm = run.lm
     with ExitStack() as stack:
         # Edits first: what a block's own nodes hand on after an edit is what is recorded.
-        for put in attach:
-            stack.callback(put().remove)
+        stack.enter_context(hooked(after(module, visit) for module, visit in visits.items()))
         record = stack.enter_context(recording(lm, run.folded, truth=True))
         x = run.input(start)
         x = x if change is None else x + change.to(x)
@@ -179,11 +165,6 @@ def _continued(run: Clean, start: int, change: Tensor | None, attach: Sequence[C
             x = _block(run, layer, x)
     record.stream[lm.states[-1]] = centre(x.to(lm.device, lm.compute_dtype), lm)
     return _completed(run.record, record)
-
-
-def _hidden_state(call: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
-    args, kwargs = call
-    return args[0] if args else kwargs["hidden_states"]
 
 
 def _completed(base: Recording, record: Recording) -> Recording:

@@ -7,15 +7,16 @@ MLPs do not add up to what a run without the vector changes. (facts: measuring e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from functools import partial
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from unwrite.model.capture import recording
+from unwrite.model.hooks import before, hooked
 from unwrite.nodes import Node
 from unwrite.run.replay.clean import Clean
 
@@ -34,20 +35,13 @@ def one_reader(
         record = stack.enter_context(recording(lm, run.folded))
         for layer in (lm.layers[index] for index in layers):
             module = layer.block if lm.parallel or layer.mid is None else layer.mid
-            stack.callback(_taken_out(module, vector))
+            stack.enter_context(hooked([before(module, partial(_without, vector))]))
             args, kwargs = run.calls[layer.index]
             layer.block(*args, **kwargs)
     names = {index: Node("mlp", index) for index in layers}
     return {index: run.record.vectors[node] - record.vectors[node] for index, node in names.items()}
 
 
-def _taken_out(module: nn.Module, vector: Tensor) -> Callable[[], None]:
-    """Subtract `vector` from what a module takes in; returns what ends it."""
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        x = args[0] if args else kwargs["hidden_states"]
-        # OPT flattens prompts and positions before its MLP.
-        x = (x - vector.reshape(x.shape).to(x.device)).to(x.dtype)
-        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
-
-    return module.register_forward_pre_hook(hook, with_kwargs=True).remove
+def _without(vector: Tensor, x: Tensor) -> Tensor:
+    # OPT flattens prompts and positions before its MLP.
+    return (x - vector.reshape(x.shape).to(x.device)).to(x.dtype)

@@ -64,12 +64,14 @@ def _delta(base: Base, source: Values, ends: Ends, write: Write) -> Float[Tensor
     slot = next(s for s in ends.sent if s.kind == write.kind and (write.kind == "embed" or s.layer == write.layer))
     if write.kind != "head":
         change = (source[slot] - base.values[slot])[:, :, 0]
-        return change if write.kind == "embed" else change * _scale(base)
+        return change if write.kind == "embed" else change * base.lm.residual_scale
     before = base.values[ends.z[write.layer]]
     after = before.clone()
     for head in write.heads:
         after[:, :, head] = source[slot][:, :, slot.units.tolist().index(head)].to(after.dtype)
-    return (_attention_end(base, write.layer, after) - _attention_end(base, write.layer, before)) * _scale(base)
+    return (
+        _attention_end(base, write.layer, after) - _attention_end(base, write.layer, before)
+    ) * base.lm.residual_scale
 
 
 def _attention_end(base: Base, layer: int, z: Float[Tensor, "pair position head d"]) -> Tensor:
@@ -77,10 +79,6 @@ def _attention_end(base: Base, layer: int, z: Float[Tensor, "pair position head 
     own = base.lm.layers[layer]
     out = own.out_proj.forward(z.flatten(2))
     return (out if own.post_attention_norm is None else own.post_attention_norm.forward(out)).to(z.device)
-
-
-def _scale(base: Base) -> float:
-    return base.lm.row.residual_scale(base.lm.config)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +156,7 @@ class _Asked:
                 return x
             held = runs.of_base(self.base.values[self.ends.held[index]], n)[:, :, 0]
             if (between := self.more(*some, 2 * index + 1, 2 * index + 1)) is not None:
-                held = held + (between / _scale(self.base)).to(held.dtype)
+                held = held + (between / self.base.lm.residual_scale).to(held.dtype)
             keep = {slot: partial(became.keep, runs, slot) for slot in self.ends.received if slot.layer == index}
             hold: dict[Slot, Visit] = {self.ends.held[index]: lambda tensor: held.reshape(tensor.shape)}
             # An MLP that is a sender is set: it does not answer, and what it writes more joins behind it.
@@ -269,7 +267,7 @@ class _Edges:
         with visiting(self._lm, {**hold, mlp: _keep(mlp, again)}):
             self.runs.block(index, branch, reads)
         change = mlp.view(again[mlp], len(reads)) - mlp.view(found[mlp], n)[reads]
-        out[reads] += change[:, :, 0] * _scale(self.asked.base)
+        out[reads] += change[:, :, 0] * self.asked.base.lm.residual_scale
         return out
 
     def _attended(self, index: int, x: Tensor, here: Sequence[Slot]) -> list[Setting]:

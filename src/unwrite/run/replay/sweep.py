@@ -11,20 +11,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from unwrite.model.cache import Kept, empty, kept, remembering, with_past
+from unwrite.model.cache import Kept, empty, kept_of, remembering, with_past
 from unwrite.model.capture import evaluating
+from unwrite.model.hooks import Call, after, before, called, first_of, hooked, kept, reading
 from unwrite.model.view import Model
 from unwrite.prompts.pairs import Pairs
-from unwrite.run.edit.slots import Slot, Values, keep_input, readers, values_of, visiting, watching
+from unwrite.run.edit.slots import Slot, Values, between_blocks, values_of, visiting, watching
 
-Calls = Mapping[int, tuple[tuple[Any, ...], dict[str, Any]]]
+Calls = Mapping[int, Call]
 # Rows (runs × positions) that go through a block at once.
 ROWS = 4096
 
@@ -58,12 +59,12 @@ def base_run(lm: Model, ids: Int[Tensor, "pair position"], row: Int[Tensor, " pa
     with ExitStack() as stack:
         stack.enter_context(evaluating(lm.hf))
         found = stack.enter_context(watching(lm, slots))
-        for index, module in enumerate(readers(lm)):
-            # A copy: some blocks add into what they were given.
-            stack.callback(keep_input(module, calls, index, copied=True).remove)
+        # Copies: some blocks add into what they were given.
+        keep = (before(module, kept(calls, i, copied=True)) for i, module in enumerate(between_blocks(lm)))
+        stack.enter_context(hooked(keep))
         lm.decoder(input_ids=ids.to(lm.device), use_cache=True, past_key_values=cache)
     inputs = [calls[index].to(lm.device) for index in range(len(lm.layers) + 1)]
-    return Base(lm, ids.to(lm.device), row, inputs, kept(cache), values_of(lm, found, inputs, len(ids)))
+    return Base(lm, ids.to(lm.device), row, inputs, kept_of(cache), values_of(lm, found, inputs, len(ids)))
 
 
 def base_of(lm: Model, pairs: Pairs, rows: slice, slots: Sequence[Slot]) -> Base:
@@ -196,25 +197,19 @@ def _one_row(mlp: nn.Module, row: Int[Tensor, " run"]) -> Iterator[None]:
     run = torch.arange(len(row), device=row.device)
     shape: list[torch.Size] = []
 
-    def narrow(_: nn.Module, args: tuple[Any, ...]) -> Any:
-        shape.append(args[0].shape)
-        here = args[0].device
-        return (args[0][run.to(here), row.to(here)][:, None], *args[1:]) if args[0].dim() == 3 else None
+    def narrow(x: Tensor) -> Tensor | None:
+        shape.append(x.shape)
+        return x[run.to(x.device), row.to(x.device)][:, None] if x.dim() == 3 else None
 
-    def widen(_: nn.Module, __: Any, output: Any) -> Any:
+    def widen(first: Tensor) -> Tensor | None:
         if len(shape[-1]) != 3:
             return None
-        first = output if isinstance(output, Tensor) else output[0]
         whole = first.new_zeros(*shape[-1][:2], first.shape[-1])
         whole[run.to(first.device), row.to(first.device)] = first[:, 0]
-        return whole if first is output else (whole, *output[1:])
+        return whole
 
-    handles = [mlp.register_forward_pre_hook(narrow), mlp.register_forward_hook(widen)]
-    try:
+    with hooked([before(mlp, narrow), after(mlp, widen)]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _set_state(base: Base, source: Values, part: Jobs, start: int, end: int, every_row: bool) -> Tensor:
@@ -231,7 +226,7 @@ def _set_inside(base: Base, source: Values, part: Jobs, span: tuple[int, int, bo
     x = base.inputs[slot.layer][pair, start:stop]
     put_in = source[slot][pair, start : stop if every_row else start + 1, part.unit]
     if slot.joined:
-        put_in = put_in - base.inputs[slot.layer][pair, start : start + put_in.shape[1]] / _scale(base.lm)
+        put_in = put_in - base.inputs[slot.layer][pair, start : start + put_in.shape[1]] / base.lm.residual_scale
     rows = torch.arange(put_in.shape[1], device=pair.device)
     # Attention sees the keys and values of earlier positions too.
     seen_rows = rows + start if slot.sees_past else rows
@@ -240,32 +235,23 @@ def _set_inside(base: Base, source: Values, part: Jobs, span: tuple[int, int, bo
         return through_block(base, slot.layer, x, pair, start, calls)
 
 
-def _scale(lm: Model) -> float:
-    return lm.row.residual_scale(lm.config)
-
-
 def through_block(base: Base, index: int, x: Tensor, pair: Int[Tensor, " run"], start: int, calls: Calls) -> Tensor:
     """What a block makes of rows `start` and later of runs that before them are base runs; `calls` from `calls_of`."""
     keys, remembered = (part[pair.to(part.device), :, :start] for part in base.kept[index])
     past = remembering({index: (keys, remembered)}, len(base.lm.layers))
-    args, kwargs = with_past(calls[index], past, len(pair))
+    args, kwargs = reading(with_past(calls[index], past, len(pair)), x)
     with evaluating(base.lm.hf):
-        out = base.lm.layers[index].block(x, *args[1:], **{k: v for k, v in kwargs.items() if k != "hidden_states"})
-    return (out if isinstance(out, Tensor) else out[0]).to(pair.device)
+        return first_of(base.lm.layers[index].block(*args, **kwargs)).to(pair.device)
 
 
 def calls_of(base: Base, start: int, end: int) -> Calls:
     """How the model calls each block for rows start … end of one prompt that follow on earlier ones."""
-    calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-
-    def keep(index: int) -> Any:
-        return lambda _, args, kwargs: calls.__setitem__(index, (args, kwargs))
-
+    calls: dict[int, Call] = {}
     past = {i: (keys[:1, :, :start], values[:1, :, :start]) for i, (keys, values) in enumerate(base.kept)}
     with ExitStack() as stack:
         stack.enter_context(evaluating(base.lm.hf))
-        for layer in base.lm.layers:
-            stack.callback(layer.block.register_forward_pre_hook(keep(layer.index), with_kwargs=True).remove)
+        keep = (called(layer.block, partial(calls.__setitem__, layer.index)) for layer in base.lm.layers)
+        stack.enter_context(hooked(keep))
         cache = remembering(past, len(base.lm.layers))
         base.lm.decoder(input_ids=base.ids[:1, start:end], use_cache=True, past_key_values=cache)
     return calls

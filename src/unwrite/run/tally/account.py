@@ -18,7 +18,7 @@ from torch import Tensor
 from unwrite.model.capture import Recording
 from unwrite.model.view import Folded, Model
 from unwrite.model.writes import expand
-from unwrite.nodes import Location, Node
+from unwrite.nodes import Location
 from unwrite.run.answer.logits import Question, capped, measure, normed_measure, reading
 from unwrite.run.backward.rules import RULES, cotangents
 from unwrite.run.replay.clean import Clean, added
@@ -90,7 +90,7 @@ def readings(asked: Asked, slopes: Cotangents, replaced: Replaced) -> dict[str, 
     lm = asked.lm
     found: dict[str, list[Tensor]] = {name: [] for name in slopes}
     for node in lm.parts:
-        change, state = replaced.change(node), _after(lm, node)
+        change, state = replaced.change(node), lm.after(node)
         for name, cotangent in slopes.items():
             found[name].append((change * cotangent[state]).sum((1, 2)))
     return {name: torch.stack(parts, 1) for name, parts in found.items()}
@@ -123,7 +123,3 @@ def _split(
     erased = (a.clamp(max=0) - b.clamp(max=0)).sum(0)
     filled_in = (a.clamp(min=0) - b.clamp(min=0)).sum(0)
     return erased * sign, filled_in * sign
-
-
-def _after(lm: Model, node: Node) -> Location:
-    return next(state for state in lm.states if state.holds(node, lm.parallel))

@@ -132,7 +132,7 @@ def _spread(lm: Model, writer: Node, fit: int) -> Sequence[Location]:
     """All states, or where they are too many, as many as fit from right after the write to the end, evenly spread."""
     if fit >= len(lm.states):
         return lm.states
-    after = next(i for i, state in enumerate(lm.states) if state.holds(writer, lm.parallel))
+    after = lm.states.index(lm.after(writer))
     places = np.linspace(len(lm.states) - 1, after, max(fit, 0)).round().astype(int)
     return tuple(lm.states[i] for i in sorted(set(places.tolist())))
 
