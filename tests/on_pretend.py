@@ -20,9 +20,9 @@ from executed import weights
 from unwrite.errors import NumericError
 from unwrite.model.load import view, weights_hash
 from unwrite.model.view import Model
+from unwrite.nodes import GROUPS
 from unwrite.prompts.pairs import Pairs
 from unwrite.prompts.tokens import from_ids
-from unwrite.run.edit.slots import KINDS
 from unwrite.run.loop.job import Stage
 from unwrite.run.tally import without
 from unwrite.stats import bootstrap
@@ -159,7 +159,7 @@ METHODS: dict[str, Case] = {
     "generate": lambda lm: generated(lm),
 }
 # Of the family that has all of them.
-NODES: dict[str, Case] = {f"effects of {kind}": lambda lm, kind=kind: both_ways(lm, kind) for kind in KINDS}
+NODES: dict[str, Case] = {f"effects of {kind}": lambda lm, kind=kind: both_ways(lm, kind) for kind in GROUPS}
 
 
 def both_ways(lm: Model, kind: str) -> dict[str, np.ndarray]:

@@ -24,8 +24,9 @@ from patching import METRICS, alone, contrasts, entropy, executed
 from unwrite.errors import ModelError, NodeError, NumericError, ResultError, TokensError, UnwriteError
 from unwrite.model.load import view
 from unwrite.model.view import Model
+from unwrite.nodes import GROUPS
 from unwrite.prompts.pairs import Pairs
-from unwrite.run.edit.slots import KINDS, slots
+from unwrite.run.edit.slots import slots
 from unwrite.run.replay import sweep
 
 # Learned positions and LayerNorm, parallel blocks, grouped keys and values, caps and windows and norms after writes.
@@ -57,7 +58,7 @@ def names_of(lm: Model, kind: str, most: int = 1000) -> list[str]:
 
 def a_few(lm: Model, most: int = 2) -> list[str]:
     """Nodes of every kind that can be patched in this model."""
-    kinds = [kind for kind in KINDS if kind not in MISSING.get(lm.family, ())]
+    kinds = [kind for kind in GROUPS if kind not in MISSING.get(lm.family, ())]
     return [name for kind in kinds for name in names_of(lm, kind, most)]
 
 
@@ -75,7 +76,7 @@ def close(got: np.ndarray, want: np.ndarray, tolerance: float = 1e-12) -> None:
 
 
 @pytest.mark.promise("executed")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GROUPS)
 @every_shape
 def test_a_sweep_is_the_naive_loop_over_every_node(family: str, kind: str) -> None:
     """Prompts of unequal length, read at the last row or before it."""

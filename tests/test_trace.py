@@ -57,7 +57,7 @@ def ids_of(lm: Model, length: int = 7, seed: int = 1) -> Tensor:
 
 
 def editable(lm: Model) -> list[Site]:
-    return [site for site in sites_of(lm) if place(lm, site).write is not None]
+    return [site for site in sites_of(lm) if place(lm, site).editable]
 
 
 @cache

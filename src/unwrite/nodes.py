@@ -9,38 +9,68 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from unwrite.errors import NodeError
 
-# Write order inside a layer: the heads, then the attention's constant part, then the MLP.
-_KINDS = ("embed", "pos_embed", "head", "bias", "mlp")
-_STATES = ("pre", "mid", "post")
-# The order in which a forward pass reaches the sites of a layer. In a parallel block the MLP comes when it likes.
-_SITES = (
-    *("embed", "pos_embed", "pre", "v_input", "q", "shared_k", "k", "shared_v", "v"),
-    *("pattern", "z", "head", "bias", "attn_out", "mid", "act", "neuron", "mlp", "post"),
-)
 
-_NODE_FORMS = (
-    ("head", re.compile(r"L(\d+)H(\d+)")),
-    ("head", re.compile(r"\(\s*(\d+)\s*,\s*(\d+)\s*\)")),
-    ("bias", re.compile(r"L(\d+)\.bias")),
-    ("mlp", re.compile(r"MLP(\d+)")),
-    ("mlp", re.compile(r"blocks\.(\d+)\.hook_mlp_out")),
-    ("embed", re.compile(r"(?:hook_)?embed")),
-    ("pos_embed", re.compile(r"(?:hook_)?pos_embed")),
-)
-_LOCATION_FORMS = (re.compile(r"resid_(pre|mid|post)(\d+)"), re.compile(r"blocks\.(\d+)\.hook_resid_(pre|mid|post)"))
-_SITE_FORMS = (
-    *((part, re.compile(rf"L(\d+)H(\d+)\.{part}")) for part in ("q", "k", "v", "z", "pattern")),
-    *((f"shared_{part}", re.compile(rf"L(\d+)KV(\d+)\.{part}")) for part in ("k", "v")),
-    ("v_input", re.compile(r"L(\d+)\.v_input")),
-    ("attn_out", re.compile(r"L(\d+)\.attn_out")),
-    ("attn_out", re.compile(r"blocks\.(\d+)\.hook_attn_out")),
-    ("neuron", re.compile(r"MLP(\d+)\.act\[(\d+)\]")),
-    ("act", re.compile(r"MLP(\d+)\.act")),
-    ("act", re.compile(r"blocks\.(\d+)\.mlp\.hook_post")),
-)
+@dataclass(frozen=True)
+class Kind:
+    """One kind of what can be recorded or edited: how its sites are called, how many there are, what they can be.
+
+    `printed` is their printed name, `also` other spellings as regular expressions; `per` says of what there is one:
+    the "model", a "layer", a "head", "kv_head" or "neuron" of a layer. `group` is what all of them are called together
+    where they can be patched from another run; they `write` into the stream as nodes do, `send` or `receive` on a path.
+    """
+
+    printed: str
+    per: str = "layer"
+    group: str = ""
+    also: tuple[str, ...] = ()
+    writes: bool = False
+    sends: bool = False
+    receives: bool = False
+
+    @cached_property
+    def forms(self) -> tuple[re.Pattern[str], ...]:
+        """Everything that is read as a name of this kind, with the numbers of layer and head."""
+        printed = re.escape(self.printed).replace(r"\{layer\}", r"(\d+)").replace(r"\{head\}", r"(\d+)")
+        return tuple(map(re.compile, (printed, *self.also)))
+
+
+_PAIR = r"\(\s*(\d+)\s*,\s*(\d+)\s*\)"
+# In the order in which a forward pass reaches them in a layer, which for nodes is that in which they write. In a
+# parallel block the MLP comes when it likes.
+KINDS: dict[str, Kind] = {
+    "embed": Kind("embed", "model", "embed", ("hook_embed",), writes=True, sends=True),
+    "pos_embed": Kind("pos_embed", "model", also=("hook_pos_embed",), writes=True),
+    "pre": Kind("resid_pre{layer}", "model", "resid", (r"blocks\.(\d+)\.hook_resid_pre",)),
+    "v_input": Kind("L{layer}.v_input"),
+    "q": Kind("L{layer}H{head}.q", "head", "q", receives=True),
+    "shared_k": Kind("L{layer}KV{head}.k", "kv_head", "shared_k", receives=True),
+    "k": Kind("L{layer}H{head}.k", "head", "k", receives=True),
+    "shared_v": Kind("L{layer}KV{head}.v", "kv_head", "shared_v", receives=True),
+    "v": Kind("L{layer}H{head}.v", "head", "v", receives=True),
+    "pattern": Kind("L{layer}H{head}.pattern", "head"),
+    "z": Kind("L{layer}H{head}.z", "head"),
+    "head": Kind("L{layer}H{head}", "head", "heads", (_PAIR,), writes=True, sends=True, receives=True),
+    "bias": Kind("L{layer}.bias", writes=True),
+    "attn_out": Kind("L{layer}.attn_out", "layer", "attn_out", (r"blocks\.(\d+)\.hook_attn_out",), sends=True),
+    "mid": Kind("resid_mid{layer}", "layer", "resid", (r"blocks\.(\d+)\.hook_resid_mid",)),
+    "act": Kind("MLP{layer}.act", also=(r"blocks\.(\d+)\.mlp\.hook_post",)),
+    "neuron": Kind("MLP{layer}.act[{head}]", "neuron", "neurons"),
+    "mlp": Kind(
+        "MLP{layer}", "layer", "mlp_out", (r"blocks\.(\d+)\.hook_mlp_out",), writes=True, sends=True, receives=True
+    ),
+    "post": Kind("resid_post{layer}", "layer", "resid", (r"blocks\.(\d+)\.hook_resid_post",)),
+}
+_ORDER = {name: place for place, name in enumerate(KINDS)}
+_STATES = ("pre", "mid", "post")
+# What `uw.effects` can be asked of: a group and the kinds in it.
+GROUPS: dict[str, tuple[str, ...]] = {
+    group: tuple(name for name, kind in KINDS.items() if kind.group == group)
+    for group in ("heads", "q", "k", "v", "shared_k", "shared_v", "attn_out", "mlp_out", "neurons", "resid", "embed")
+}
 
 
 @dataclass(frozen=True)
@@ -52,16 +82,12 @@ class Node:
     head: int = -1
 
     def __str__(self) -> str:
-        return {
-            "head": f"L{self.layer}H{self.head}",
-            "bias": f"L{self.layer}.bias",
-            "mlp": f"MLP{self.layer}",
-        }.get(self.kind, self.kind)
+        return KINDS[self.kind].printed.format(layer=self.layer, head=self.head)
 
     @property
     def order(self) -> tuple[int, int, int]:
         """Sort key: write order."""
-        return (self.layer, _KINDS.index(self.kind), self.head)
+        return (self.layer, _ORDER[self.kind], self.head)
 
 
 @dataclass(frozen=True)
@@ -72,7 +98,7 @@ class Location:
     layer: int
 
     def __str__(self) -> str:
-        return f"resid_{self.state}{self.layer}"
+        return KINDS[self.state].printed.format(layer=self.layer)
 
     @property
     def order(self) -> tuple[int, int]:
@@ -102,28 +128,17 @@ class Site:
     head: int = -1
 
     def __str__(self) -> str:
-        if self.kind in _STATES:
-            return str(Location(self.kind, self.layer))
-        if (node := self.node) is not None:
-            return str(node)
-        part = self.kind.removeprefix("shared_")
-        return {
-            "v_input": f"L{self.layer}.v_input",
-            "attn_out": f"L{self.layer}.attn_out",
-            "act": f"MLP{self.layer}.act",
-            "neuron": f"MLP{self.layer}.act[{self.head}]",
-            f"shared_{part}": f"L{self.layer}KV{self.head}.{part}",
-        }.get(self.kind, f"L{self.layer}H{self.head}.{part}")
+        return KINDS[self.kind].printed.format(layer=self.layer, head=self.head)
 
     @property
     def node(self) -> Node | None:
         """The node whose write this is, if it is one's."""
-        return Node(self.kind, self.layer, self.head) if self.kind in _KINDS else None
+        return Node(self.kind, self.layer, self.head) if KINDS[self.kind].writes else None
 
     @property
     def order(self) -> tuple[int, int, int]:
         """Sort key: the order in which a forward pass reaches sites."""
-        return (self.layer, _SITES.index(self.kind), self.head)
+        return (self.layer, _ORDER[self.kind], self.head)
 
 
 def parse_node(name: object) -> Node:
@@ -133,9 +148,8 @@ def parse_node(name: object) -> Node:
     """
     if isinstance(name, Node):
         return name
-    for kind, form in _NODE_FORMS:
-        if found := form.fullmatch(str(name)):
-            return Node(kind, *(int(number) for number in found.groups()))
+    if (found := _found(name, (kind for kind in KINDS if KINDS[kind].writes))) is not None:
+        return Node(*found)
     raise NodeError("not a node name", got=repr(name), expected="L2H3, L2.bias, MLP2, embed or pos_embed")
 
 
@@ -143,10 +157,8 @@ def parse_location(name: object) -> Location:
     """A `Location` from "resid_mid2" or "blocks.2.hook_resid_mid". Raises NodeError for anything else."""
     if isinstance(name, Location):
         return name
-    for form in _LOCATION_FORMS:
-        if found := form.fullmatch(str(name)):
-            state, layer = sorted(found.groups(), key=str.isdigit)
-            return Location(state, int(layer))
+    if (found := _found(name, _STATES)) is not None:
+        return Location(*found)
     raise NodeError("not a location", got=repr(name), expected="resid_pre0, resid_mid2 or resid_post2")
 
 
@@ -158,23 +170,24 @@ def parse_site(name: object) -> Site:
     """
     if isinstance(name, Site) and name.kind != "pre":
         return name
-    text = str(name)
-    for kind, form in _SITE_FORMS:
-        if found := form.fullmatch(text):
-            return Site(kind, *(int(number) for number in found.groups()))
-    if any(form.fullmatch(text) for form in _LOCATION_FORMS):
-        state = parse_location(text)
-        before = state.state == "pre" and state.layer > 0
-        return Site("post", state.layer - 1) if before else Site(state.state, state.layer)
-    try:
-        node = parse_node(text.removesuffix(".out"))
-    except NodeError:
+    found = _found(str(name).removesuffix(".out"), KINDS)
+    if found is None or (str(name).endswith(".out") and not KINDS[found[0]].writes):
         raise NodeError(
             "not a site",
             got=repr(name),
             expected="a node, a location, L2H3.q, .k, .v, .z or .pattern, L2KV1.k or .v, L2.v_input or MLP2.act",
-        ) from None
-    return Site(node.kind, node.layer, node.head)
+        )
+    kind, *numbers = found
+    return Site("post", numbers[0] - 1) if kind == "pre" and numbers[0] > 0 else Site(kind, *numbers)
+
+
+def _found(name: object, kinds: Iterable[str]) -> tuple[str, *tuple[int, ...]] | None:
+    """The kind of a name, and its layer and head; None where it is no name of these kinds."""
+    for kind in kinds:
+        for form in KINDS[kind].forms:
+            if found := form.fullmatch(str(name)):
+                return (kind, *map(int, found.groups()))
+    return None
 
 
 def nearest(name: object, available: Iterable[object]) -> str | None:

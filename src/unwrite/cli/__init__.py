@@ -269,12 +269,12 @@ def effects(
     as_json: Json = False,
 ) -> None:
     """What does each node do when it is set to its value in another prompt: guesses beside the executed truth."""
+    from unwrite.nodes import GROUPS
     from unwrite.prompts.pairs import read_pairs
-    from unwrite.run.edit.slots import KINDS
     from unwrite.studies.compare import compare as run
 
     lm = load_model(model, device, dtype, convention, device_map)
-    asked, names = read_pairs(pairs, lm.tokenizer), nodes if nodes in KINDS else listed(nodes)
+    asked, names = read_pairs(pairs, lm.tokenizer), nodes if nodes in GROUPS else listed(nodes)
 
     def method(_: Tokens, listener: Listener, job: Job) -> Result:
         return run(lm, asked, names or nodes, at, methods.split(","), metric, checkpoint=job, listener=listener)

@@ -19,9 +19,8 @@ from scipy.sparse.csgraph import connected_components
 from scipy.stats import rankdata
 
 from unwrite.errors import NumericError, ResultError
-from unwrite.nodes import parse_site
+from unwrite.nodes import KINDS, parse_site
 from unwrite.result import Result, build, quantity
-from unwrite.run.edit.slots import KINDS
 from unwrite.run.tally.trust import MATERIAL
 from unwrite.stats.bootstrap import interval, moments
 from unwrite.stats.ranks import pearson, spearman, spearman_interval, standard
@@ -38,7 +37,6 @@ _FORMS = {
     "same_sign": "cells whose signs agree, of those whose exact effect is at least 5 % of the pair's largest",
     "n": "cells",
 }
-_KIND_OF = {site: kind for kind, sites in KINDS.items() for site in sites}
 # A curve has every step at which recall rises, and about this many points to an octave beside them.
 _POINTS = 16
 
@@ -143,7 +141,7 @@ class _Both:
     @cached_property
     def groups(self) -> dict[str, Bool[np.ndarray, " node"]]:
         """All nodes, and those of each kind where there are several."""
-        kinds = np.array([_KIND_OF[parse_site(node).kind] for node in self.nodes], dtype=object)
+        kinds = np.array([KINDS[parse_site(node).kind].group for node in self.nodes], dtype=object)
         named = {kind: kinds == kind for kind in dict.fromkeys(kinds)}
         return {"all": np.ones(len(kinds), dtype=bool)} | (named if len(named) > 1 else {})
 

@@ -1,14 +1,15 @@
 """Where is each site in a forward pass, how is it seen there, and how is it changed?
 
 A site lies in what a module reads or puts out, or is a tensor of attention that transformers' AttentionInterface shows.
-Some sites are a part of that tensor, and a change is put in its place. Others (what a node writes, a centred stream)
+Some sites are a unit of that tensor, and a change is put in its place. Others (what a node writes, a centred stream)
 are computed from it and from what was kept earlier in the pass; their change is added where the stream is written.
+One finder for each kind says where; all units of a kind in a layer are a slot (`slots.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -20,7 +21,7 @@ from unwrite.model.attention import is_called
 from unwrite.model.hooks import Point
 from unwrite.model.view import Layer, Model, centre, find, matrix, norm_scale, sizes
 from unwrite.model.weights import weight_of
-from unwrite.nodes import Location, Site, nearest, parse_site
+from unwrite.nodes import KINDS, Location, Site, nearest, parse_site
 
 
 @dataclass(frozen=True)
@@ -42,29 +43,58 @@ class Pass:
     seen: set[Point | Part] = field(default_factory=set)
 
     def rows(self, tensor: Tensor) -> Float[Tensor, "prompt position d"]:
-        """Prompts and positions as two axes: OPT flattens them, position embeddings come out once for all prompts."""
-        if tensor.dim() == 2:
-            return tensor.unflatten(0, (self.prompts, self.positions))
+        """Prompts and positions as two axes: position embeddings come out once for all prompts."""
+        tensor = by_row(tensor, self.prompts)
         return tensor.expand(self.prompts, *tensor.shape[1:])
 
 
-Read = Callable[[Tensor, Pass], Tensor]
-Write = Callable[[Tensor, Tensor, Tensor, Pass], Tensor]
+def by_row(tensor: Tensor, prompts: int) -> Float[Tensor, "prompt position d"]:
+    """Prompts and positions as two axes: OPT flattens them before its MLP."""
+    return tensor.unflatten(0, (prompts, -1)) if tensor.dim() == 2 else tensor
+
+
+def as_one(tensor: Tensor, prompts: int) -> Float[Tensor, "prompt position 1 d"]:
+    """A tensor as one unit."""
+    return by_row(tensor, prompts)[:, :, None]
+
+
+View = Callable[[Tensor, int], Float[Tensor, "prompt position unit d"]]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a site is: `read(tensor, pass)` gives x, `write(tensor, x, x', pass)` the tensor that has x' instead.
+    """Where a site is: in the tensor at `point`, which `view` shows by units and can be written through.
 
-    `keep`: points whose tensors the pass must have kept; `write` None: it can be read and not changed; `adds`: a change
-    is added to what a module writes, so dropout behind it would make it another one.
+    `unit` takes the site's own out of the view. Where the site is computed, `shown(tensor, pass)` gives it, a change is
+    added to the tensor, which reaches the stream `scale` times, or `put(tensor, x, x', pass)` gives the tensor with x'.
+    `keep`: points whose tensors the pass must have kept; `adds`: a change is added to what a module writes, so dropout
+    behind it would make it another one; `editable`: it can be changed.
     """
 
     point: Point | Part
-    read: Read
-    write: Write | None
+    view: View = as_one
+    unit: Callable[[Tensor], Tensor] = lambda view: view[:, :, 0]
+    shown: Callable[[Tensor, Pass], Tensor] | None = None
+    put: Callable[[Tensor, Tensor, Tensor, Pass], Tensor] | None = None
+    scale: float = 1.0
     keep: tuple[Point, ...] = ()
     adds: bool = False
+    editable: bool = True
+
+    def read(self, tensor: Tensor, now: Pass) -> Tensor:
+        """What is at the site."""
+        return self.unit(self.view(tensor, now.prompts)) if self.shown is None else self.shown(tensor, now)
+
+    def write(self, tensor: Tensor, old: Tensor, new: Tensor, now: Pass) -> Tensor:
+        """The tensor that has `new` there instead of `old`."""
+        if self.put is not None:
+            return self.put(tensor, old, new, now)
+        if self.shown is None:
+            changed = tensor.clone(memory_format=torch.contiguous_format)
+            self.unit(self.view(changed, now.prompts)).copy_(new)
+            return changed
+        change = (new - old) / self.scale
+        return (tensor + (change.flatten(0, 1) if tensor.dim() == 2 else change)).to(tensor.dtype)
 
 
 def named(lm: Model, name: object) -> Site:
@@ -79,8 +109,8 @@ def place(lm: Model, site: Site, edited: bool = False) -> Place:
     """Where a site is in this model. Raises NodeError, with the nearest names, if it has none or it is not editable."""
     if (why := _refusal(lm, site)) is not None:
         raise NodeError(f"this model ({lm.family}) has no site {site}", expected=why, fix=nearest(site, _sites(lm)))
-    found = _PLACES[site.kind](lm, site)
-    if edited and found.write is None:
+    found = _FINDERS[site.kind](lm, site)
+    if edited and not found.editable:
         fix = (
             f"edit L{site.layer}KV{_group(lm, site)}.{site.kind}, which its group shares"
             if site.kind in ("k", "v")
@@ -90,15 +120,28 @@ def place(lm: Model, site: Site, edited: bool = False) -> Place:
     return found
 
 
+def every(lm: Model, kind: str) -> Iterator[Site]:
+    """Every site of a kind that a model of this shape could have."""
+    per = KINDS[kind].per
+    if per == "model":
+        yield Site(kind, 0 if kind == "pre" else -1)
+    elif not (kind == "mid" and lm.parallel):
+        for layer in lm.layers:
+            count = _count(lm, kind, layer)
+            yield from (Site(kind, layer.index, unit) for unit in ((-1,) if count is None else range(count)))
+
+
+def _count(lm: Model, kind: str, layer: Layer) -> int | None:
+    """How many sites of a kind a layer has, where they are numbered."""
+    per = KINDS[kind].per
+    return mlp_width(lm, layer) if per == "neuron" else {"head": lm.n_heads, "kv_head": lm.kv_heads}.get(per)
+
+
 def _sites(lm: Model) -> Iterator[Site]:
-    """Every site of a model."""
-    layers, heads = range(len(lm.layers)), range(lm.n_heads)
+    """Every site of a model, but for single neurons."""
     yield from (Site(node.kind, node.layer, node.head) for node in lm.parts)
-    yield from (Site(state.state, state.layer) for state in lm.states)
-    every = [Site(part, i) for i in layers for part in ("v_input", "attn_out", "act")]
-    every += [Site(part, i, head) for i in layers for head in heads for part in ("q", "k", "v", "z", "pattern")]
-    every += [Site(part, i, kv) for i in layers for kv in range(lm.kv_heads) for part in ("shared_k", "shared_v")]
-    yield from (site for site in every if _refusal(lm, site) is None)
+    for kind in (name for name, kind in KINDS.items() if not kind.writes and kind.per != "neuron"):
+        yield from (site for site in every(lm, kind) if _refusal(lm, site) is None)
 
 
 def _refusal(lm: Model, site: Site) -> str | None:
@@ -107,16 +150,13 @@ def _refusal(lm: Model, site: Site) -> str | None:
         return None if node in lm.parts else f"one of {len(lm.parts)} nodes from {lm.parts[0]} to {lm.parts[-1]}"
     if not 0 <= site.layer < len(lm.layers):
         return f"a layer from 0 to {len(lm.layers) - 1}"
-    heads = {"q", "k", "v", "z", "pattern"}.intersection((part := site.kind.removeprefix("shared_"),))
-    count = lm.kv_heads if site.kind.startswith("shared") else lm.n_heads
-    if heads and not 0 <= site.head < count:
-        return f"a head from 0 to {count - 1}"
+    layer, part = lm.layers[site.layer], site.kind.removeprefix("shared_")
     if site.kind == "mid" and lm.parallel:
         return "no state between attention and MLP: its blocks are parallel"
-    if site.kind in ("act", "neuron") and last_projection(lm, lm.layers[site.layer]) is None:
+    if site.kind in ("act", "neuron") and last_projection(lm, layer) is None:
         return "an MLP with one last projection; this one is a mixture of experts"
-    if site.kind == "neuron" and site.head >= (width := mlp_width(lm, lm.layers[site.layer])):
-        return f"a neuron from 0 to {width - 1}"
+    if (count := _count(lm, site.kind, layer)) is not None and not 0 <= site.head < count:
+        return f"a {'neuron' if site.kind == 'neuron' else 'head'} from 0 to {count - 1}"
     if part in ("q", "k") and not is_called(lm) and part not in lm.row.opened(lm.config):
         return "sites that modules show: its queries and keys are turned inside of its attention"
     return None
@@ -126,31 +166,10 @@ def _group(lm: Model, site: Site) -> int:
     return site.head if site.kind.startswith("shared") else site.head * lm.kv_heads // lm.n_heads
 
 
-def _inside(point: Point | Part, select: Read) -> Place:
-    """A site that is a part of a tensor."""
-    return Place(point, select, partial(_replaced, select))
-
-
-def _replaced(select: Read, tensor: Tensor, old: Tensor, new: Tensor, now: Pass) -> Tensor:
-    changed = tensor.clone(memory_format=torch.contiguous_format)
-    select(changed, now).copy_(new)
-    return changed
-
-
-def _beside(point: Point, read: Read, keep: tuple[Point, ...] = (), scale: float = 1.0, adds: bool = True) -> Place:
-    """A site that is computed; its change is added to the tensor, which reaches the stream `scale` times."""
-    return Place(point, read, partial(_increased, scale), keep, adds)
-
-
-def _increased(scale: float, tensor: Tensor, old: Tensor, new: Tensor, now: Pass) -> Tensor:
-    change = (new - old) / scale
-    return (tensor + (change.flatten(0, 1) if tensor.dim() == 2 else change)).to(tensor.dtype)
-
-
 def _written(lm: Model, module: nn.Module, scale: float) -> Place:
     """What a module hands to the stream, or to what scales it."""
-    read: Read = lambda tensor, now: centre(now.rows(tensor).to(lm.compute_dtype) * scale, lm)  # noqa: E731
-    return _beside(Point(module, before=False), read, scale=scale)
+    shown = lambda tensor, now: centre(now.rows(tensor).to(lm.compute_dtype) * scale, lm)  # noqa: E731
+    return Place(Point(module, before=False), shown=shown, scale=scale, adds=True)
 
 
 def _embed(lm: Model, site: Site) -> Place:
@@ -175,24 +194,29 @@ def _state(lm: Model, site: Site) -> Place:
     reader = next((layer.block for layer in lm.layers if layer.reads == Location(site.kind, site.layer)), None)
     point = Point(reader or lm.final_norm, before=True)
     if not lm.centred and lm.dtype == lm.compute_dtype:
-        return _inside(point, lambda tensor, now: tensor)
-    return _beside(point, lambda tensor, now: centre(tensor.to(lm.compute_dtype), lm), adds=False)
+        return Place(point)
+    return Place(point, shown=lambda tensor, now: centre(tensor.to(lm.compute_dtype), lm))
 
 
 def _mid(lm: Model, site: Site) -> Place:
-    layer, scale = lm.layers[site.layer], lm.residual_scale
-    before = Point(layer.block, before=True)
-    read: Read = lambda tensor, now: centre(  # noqa: E731
-        (now.kept[before].to(tensor.device) + tensor * scale).to(lm.compute_dtype), lm
-    )
+    layer, before = lm.layers[site.layer], Point(lm.layers[site.layer].block, before=True)
+
+    def shown(tensor: Tensor, now: Pass) -> Tensor:
+        return centre((now.kept[before].to(tensor.device) + tensor * lm.residual_scale).to(lm.compute_dtype), lm)
+
     # The norm between attention and MLP reads the stream, but the stream does not go through it.
-    return _beside(Point(layer.attention_end, before=False), read, (before,), scale)
+    return _attention_part(lm, layer, shown, before)
+
+
+def _attention_part(lm: Model, layer: Layer, shown: Callable[[Tensor, Pass], Tensor], *keep: Point) -> Place:
+    """What is computed from, and added to, all that attention writes."""
+    end = Point(layer.attention_end, before=False)
+    return Place(end, shown=shown, scale=lm.residual_scale, keep=keep, adds=True)
 
 
 def _head(lm: Model, site: Site) -> Place:
     layer, z = lm.layers[site.layer], Point(lm.layers[site.layer].out_proj, before=True)
-    read = partial(_head_write, lm, site, z)
-    return _beside(Point(layer.attention_end, before=False), read, (z, *_post_norm(layer)), lm.residual_scale)
+    return _attention_part(lm, layer, partial(_head_write, lm, site, z), z, *_post_norm(layer))
 
 
 def _head_write(lm: Model, site: Site, z: Point, tensor: Tensor, now: Pass) -> Tensor:
@@ -203,8 +227,8 @@ def _head_write(lm: Model, site: Site, z: Point, tensor: Tensor, now: Pass) -> T
 
 
 def _bias(lm: Model, site: Site) -> Place:
-    layer, scale = lm.layers[site.layer], lm.residual_scale
-    return _beside(Point(layer.attention_end, before=False), partial(_bias_write, lm, layer), _post_norm(layer), scale)
+    layer = lm.layers[site.layer]
+    return _attention_part(lm, layer, partial(_bias_write, lm, layer), *_post_norm(layer))
 
 
 def _bias_write(lm: Model, layer: Layer, tensor: Tensor, now: Pass) -> Tensor:
@@ -260,20 +284,20 @@ def _values(lm: Model, fused: Tensor, group: int) -> Tensor:
 
 
 def _z(lm: Model, site: Site) -> Place:
-    select: Read = lambda tensor, now: tensor.unflatten(-1, (lm.n_heads, lm.head_dim))[:, :, site.head]  # noqa: E731
-    return _inside(Point(lm.layers[site.layer].out_proj, before=True), select)
+    point, shape = Point(lm.layers[site.layer].out_proj, before=True), (lm.n_heads, lm.head_dim)
+    return Place(point, lambda tensor, _: tensor.unflatten(-1, shape), lambda view: view[:, :, site.head])
 
 
 def _act(lm: Model, site: Site) -> Place:
     projection = last_projection(lm, lm.layers[site.layer])
     assert projection is not None  # noqa: S101 (refused before)
-    return _inside(Point(projection, before=True), lambda tensor, now: now.rows(tensor))
+    return Place(Point(projection, before=True))
 
 
 def _neuron(lm: Model, site: Site) -> Place:
-    whole = _act(lm, site)
-    own: Read = lambda tensor, now: now.rows(tensor)[..., site.head : site.head + 1]  # noqa: E731
-    return _inside(whole.point, own)
+    return Place(
+        _act(lm, site).point, lambda tensor, n: by_row(tensor, n)[..., None], lambda view: view[:, :, site.head]
+    )
 
 
 def mlp_width(lm: Model, layer: Layer) -> int:
@@ -293,8 +317,9 @@ def last_projection(lm: Model, layer: Layer) -> nn.Module | None:
 def _v_input(lm: Model, site: Site) -> Place:
     layer = lm.layers[site.layer]
     before = Point(layer.block, before=True)
-    read: Read = lambda tensor, now: centre(now.kept[before].to(lm.compute_dtype), lm)  # noqa: E731
-    return Place(Point(layer.value, before=False), read, partial(_values_of, lm, layer, before), (before,))
+    shown = lambda tensor, now: centre(now.kept[before].to(lm.compute_dtype), lm)  # noqa: E731
+    put = partial(_values_of, lm, layer, before)
+    return Place(Point(layer.value, before=False), shown=shown, put=put, keep=(before,))
 
 
 def _values_of(lm: Model, layer: Layer, before: Point, tensor: Tensor, old: Tensor, new: Tensor, now: Pass) -> Tensor:
@@ -310,18 +335,24 @@ def _values_of(lm: Model, layer: Layer, before: Point, tensor: Tensor, old: Tens
 
 def _attended(lm: Model, site: Site) -> Place:
     """What attention sees (q, k, v) or computes (the pattern)."""
-    part, layer = site.kind.removeprefix("shared_"), lm.layers[site.layer]
+    part, layer, opened = site.kind.removeprefix("shared_"), lm.layers[site.layer], lm.row.opened(lm.config)
+    by_head: View = lambda tensor, _: tensor.transpose(1, 2)  # noqa: E731
+    own = lambda view: view[:, :, _row(lm, site, view.shape[2])]  # noqa: E731
     if is_called(lm):
-        return _inside(Part(site.layer, site.kind), lambda tensor, now: tensor[:, _row(lm, site, tensor.shape[1])])
-    opened = lm.row.opened(lm.config)
-    if part != "pattern":
-        found = _inside(Point(find(layer.attention, opened[part]), before=False), partial(_projected, lm, site, part))
-        # One head's copy of what its group reads from one place is nowhere.
-        return replace(found, write=None) if site.kind in ("k", "v") and lm.kv_heads < lm.n_heads else found
-    select: Read = lambda tensor, now: tensor[:, site.head]  # noqa: E731
-    if part in opened:
-        return _inside(Point(find(layer.attention, opened[part]), before=False), select)
-    return Place(Point(layer.attention, before=False, item=1), select, None)
+        return Place(Part(site.layer, site.kind), by_head, own)
+    if part == "pattern" and part not in opened:
+        return Place(Point(layer.attention, before=False, item=1), by_head, own, editable=False)
+    point = Point(find(layer.attention, opened[part]), before=False)
+    if part == "pattern":
+        return Place(point, by_head, own)
+    # One head's copy of what its group reads from one place is nowhere.
+    editable = site.kind not in ("k", "v") or lm.kv_heads == lm.n_heads
+    if not lm.row.grouped_values:
+        return Place(point, lambda tensor, _: tensor.unflatten(-1, (-1, lm.head_dim)), own, editable=editable)
+    each = lm.n_heads // lm.kv_heads
+    item = {"q": site.head % each, "k": -2, "v": -1}[part]
+    fused: View = lambda tensor, _: tensor.unflatten(-1, (lm.kv_heads, each + 2, lm.head_dim))[..., item, :]  # noqa: E731
+    return Place(point, fused, lambda view: view[:, :, _group(lm, site)], editable=editable)
 
 
 def _row(lm: Model, site: Site, heads: int) -> int:
@@ -329,16 +360,7 @@ def _row(lm: Model, site: Site, heads: int) -> int:
     return site.head if site.kind.startswith("shared") or heads == lm.n_heads else _group(lm, site)
 
 
-def _projected(lm: Model, site: Site, part: str, tensor: Tensor, now: Pass) -> Tensor:
-    """A head's part of what a projection puts out."""
-    if not lm.row.grouped_values:
-        return tensor.unflatten(-1, (-1, lm.head_dim))[:, :, site.head]
-    each = lm.n_heads // lm.kv_heads
-    fused = tensor.unflatten(-1, (lm.kv_heads, each + 2, lm.head_dim))[:, :, _group(lm, site)]
-    return fused[:, :, {"q": site.head % each, "k": -2, "v": -1}[part]]
-
-
-_PLACES: dict[str, Callable[[Model, Site], Place]] = {
+_FINDERS: dict[str, Callable[[Model, Site], Place]] = {
     "embed": _embed,
     "pos_embed": _pos_embed,
     "pre": _state,

@@ -26,40 +26,50 @@ from unwrite.model.attention import Attend, Attended, around_attention, per_quer
 from unwrite.model.capture import evaluating
 from unwrite.model.hooks import Point, before, hooked, kept, visited
 from unwrite.model.view import Model
-from unwrite.nodes import Site
-from unwrite.run.edit.sites import Part, last_projection, mlp_width, named, place
+from unwrite.nodes import GROUPS, KINDS, Site
+from unwrite.run.edit.sites import Part, Place, as_one, every, named, place
 
-# Kind -> the kinds of its sites.
-KINDS: Mapping[str, tuple[str, ...]] = {
-    "heads": ("head",), "q": ("q",), "k": ("k",), "v": ("v",), "shared_k": ("shared_k",), "shared_v": ("shared_v",),
-    "attn_out": ("attn_out",), "mlp_out": ("mlp",), "neurons": ("neuron",), "resid": ("pre", "mid", "post"),
-    "embed": ("embed",),
-}  # fmt: skip
 # What the scores of attention are made of: where its pattern is held, they do nothing.
 SCORED = ("q", "k", "shared_k")
+# Patched by putting another state in, and not inside a block.
 _STATES = ("embed", "pre", "post")
 _ATTENDED = ("q", "k", "v", "shared_k", "shared_v")
+# Where the sites of a kind are patched in the tensor of another kind.
+_IN = {"head": "z", "mid": "attn_out"}
 
 
 @dataclass(frozen=True, eq=False)
 class Slot:
     """Nodes of one kind in one layer.
 
-    `at` is the tensor that holds them, None for a state between blocks: the one that block `layer` reads (the final
-    norm reads that of layer L). `view` shows the tensor as [prompt, position, unit, d], and can be written through;
-    `units` are the rows of that axis which are asked for, `sites` their names. `joined`: the value holds the state that
-    the block reads as well (a state between attention and MLP). `lasting`: later positions of the same block see a
-    change (keys and values).
+    `place` is the tensor that holds them, None for a state between blocks: the one that block `layer` reads (the final
+    norm reads that of layer L). `units` are the rows of its view which are asked for, `sites` their names.
     """
 
     kind: str
     layer: int
-    at: Point | Part | None
-    view: Callable[[Tensor, int], Float[Tensor, "prompt position unit d"]]
+    place: Place | None
     sites: tuple[Site, ...]
     units: Int[Tensor, " unit"]
-    joined: bool = False
-    lasting: bool = False
+
+    @property
+    def at(self) -> Point | Part | None:
+        """Where the tensor is seen; None between blocks."""
+        return None if self.place is None else self.place.point
+
+    @property
+    def joined(self) -> bool:
+        """Does the value hold the state that the block reads as well: is it one between attention and MLP?"""
+        return self.kind == "mid"
+
+    @property
+    def lasting(self) -> bool:
+        """Do later positions of the same block see a change: is it of keys or values?"""
+        return self.kind in _ATTENDED and self.kind != "q"
+
+    def view(self, tensor: Tensor, prompts: int) -> Float[Tensor, "prompt position unit d"]:
+        """The tensor by units, to be written through."""
+        return as_one(tensor, prompts) if self.place is None else self.place.view(tensor, prompts)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -91,32 +101,18 @@ def slots(lm: Model, nodes: str | Iterable[str]) -> tuple[Slot, ...]:
     Raises NodeError, with the nearest names, for what this model does not have or what cannot be patched in it.
     """
     if not isinstance(nodes, Iterable):
-        raise NodeError("nodes are names", got=repr(nodes), expected=f"names, or a kind: {', '.join(KINDS)}")
-    if isinstance(nodes, str) and nodes in KINDS:
-        sites = [site for kind in KINDS[nodes] for site in _every(lm, kind)]
+        raise NodeError("nodes are names", got=repr(nodes), expected=f"names, or a kind: {', '.join(GROUPS)}")
+    if isinstance(nodes, str) and nodes in GROUPS:
+        sites = [site for kind in GROUPS[nodes] for site in every(lm, kind)]
         if not sites:
             raise NodeError(f"this model ({lm.family}) has no {nodes} that can be patched", got="a mixture of experts")
     else:
         sites = [named(lm, name) for name in ([nodes] if isinstance(nodes, str) else nodes)]
         if not sites:
-            raise NodeError("no node was named", expected=f"names, or a kind: {', '.join(KINDS)}")
+            raise NodeError("no node was named", expected=f"names, or a kind: {', '.join(GROUPS)}")
     return tuple(
         _slot(lm, kind, layer, tuple(group)) for (layer, kind), group in groupby(_ordered(sites), key=_slot_of)
     )
-
-
-def _every(lm: Model, kind: str) -> Iterator[Site]:
-    """Every site of a kind that this model has."""
-    if kind in ("embed", "pre"):
-        yield Site(kind, -1 if kind == "embed" else 0)
-        return
-    counts = {"head": lm.n_heads, **dict.fromkeys(("q", "k", "v"), lm.n_heads)}
-    counts |= dict.fromkeys(("shared_k", "shared_v"), lm.kv_heads)
-    for layer in lm.layers:
-        if kind == "mid" and lm.parallel:
-            continue
-        units = mlp_width(lm, layer) if kind == "neuron" else counts.get(kind)
-        yield from (Site(kind, layer.index, unit) for unit in ((-1,) if units is None else range(units)))
 
 
 def _ordered(sites: Iterable[Site]) -> list[Site]:
@@ -132,65 +128,18 @@ def _slot(lm: Model, kind: str, index: int, sites: tuple[Site, ...]) -> Slot:
         place(lm, site, edited=True)
     if kind in _STATES:
         reader = {"embed": 0, "pre": index, "post": index + 1}[kind]
-        return Slot(kind, reader, None, lambda tensor, _: tensor[:, :, None], sites, torch.zeros(1, dtype=torch.long))
-    if kind not in _FINDERS:
-        raise NodeError(f"{sites[0]} cannot be patched from another run", expected=f"a node of {', '.join(KINDS)}")
-    at, view = _FINDERS[kind](lm, index)
-    units = torch.tensor([max(site.head, 0) for site in sites])
-    lasting = kind in _ATTENDED and kind != "q"
-    return Slot(kind, index, at, view, sites, units.to(lm.device), joined=kind == "mid", lasting=lasting)
-
-
-_Found = tuple[Point | Part, Callable[[Tensor, int], Tensor]]
-
-
-def _rows(tensor: Tensor, prompts: int) -> Tensor:
-    """OPT flattens prompts and positions before its MLP."""
-    return tensor.unflatten(0, (prompts, -1)) if tensor.dim() == 2 else tensor
-
-
-def _z(lm: Model, index: int) -> _Found:
-    shape = (lm.n_heads, lm.head_dim)
-    return Point(lm.layers[index].out_proj, before=True), lambda tensor, _: tensor.unflatten(-1, shape)
-
-
-def _attention(lm: Model, index: int) -> _Found:
-    return Point(lm.layers[index].attention_end, before=False), lambda tensor, n: _rows(tensor, n)[:, :, None]
-
-
-def _mlp(lm: Model, index: int) -> _Found:
-    layer = lm.layers[index]
-    return Point(layer.mlp_end, before=False), lambda tensor, n: _rows(tensor, n)[:, :, None]
-
-
-def _neurons(lm: Model, index: int) -> _Found:
-    projection = last_projection(lm, lm.layers[index])
-    assert projection is not None  # noqa: S101 (refused before)
-    return Point(projection, before=True), lambda tensor, n: _rows(tensor, n)[..., None]
-
-
-def _attended(kind: str, lm: Model, index: int) -> _Found:
-    found = place(lm, Site(kind, index, 0), edited=True)
-    if isinstance(found.point, Part):
-        return found.point, lambda tensor, _: tensor.transpose(1, 2)
-    if not lm.row.grouped_values:
-        return found.point, lambda tensor, _: tensor.unflatten(-1, (-1, lm.head_dim))
-    if lm.kv_heads < lm.n_heads:
+        return Slot(kind, reader, None, sites, torch.zeros(1, dtype=torch.long))
+    if not KINDS[kind].group:
+        raise NodeError(f"{sites[0]} cannot be patched from another run", expected=f"a node of {', '.join(GROUPS)}")
+    found = place(lm, Site(_IN.get(kind, kind), index, min(sites[0].head, 0)), edited=True)
+    by_module = kind in _ATTENDED and isinstance(found.point, Point)
+    if by_module and lm.row.grouped_values and lm.kv_heads < lm.n_heads:
         raise NodeError(
             f"{kind} of {lm.family} cannot be patched by module hooks", fix="load it with attn_implementation='sdpa'"
         )
-    item = ("q", "k", "v").index(kind.removeprefix("shared_"))
-    return found.point, lambda tensor, _: tensor.unflatten(-1, (lm.kv_heads, 3, lm.head_dim))[..., item, :]
+    units = torch.tensor([max(site.head, 0) for site in sites])
+    return Slot(kind, index, found, sites, units.to(lm.device))
 
-
-_FINDERS: Mapping[str, Callable[[Model, int], _Found]] = {
-    "head": _z,
-    "attn_out": _attention,
-    "mid": _attention,
-    "mlp": _mlp,
-    "neuron": _neurons,
-    **{kind: partial(_attended, kind) for kind in _ATTENDED},
-}
 
 Visit = Callable[[Tensor], Tensor]
 Values = Mapping[Slot, Float[Tensor, "pair position _unit _d"]]

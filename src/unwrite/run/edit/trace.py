@@ -176,7 +176,7 @@ class _Run:
             if new.requires_grad:
                 new.retain_grad()
                 changed = True
-        return found.write(tensor, x, new, now) if changed and found.write else tensor
+        return found.write(tensor, x, new, now) if changed and found.editable else tensor
 
     def attend(self, layer: int, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Attended:
         """One layer's attention, with the sites inside of it."""

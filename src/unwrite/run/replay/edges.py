@@ -15,13 +15,11 @@ from torch import Tensor
 
 from unwrite.errors import NodeError
 from unwrite.model.view import Model
-from unwrite.nodes import Site
+from unwrite.nodes import GROUPS, KINDS, Site
 from unwrite.run.edit.sites import named
-from unwrite.run.edit.slots import KINDS, Slot, slots
+from unwrite.run.edit.slots import Slot, slots
 
 LOGITS = "logits"
-_SENDERS = ("head", "attn_out", "mlp", "embed")
-_RECEIVERS = ("q", "k", "v", "shared_k", "shared_v", "head", "mlp")
 
 
 @dataclass(frozen=True)
@@ -85,11 +83,8 @@ def ends(lm: Model, senders: Sequence[str], receivers: Sequence[str]) -> Ends:
 
     Raises NodeError for what can be neither, for writes that hold each other, and where no asked edge exists.
     """
-    sent = {name: _sites(lm, name, _SENDERS, "send") for name in _spread(lm, senders, ("heads", "attn_out", "mlp_out"))}
-    got = {
-        name: _sites(lm, name, _RECEIVERS, "receive")
-        for name in _spread(lm, receivers, ("heads", "q", "k", "v", "mlp_out"))
-    }
+    sent = {name: _sites(lm, name, "send") for name in _spread(lm, senders, ("heads", "attn_out", "mlp_out"))}
+    got = {name: _sites(lm, name, "receive") for name in _spread(lm, receivers, ("heads", "q", "k", "v", "mlp_out"))}
     every = [[str(site) for sites in part.values() for site in sites if site.kind != LOGITS] for part in (sent, got)]
     received = slots(lm, every[1]) if every[1] else ()
     held, z = ({slot.layer: slot for slot in slots(lm, kind)} for kind in ("attn_out", "heads"))
@@ -105,7 +100,7 @@ def _spread(lm: Model, names: Sequence[str], kinds: tuple[str, ...]) -> list[str
     """Names, with kinds of nodes written out."""
     found: dict[str, None] = {}
     for name in [names] if isinstance(names, str) else names:
-        if name in KINDS and name not in kinds and name != "embed":
+        if name in GROUPS and name not in kinds and name != "embed":
             raise NodeError(f"{name} are no ends of a path here", expected=", ".join(kinds))
         each = [one for slot in slots(lm, name) for one in slot.names] if name in kinds else [str(name)]
         found |= dict.fromkeys(each)
@@ -114,7 +109,7 @@ def _spread(lm: Model, names: Sequence[str], kinds: tuple[str, ...]) -> list[str
     return list(found)
 
 
-def _sites(lm: Model, name: str, kinds: tuple[str, ...], what: str) -> tuple[Site, ...]:
+def _sites(lm: Model, name: str, what: str) -> tuple[Site, ...]:
     """The sites of "L1H0+MLP2"."""
     found: list[Site] = []
     for part in name.split("+"):
@@ -122,7 +117,7 @@ def _sites(lm: Model, name: str, kinds: tuple[str, ...], what: str) -> tuple[Sit
             found.append(Site(LOGITS, len(lm.layers)))
             continue
         site = named(lm, part)
-        if site.kind not in kinds:
+        if not getattr(KINDS[site.kind], f"{what}s"):
             known = "heads, MLPs, L1.attn_out, embed" if what == "send" else "heads, L1H0.q (.k, .v), MLPs, logits"
             raise NodeError(f"{site} cannot {what}", expected=known)
         found.append(site)
