@@ -28,7 +28,8 @@ from unwrite.model.view import Model
 from unwrite.nodes import parse_node
 from unwrite.prompts.tokens import Tokens, from_ids
 from unwrite.result import Result
-from unwrite.run.backward.rules import RULES, cotangents
+from unwrite.run.backward.rules import RULES
+from unwrite.run.backward.slopes import cotangents
 from unwrite.run.tally.account import PARTS, READINGS
 from unwrite.run.tally.fate import FATES, fates, input_blind
 from unwrite.stats import bootstrap

@@ -22,7 +22,8 @@ from unwrite.model.values import through_values
 from unwrite.model.view import Model, fold, matrix, value_columns
 from unwrite.nodes import Location
 from unwrite.run.answer.logits import Question, normed_measure, reading
-from unwrite.run.backward.rules import RULES, Rules, cotangents
+from unwrite.run.backward.rules import RULES, Rules
+from unwrite.run.backward.slopes import cotangents
 from unwrite.run.replay import clean as rerun
 
 LENGTH, ROW = 6, 4

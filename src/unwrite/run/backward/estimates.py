@@ -21,12 +21,11 @@ from unwrite.model.hooks import before, hooked, leaf
 from unwrite.model.view import Model
 from unwrite.run.backward.rules import RULES, Rules
 from unwrite.run.backward.saturation import of_keys, of_queries
-from unwrite.run.backward.slopes import Graph, Slopes, graph
+from unwrite.run.backward.slopes import Graph, MetricOf, Slopes, graph
 from unwrite.run.edit.slots import SCORED, Slot, Values, slots, values
 
 Estimate = dict[Slot, Float[Tensor, "pair position _unit"]]
 Summed = dict[Slot, Float[Tensor, "pair _ _unit"]]
-MetricOf = Callable[[Float[Tensor, "pair position d_model"]], Float[Tensor, " pair"]]
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,22 +11,17 @@ gradient   everything differentiated
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from unwrite.errors import NumericError
-from unwrite.model.capture import evaluating
-from unwrite.model.hooks import Handle, after, before, between, hooked, kept, leaf
+from unwrite.model.hooks import Handle, after, before, between
 from unwrite.model.view import Layer, Model, gain_of, is_norm, norm_scale, value_columns
-from unwrite.model.weights import reloading
-from unwrite.nodes import Location
 from unwrite.run.edit.sites import last_projection
 
 _STABLE = 1e-6
@@ -62,39 +57,6 @@ RULES: Mapping[str, Rules] = {
     "relp": Rules("held", "relp", "free"),
     "gradient": Rules(),
 }
-
-Metric = Callable[[Float[Tensor, "prompt position d_model"]], Float[Tensor, " prompt"]]
-
-
-def cotangents(
-    lm: Model, ids: Int[Tensor, "prompt position"], rules: Rules, metric: Metric
-) -> tuple[Float[Tensor, " prompt"], dict[Location, Float[Tensor, "prompt position d_model"]]]:
-    """∂ metric / ∂ stream at every location under `rules`, and the metric, of what the final norm gives, itself.
-
-    One forward and one backward pass; no parameter's gradient is computed or stored.
-    """
-    stream: dict[Location, Tensor] = {}
-    with torch.enable_grad(), ExitStack() as stack:
-        stack.enter_context(evaluating(lm.hf))
-        stack.enter_context(reloading(lm.hf))
-        stack.enter_context(hooked([*put(lm, rules), *_watch(lm, stream)]))
-        values = metric(lm.decoder(input_ids=ids.to(lm.device), use_cache=False).last_hidden_state.to(lm.device))
-        # Rows do not mix, so the gradient of the sum is every prompt's own.
-        found = torch.autograd.grad(values.sum(), list(stream.values()))
-    shape = (len(ids), ids.shape[1], lm.d_model)
-    return values.detach(), {
-        state: part.reshape(shape).to(lm.device, lm.compute_dtype) for state, part in zip(stream, found, strict=True)
-    }
-
-
-def _watch(lm: Model, stream: dict[Location, Tensor]) -> Iterator[Handle]:
-    """Keep the stream's own tensors: the skip path and every reader use the same one."""
-    yield before(lm.layers[0].block, leaf())
-    for layer in lm.layers:
-        yield before(layer.block, kept(stream, layer.reads))
-        if layer.mid is not None and not lm.parallel:
-            yield before(layer.mid, kept(stream, Location("mid", layer.index)))
-    yield before(lm.final_norm, kept(stream, lm.states[-1]))
 
 
 class _Surrogate(torch.autograd.Function):

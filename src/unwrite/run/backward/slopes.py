@@ -5,23 +5,82 @@ The graph of the base run is kept, so that other backward passes through parts o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from unwrite.errors import NumericError
 from unwrite.model.capture import evaluating
 from unwrite.model.hooks import before, hooked, kept, leaf
 from unwrite.model.view import Model
 from unwrite.model.weights import reloading
+from unwrite.nodes import Location
 from unwrite.run.backward.rules import Rules, put
 from unwrite.run.edit.slots import SCORED, Slot, between_blocks, values_of, watching
 
 Slopes = dict[Slot, Float[Tensor, "pair position _unit _d"]]
+# Of what the final norm gives.
+MetricOf = Callable[[Float[Tensor, "pair position d_model"]], Float[Tensor, " pair"]]
+Watched = AbstractContextManager[Mapping[Any, Tensor]]
+
+
+def backward(
+    lm: Model,
+    ids: Int[Tensor, "pair position"],
+    rules: Rules,
+    metric: MetricOf,
+    watched: Watched,
+    embedded: Float[Tensor, "pair position d_model"] | None = None,
+    keep: bool = False,
+) -> tuple[Float[Tensor, " pair"], dict[Any, Tensor], dict[Any, Tensor]]:
+    """The metric of each pair, the tensors that `watched` shows of a forward pass, and the metric's slope at each.
+
+    One forward and one backward pass under `rules`; no parameter's gradient is computed or stored. `embedded` stands in
+    for the state before the first block; with `keep`, further backward passes can follow. Raises NumericError for a
+    metric that has no slope.
+    """
+    with torch.enable_grad(), ExitStack() as stack:
+        stack.enter_context(evaluating(lm.hf))
+        stack.enter_context(reloading(lm.hf))
+        stack.enter_context(hooked(put(lm, rules)))
+        # What was embedded begins the graph, whether or not the parameters have gradients.
+        stack.enter_context(hooked([before(lm.layers[0].block, leaf(embedded))]))
+        shown = stack.enter_context(watched)
+        value = metric(lm.decoder(input_ids=ids.to(lm.device), use_cache=False).last_hidden_state.to(lm.device))
+        if not value.requires_grad:
+            raise NumericError("the metric has no slope", fix="use method='exact', or make it of torch's own functions")
+        tensors = dict(shown)
+        # Rows do not mix, so the slope of the sum is every pair's own.
+        found = torch.autograd.grad(value.sum(), [*tensors.values()], retain_graph=keep, allow_unused=True)
+    slopes = [torch.zeros_like(x) if slope is None else slope for x, slope in zip(tensors.values(), found, strict=True)]
+    return value, tensors, dict(zip(tensors, slopes, strict=True))
+
+
+def cotangents(
+    lm: Model, ids: Int[Tensor, "pair position"], rules: Rules, metric: MetricOf
+) -> tuple[Float[Tensor, " pair"], dict[Location, Float[Tensor, "pair position d_model"]]]:
+    """The metric, and its slope under `rules` at every state of the stream."""
+    modules: dict[Location, nn.Module] = {layer.reads: layer.block for layer in lm.layers}
+    modules[lm.states[-1]] = lm.final_norm
+    if not lm.parallel:
+        modules |= {Location("mid", layer.index): layer.mid for layer in lm.layers if layer.mid is not None}
+    value, _, found = backward(lm, ids, rules, metric, _read_by(modules))
+    shape = (len(ids), ids.shape[1], lm.d_model)
+    return value.detach(), {state: part.reshape(shape).to(lm.device, lm.compute_dtype) for state, part in found.items()}
+
+
+@contextmanager
+def _read_by(modules: Mapping[Any, nn.Module]) -> Iterator[Mapping[Any, Tensor]]:
+    """Inside the `with`, what modules read: the stream's own tensors, which the skip path uses, too."""
+    found: dict[Any, Tensor] = {}
+    with hooked(before(module, kept(found, key)) for key, module in modules.items()):
+        yield found
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,17 +103,17 @@ class Graph:
 
         The cotangent passes the block by the skip alone, so before it it is the one behind it (AtP*, §3.2).
         """
-        before = [slot for slot in self._tensors if slot.layer < layer or (slot.at is None and slot.layer == layer)]
-        tensors = [self._tensors[slot] for slot in before]
-        behind = self.cotangents[layer + 1]
+        earlier = {
+            slot: tensor for slot, tensor in self._tensors.items()
+            if slot.layer < layer or (slot.at is None and slot.layer == layer)
+        }  # fmt: skip
+        between = {slot: tensor for slot, tensor in self._tensors.items() if slot.joined and slot.layer == layer}
+        behind, read = self.cotangents[layer + 1], self._stream[layer]
         found: Sequence[Tensor | None] = ()
-        if tensors:
-            read = self._stream[layer]
-            found = torch.autograd.grad(read, tensors, behind.to(read.device), retain_graph=True, allow_unused=True)
-        between = [slot for slot in self._tensors if slot.joined and slot.layer == layer]
-        slopes = [*found, *(behind * self._scale for _ in between)]
-        tensors += [self._tensors[slot] for slot in between]
-        return _named([*before, *between], tensors, slopes, self.metric)
+        if earlier:
+            asked, slope = [*earlier.values()], behind.to(read.device)
+            found = torch.autograd.grad(read, asked, slope, retain_graph=True, allow_unused=True)
+        return _named({**earlier, **between}, [*found, *(behind * self._scale for _ in between)], self.metric)
 
 
 def graph(
@@ -62,46 +121,35 @@ def graph(
     ids: Int[Tensor, "pair position"],
     slots: Sequence[Slot],
     rules: Rules,
-    metric: Callable[[Float[Tensor, "pair position d_model"]], Float[Tensor, " pair"]],
+    metric: MetricOf,
     embedded: Float[Tensor, "pair position d_model"] | None = None,
     keep: bool = False,
 ) -> Graph:
-    """Run prompts and go back once under `rules`; `metric` reads what the final norm gives.
-
-    `embedded` stands in for the state before the first block; with `keep`, further backward passes can follow.
-    """
-    stream: dict[int, Tensor] = {}
-    with torch.enable_grad(), ExitStack() as stack:
-        stack.enter_context(evaluating(lm.hf))
-        stack.enter_context(reloading(lm.hf))
-        stack.enter_context(hooked(put(lm, rules)))
-        stack.enter_context(hooked([before(lm.layers[0].block, leaf(embedded))]))
-        stack.enter_context(hooked(before(module, kept(stream, i)) for i, module in enumerate(between_blocks(lm))))
-        tensors = stack.enter_context(watching(lm, slots))
-        value = metric(lm.decoder(input_ids=ids.to(lm.device), use_cache=False).last_hidden_state.to(lm.device))
-        if not value.requires_grad:
-            raise NumericError("the metric has no slope", fix="use method='exact', or make it of torch's own functions")
-        tensors = {slot: tensors[slot] for slot in slots}
-        inputs = [stream[index] for index in range(len(lm.layers) + 1)]
-        # Rows do not mix, so the slope of the sum is every pair's own.
-        found = torch.autograd.grad(value.sum(), [*tensors.values(), *inputs], retain_graph=keep, allow_unused=True)
-    values = values_of(lm, tensors, inputs, len(ids))
-    slopes = _named(list(tensors), list(tensors.values()), found[: len(tensors)], value)
+    """Run prompts and go back once under `rules`; `embedded` and `keep` as in `backward`."""
+    value, tensors, found = backward(lm, ids, rules, metric, _blocks_and(lm, slots), embedded, keep)
+    watched, inputs = {slot: tensors[slot] for slot in slots}, [tensors[i] for i in range(len(lm.layers) + 1)]
+    slopes = _named(watched, [found[slot] for slot in watched], value)
     if rules.attention != "free":
         slopes |= {slot: torch.zeros_like(slopes[slot]) for slot in slots if slot.kind in SCORED}
-    cotangents = [_zero_if_none(part, x).to(lm.device) for part, x in zip(found[len(tensors) :], inputs, strict=True)]
-    scale = lm.residual_scale
-    return Graph(value.detach(), values, slopes, cotangents, tensors if keep else {}, inputs if keep else (), scale)
+    cotangents = [found[i].to(lm.device) for i in range(len(inputs))]
+    return Graph(
+        value.detach(), values_of(lm, watched, inputs, len(ids)), slopes, cotangents,
+        watched if keep else {}, inputs if keep else (), lm.residual_scale,
+    )  # fmt: skip
 
 
-def _zero_if_none(slope: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if slope is None else slope
+@contextmanager
+def _blocks_and(lm: Model, slots: Sequence[Slot]) -> Iterator[Mapping[Any, Tensor]]:
+    """Inside the `with`, the stream that each block (by its number) and then the final norm reads, and slots."""
+    with _read_by(dict(enumerate(between_blocks(lm)))) as stream, watching(lm, slots) as tensors:
+        yield ChainMap(tensors, stream)  # pyright: ignore[reportArgumentType]
 
 
-def _named(slots: Sequence[Slot], tensors: Sequence[Tensor], found: Sequence[Tensor | None], metric: Tensor) -> Slopes:
+def _named(tensors: Mapping[Slot, Tensor], found: Iterable[Tensor | None], metric: Tensor) -> Slopes:
     """Slopes in the slots' own view, of the units that are asked for, where the metric is."""
     named: Slopes = {}
-    for slot, tensor, slope in zip(slots, tensors, found, strict=True):
-        whole = slot.view(_zero_if_none(slope, tensor).to(metric.device), len(metric))
+    for (slot, tensor), slope in zip(tensors.items(), found, strict=True):
+        own = torch.zeros_like(tensor) if slope is None else slope
+        whole = slot.view(own.to(metric.device), len(metric))
         named[slot] = whole.index_select(2, slot.units.to(whole.device))
     return named

@@ -20,7 +20,8 @@ from unwrite.model.view import Folded, Model
 from unwrite.model.writes import expand
 from unwrite.nodes import Location
 from unwrite.run.answer.logits import Question, capped, measure, normed_measure, reading
-from unwrite.run.backward.rules import RULES, cotangents
+from unwrite.run.backward.rules import RULES
+from unwrite.run.backward.slopes import cotangents
 from unwrite.run.replay.clean import Clean, added
 from unwrite.run.source.writes import Replaced
 
