@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from functools import reduce
 from operator import add
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from hypothesis import example, given
 from hypothesis.extra import numpy as hnp
 
+from unwrite.run.loop.ledger import Ledger
 from unwrite.stats.mergeable import LENGTH, RATIO, ClusterSums, Grid, Histogram, Tree
 
 Q = (0.0, 0.125, 0.25, 0.5, 0.75, 0.875, 1.0)
@@ -309,8 +311,8 @@ def test_lengths_are_counted_on_their_own_grid() -> None:
 # --- Tree -------------------------------------------------------------------------------------------------------------
 
 
-def tree_of(parts: dict[int, object], combine: Callable = add) -> Tree:
-    tree = Tree(combine)
+def tree_of(parts: dict[int, object], combine: Callable = add, *codec: Callable) -> Tree:
+    tree = Tree(combine, *codec)
     for batch, value in parts.items():
         tree.add(batch, value)
     return tree
@@ -360,14 +362,19 @@ def numbered(text: str) -> dict[str, torch.Tensor]:
     return {"": torch.tensor([*map(ord, text)])}
 
 
+def spelled(named: dict[str, torch.Tensor]) -> str:
+    return "".join(map(chr, named[""].tolist()))
+
+
 @given(st.integers(1, 40), st.data())
 def test_no_arrival_order_and_no_partition_changes_the_brackets(n: int, data: st.DataObject) -> None:
     order = data.draw(st.permutations(range(n)))
     owner = data.draw(st.lists(st.integers(0, 2), min_size=n, max_size=n))
     texts = [f"[{i}]" for i in range(n)]
-    first, *others = [tree_of({i: texts[i] for i in order if owner[i] == k}, bracket) for k in range(3)]
+    mine = [{i: texts[i] for i in order if owner[i] == k} for k in range(3)]
+    first, *others = [tree_of(parts, bracket, numbered, spelled) for parts in mine]
     for other in others:
-        first.take(other.state(numbered), lambda named: "".join(map(chr, named[""].tolist())))
+        first.take(other.state())
     assert first.total() == tree_of(dict(enumerate(texts)), bracket).total()
 
 
@@ -379,7 +386,7 @@ def test_floats_have_the_same_bits_for_any_arrival_order_and_partition(n: int, s
     cut = data.draw(st.integers(0, n))
     left, right = ({i: values[i] for i in part} for part in (order[:cut], order[cut:]))
     merged = tree_of(left)
-    merged.take(tree_of(right).state(lambda part: {"": part}), lambda named: named[""])
+    merged.take(tree_of(right).state())
     assert torch.equal(merged.total(), tree_of(dict(enumerate(values))).total())
 
 
@@ -540,3 +547,22 @@ def test_equal_shares_in_all_clusters_have_no_error() -> None:
     share, error = reduce(add, sums_of(cluster, 0.3 * x[:, None] + 0 * y, x)).share()
     np.testing.assert_allclose(share, 0.3)
     np.testing.assert_allclose(error, 0, atol=1e-7)
+
+
+# --- Ledger -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_ledger_adds_sums_in_place_and_replaces_what_has_a_name() -> None:
+    def kept(value: float) -> tuple[Ledger, dict[str, Any]]:
+        tree = tree_of({int(value): torch.tensor(value)})
+        parts = {"sum": np.full(2, value), "total": torch.tensor(value), "said": {f"{value}": np.array(value)}}
+        return Ledger({**parts, "inner": Ledger({"tree": tree})}), {**parts, "tree": tree}
+
+    (mine, parts), (other, _) = kept(2.0), kept(3.0)
+    mine.take(other.state())
+    assert parts["sum"].tolist() == [5.0, 5.0]
+    assert parts["total"] == 5
+    assert parts["tree"].total() == 5
+    assert parts["said"] == {"2.0": 2.0, "3.0": 3.0}
+    mine.only(["sum"]).take(other.only(["sum", "total"]).state())
+    assert (parts["sum"].tolist(), float(parts["total"])) == ([8.0, 8.0], 5.0)

@@ -10,7 +10,7 @@ randomly turned writes, and again on text that was not searched.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ from unwrite.nodes import Node, choose, parse_node
 from unwrite.prompts.tokens import Tokens, spelled
 from unwrite.result import Result, build, quantity
 from unwrite.run.answer.logits import Question, measure, reading, top_two
-from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.job import Job, opened
+from unwrite.run.loop.ledger import Ledger
 from unwrite.run.loop.stream import Batch, Listener, admit, batch_size, parts, stream
 from unwrite.run.replay.clean import added, clean
 from unwrite.run.source.rotations import rotations
@@ -90,24 +90,23 @@ class _Search:
         pool = Pool(lm, self.folded, tokens, own=True)
         self._mean, self._known = pool.mean(writer), pool.has_mean
         self._turns = list(rotations(lm, GENERIC))
-        self._counts = np.zeros((len(SOURCES), 2), dtype=np.int64)
-        self.best: list[dict[str, Any]] = []
+        self.counts = np.zeros((len(SOURCES), 2), dtype=np.int64)  # [source, (hits, positions)]
+        self._best = {"": np.array("[]")}  # JSON, since hits are of many lengths
+        self.kept = Ledger({"counts": self.counts, "best": self._best})
 
     def step(self, batch: Batch) -> None:
         """One clean run, one without the write, one for every rotation."""
+        best = self.best
         for _, (found, hits) in parts(batch, self._measured):
-            self._counts += found
-            self.best += hits
-        self.best = _distinct(sorted(self.best, key=lambda one: -one["score"]))[: self.n]
+            self.counts += found
+            best += hits
+        best = _distinct(sorted(best, key=lambda one: -one["score"]))[: self.n]
+        self._best[""] = np.array(json.dumps(best))
 
-    def state(self) -> Arrays:
-        """Everything that is kept between two batches, as arrays by name."""
-        return {"counts": self._counts, "best": np.array(json.dumps(self.best))}
-
-    def take(self, state: Mapping[str, np.ndarray]) -> None:
-        """Add what was kept of earlier batches."""
-        self._counts += state["counts"]
-        self.best = [{**one, "said": tuple(one["said"])} for one in json.loads(str(state["best"]))]
+    @property
+    def best(self) -> list[dict[str, Any]]:
+        """The best hit of every prompt, best first."""
+        return json.loads(str(self._best[""]))
 
     def _measured(self, batch: Batch) -> tuple[np.ndarray, list[dict[str, Any]]]:
         """Counts [source, (hits, positions)] and the hits of a part of a batch."""
@@ -119,7 +118,7 @@ class _Search:
         kept = (batch.beyond(self.skip) & self._known[: batch.ids.shape[1]]).to(self.lm.device)
         write = write_of(self.lm, self.folded, run.record.writes, self.writer).expand_as(final)
         mean = self._mean[: write.shape[1]]
-        counts, best = np.zeros_like(self._counts), []
+        counts, best = np.zeros_like(self.counts), []
         for number, turn in enumerate([None, *self._turns]):
             turned, typical = (part if turn is None else part @ turn for part in (write, mean))
             found = {
@@ -149,20 +148,16 @@ class _Search:
         for i in torch.isfinite(value).nonzero()[:, 0].tolist():
             place = (i, int(row[i]))
             numbers = {name: float(part[place]) for name, part in found.items()}
-            said = tuple(batch.ids[i, : place[1] + 1].tolist())
+            said = batch.ids[i, : place[1] + 1].tolist()
             ids = {f"{name}_id": int(part[place]) for name, part in (("answer", question.answer), ("against", other))}
             yield {"score": float(value[i]), "prompt": batch.first + i, "row": place[1], "said": said, **ids, **numbers}
-
-    def counts(self) -> np.ndarray:
-        """[source, (hits, positions)]."""
-        return self._counts
 
 
 def _distinct(ranked: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The first of every text: prompts of a corpus begin alike."""
     first: dict[tuple[int, ...], dict[str, Any]] = {}
     for one in ranked:
-        first.setdefault(one["said"], one)
+        first.setdefault(tuple(one["said"]), one)
     return list(first.values())
 
 
@@ -174,7 +169,7 @@ def _hits(found: dict[str, Tensor]) -> Tensor:
 
 
 def _dataset(lm: Model, tallies: list[_Search], writer: Node) -> xr.Dataset:
-    counts = np.stack([tally.counts() for tally in tallies])
+    counts = np.stack([tally.counts for tally in tallies])
     best = tallies[0].best
     ids = np.full((len(best), max((one["row"] + 1 for one in best), default=0)), -1)
     for row, one in zip(ids, best, strict=True):

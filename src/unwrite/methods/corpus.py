@@ -9,7 +9,7 @@ authors' published script). Perfect clean-up is a correlation and a slope of −
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -29,12 +29,12 @@ from unwrite.nodes import Node, choose, parse_node, require_readers
 from unwrite.prompts.tokens import Tokens
 from unwrite.result import Result, build, quantity
 from unwrite.run.answer.logits import Question, reading, top_two
-from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.job import Job, opened
+from unwrite.run.loop.ledger import Ledger
 from unwrite.run.loop.stream import Batch, Listener, admit, batch_size, parts, stream
 from unwrite.run.replay.clean import Clean, clean
 from unwrite.stats.bootstrap import fit, interval, moments
-from unwrite.stats.mergeable import Tree, joined, under
+from unwrite.stats.mergeable import Tree
 
 PATHS = ("raw", "values", "same_position")
 # Of all positions, about so many are kept to be drawn, spread evenly.
@@ -96,24 +96,15 @@ class _Tally:
         )
         self.folded = fold(lm)
         self._stride = -(-int(tokens.lengths.sum()) // DRAWN)
-        self._sums: Tree[Tensor] = Tree(add)
-        self._sample: Tree[Tensor] = Tree(lambda first, second: torch.cat([first, second], 1))
+        self._sums = Tree[Tensor](add)
+        self._sample = Tree[Tensor](lambda first, second: torch.cat([first, second], 1))
+        self.kept = Ledger({"sums": self._sums, "sample": self._sample})
 
     def step(self, batch: Batch) -> None:
         """Read both attributions at every position of a batch."""
         sums, samples = zip(*(found for _, found in parts(batch, self._measured)), strict=True)
         self._sums.add(batch.index, torch.from_numpy(reduce(add, sums)))
         self._sample.add(batch.index, torch.from_numpy(np.concatenate(samples, 1)))
-
-    def state(self) -> Arrays:
-        """Everything that is kept between two batches, as arrays by name."""
-        kept = {"sums": self._sums, "sample": self._sample}
-        return joined({name: tree.state(lambda part: {"": part}) for name, tree in kept.items()})
-
-    def take(self, state: Mapping[str, np.ndarray]) -> None:
-        """Add what was kept of other batches."""
-        for name, tree in (("sums", self._sums), ("sample", self._sample)):
-            tree.take(under(state, name), lambda named: named[""])
 
     def _measured(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Moments [cluster, path, moment] of a part of a batch, and some of its attributions [x or path, point]."""

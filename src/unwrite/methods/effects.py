@@ -30,10 +30,10 @@ from unwrite.run.backward.rules import RULES, Rules
 from unwrite.run.edit.slots import Slot, slots
 from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.job import Job, opened
+from unwrite.run.loop.ledger import Ledger
 from unwrite.run.loop.stream import Batch, Listener, Progress, Rows, batch_size, stream
 from unwrite.run.replay.sweep import base_of, forwards, patched, patches
 from unwrite.run.source.values import Donor, donor
-from unwrite.stats.mergeable import joined, under
 
 AT = ("each", "all", "last")
 _RULED: Mapping[str, Rules] = {
@@ -170,20 +170,8 @@ class _Tally:
         self._request, self._job = request, job
         self._rows = Rows(self._measured)
         self._begun: Arrays = {}
-        self.whole = self._rows.whole
-
-    def step(self, batch: Batch) -> None:
-        """All nodes of a batch of pairs."""
-        self._rows.step(batch)
-
-    def state(self) -> Arrays:
-        """Everything that is known, as arrays by name."""
-        return joined({"done": self._rows.state(), "begun": self._begun})
-
-    def take(self, state: Mapping[str, np.ndarray]) -> None:
-        """Add what was known."""
-        self._rows.take(under(state, "done"))
-        self._begun = under(state, "begun")
+        self.kept = Ledger({"done": self._rows.kept, "begun": self._begun})
+        self.step, self.whole = self._rows.step, self._rows.whole
 
     def _measured(self, batch: Batch) -> Arrays:
         request, rows = self._request, slice(batch.first, batch.first + batch.real)
@@ -210,9 +198,10 @@ class _Tally:
             for part, final in patched(base, source, jobs, start, request.at == "all"):
                 change = metric(final, part.pair) - clean[part.pair]
                 found[part.pair, place, part.unit + int(offset[part.slot])] = change
-            self._begun = {_name(rows): found.cpu().numpy(), f"{_name(rows)} done": np.array(start + 1)}
-            self._job.tick(self)
-        self._begun = {}
+            self._begun.clear()
+            self._begun |= {_name(rows): found.cpu().numpy(), f"{_name(rows)} done": np.array(start + 1)}
+            self._job.tick(self.kept)
+        self._begun.clear()
         return {"base": clean, "effect": _shaped(request, found if request.at == "each" else found[:, :1], row)}
 
     def _held(self, rows: slice, empty: Tensor) -> tuple[Tensor, int]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
@@ -110,14 +110,14 @@ class Histogram:
         self._flush()
         return self._counts[:, self._bins].cpu().numpy()
 
-    def take(self, counts: Int[np.ndarray, "channels bins"]) -> None:
+    def take(self, state: Mapping[str, Int[np.ndarray, "channels bins"]]) -> None:
         """Add the `state` of a histogram of the same channels, grid and rows."""
-        self._counts += torch.from_numpy(counts).to(self._counts)
+        self._counts += torch.from_numpy(state[""]).to(self._counts)
 
-    def state(self) -> Int[np.ndarray, "channels bins"]:
+    def state(self) -> dict[str, Int[np.ndarray, "channels bins"]]:
         """All counts, with that of what is left out."""
         self._flush()
-        return self._counts.cpu().numpy()
+        return {"": self._counts.cpu().numpy()}
 
     def quantiles(self, q: tuple[float, ...]) -> Float[np.ndarray, "channels q"]:
         """Quantiles of every channel, interpolated between neighbouring order statistics; NaN where nothing counts.
@@ -164,11 +164,17 @@ class Tree(Generic[V]):
     """A fold over batches 0, 1, 2, … whose association is fixed: batches 2i and 2i+1 are combined, then their parents.
 
     Parts may arrive in any order and in several trees that are merged; the total has the same bits. In order, at most
-    log2(n) parts are alive.
+    log2(n) parts are alive. `tensors` takes a value apart by name, `of_tensors` makes it of those; else it is a Tensor.
     """
 
-    def __init__(self, combine: Callable[[V, V], V]):
-        self._combine = combine
+    def __init__(
+        self,
+        combine: Callable[[V, V], V],
+        tensors: Callable[[V], Mapping[str, Tensor]] = lambda value: {"": cast(Any, value)},
+        of_tensors: Callable[[dict[str, Tensor]], V] = lambda named: cast(Any, named[""]),
+        device: torch.device | str = "cpu",
+    ):
+        self._combine, self._tensors, self._of_tensors, self._device = combine, tensors, of_tensors, device
         self._parts: dict[tuple[int, int], V] = {}
 
     def add(self, batch: int, value: V, level: int = 0) -> None:
@@ -180,22 +186,22 @@ class Tree(Generic[V]):
             pair = (sibling, value) if batch & 1 else (value, sibling)
             self.add(batch >> 1, self._combine(*pair), level + 1)
 
-    def state(self, tensors: Callable[[V], Mapping[str, Tensor]]) -> dict[str, np.ndarray]:
+    def state(self) -> dict[str, np.ndarray]:
         """Arrays by level, batch and what `tensors` calls the parts of a value."""
         return {
             f"{level}/{batch}/{name}": part.cpu().numpy()
             for (level, batch), value in self._parts.items()
-            for name, part in tensors(value).items()
+            for name, part in self._tensors(value).items()
         }
 
-    def take(self, state: Mapping[str, np.ndarray], value: Callable[[dict[str, Tensor]], V]) -> None:
-        """Put in the `state` of a tree over other batches, each value made of its tensors."""
+    def take(self, state: Mapping[str, np.ndarray]) -> None:
+        """Put in the `state` of a tree over other batches."""
         groups: dict[tuple[int, int], dict[str, Tensor]] = {}
         for path, part in state.items():
             level, batch, name = path.split("/", 2)
-            groups.setdefault((int(level), int(batch)), {})[name] = torch.from_numpy(part.copy())
+            groups.setdefault((int(level), int(batch)), {})[name] = torch.from_numpy(part.copy()).to(self._device)
         for (level, batch), tensors in groups.items():
-            self.add(batch, value(tensors), level)
+            self.add(batch, self._of_tensors(tensors), level)
 
     def total(self) -> V:
         """The fold over everything put in. Raises KeyError on an empty tree."""
@@ -207,16 +213,6 @@ class Tree(Generic[V]):
         for part in parts:
             total = self._combine(total, part)
         return total
-
-
-def joined(states: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Several states as one, each array's name behind that of its state; `under` takes one out again."""
-    return {f"{name}/{path}": array for name, state in states.items() for path, array in state.items()}
-
-
-def under(state: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
-    """The arrays of a state whose names begin with `name/`, without it."""
-    return {path[len(name) + 1 :]: array for path, array in state.items() if path.startswith(f"{name}/")}
 
 
 @dataclass(frozen=True)
@@ -277,12 +273,11 @@ class ClusterSums:
         return {"n": torch.tensor(self.n), **named}
 
     @staticmethod
-    def of_tensors(named: Mapping[str, Tensor], device: torch.device | str = "cpu") -> ClusterSums:
+    def of_tensors(named: Mapping[str, Tensor]) -> ClusterSums:
         """What `tensors` was made of."""
-        here = {name: part.to(device) for name, part in named.items()}
-        ends = [i for i in range(2) if f"open{i}" in here]
-        runs = tuple((int(here[f"open{i}"]), here[f"open{i}y"], here[f"open{i}x"]) for i in ends)
-        return ClusterSums(int(here["n"]), *(here[name] for name in ("y", "yy", "xy", "x", "xx")), open=runs)
+        ends = [i for i in range(2) if f"open{i}" in named]
+        runs = tuple((int(named[f"open{i}"]), named[f"open{i}y"], named[f"open{i}x"]) for i in ends)
+        return ClusterSums(int(named["n"]), *(named[name] for name in ("y", "yy", "xy", "x", "xx")), open=runs)
 
     def closed(self) -> ClusterSums:
         """The same sums when no prompt is to follow: every cluster is complete."""

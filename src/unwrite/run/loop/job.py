@@ -31,6 +31,7 @@ from unwrite.model.view import Model
 from unwrite.result import Result
 from unwrite.run.loop import checkpoint
 from unwrite.run.loop.checkpoint import Arrays
+from unwrite.run.loop.ledger import Lasting
 
 SECONDS = 30.0
 _KEY, _UNFINISHED = "key", "unfinished"
@@ -39,21 +40,6 @@ _NEXT = "next"
 # How often the run was started until then, for how many seconds it ran, and where.
 _SPENT, _HOSTS = "spent", "hosts"
 _LOCK = "unwrite.lock"
-
-
-@runtime_checkable
-class Tally(Protocol):
-    """What a method keeps while batches go by."""
-
-    def step(self, batch: Any) -> None:
-        """Count one batch."""
-
-    def state(self) -> Arrays:
-        """Everything that is kept between two batches, as arrays by name."""
-        ...
-
-    def take(self, state: Mapping[str, np.ndarray]) -> None:
-        """Add what a tally of the same question kept of other batches."""
 
 
 @runtime_checkable
@@ -247,9 +233,9 @@ class Job:
         self._stages.append(stage)
         return stage
 
-    def tick(self, tally: Tally) -> None:
-        """Where a step takes long: what the tally holds is whole here, and an interrupt need not wait any longer."""
-        self._stages[-1].tick(tally, now=self.interrupted)
+    def tick(self, lasting: Lasting) -> None:
+        """Where a step takes long: what lasts is whole here, and an interrupt need not wait any longer."""
+        self._stages[-1].tick(lasting, now=self.interrupted)
         if self.interrupted:
             raise KeyboardInterrupt
 
@@ -258,12 +244,12 @@ class Job:
         """Did an interrupt come while a batch was being counted?"""
         return bool(self._came)
 
-    def gather(self, tally: Tally) -> None:
+    def gather(self, lasting: Lasting) -> None:
         """Add up what all peers kept, at the first of them."""
         if self.peers is not None:
-            for state in self.peers.gather({**self.spent.state(), **tally.state()}):
+            for state in self.peers.gather({**self.spent.state(), **lasting.state()}):
                 self._before = replace(self._before, hosts=self._before.hosts | Spent.taken(state).hosts)
-                tally.take(state)
+                lasting.take(state)
 
     def together(self) -> None:
         """From here on the whole is needed: the `with` of a part ends here."""
@@ -326,36 +312,36 @@ class Stage:
         """Is it time to write?"""
         return time.monotonic() - self._saved >= self.job.every
 
-    def resume(self, tally: Tally) -> range:
-        """Give the tally what is done already; the batches that are left."""
+    def resume(self, lasting: Lasting) -> range:
+        """Add what is done already to what lasts; the batches that are left."""
         for state in self.whole or ():
-            self._take(tally, state)
+            self._take(lasting, state)
         if self.whole is not None:
             return range(0)
         self._next = self.span.start
         found = {} if self.path is None else checkpoint.read(self.path, self.key)
         if found:
-            self._take(tally, found)
+            self._take(lasting, found)
         elif not self.span:
-            self.tick(tally, now=True)  # of more shards than batches, some have none: that is said, too
+            self.tick(lasting, now=True)  # of more shards than batches, some have none: that is said, too
         return range(self._next, self.span.stop)
 
-    def _take(self, tally: Tally, state: Arrays) -> None:
+    def _take(self, lasting: Lasting, state: Arrays) -> None:
         self._next = int(state.pop(_NEXT))
         self.job.goes_on(Spent.taken(state))
-        tally.take(state)
+        lasting.take(state)
 
-    def tick(self, tally: Tally, now: bool = False) -> None:
-        """Write what the tally holds, where it is time to, or `now`."""
+    def tick(self, lasting: Lasting, now: bool = False) -> None:
+        """Write what lasts, where it is time to, or `now`."""
         if self.path is not None and (now or self.due):
             own = {_NEXT: np.array(self._next), **self.job.spent.state()}
-            checkpoint.save(self.path, self.key, {**own, **tally.state()})
+            checkpoint.save(self.path, self.key, {**own, **lasting.state()})
             self._saved = time.monotonic()
 
-    def done(self, tally: Tally, batch: int, now: bool) -> None:
+    def done(self, lasting: Lasting, batch: int, now: bool) -> None:
         """A batch is counted; the last one is always written, since other stages may follow."""
         self._next = batch + 1
-        self.tick(tally, now or self._next == self.span.stop)
+        self.tick(lasting, now or self._next == self.span.stop)
 
 
 def _whole(folders: Iterable[str | Path], label: str, key: str) -> Iterator[Arrays]:

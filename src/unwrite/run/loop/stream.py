@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,7 +20,8 @@ from unwrite.model.writes import Writes
 from unwrite.prompts.tokens import Tokens, from_ids
 from unwrite.result import Result
 from unwrite.run.loop.checkpoint import Arrays
-from unwrite.run.loop.job import Job, Tally
+from unwrite.run.loop.job import Job
+from unwrite.run.loop.ledger import Lasting, Ledger
 
 _BATCH_TOKENS = 4096
 _BATCH_BYTES = 2**28
@@ -113,6 +114,19 @@ class Progress:
 Listener = Callable[[Progress], None]
 
 
+@runtime_checkable
+class Tally(Protocol):
+    """What a method keeps while batches go by."""
+
+    @property
+    def kept(self) -> Lasting:
+        """All that it keeps between two batches."""
+        ...
+
+    def step(self, batch: Batch) -> None:
+        """Count one batch."""
+
+
 def batch_size(lm: Model, tokens: Tokens, wanted: int | None = None, held: int = 1) -> int:
     """Prompts per batch: `wanted`, or about 4,096 tokens, fewer where the factors of all writes would pass 256 MiB.
 
@@ -167,26 +181,26 @@ def stream(lm: Model, tokens: Tokens, tally: Tally, size: int, stage: str, liste
 
     Afterwards the tally holds the whole, or in a job that does a part of the work that part.
     """
-    kept = job.stage(stage, -(-len(tokens) // size), [tokens.hash, size])
-    left = kept.resume(tally)
-    first, end = (min(index * size, len(tokens)) for index in (kept.span.start, kept.span.stop))
+    done = job.stage(stage, -(-len(tokens) // size), [tokens.hash, size])
+    left = done.resume(tally.kept)
+    first, end = (min(index * size, len(tokens)) for index in (done.span.start, done.span.stop))
     start, seen, before = time.monotonic(), 0, min(left.start * size, end) - first
 
-    def tell(done: int) -> None:
+    def tell(prompts: int) -> None:
         if listener is not None and end > first:
-            listener(Progress(stage, done, end - first, seen, time.monotonic() - start, before=before))
+            listener(Progress(stage, prompts, end - first, seen, time.monotonic() - start, before=before))
 
     if not left:
         tell(end - first)
     for batch in batches(tokens, size, left):
         with job.unbroken():
             tally.step(batch)
-            kept.done(tally, batch.index, now=job.interrupted)
+            done.done(tally.kept, batch.index, now=job.interrupted)
         seen += int(batch.counted.sum())
         tell(batch.first + batch.real - first)
         if job.interrupted:
             raise KeyboardInterrupt
-    job.gather(tally)
+    job.gather(tally.kept)
 
 
 def forward(lm: Model, batch: Batch, folded: tuple[Folded, ...]) -> Iterator[tuple[slice, Writes]]:
@@ -251,24 +265,18 @@ class Rows:
 
     def __init__(self, measure: Callable[[Batch], Mapping[str, np.ndarray]]):
         self._measure = measure
-        self._parts: dict[int, Arrays] = {}
+        self._parts: Arrays = {}  # by the first prompt of each part and name
+        self.kept = Ledger({"parts": self._parts})
 
     def step(self, batch: Batch) -> None:
         """Measure the prompts of one batch, in as many parts as memory asks for."""
         for rows, found in parts(batch.part(slice(0, batch.real)), self._measure):
-            self._parts[batch.first + rows.start] = dict(found)
-
-    def state(self) -> Arrays:
-        """What was found, by the first prompt of each part and name."""
-        return {f"{first}/{name}": part for first, found in self._parts.items() for name, part in found.items()}
-
-    def take(self, state: Mapping[str, np.ndarray]) -> None:
-        """Add what was found of other prompts."""
-        for path, part in state.items():
-            first, name = path.split("/", 1)
-            self._parts.setdefault(int(first), {})[name] = part
+            self._parts |= {f"{batch.first + rows.start}/{name}": part for name, part in found.items()}
 
     def whole(self) -> Arrays:
         """What was found of all prompts, in their order."""
-        found = [self._parts[first] for first in sorted(self._parts)]
-        return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+        found: dict[str, dict[int, np.ndarray]] = {}
+        for path, part in self._parts.items():
+            first, name = path.split("/", 1)
+            found.setdefault(name, {})[int(first)] = part
+        return {name: np.concatenate([these[first] for first in sorted(these)]) for name, these in found.items()}

@@ -21,7 +21,7 @@ from torch import Tensor
 from unwrite.model.view import Model
 from unwrite.nodes import Location, Node
 from unwrite.prompts.tokens import Tokens
-from unwrite.run.loop.checkpoint import Arrays
+from unwrite.run.loop.ledger import Ledger
 from unwrite.run.loop.stream import Batch
 
 RIDGE = 0.01
@@ -68,6 +68,7 @@ class Decoding:
         self.states = _spread(lm, writer, _BYTES // each) if self._count.any(1).all() else ()
         self._shape = (len(self.states), tokens.length, lm.d_model, rank, lm.device)
         self._total = Moments.zero(*self._shape)
+        self.kept = Ledger(vars(self._total))
 
     @property
     def note(self) -> str:
@@ -105,15 +106,6 @@ class Decoding:
     def add(self, moments: Moments) -> None:
         """Take in what `measure` found."""
         self._total.take(moments)
-
-    def state(self) -> Arrays:
-        """All moments so far, as arrays by name."""
-        return {f"moments {name}": part.cpu().numpy() for name, part in vars(self._total).items()}
-
-    def take(self, state: Mapping[str, np.ndarray]) -> None:
-        """Add the `state` of other rows."""
-        for name, total in vars(self._total).items():
-            total += torch.from_numpy(state[f"moments {name}"]).to(total)
 
     def found(self) -> Float[np.ndarray, " location"]:
         """Held-out R² by location; NaN where nothing was kept, or where the write has no token part."""

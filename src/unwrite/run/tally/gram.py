@@ -7,7 +7,7 @@ ratios go into histograms, products into sums over prompts and over positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -21,15 +21,16 @@ from unwrite.model.view import Model, fold
 from unwrite.model.writes import Writes, expand
 from unwrite.nodes import Node
 from unwrite.prompts.tokens import Tokens
+from unwrite.run.loop.ledger import Ledger
 from unwrite.run.loop.stream import Batch, forward
 from unwrite.run.tally.position_part import Positions
-from unwrite.stats.mergeable import LENGTH, RATIO, ClusterSums, Histogram, Tree, joined, under
+from unwrite.stats.mergeable import LENGTH, RATIO, ClusterSums, Histogram, Tree
 
 # What a chunk's vectors and products take: what a processor's cache holds; an accelerator wants more at a time.
 _CHUNK_BYTES, ON_DEVICE = 2**25, 32
 # Where writers are at most one in so many nodes, products of pairs without a writer are not computed.
 FEW = 4
-_HISTOGRAMS, _TREES = ("ratios", "dilution", "sizes"), ("skipped", "stream_energy")
+_KEPT = ("ratios", "dilution", "sizes", "sums", "skipped", "stream_energy")
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,9 @@ class GramTally:
         self.ratios = Histogram(self.plan.rows * width, RATIO, counted, lm.device)
         self.dilution = Histogram(width, RATIO, counted, lm.device)
         self.sizes = Histogram(2 * width, LENGTH, counted, lm.device)
-        self.sums: Tree[ClusterSums] = Tree(add)
-        self.skipped: Tree[Tensor] = Tree(add)
-        self.stream_energy: Tree[Tensor] = Tree(add)
+        self.sums = Tree[ClusterSums](add, ClusterSums.tensors, ClusterSums.of_tensors, lm.device)
+        self.skipped, self.stream_energy = (Tree[Tensor](add, device=lm.device) for _ in range(2))
+        self.kept = Ledger({**{name: vars(self)[name] for name in _KEPT}, "positions": self.positions.kept})
 
     def step(self, batch: Batch) -> None:
         """Count one batch: its counted positions everywhere, its first `skip` positions apart."""
@@ -126,23 +127,6 @@ class GramTally:
         self.skipped.add(batch.index, skipped)
         self.stream_energy.add(batch.index, energy)
         self.positions.close(batch.index)
-
-    def state(self) -> dict[str, np.ndarray]:
-        """Everything that is kept between two batches, as arrays by name."""
-        alone = {name: getattr(self, name).state() for name in _HISTOGRAMS}
-        sums = {"sums": self.sums.state(ClusterSums.tensors), "positions": self.positions.state()}
-        sums |= {name: getattr(self, name).state(lambda part: {"": part}) for name in _TREES}
-        return alone | joined(sums)
-
-    def take(self, state: Mapping[str, np.ndarray]) -> None:
-        """Add what was kept of other batches."""
-        device = self.lm.device
-        for name in _HISTOGRAMS:
-            getattr(self, name).take(state[name])
-        self.sums.take(under(state, "sums"), lambda named: ClusterSums.of_tensors(named, device))
-        for name in _TREES:
-            getattr(self, name).take(under(state, name), lambda named: named[""].to(device))
-        self.positions.take(under(state, "positions"))
 
     def _chunk_rows(self) -> int:
         nodes = len(self.lm.parts)

@@ -8,10 +8,8 @@ Where even that is too much, neighbouring positions share a bucket. (facts: meas
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from operator import add
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -19,7 +17,8 @@ from torch import Tensor
 from unwrite.model.view import Folded, Model
 from unwrite.model.writes import Writes, expand
 from unwrite.prompts.tokens import Tokens
-from unwrite.stats.mergeable import Tree, joined, under
+from unwrite.run.loop.ledger import Ledger
+from unwrite.stats.mergeable import Tree
 
 _BYTES = 2**30
 
@@ -46,8 +45,9 @@ class Positions:
         self.weights = self._pair_weight[self.bucket] if self._exact else torch.zeros(length, dtype=torch.float64)
         self._open: Writes | None = None
         self._within: Tensor | None = None
-        self._sums: Tree[Writes] = Tree(add)
-        self._products: Tree[Tensor] = Tree(add)
+        self._sums = Tree[Writes](add, Writes.tensors, Writes.of_tensors, lm.device)
+        self._products = Tree[Tensor](add, device=lm.device)
+        self.kept = Ledger({"sums": self._sums, "products": self._products})
 
     def add(self, writes: Writes, counted: Bool[Tensor, "prompt position"]) -> None:
         """Add a part of a batch."""
@@ -72,17 +72,6 @@ class Positions:
             self._products.add(batch, self._within)
         self._open, self._within = None, None
 
-    def state(self) -> dict[str, np.ndarray]:
-        """What is kept between two batches, as arrays by name."""
-        kept = {"sums": self._sums.state(Writes.tensors), "products": self._products.state(lambda part: {"": part})}
-        return joined(kept)
-
-    def take(self, state: Mapping[str, np.ndarray]) -> None:
-        """Add what was kept of other batches."""
-        device = self.lm.device
-        self._sums.take(under(state, "sums"), lambda named: Writes.of_tensors(_on(named, device)))
-        self._products.take(under(state, "products"), lambda named: named[""].to(device))
-
     def split(self) -> Float[Tensor, "node writer"]:
         """P, the summed position part of every pair, in float64."""
         return self._gram(self._sums.total(), self._count) - self._products.total()
@@ -103,10 +92,6 @@ class Positions:
         # A product, since sums over an index are made in any order by an accelerator.
         belongs = (self.bucket[:, None] == torch.arange(self.buckets)).to(factor)
         return torch.einsum("tk,t...->k...", belongs, factor)
-
-
-def _on(named: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: part.to(device) for name, part in named.items()}
 
 
 def _buckets(lm: Model, length: int, n_batches: int) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
@@ -19,6 +18,7 @@ from unwrite.model.view import Model, fold
 from unwrite.nodes import Node
 from unwrite.prompts.tokens import Tokens
 from unwrite.run.loop.checkpoint import Arrays
+from unwrite.run.loop.ledger import Ledger
 from unwrite.run.loop.stream import Batch, batches, parts
 from unwrite.run.replay.clean import Clean, added, clean, hidden
 from unwrite.run.replay.mlp_alone import one_reader
@@ -26,15 +26,16 @@ from unwrite.run.source.rotations import rotations
 from unwrite.run.tally.by_position import at_the_end, by_position, typical
 from unwrite.run.tally.decodable import Decoding, Moments
 from unwrite.run.tally.products import along, dot, ratio, squares, summed
-from unwrite.stats.mergeable import RATIO, ClusterSums, Histogram, Tree, under
+from unwrite.stats.mergeable import RATIO, ClusterSums, Histogram, Tree
 
 ROTATIONS = 20
 # Readers of the write are compared with readers of this many of them: every one costs a pass through the later blocks.
 READ_ROTATIONS = 5
 CONDITIONS = ("clean", "patched")
 _CLUSTERED, _PLAIN = ("sums", "erasers", "places"), ("nodes", "states")
-# The sums and ratios that each pass fills.
-_EXECUTED, _HIDDEN = ("sums", "places", *_PLAIN, CONDITIONS[0], "values"), ("erasers", CONDITIONS[1], "opposed")
+# What each pass fills.
+_EXECUTED = ("sums", "places", *_PLAIN, CONDITIONS[0], "values", "rows", "prompts", "decoding")
+_HIDDEN = ("erasers", CONDITIONS[1], "opposed")
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,13 @@ class WithoutTally:
         self._rotations = list(rotations(lm, ROTATIONS))
         self._space = _space(self)
         self.decoding = Decoding(lm, tokens, writer, skip, self._space)
-        self._totals: dict[str, Tree[Any]] = {name: Tree(add) for name in (*_CLUSTERED, *_PLAIN)}
-        self._of_prompts = np.full(len(tokens), np.nan)
-        self._rows: dict[str, int] = {}
+        codec = (ClusterSums.tensors, ClusterSums.of_tensors)
+        self._totals: dict[str, Tree[Any]] = {name: Tree(add, *codec, lm.device) for name in _CLUSTERED}
+        self._totals |= {name: Tree(add, device=lm.device) for name in _PLAIN}
+        self._of_prompts = np.zeros(len(tokens))
+        self._rows: Arrays = {}
+        beside = {"rows": self._rows, "prompts": self._of_prompts, "decoding": self.decoding.kept}
+        self.kept = Ledger({**self.ratios, **self._totals, **beside})
 
     def later(self, node: Node) -> bool:
         """Does `node` write after the writer, so that it can act because of it?"""
@@ -80,7 +85,8 @@ class WithoutTally:
 
         With `erasers` named beforehand, what `hiding` does as well, from the same run.
         """
-        return Pass(self, lambda batch: self._measured(batch, erasers), hides=bool(erasers), executes=True)
+        names = (*_EXECUTED, *(_HIDDEN if erasers else ()))
+        return Pass(self, lambda batch: self._measured(batch, erasers), self.kept.only(names))
 
     def hiding(self, erasers: Sequence[Node]) -> Pass:
         """The paper's intervention: the write hidden from the values of all heads in the erasers' layers."""
@@ -88,7 +94,7 @@ class WithoutTally:
         def measured(batch: Batch) -> Part:
             return self._hidden(batch, self._clean(batch, with_patterns=True), erasers)
 
-        return Pass(self, measured, hides=True, executes=False)
+        return Pass(self, measured, self.kept.only(_HIDDEN))
 
     def add(self, batch: Batch, found: Iterable[tuple[slice, Part | None]]) -> None:
         """Take in the parts of a batch, each of which is complete."""
@@ -104,38 +110,6 @@ class WithoutTally:
             self._of_prompts[first : first + len(survival)] = survival
         for name, values in totals.items():
             self._totals[name].add(batch.index, reduce(add, values))
-
-    def state(self, names: Sequence[str]) -> Arrays:
-        """The sums and ratios of these names, as arrays."""
-        kept = {f"ratios {name}/": self.ratios[name].state() for name in self.ratios if name in names}
-        for name in (name for name in self._totals if name in names):
-            tensors = ClusterSums.tensors if name in _CLUSTERED else lambda part: {"": part}
-            kept |= {f"{name}/{path}": array for path, array in self._totals[name].state(tensors).items()}
-        return kept
-
-    def take(self, state: Mapping[str, np.ndarray]) -> None:
-        """Add a `state` of other batches."""
-        device = self.lm.device
-        for name, histogram in self.ratios.items():
-            for counts in under(state, f"ratios {name}").values():
-                histogram.take(counts)
-        for name, tree in self._totals.items():
-            clustered = name in _CLUSTERED
-            tree.take(
-                under(state, name),
-                lambda named, c=clustered: ClusterSums.of_tensors(named, device) if c else named[""].to(device),
-            )
-
-    def alone(self) -> Arrays:
-        """What one pass alone fills: the rows of `sums`, what is decoded, and survival by prompt."""
-        rows = np.array(json.dumps(self._rows))
-        return {"rows": rows, "prompts": self._of_prompts, **self.decoding.state()}
-
-    def take_alone(self, state: Mapping[str, np.ndarray]) -> None:
-        """Add what `alone` gave of other batches."""
-        self._rows = json.loads(str(state["rows"])) or self._rows
-        self._of_prompts = np.where(np.isnan(state["prompts"]), self._of_prompts, state["prompts"])
-        self.decoding.take(state)
 
     def _measured(self, batch: Batch, erasers: Sequence[Node]) -> Part:
         run = self._clean(batch, with_patterns=True)
@@ -166,7 +140,7 @@ class WithoutTally:
         sums |= through
         read, sums["one_reader"] = self._read(run, write)
         generic = [self._read(run, write @ rotation)[0] for rotation in self._rotations[:READ_ROTATIONS]]
-        self._rows = {name: part.shape[1] for name, part in sums.items()}
+        self._rows |= {name: np.array(part.shape[1]) for name, part in sums.items()}
         totals = {
             "sums": self._clusters(batch, torch.cat(list(sums.values()), 1), write),
             "nodes": torch.stack([*energy, read, *generic]),
@@ -357,12 +331,11 @@ class WithoutTally:
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """One pass of `verify` over the prompts: what it measures, and which of the tally's sums it fills."""
+    """One pass of `verify` over the prompts: what it measures, and what of the tally it fills."""
 
     tally: WithoutTally
     measure: Callable[[Batch], Part]
-    hides: bool
-    executes: bool
+    kept: Ledger
 
     def step(self, batch: Batch) -> None:
         """Measure one batch; nothing of prompts that only fill it up."""
@@ -373,17 +346,6 @@ class Pass:
         if part is not None:
             batch.require_sums(part.tensors(), "a run without the write")
         return part
-
-    def state(self) -> Arrays:
-        """Everything that this pass keeps between two batches, as arrays by name."""
-        names = self.hides * _HIDDEN + self.executes * _EXECUTED
-        return self.tally.state(names) | (self.tally.alone() if self.executes else {})
-
-    def take(self, state: Mapping[str, np.ndarray]) -> None:
-        """Add what was kept of other batches."""
-        self.tally.take(state)
-        if self.executes:
-            self.tally.take_alone(state)
 
 
 def _space(tally: WithoutTally) -> Float[Tensor, "d_model rank"]:
