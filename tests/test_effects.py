@@ -464,9 +464,9 @@ BAD_EFFECTS: dict[str, tuple[dict[str, Any], type[UnwriteError], str]] = {
     "a bias": ({"nodes": ["L0.bias"]}, NodeError, "cannot be patched from another run"),
     "at": ({"at": "every"}, NumericError, "at is unknown. Got: 'every'"),
     "at is None": ({"at": None}, NumericError, "at is unknown"),
-    "method": ({"method": "ATP"}, NumericError, "method is unknown. Got: 'ATP'. Expected: exact, atp"),
+    "method": ({"method": "ATP"}, NumericError, "method is unknown. Got: 'ATP'. Expected: 'exact', 'atp'"),
     "method is a list": ({"method": ["atp"]}, NumericError, "method is unknown"),
-    "metric": ({"metric": "accuracy"}, NumericError, "metric is unknown. Got: 'accuracy'. Expected: logit_diff"),
+    "metric": ({"metric": "accuracy"}, NumericError, "metric is unknown. Got: 'accuracy'. Expected: 'logit_diff'"),
     "metric is an array": ({"metric": np.zeros(3)}, NumericError, "metric is unknown"),
     "metric of one number": ({"metric": lambda y: y.sum()}, NumericError, r"number for each pair. Got: .* \[\]"),
     "metric of a matrix": ({"metric": lambda y: y}, NumericError, "number for each pair"),
@@ -483,7 +483,7 @@ BAD_EFFECTS: dict[str, tuple[dict[str, Any], type[UnwriteError], str]] = {
         f"kl by {method}": ({"metric": "kl", "method": method}, NumericError, f"{method[:3]}.* says 0 for every node")
         for method in ("atp", "atp*", "relp", "direct", "net")
     },
-    "source": ({"source": "noise"}, NumericError, "source is unknown. Got: 'noise'. Expected: source, mean"),
+    "source": ({"source": "noise"}, NumericError, "source is unknown. Got: 'noise'. Expected: 'source', 'mean'"),
     "source is an array": ({"source": np.zeros(3)}, NumericError, "source is unknown"),
     "source is not loaded": ({"source": lambda: model("gpt2").hf}, NumericError, "Got: GPT2LMHeadModel"),
     "another shape": ({"source": lambda: model("llama")}, ModelError, "another shape. Got: n_heads 4. Expected: n_hea"),

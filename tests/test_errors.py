@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 
 from unwrite import errors
-from unwrite.errors import ModelError, NodeError, NumericError, ResultError, TokensError, UnwriteError, plain
+from unwrite.errors import ModelError, NodeError, NumericError, ResultError, TokensError, UnwriteError, one_of, plain
 
 
 @pytest.mark.promise("errors")
@@ -34,6 +34,22 @@ def test_a_message_has_its_parts_in_order(arguments: dict, message: str) -> None
 
 def test_a_sentence_keeps_a_single_full_stop() -> None:
     assert str(UnwriteError("it broke.", got="this.", fix="that.")) == "it broke. Got: this. Next: that."
+
+
+@pytest.mark.promise("errors")
+@pytest.mark.parametrize(
+    ("value", "known", "also", "message"),
+    [
+        ("c", ("a", "b"), "", "at is unknown. Got: 'c'. Expected: 'a' or 'b'."),
+        ("", ("a", "b", "c"), "", "at is unknown. Got: ''. Expected: 'a', 'b', 'c'."),
+        (["a"], ("a", "b", "c"), "a function", "at is unknown. Got: list. Expected: 'a', 'b', 'c', or a function."),
+    ],
+)
+def test_a_setting_is_one_of_its_names(value: object, known: tuple[str, ...], also: str, message: str) -> None:
+    one_of("at", "a", known, also)
+    with pytest.raises(NumericError) as caught:
+        one_of("at", value, known, also)
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("kind", [ModelError, NodeError, TokensError, NumericError, ResultError])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 
 
 class UnwriteError(Exception):
@@ -61,6 +62,15 @@ class Stopped(KeyboardInterrupt):
             words += ", from which the same command goes on"
         lacking = f". Missing: {', '.join(missing)}" if missing else ""
         super().__init__(plain(f"stopped at {stage}. {words}{lacking}."))
+
+
+def one_of(setting: str, value: object, known: Sequence[str], also: str = "") -> None:
+    """Raise NumericError unless `value` is a name that is `known`; `also` is what else the caller would have taken."""
+    if isinstance(value, str) and value in known:
+        return
+    got = repr(value) if isinstance(value, str) else type(value).__name__
+    names = (" or " if len(known) == 2 else ", ").join(map(repr, known))
+    raise NumericError(f"{setting} is unknown", got=got, expected=f"{names}, or {also}" if also else names)
 
 
 def plain(text: object) -> str:

@@ -20,7 +20,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from unwrite.errors import NumericError
+from unwrite.errors import one_of
 from unwrite.model.load import provenance
 from unwrite.model.values import through_values
 from unwrite.model.view import Model, fold
@@ -69,8 +69,7 @@ def corpus_dla(
     Example: `uw.corpus_dla(lm, tokens, "L0H2", ["L2H2", "L2H5"])["correlation"]`
     """
     tokens = admit(lm, tokens, mask, skip)
-    if logit not in LOGITS:
-        raise NumericError("logit is unknown", got=repr(logit), expected=" or ".join(map(repr, LOGITS)))
+    one_of("logit", logit, LOGITS)
     node = choose([parse_node(writer)], lm.parts)[0]
     named = require_readers(choose(erasers, lm.parts), node, len(lm.layers))
     settings = {"writer": str(node), "erasers": [str(e) for e in named], "skip": skip, "logit": logit, "batch": batch}

@@ -18,7 +18,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from unwrite.errors import NumericError, TokensError
+from unwrite.errors import NumericError, TokensError, one_of
 from unwrite.model.load import provenance
 from unwrite.model.view import Model, fold
 from unwrite.prompts.tokens import Tokens, prompts, read_rows, single_tokens, spelled
@@ -119,10 +119,8 @@ def dla(
 def _request(
     lm: Model, source: Any, answer: Any, against: Any, position: Any, at: str, replace: str, texts: Any, mask: Any
 ) -> Request:
-    if at not in AT:
-        raise NumericError("at is unknown", got=repr(at), expected=" or ".join(map(repr, AT)))
-    if replace not in REPLACEMENTS:
-        raise NumericError("replace is unknown", got=repr(replace), expected=", ".join(map(repr, REPLACEMENTS)))
+    one_of("at", at, AT)
+    one_of("replace", replace, REPLACEMENTS)
     of_text = isinstance(source, str) or (isinstance(source, list) and all(isinstance(part, str) for part in source))
     tokens = admit(lm, prompts(source, lm.tokenizer) if of_text else source, mask, 0)
     if (tokens.lengths < 2).any():

@@ -19,7 +19,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from unwrite.errors import NumericError, TokensError
+from unwrite.errors import NumericError, TokensError, one_of
 from unwrite.model.load import provenance
 from unwrite.model.view import Model
 from unwrite.prompts.pairs import Pairs
@@ -141,10 +141,9 @@ def _request(
 
 
 def _require_settings(at: Any, method: Any, metric: Any, steps: Any) -> None:
-    if not isinstance(at, str) or at not in AT:
-        raise NumericError("at is unknown", got=repr(at), expected=", ".join(map(repr, AT)))
-    if not isinstance(method, Rules) and not (isinstance(method, str) and method in METHODS):
-        raise NumericError("method is unknown", got=repr(method), expected=f"{', '.join(METHODS)}, or uw.Rules")
+    one_of("at", at, AT)
+    if not isinstance(method, Rules):
+        one_of("method", method, METHODS, also="uw.Rules")
     if type(steps) is not int or steps < 1:
         raise NumericError("steps is a number of steps", got=repr(steps), expected="a positive integer")
     if isinstance(metric, str) and metric == "kl" and method not in ("exact", "ig"):

@@ -19,7 +19,7 @@ import xarray as xr
 from jaxtyping import Bool
 from torch import Tensor
 
-from unwrite.errors import NumericError
+from unwrite.errors import NumericError, one_of
 from unwrite.model.load import provenance
 from unwrite.model.view import Model
 from unwrite.prompts.pairs import Pairs
@@ -86,8 +86,7 @@ def paths(
     """
     if not isinstance(pairs, Pairs):
         raise NumericError("paths are those of pairs", got=type(pairs).__name__, expected="what uw.pairs returns")
-    if mlps not in MODES:
-        raise NumericError("mlps is unknown", got=repr(mlps), expected=" or ".join(map(repr, MODES)))
+    one_of("mlps", mlps, MODES)
     pairs.check(lm.vocabulary, lm.context)
     named = [[part] if isinstance(part, str) else [str(name) for name in part] for part in (senders, receivers)]
     found = ends(lm, *named)

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from unwrite.errors import NumericError
+from unwrite.errors import NumericError, one_of
 from unwrite.model.view import Model
 from unwrite.model.weights import through
 from unwrite.prompts.pairs import Pairs
@@ -103,9 +103,9 @@ def metric_of(
 
 def known(metric: Any) -> str | Custom:
     """The metric again. Raises NumericError for a name that is none."""
-    if callable(metric) or (isinstance(metric, str) and metric in METRICS):
-        return metric  # pyright: ignore[reportReturnType]
-    raise NumericError("metric is unknown", got=repr(metric), expected=f"{', '.join(METRICS)}, or a function of logits")
+    if not callable(metric):
+        one_of("metric", metric, METRICS, also="a function of logits")
+    return metric  # pyright: ignore[reportReturnType]
 
 
 def name_of(setting: Any) -> str:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from unwrite.errors import ModelError, NumericError, TokensError
+from unwrite.errors import ModelError, NumericError, TokensError, one_of
 from unwrite.model.load import weights_hash
 from unwrite.model.view import Model
 from unwrite.prompts.pairs import Pairs
@@ -75,9 +75,8 @@ def donor(lm: Model, pairs: Pairs, asked: tuple[Slot, ...], source: Any) -> Dono
     has no other to take values from.
     """
     order = np.arange(len(pairs))
-    if not isinstance(source, Model) and not (isinstance(source, str) and source in DONORS):
-        got = repr(source) if isinstance(source, str) else type(source).__name__
-        raise NumericError("source is unknown", got=got, expected=f"{', '.join(DONORS)}, or a model of uw.load")
+    if not isinstance(source, Model):
+        one_of("source", source, DONORS, also="a model of uw.load")
     own_positions = lm.row.pos_embed and (isinstance(source, Model) or source == "zero")
     if own_positions and any(slot.kind == "embed" for slot in asked):
         raise NumericError(
