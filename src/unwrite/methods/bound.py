@@ -24,8 +24,9 @@ from unwrite.model.load import provenance, weights_hash
 from unwrite.model.view import Model
 from unwrite.prompts.pairs import Pairs
 from unwrite.result import Result, build, quantity
-from unwrite.run.answer.metrics import METRICS, Custom, known, metric_of, name_of, require_finite, unless_own
+from unwrite.run.answer.metrics import METRICS, Custom, known, metric_of, name_of, unless_own
 from unwrite.run.edit.slots import Slot, slots
+from unwrite.run.loop.finite import require_finite
 from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.stream import Batch, Listener, Rows, batch_size, stream
 from unwrite.run.replay.sweep import ROWS, Base, base_of, differing
@@ -234,7 +235,8 @@ def _measured(request: _Request, sets: _Sets, batch: Batch) -> dict[str, np.ndar
         pair = torch.arange(pairs, device=clean.device).repeat(len(chosen))
         final = patched_together(base, source, _masks(request, sets, chosen, base), pair, start)
         change = (metric(final, pair) - clean[pair]).double().cpu().numpy().reshape(len(chosen), pairs)
-        require_finite(np.concatenate([clean.double().cpu().numpy()[None], change]), batch.first)
+        finite = clean.isfinite().cpu().numpy() & np.isfinite(change).all(0)
+        require_finite(finite, "the metric of {pair} is not finite", pair=batch.first)
         found = found + Contexts.of(change, chosen)
     return {"base": clean.double().cpu().numpy(), **vars(found.difference())}
 

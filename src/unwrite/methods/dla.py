@@ -18,12 +18,13 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from unwrite.errors import NumericError, TokensError, one_of
+from unwrite.errors import TokensError, one_of
 from unwrite.model.load import provenance
 from unwrite.model.view import Model, fold
 from unwrite.prompts.tokens import Tokens, prompts, read_rows, single_tokens, spelled
 from unwrite.result import Result, build, quantity
 from unwrite.run.answer.logits import Question, top_two
+from unwrite.run.loop.finite import require_finite
 from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.stream import Batch, Listener, Rows, admit, batch_size, stream
 from unwrite.run.replay.clean import clean
@@ -164,8 +165,7 @@ def _measured(lm: Model, request: Request, batch: Batch) -> dict[str, np.ndarray
     found = asked.sums() | {"answer": question.answer}
     if question.against is not None:
         found["against"] = question.against
-    known = torch.ones_like(row, dtype=torch.bool)
-    _require_finite(batch, found["logit_diff"][:, None], known, "the logits")
+    require_finite(found["logit_diff"].isfinite(), "the logits of {prompt} are not finite", prompt=batch.first)
     found |= _attributed(request, batch, asked)
     found["other_direct"] = torch.stack([*invariance(asked, request.pool, batch.first, batch.real)])
     return {name: part.double().cpu().numpy() for name, part in found.items()}
@@ -181,7 +181,9 @@ def _attributed(request: Request, batch: Batch, asked: Asked) -> dict[str, Tenso
     for name in dict.fromkeys((*TRUSTED, request.replace)):
         replaced = request.pool.replaced(name, batch, writes, where)
         for key, part in (readings(asked, slopes, replaced) | totals(asked, replaced)).items():
-            _require_finite(batch, part[replaced.known].flatten(1), replaced.known, f"{key} ({name} replacement)")
+            finite = part.isfinite().flatten(1).all(1) | ~replaced.known
+            says = f"{key} ({name} replacement) of {{prompt}} are not finite"
+            require_finite(finite, says, prompt=batch.first)
             part[~replaced.known] = torch.nan
             found[f"{key} {name}"] = part
     return found
@@ -193,16 +195,6 @@ def _question(lm: Model, request: Request, prompt: list[int], final: Tensor, row
     answer = torch.from_numpy(request.answer[prompt]).to(row.device)
     against = request.against
     return Question(answer, None if against is None else torch.from_numpy(against[prompt]).to(row.device))
-
-
-def _require_finite(batch: Batch, found: Tensor, known: Tensor, what: str) -> None:
-    """Raise NumericError naming the first prompt of which something that is known is no number."""
-    bad = known.nonzero()[(~found.isfinite()).any(1)]
-    if len(bad):
-        raise NumericError(
-            f"{what} of prompt {batch.first + int(bad[0])} are not finite",
-            fix="load the model in float32, or leave this prompt out",
-        )
 
 
 @dataclass(frozen=True, eq=False)

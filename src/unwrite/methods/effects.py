@@ -29,6 +29,7 @@ from unwrite.run.backward.estimates import Asked, Summed, attributed, integrated
 from unwrite.run.backward.rules import RULES, Rules
 from unwrite.run.edit.slots import Slot, slots
 from unwrite.run.loop.checkpoint import Arrays
+from unwrite.run.loop.finite import require_finite
 from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.ledger import Ledger
 from unwrite.run.loop.stream import Batch, Listener, Progress, Rows, batch_size, stream
@@ -229,16 +230,10 @@ def _require_finite(request: Request, rows: slice, found: Mapping[str, np.ndarra
     """Raise NumericError naming the first pair, and node, whose number is none."""
     seen = np.arange(request.pairs.base.length) <= request.pairs.row[rows, None, None]
     for name, part in found.items():
-        bad = np.argwhere(~np.isfinite(part) & (seen if part.ndim == 3 else True))
-        if len(bad):
-            pair, *where = (int(index) for index in bad[0])
-            at = "".join([f" with {request.names[where[0]]}"] if where else []) + "".join(
-                f" at position {position}" for position in where[1:]
-            )
-            raise NumericError(
-                f"the {'metric' if name == 'base' else name} of pair {rows.start + pair}{at} is not finite",
-                fix="load the model in float32, or leave this pair out",
-            )
+        finite = np.isfinite(part) | (~seen if part.ndim == 3 else False)
+        cell = " ".join(("{pair}", "with {node}", "at {position}")[: part.ndim])
+        axes = dict([("pair", rows.start), ("node", request.names), ("position", 0)][: part.ndim])
+        require_finite(finite, f"the {'metric' if name == 'base' else name} of {cell} is not finite", **axes)
 
 
 def _equation(request: Request, name: str) -> str:

@@ -16,15 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Bool
-from torch import Tensor
 
 from unwrite.errors import NumericError, one_of
 from unwrite.model.load import provenance
 from unwrite.model.view import Model
 from unwrite.prompts.pairs import Pairs
 from unwrite.result import Result, build, quantity
-from unwrite.run.answer.metrics import Custom, known, metric_of, name_of, require_finite, unless_own
+from unwrite.run.answer.metrics import Custom, known, metric_of, name_of, unless_own
+from unwrite.run.loop.finite import require_finite
 from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.stream import Batch, Listener, Rows, batch_size, stream
 from unwrite.run.replay.edges import Ends, ends
@@ -111,24 +110,15 @@ def _measured(request: _Request, batch: Batch) -> dict[str, np.ndarray]:
     base = base_of(lm, pairs, rows, request.ends.slots)
     metric = metric_of(lm, pairs, request.metric, rows, base.final)
     clean = metric(base.final)
-    require_finite(clean.double().cpu().numpy()[None], batch.first)
+    require_finite(clean.isfinite(), "the metric of {pair} is not finite", pair=batch.first)
+    senders, receivers = request.ends.senders, request.ends.receivers
     joins = torch.from_numpy(request.ends.joins).to(clean.device)
     found = torch.where(joins, 0.0, torch.nan).to(clean.dtype).repeat(len(base.row), 1, 1)
     for pair, sender, receiver, final in effects_of_edges(base, request.donor.values(rows), request.ends, request.mode):
         found[pair, sender, receiver] = metric(final, pair) - clean[pair]
-    _require_finite(request, joins & ~found.isfinite(), batch.first)
+    says = "the effect of {pair} from {sender} through {receiver} is not finite"
+    require_finite(found.isfinite() | ~joins, says, pair=batch.first, sender=[*senders], receiver=[*receivers])
     return {"base": clean.double().cpu().numpy(), "effect": found.double().cpu().numpy()}
-
-
-def _require_finite(request: _Request, bad: Bool[Tensor, "pair sender receiver"], first: int) -> None:
-    """Raise NumericError naming the first pair, and edge, whose effect is no number."""
-    if bad.any():
-        pair, sender, receiver = bad.nonzero()[0].tolist()
-        raise NumericError(
-            f"the effect of pair {first + pair} from {[*request.ends.senders][sender]} through "
-            f"{[*request.ends.receivers][receiver]} is not finite",
-            fix="load the model in float32, or leave this pair out",
-        )
 
 
 def _dataset(request: _Request, whole: dict[str, np.ndarray], unit: str) -> xr.Dataset:

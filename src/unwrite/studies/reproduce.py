@@ -17,7 +17,7 @@ import torch
 import xarray as xr
 from torch.nn.functional import cross_entropy
 
-from unwrite.errors import ModelError, NumericError, TokensError
+from unwrite.errors import ModelError, TokensError
 from unwrite.methods.corpus import corpus_dla
 from unwrite.methods.dla import dla
 from unwrite.methods.scan import scan
@@ -26,6 +26,7 @@ from unwrite.model.load import load, provenance, view
 from unwrite.model.view import Model
 from unwrite.prompts.tokens import Tokens, from_ids
 from unwrite.result import Result, build, quantity
+from unwrite.run.loop.finite import require_finite
 from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.stream import Batch, Listener, admit, batches, parts
 
@@ -236,8 +237,7 @@ def _loss(lm: Model, tokens: Tokens) -> tuple[float, float]:
         ids = batch.ids[:, : int(tokens.lengths[batch.first])].to(lm.device)
         logits = lm.hf(input_ids=ids, use_cache=False).logits[0, :-1].to(lm.device, lm.compute_dtype)
         found = cross_entropy(logits, ids[0, 1:], reduction="none").cpu()
-        if not found.isfinite().all():
-            raise NumericError(f"the loss of prompt {batch.first} is not finite", fix="load the model in float32")
+        require_finite(found.isfinite().all()[None], "the loss of {prompt} is not finite", prompt=batch.first)
         return found
 
     for batch in batches(tokens, 1):

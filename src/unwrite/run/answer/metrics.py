@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -122,16 +121,6 @@ def unless_own(place: P, *settings: Any) -> P:
     if own and getattr(place, "folder", place) is not None:
         raise NumericError("no checkpoint is kept of this", got=", ".join(own), expected="a metric that has a name")
     return place
-
-
-def require_finite(values: Float[np.ndarray, "_ pair"], first: int) -> None:
-    """Raise NumericError naming the first pair with a metric that is no number; `first` is the batch's first pair."""
-    bad = np.flatnonzero(~np.isfinite(values).all(0))
-    if len(bad):
-        raise NumericError(
-            f"the metric of pair {first + int(bad[0])} is not finite",
-            fix="load the model in float32, or leave this pair out",
-        )
 
 
 def _numbers(value: Any, logits: Float[Tensor, "run vocabulary"]) -> Tensor:

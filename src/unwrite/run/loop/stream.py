@@ -20,6 +20,7 @@ from unwrite.model.writes import Writes
 from unwrite.prompts.tokens import Tokens, from_ids
 from unwrite.result import Result
 from unwrite.run.loop.checkpoint import Arrays
+from unwrite.run.loop.finite import not_finite, require_finite
 from unwrite.run.loop.job import Job
 from unwrite.run.loop.ledger import Lasting, Ledger
 
@@ -58,29 +59,20 @@ class Batch:
             return
         node, row = (int(index) for index in (~finite).t().nonzero()[0])
         layer = lm.parts[node].layer
-        raise NumericError(
+        raise not_finite(
             f"an activation is not finite: {lm.parts[node]} ({f'layer {layer}' if layer >= 0 else 'input'}) "
-            f"at prompt {self.first + int(prompt[row])}, position {int(place[row])}",
-            fix="load the model in float32, or leave this prompt out",
+            f"at prompt {self.first + int(prompt[row])}, position {int(place[row])}"
         )
 
     def require_sums(self, sums: Iterable[Tensor], what: str) -> None:
         """Raise NumericError naming these prompts where `what`, summed over some of their rows, is not finite."""
         if not all(part.isfinite().all() for part in sums):
-            raise NumericError(
-                f"{what} is not finite among prompts {self.first} to {self.first + self.real - 1}",
-                fix="load the model in float32, or find the prompt by smaller batches and leave it out",
-            )
+            among = f"{what} is not finite among prompts {self.first} to {self.first + self.real - 1}"
+            raise not_finite(among, "find the prompt by smaller batches and leave it out")
 
     def require_numbers(self, finite: Bool[Tensor, "prompt position"], what: str) -> None:
         """Raise NumericError naming the first prompt and position at which `what` is not finite."""
-        bad = (~finite).nonzero()
-        if len(bad):
-            prompt, place = bad[0].tolist()
-            raise NumericError(
-                f"{what} is not finite at prompt {self.first + prompt}, position {place}",
-                fix="load the model in float32, or leave this prompt out",
-            )
+        require_finite(finite, f"{what} is not finite at {{prompt}}, {{position}}", prompt=self.first, position=0)
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from unwrite.errors import NumericError
 from unwrite.model.view import Model
 from unwrite.model.writes import expand
 from unwrite.run.answer.logits import reading
+from unwrite.run.loop.finite import not_finite
 from unwrite.run.replay.clean import Clean, clean, each_block
 from unwrite.run.source.writes import Pool
 from unwrite.run.tally.account import Asked
@@ -41,10 +41,8 @@ def invariance(asked: Asked, pool: Pool, first: int, real: int) -> Iterator[Floa
             continue
         quartiles = torch.tensor(QUARTILES, dtype=r.dtype, device=r.device)
         if not all(part.isfinite().all() for part in values):
-            raise NumericError(
-                f"a node's direct reading for prompt {first + i} is not finite when it reads other texts",
-                fix="load the model in float32, or leave texts out that are not read well",
-            )
+            what = f"a node's direct reading for prompt {first + i} is not finite when it reads other texts"
+            raise not_finite(what, "leave texts out that are not read well")
         yield torch.quantile(torch.cat(values, 2), quartiles, dim=2).movedim(0, 2)
 
 
