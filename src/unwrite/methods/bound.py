@@ -23,6 +23,7 @@ from unwrite.errors import NumericError, ResultError
 from unwrite.model.load import provenance, weights_hash
 from unwrite.model.view import Model
 from unwrite.prompts.pairs import Pairs
+from unwrite.prompts.positions import rows_at
 from unwrite.result import Result, build, quantity
 from unwrite.run.answer.metrics import METRICS, Custom, known, metric_of, name_of, unless_own
 from unwrite.run.edit.slots import Slot, slots
@@ -176,12 +177,9 @@ def _base(request: _Request, batch: Batch) -> tuple[slice, Base, dict[Slot, Tens
 def _moves(request: _Request, batch: Batch) -> Bool[np.ndarray, "pair node *position"]:
     """Which cells have another value in the source run, where the read row can see it."""
     _, base, source = _base(request, batch)
-    found = torch.cat([differing(base, source)[slot] for slot in request.slots], -1).transpose(1, 2)
-    if request.at == "each":
-        return found.cpu().numpy()
-    if request.at == "all":
-        return found.any(-1).cpu().numpy()
-    return found[torch.arange(len(found)), :, base.row].cpu().numpy()
+    differs = differing(base, source, request.at)
+    found = torch.cat([differs[slot] for slot in request.slots], -1).transpose(1, 2)
+    return (found if request.at == "each" else found.any(-1)).cpu().numpy()
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,10 +257,8 @@ def _masks(
     cells = torch.from_numpy(whole).to(base.row.device).unflatten(1, request.shape)
     if request.at != "each":
         cells = cells[..., None].expand(*cells.shape, length)
-    masks = cells.transpose(1, 2).repeat_interleave(pairs, 0)
-    if request.at == "last":
-        place = torch.arange(length, device=base.row.device) == base.row[:, None]
-        masks = masks & place.repeat(len(chosen), 1)[..., None]
+    where = rows_at(request.at, base.row, torch.arange(length, device=base.row.device))
+    masks = cells.transpose(1, 2).repeat_interleave(pairs, 0) & where.repeat(len(chosen), 1)[..., None]
     return dict(zip(request.slots, masks.split([len(slot.units) for slot in request.slots], -1), strict=True))
 
 

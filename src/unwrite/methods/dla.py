@@ -21,6 +21,7 @@ from torch import Tensor
 from unwrite.errors import TokensError, one_of
 from unwrite.model.load import provenance
 from unwrite.model.view import Model, fold
+from unwrite.prompts.positions import rows_at
 from unwrite.prompts.tokens import Tokens, prompts, read_rows, single_tokens, spelled
 from unwrite.result import Result, build, quantity
 from unwrite.run.answer.logits import Question, top_two
@@ -176,7 +177,7 @@ def _attributed(request: Request, batch: Batch, asked: Asked) -> dict[str, Tenso
     slopes = asked.cotangents()
     writes = asked.run.record.writes.map(lambda part: part.expand(batch.real, *part.shape[1:]))
     place = torch.arange(batch.ids.shape[1], device=asked.row.device)
-    where = place == asked.row[:, None] if request.at == "position" else place <= asked.row[:, None]
+    where = rows_at(request.at, asked.row, place)
     found: dict[str, Tensor] = {}
     for name in dict.fromkeys((*TRUSTED, request.replace)):
         replaced = request.pool.replaced(name, batch, writes, where)

@@ -23,6 +23,7 @@ from unwrite.model.capture import evaluating
 from unwrite.model.hooks import Call, after, before, called, first_of, hooked, kept, reading
 from unwrite.model.view import Model
 from unwrite.prompts.pairs import Pairs
+from unwrite.prompts.positions import rows_at
 from unwrite.run.edit.slots import Slot, Values, between_blocks, values_of, visiting, watching
 
 Calls = Mapping[int, Call]
@@ -86,10 +87,10 @@ class Jobs:
         return Jobs(self.slot, self.pair[rows], self.unit[rows])
 
 
-def differing(base: Base, source: Values) -> dict[Slot, Bool[Tensor, "pair position _unit"]]:
-    """Where a node's value is another one, at rows that the read row can see: elsewhere a patch does nothing."""
+def differing(base: Base, source: Values, at: str = "all") -> dict[Slot, Bool[Tensor, "pair position _unit"]]:
+    """Where a node's value is another one, `at` rows that the read row can see: elsewhere a patch does nothing."""
     position = torch.arange(base.ids.shape[1], device=base.row.device)
-    seen = (position <= base.row[:, None])[:, :, None]
+    seen = rows_at(at, base.row, position)[:, :, None]
     return {slot: (source[slot] != own).any(-1) & seen.to(own.device) for slot, own in base.values.items()}
 
 
@@ -98,15 +99,13 @@ def patches(base: Base, source: Values, at: str) -> Iterator[tuple[int, list[Job
 
     `at` "each" position by itself, "all" at once, or the "last" one, which is read.
     """
-    where, row = differing(base, source), base.row
+    where = differing(base, source, at)
     first = torch.stack([changes.any(-1) for changes in where.values()]).any(0).int().argmax(1)
     for start in range(base.ids.shape[1]):
-        if at == "each":
-            chosen = {slot: changes[:, start] for slot, changes in where.items()}
-        elif at == "last":
-            chosen = {slot: changes[:, start] & (row == start)[:, None] for slot, changes in where.items()}
-        else:
+        if at == "all":
             chosen = {slot: changes.any(1) & (first == start)[:, None] for slot, changes in where.items()}
+        else:
+            chosen = {slot: changes[:, start] for slot, changes in where.items()}
         if jobs := [Jobs(slot, *part.nonzero(as_tuple=True)) for slot, part in chosen.items() if part.any()]:
             yield start, jobs
 
