@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from unwrite.run.tally.trust import FORMS, MATERIAL, trust
+from unwrite.run.tally.trust import FORMS, trust
+from unwrite.stats.ranks import MATERIAL, by_size, same_sign
 
 PROMPTS, NODES = 14, 5
 ALONE, PAIRS = np.arange(PROMPTS), np.arange(PROMPTS) // 2
@@ -180,3 +181,18 @@ def test_an_interval_holds_what_it_should() -> None:
         found = trust(x, 0.6 * x + 0.8 * noise, np.arange(40), "pooled")
         held += found.low < 0.6 < found.high
     assert 51 <= held <= 60
+
+
+def test_signs_are_compared_where_a_cell_is_material_to_its_owner() -> None:
+    y = np.array([1.0, -0.04, 0.05, 0.0, -0.001, 0.0, 0.0])
+    owner = np.array([0, 0, 0, 3, 3, 1, 1])
+    # Of owner 0 the first and third count, of owner 3 the fifth; of owner 1 none.
+    assert same_sign(np.array([2.0, 1, -1, 1, -1, 1, -1]), y, owner) == 2 / 3
+    assert np.isnan(same_sign(y[5:], y[5:], owner[5:]))
+    assert np.isnan(same_sign(y[:0], y[:0], owner[:0]))
+
+
+def test_cells_are_ordered_by_their_mean_size_over_pairs() -> None:
+    size, order = by_size(np.array([[[1.0, -4], [0, np.nan]], [[1, 0], [-2, -6]]]))
+    assert size.tolist() == [1, 2, 1, 3]
+    assert order.tolist() == [3, 1, 0, 2]

@@ -21,9 +21,8 @@ from scipy.stats import rankdata
 from unwrite.errors import NumericError, ResultError
 from unwrite.nodes import KINDS, parse_site
 from unwrite.result import Result, build, quantity
-from unwrite.run.tally.trust import MATERIAL
 from unwrite.stats.bootstrap import interval, moments
-from unwrite.stats.ranks import pearson, spearman, spearman_interval, standard
+from unwrite.stats.ranks import by_size, pearson, same_sign, spearman, spearman_interval, standard
 
 _FORMS = {
     "pearson": "correlation of guess and exact effects over cells",
@@ -177,7 +176,7 @@ class _Both:
             "pearson_median": _median([pearson(x[rows], y[rows]) for rows in each]),
             "spearman": spearman(x, y), "spearman_low": rank_low, "spearman_high": rank_high,
             "spearman_median": _median([spearman(x[rows], y[rows]) for rows in each]),
-            "same_sign": np.nan if magnitude else _same_sign(x, y, each),
+            "same_sign": np.nan if magnitude else same_sign(x, y, pair),
             "n": float(len(x)),
         }  # fmt: skip
 
@@ -203,11 +202,10 @@ class _Both:
     @cached_property
     def _order(self) -> tuple[Float[np.ndarray, " cell"], Int[np.ndarray, " cell"], Int[np.ndarray, " cell"]]:
         """True importance of every node (at every position), the true order, and the place of each in the guess's."""
-        mean = [np.nan_to_num(np.abs(part)).mean(0).ravel() for part in (self.truth, self.readings["effect"])]
-        true, guessed = (np.argsort(-part, kind="stable") for part in mean)
+        (importance, true), (_, guessed) = by_size(self.truth), by_size(self.readings["effect"])
         place = np.empty(len(true), dtype=int)
         place[guessed] = np.arange(len(true))
-        return mean[0], true, place
+        return importance, true, place
 
     def _needed(self, k: int) -> Float[np.ndarray, " top"]:
         """How many nodes must be executed until the true top 1, 2, … are seen; NaN beyond those that do anything."""
@@ -260,11 +258,3 @@ def _sums(x: np.ndarray, y: np.ndarray, cluster: np.ndarray) -> Float[np.ndarray
 def _median(values: list[float]) -> float:
     known = [value for value in values if np.isfinite(value)]
     return float(np.median(known)) if known else np.nan
-
-
-def _same_sign(x: np.ndarray, y: np.ndarray, each: list[np.ndarray]) -> float:
-    """Over cells that matter to their pair."""
-    size = np.abs(y)
-    kept = [rows[(size[rows] >= MATERIAL * size[rows].max()) & (size[rows] > 0)] for rows in each if len(rows)]
-    matter = np.concatenate(kept) if kept else np.zeros(0, dtype=int)
-    return float((np.sign(x) == np.sign(y))[matter].mean()) if len(matter) else np.nan

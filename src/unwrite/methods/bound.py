@@ -34,6 +34,7 @@ from unwrite.run.replay.sweep import ROWS, Base, base_of, differing
 from unwrite.run.replay.walk import patched_together
 from unwrite.run.source.values import DONORS, Donor, donor
 from unwrite.stats.random_sets import Contexts, Difference, subset
+from unwrite.stats.ranks import by_size
 
 ASSUMES = (
     "d is a node's effect averaged over random sets of the other unverified nodes being patched as well; it is the "
@@ -202,9 +203,8 @@ def _sets(request: _Request, moves: np.ndarray) -> _Sets:
     """Sets of what is neither verified nor known to do nothing."""
     settings = request.settings
     effect = request.guess["effect"].sel(node=request.names).transpose("pair", *request.axes).values
-    mean = np.nan_to_num(np.abs(effect)).mean(0).ravel()
     left = moves.ravel().copy()
-    left[np.argsort(-mean, kind="stable")[: settings["verified"]]] = False
+    left[by_size(effect)[1][: settings["verified"]]] = False
     index = np.flatnonzero(left)
     if not len(index):
         raise NumericError("no node is left: all are verified, or have the same value in both runs")

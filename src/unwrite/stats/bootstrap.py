@@ -7,8 +7,8 @@ from jaxtyping import Float, Int
 
 _DRAWS = 999
 _LEVELS = (0.025, 0.975)
-# Numbers whose spread is below this part of their energy do not vary.
-_ROUNDING = 1e-12
+# Numbers whose spread is below this part of their size, or energy, do not vary.
+ROUNDING = 1e-12
 # Of draws × clusters × columns numbers at a time.
 _BLOCK = 2**22
 
@@ -32,7 +32,7 @@ def fit(sums: Float[np.ndarray, "moment draw k"]) -> tuple[Float[np.ndarray, " d
 def _spread(n: np.ndarray, x: np.ndarray, xx: np.ndarray) -> Float[np.ndarray, " draw"]:
     """Σ (x − its column's mean)²; NaN where that is only rounding, as in a draw of one prompt over and over."""
     found = np.nansum(xx - x * x / n, -1)
-    return np.where(found > _ROUNDING * np.nansum(xx, -1), found, np.nan)
+    return np.where(found > ROUNDING * np.nansum(xx, -1), found, np.nan)
 
 
 def interval(sums: Float[np.ndarray, "moment cluster k"]) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Do two columns of numbers put their cells into the same order? Spearman's correlation, and its interval.
+"""Do two columns of numbers put their cells into the same order? Spearman's correlation with its interval, and signs.
 
 Spearman's is Pearson's of mid-ranks. In a draw of a bootstrap a cell is there as often as its cluster is, so its rank
 is another one: (weight of all smaller cells) + half the weight of its equals, from one sort for all draws.
@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float, Int
 
-from unwrite.stats.bootstrap import draws, fit, moments, percentiles
+from unwrite.stats.bootstrap import ROUNDING, draws, fit, moments, percentiles
 
-# Numbers that differ by less than this part of the largest do not vary.
-_ROUNDING = 1e-12
+# Signs are compared where a number is at least this part of the largest that belongs together with it.
+MATERIAL = 0.05
 
 
 def pearson(
@@ -33,7 +33,7 @@ def standard(x: Float[np.ndarray, " cell"]) -> Float[np.ndarray, " cell"]:
         return np.zeros(len(x))
     centred = x / size - (x / size).mean()
     spread = np.abs(centred).max()
-    return centred / spread if spread > _ROUNDING else np.zeros(len(x))
+    return centred / spread if spread > ROUNDING else np.zeros(len(x))
 
 
 def spearman(x: Float[np.ndarray, " cell"], y: Float[np.ndarray, " cell"]) -> float:
@@ -54,6 +54,22 @@ def spearman_interval(
         weight = times[cluster].astype(float)
         drawn.append(pearson(_ranks(x, weight), _ranks(y, weight), weight))
     return percentiles(np.array(drawn))
+
+
+def by_size(
+    values: Float[np.ndarray, "pair node *position"],
+) -> tuple[Float[np.ndarray, " cell"], Int[np.ndarray, " cell"]]:
+    """Mean size of every cell over pairs (NaN counts 0), and the cells in its order, the largest first."""
+    size = np.nan_to_num(np.abs(values)).mean(0).ravel()
+    return size, np.argsort(-size, kind="stable")
+
+
+def same_sign(x: Float[np.ndarray, " cell"], y: Float[np.ndarray, " cell"], owner: Int[np.ndarray, " cell"]) -> float:
+    """Part of the cells whose signs agree, of those whose `y` is material among its owner's; NaN without any."""
+    size, largest = np.abs(y), np.zeros(int(owner.max(initial=-1)) + 1)
+    np.maximum.at(largest, owner, size)
+    material = (size >= MATERIAL * largest[owner]) & (size > 0)
+    return float((np.sign(x) == np.sign(y))[material].mean()) if material.any() else np.nan
 
 
 def _ranks(level: Int[np.ndarray, " cell"], weight: Float[np.ndarray, " cell"]) -> Float[np.ndarray, " cell"]:

@@ -10,13 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from unwrite.stats.bootstrap import fit, interval, moments
+from unwrite.stats.ranks import same_sign
 
 FORMS = ("pooled", "within_node", "within_prompt")
-# Signs are compared where the total is at least this part of the prompt's largest.
-MATERIAL = 0.05
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,9 @@ def trust(
         return nothing
     correlation, slope = (float(part[0]) for part in fit(sums.sum(1, keepdims=True)))
     low, high = interval(sums)
-    return Trust(correlation, low, high, slope, _same_sign(reading[kept], total[kept]), int(x.size))
+    prompt = np.repeat(np.arange(len(x)), x.shape[1])
+    agree = same_sign(reading[kept].ravel(), total[kept].ravel(), prompt)
+    return Trust(correlation, low, high, slope, agree, int(x.size))
 
 
 def _sums(x: np.ndarray, y: np.ndarray, cluster: np.ndarray, per_node: bool) -> Float[np.ndarray, "moment cluster k"]:
@@ -63,9 +64,3 @@ def _sums(x: np.ndarray, y: np.ndarray, cluster: np.ndarray, per_node: bool) -> 
     for prompt, owner in enumerate(index):
         sums[:, owner] += cells[:, prompt]
     return sums if per_node else sums.sum(2, keepdims=True)
-
-
-def _same_sign(reading: np.ndarray, total: np.ndarray) -> float:
-    material: Bool[np.ndarray, "prompt node"] = np.abs(total) >= MATERIAL * np.abs(total).max(1, keepdims=True)
-    material &= total != 0
-    return float((np.sign(reading) == np.sign(total))[material].mean()) if material.any() else np.nan
