@@ -51,7 +51,7 @@ PROMISES: dict[str, Promise] = {
     ),
     "executed": Promise(
         "Shortcuts and algebra give what really executing the intervention gives",
-        "Values carried by hand (`model/values.py`), continued runs (`run/replay/clean.py`) and sweeps that run "
+        "Values carried by hand (`model/values.py`), continued runs (`run/replay/edited.py`) and sweeps that run "
         "nothing twice (`run/replay/sweep.py`, `run/replay/paths.py`, `run/replay/walk.py`) are compared with plain "
         "hooks and traces, one by one.",
     ),

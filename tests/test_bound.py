@@ -26,7 +26,7 @@ from unwrite.prompts.tokens import from_ids
 from unwrite.result import build
 from unwrite.run.answer.metrics import metric_of
 from unwrite.run.edit.slots import slots, values
-from unwrite.run.replay.sweep import base_run
+from unwrite.run.replay.clean import base_run
 from unwrite.run.replay.walk import patched_together
 from unwrite.stats.random_sets import Contexts, subset
 

@@ -14,7 +14,7 @@ from unwrite.model.view import Model, fold
 from unwrite.prompts.tokens import Tokens
 from unwrite.report.verified import sentence, trajectory
 from unwrite.run.loop.stream import batches
-from unwrite.run.replay import clean as rerun
+from unwrite.run.replay import clean as replay
 from unwrite.run.tally import decodable as decode
 
 
@@ -26,7 +26,7 @@ def tokens_of(lm: Model, lengths: list[int], cluster: list[int]) -> Tokens:
 
 def stacked(lm: Model, tokens: Tokens, writer: str, skip: int) -> list[float]:
     """Held-out R² by location: all rows in memory, the write in full, ridge as rows appended to the regression."""
-    run = rerun.clean(lm, torch.from_numpy(tokens.ids), fold(lm))
+    run = replay.clean(lm, torch.from_numpy(tokens.ids), fold(lm))
     write = torch.cat([*run.written(run.record)])[lm.nodes.index(writer)].double().numpy()
     documents = list(dict.fromkeys(tokens.cluster.tolist()))
     parity = [documents.index(document) % 2 for document in tokens.cluster.tolist()]

@@ -27,7 +27,7 @@ from unwrite.model.view import Model
 from unwrite.nodes import GROUPS
 from unwrite.prompts.pairs import Pairs
 from unwrite.run.edit.slots import slots
-from unwrite.run.replay import sweep
+from unwrite.run.replay import clean, sweep
 
 # Learned positions and LayerNorm, parallel blocks, grouped keys and values, caps and windows and norms after writes.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -267,7 +267,7 @@ def test_a_pair_is_the_same_in_any_batch_and_in_any_order(method: str, monkeypat
 
 @pytest.mark.promise("memory")
 def test_memory_that_runs_out_halves_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    lm, pairs, own = model("gpt2"), contrasts(), sweep.base_run
+    lm, pairs, own = model("gpt2"), contrasts(), clean.base_run
     want = effects(lm, pairs, "heads")
 
     def small(lm: Model, ids: torch.Tensor, *rest: Any) -> Any:
@@ -275,7 +275,7 @@ def test_memory_that_runs_out_halves_a_batch(monkeypatch: pytest.MonkeyPatch) ->
             raise torch.OutOfMemoryError
         return own(lm, ids, *rest)
 
-    monkeypatch.setattr(sweep, "base_run", small)
+    monkeypatch.setattr(clean, "base_run", small)
     close(effects(lm, pairs, "heads", batch=3), want)
 
 

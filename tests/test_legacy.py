@@ -22,7 +22,7 @@ from unwrite.errors import ModelError
 from unwrite.model import legacy
 from unwrite.model.legacy import from_legacy, is_legacy
 from unwrite.model.view import fold
-from unwrite.run.replay import clean as rerun
+from unwrite.run.replay import clean as replay
 
 ROOT = Path(__file__).resolve().parents[1]
 ORACLE = ROOT / ".venv-legacy" / "bin" / "python"
@@ -153,7 +153,7 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_transformer_lens_sees_the_same_writes_states_and_logits(sibling: str, oracle: Path) -> None:
     """The nodes of the convention "paper" are those of TransformerLens' default processing."""
     lm, seen = uw.load(oracle / sibling), np.load(oracle / sibling / "oracle.npz")
-    run = rerun.clean(lm, IDS, fold(lm))
+    run = replay.clean(lm, IDS, fold(lm))
     nodes = dict(zip(lm.nodes, torch.cat([*run.written(run.record)]).numpy(), strict=True))
     attn_only = lm.config.n_inner == 1
     close(nodes["embed"], seen["hook_embed"])

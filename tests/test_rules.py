@@ -24,7 +24,7 @@ from unwrite.nodes import Location
 from unwrite.run.answer.logits import Question, normed_measure, reading
 from unwrite.run.backward.rules import RULES, Rules
 from unwrite.run.backward.slopes import cotangents
-from unwrite.run.replay import clean as rerun
+from unwrite.run.replay import clean as replay
 
 LENGTH, ROW = 6, 4
 # One of every way in which attention is reached: the interface, own code, own code with a branch for sdpa, post-norms.
@@ -208,7 +208,7 @@ def test_direct_is_the_reading_of_the_final_norm_at_the_read_row_only(family: st
     lm, ids = model(family), ids_of(2)
     question = Question(torch.tensor([5, 6]), torch.tensor([7, 8]))
     with exact():
-        run = rerun.clean(lm, ids, fold(lm))
+        run = replay.clean(lm, ids, fold(lm))
         r, _ = reading(lm, question, run.record.stream[lm.states[-1]][:, ROW])
         found = cotangents(lm, ids, RULES["direct"], lambda normed: normed_measure(lm, question, normed[:, ROW]))[1]
     assert tuple(found) == lm.states
@@ -221,7 +221,7 @@ def test_direct_is_the_reading_of_the_final_norm_at_the_read_row_only(family: st
 def test_a_reading_is_the_slope_of_the_models_own_logits_with_the_final_norm_held(family: str) -> None:
     lm, ids, vector = model(family), ids_of(), drawn(model(family).d_model)
     with exact():
-        stream = rerun.clean(lm, ids, fold(lm)).record.stream[lm.states[-1]][:, ROW]
+        stream = replay.clean(lm, ids, fold(lm)).record.stream[lm.states[-1]][:, ROW]
         for against in (7, None):
             question = Question(torch.tensor([5]), None if against is None else torch.tensor([against]))
             r, _ = reading(lm, question, stream)
@@ -229,7 +229,7 @@ def test_a_reading_is_the_slope_of_the_models_own_logits_with_the_final_norm_hel
             assert float(r[0] @ vector) == pytest.approx(want, rel=1e-10)
 
 
-def propagated(run: rerun.Clean, state: Location, x: Tensor) -> Tensor:
+def propagated(run: replay.Clean, state: Location, x: Tensor) -> Tensor:
     """x ← x + Σ_e C_e(x), for all heads that read `state` or later."""
     lm = run.lm
     for layer in lm.layers:
@@ -244,7 +244,7 @@ def test_net_is_the_write_carried_by_hand_through_all_values(family: str, seed: 
     lm, ids = model(family, seed), ids_of(2)
     u, x = drawn(lm.d_model), drawn(2, LENGTH, lm.d_model, seed=7)
     with exact():
-        run = rerun.clean(lm, ids, fold(lm), with_patterns=True)
+        run = replay.clean(lm, ids, fold(lm), with_patterns=True)
         direct = cotangents(lm, ids, RULES["direct"], along(u))[1][lm.states[-1]][:, ROW]
         found = cotangents(lm, ids, RULES["net"], along(u))[1]
         carried = [propagated(run, state, x)[:, ROW] for state in lm.states]

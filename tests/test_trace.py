@@ -25,7 +25,8 @@ from unwrite.model.view import Layer, Model, fold, value_weights
 from unwrite.nodes import Node, Site, parse_site
 from unwrite.run.edit.edits import Pending
 from unwrite.run.edit.sites import _sites, place
-from unwrite.run.replay import clean as rerun
+from unwrite.run.replay import clean as replay
+from unwrite.run.replay import edited
 
 Edit = uw.Edit
 PINNED: dict[str, dict[str, Any]] = {"opt": {"word_embed_proj_dim": None}}
@@ -110,7 +111,7 @@ def test_writes_and_states_are_those_of_the_decomposition(kind: str) -> None:
     for convention in ("paper", "raw") if model(kind).centred else ("paper",):
         lm = model(kind, convention)
         t, _ = ran(lm, *lm.nodes, *lm.locations)
-        run = rerun.clean(lm, ids_of(lm), fold(lm))
+        run = replay.clean(lm, ids_of(lm), fold(lm))
         writes = torch.stack([t[node] for node in lm.nodes])
         close(writes, torch.cat([*run.written(run.record)]), lm)
         for state, held in zip(lm.states, lm.holds(), strict=True):
@@ -235,13 +236,13 @@ def test_the_same_in_lower_precision(kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_removed_node_is_a_run_without_it(kind: str) -> None:
     lm = model(kind)
-    run = rerun.clean(lm, ids_of(lm), fold(lm))
+    run = replay.clean(lm, ids_of(lm), fold(lm))
     writes = torch.cat([*run.written(run.record)])
     last = lm.states[-1]
     chosen = [node for node in lm.parts if node.layer < 1 and node.head < 1 and node.kind != "mlp"] + [lm.parts[-1]]
     for node in chosen:
         t, _ = ran(lm, node, last, edits=Edit.set(node, 0.0))
-        gone = rerun.added(run, node, -writes[lm.parts.index(node)])
+        gone = edited.added(run, node, -writes[lm.parts.index(node)])
         close(t[last], gone.stream[last], lm)
         assert not t[node].any()
 
@@ -249,12 +250,12 @@ def test_a_removed_node_is_a_run_without_it(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_vector_added_to_a_state_is_added_after_its_last_node(kind: str) -> None:
     lm = model(kind)
-    run, change = rerun.clean(lm, ids_of(lm), fold(lm)), noise(2, 7, lm.d_model)
+    run, change = replay.clean(lm, ids_of(lm), fold(lm)), noise(2, 7, lm.d_model)
     for state, held in zip(lm.states, lm.holds(), strict=True):
         if state.layer > 0:
             continue
         node = [node for node, is_held in zip(lm.parts, held, strict=True) if is_held][-1]
-        truth = rerun.added(run, node, change)
+        truth = edited.added(run, node, change)
         t, _ = ran(lm, *lm.states, edits=Edit.add(state, change))
         for later in lm.states[lm.states.index(state) + 1 :]:
             close(t[later], truth.stream[later], lm)

@@ -21,8 +21,9 @@ from unwrite.prompts.tokens import Tokens, from_ids, windows
 from unwrite.report.verified import sentence
 from unwrite.run.loop.job import Job
 from unwrite.run.loop.stream import stream
-from unwrite.run.replay import clean as rerun
-from unwrite.run.replay.mlp_alone import one_reader
+from unwrite.run.replay import clean as replay
+from unwrite.run.replay import edited
+from unwrite.run.replay.edited import one_reader
 from unwrite.run.source.rotations import rotations
 from unwrite.run.tally import without
 
@@ -108,9 +109,9 @@ def test_erased_and_filled_in_sum_to_survival_minus_one(verified) -> None:
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_run_continued_without_an_edit_is_the_clean_run(family) -> None:
     lm = model(family)
-    run = rerun.clean(lm, ids_of(lm), fold(lm))
+    run = replay.clean(lm, ids_of(lm), fold(lm))
     for node in lm.parts:
-        again = rerun.added(run, node, torch.zeros(2, 7, lm.d_model, dtype=torch.float64))
+        again = edited.added(run, node, torch.zeros(2, 7, lm.d_model, dtype=torch.float64))
         for state in lm.states:
             assert torch.equal(again.stream[state], run.record.stream[state])
 
@@ -144,10 +145,10 @@ def test_a_removed_head_is_a_head_silenced_by_a_plain_hook(family) -> None:
     """Where no post-norm rescales the others: then to silence z and to subtract the write are one intervention."""
     hf = tiny.model(family, 3, **PINNED.get(family, {}))
     lm, ids = view(hf, convention="raw"), ids_of(view(hf))
-    run = rerun.clean(lm, ids, fold(lm))
+    run = replay.clean(lm, ids, fold(lm))
     node = next(node for node in lm.parts if node.kind == "head" and node.layer == 1)
     write = torch.cat([*run.written(run.record)])[lm.parts.index(node)]
-    ours = rerun.added(run, node, -write).stream[lm.states[-1]]
+    ours = edited.added(run, node, -write).stream[lm.states[-1]]
     truth = removed_by_hand(lm, 1, node.head, ids)
     tolerance = 1e-6 if lm.row.float32_inside else 1e-10
     assert torch.allclose(ours, truth, rtol=0, atol=tolerance * float(truth.abs().max()))
@@ -158,11 +159,11 @@ def test_a_removed_head_is_a_head_silenced_by_a_plain_hook(family) -> None:
 def test_algebra_through_values_equals_the_executed_intervention(family) -> None:
     """Every head of the next layer changes by exactly C when the writer is hidden from its values (eq. 3)."""
     lm = model(family, 1)
-    run = rerun.clean(lm, ids_of(lm), fold(lm), with_patterns=True)
+    run = replay.clean(lm, ids_of(lm), fold(lm), with_patterns=True)
     node = next(node for node in lm.parts if node.kind == "head" and node.layer == 0)
     write = torch.cat([*run.written(run.record)])[lm.parts.index(node)]
     block = lm.layers[1]
-    after = rerun.hidden(run, write, [1])
+    after = edited.hidden(run, write, [1])
     state = next(s for s in lm.states if s.layer == 1)
     through = run.post_scaled(block, through_values(lm, block, run.patterns[1], write, run.scale(block)))
     predicted = torch.einsum("bthk,hkd->btd", through, run.folded[1].w_o)
@@ -176,18 +177,18 @@ def test_algebra_through_values_equals_the_executed_intervention(family) -> None
 
 def test_hiding_changes_neither_queries_nor_keys_of_the_hidden_layer() -> None:
     lm = model("llama", 2)
-    run = rerun.clean(lm, ids_of(lm), fold(lm), with_patterns=True)
+    run = replay.clean(lm, ids_of(lm), fold(lm), with_patterns=True)
     write = torch.cat([*run.written(run.record)])[1]
-    z = rerun.hidden(run, write, [1]).z
+    z = edited.hidden(run, write, [1]).z
     assert torch.equal(z[0], run.record.z[0])
 
 
 def brute_survival(lm: Model, ids: Tensor, node: Any, skip: int) -> np.ndarray:
     """Σ⟨x_k − x_k^{−w}, o_w⟩ / Σ‖o_w‖² from two whole runs, position by position."""
-    run = rerun.clean(lm, ids, fold(lm))
+    run = replay.clean(lm, ids, fold(lm))
     write = torch.cat([*run.written(run.record)])[lm.parts.index(node)].clone()
     write[:, :skip] = 0
-    gone = rerun.added(run, node, -write)
+    gone = edited.added(run, node, -write)
     top, bottom = np.zeros(len(lm.states)), 0.0
     for prompt in range(len(ids)):
         for place in range(skip, ids.shape[1]):
@@ -235,8 +236,8 @@ def test_a_rotated_write_decays_like_anything(monkeypatch) -> None:
     basis = torch.linalg.qr(torch.cat([torch.ones(48, 1), torch.eye(48)[:, 1:]], 1).double()).Q[:, 1:]
     drawn = torch.linalg.qr(torch.randn(47, 47, generator=generator, dtype=torch.float64)).Q
     own = basis @ drawn @ basis.t()
-    original = rerun.Clean.write
-    monkeypatch.setattr(rerun.Clean, "write", lambda self, node: original(self, node) @ own)
+    original = replay.Clean.write
+    monkeypatch.setattr(replay.Clean, "write", lambda self, node: original(self, node) @ own)
     result = uw.verify(lm, tokens, lm.nodes[2])
     assert result.data.attrs["verdict"] == "decays like anything"
     assert result.data.attrs["readers"] == ""
@@ -313,7 +314,7 @@ def read_again(lm: Model, index: int, x: Tensor) -> Tensor:
         return branch()
 
 
-def readings(lm: Model, run: rerun.Clean, vector: Tensor, skip: int) -> dict[str, tuple[float, float]]:
+def readings(lm: Model, run: replay.Clean, vector: Tensor, skip: int) -> dict[str, tuple[float, float]]:
     """Node name -> energy that it writes because it reads `vector`, and that along it; one reader at a time."""
     found = {}
     for node in lm.parts:
@@ -343,7 +344,7 @@ def test_each_reader_alone_is_that_of_a_slow_twin(family, seed) -> None:
     lm = view(tiny.model(family, 5 + seed, **overrides), convention="raw")
     ids, writer = ids_of(lm), next(node for node in lm.parts if node.kind == "head")
     result = uw.verify(lm, ids, str(writer)).data
-    run = rerun.clean(lm, ids, fold(lm), with_patterns=True)
+    run = replay.clean(lm, ids, fold(lm), with_patterns=True)
     nodes = torch.cat([*run.written(run.record)])
     write = nodes[lm.parts.index(writer)].clone()
     write[:, 0] = 0
@@ -379,7 +380,7 @@ def test_one_reader_is_the_executed_change_of_the_first_reader_only() -> None:
 
 def test_one_reader_leaves_the_model_as_it_was() -> None:
     lm = model("llama", 1)
-    run = rerun.clean(lm, ids_of(lm), fold(lm))
+    run = replay.clean(lm, ids_of(lm), fold(lm))
     nothing = one_reader(run, torch.zeros(2, 7, lm.d_model, dtype=torch.float64), [0, 1])
     assert all(float(change.abs().max()) == 0 for change in nothing.values())
     assert not any(module._forward_pre_hooks for module in lm.hf.modules())
@@ -503,12 +504,12 @@ def test_a_prompt_that_alone_does_not_fit_is_named(monkeypatch) -> None:
     lm = model("gpt2", 4)
     tokens, real = full_tokens(lm), without.added
 
-    def full(run: rerun.Clean, *rest: Any) -> Any:
+    def full(run: replay.Clean, *rest: Any) -> Any:
         if (run.record.vectors[lm.parts[0]][:, :3] == bad[:3]).all((1, 2)).any():
             raise torch.OutOfMemoryError("full")
         return real(run, *rest)
 
-    bad = rerun.clean(lm, torch.from_numpy(tokens.ids[3:4]), fold(lm)).record.vectors[lm.parts[0]][0]
+    bad = replay.clean(lm, torch.from_numpy(tokens.ids[3:4]), fold(lm)).record.vectors[lm.parts[0]][0]
     monkeypatch.setattr(without, "added", full)
     with pytest.raises(NumericError, match="prompt 3 does not fit into memory"):
         uw.verify(lm, tokens, "L0H1", batch=2)

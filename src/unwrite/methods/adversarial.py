@@ -30,7 +30,8 @@ from unwrite.run.answer.logits import Question, measure, reading, top_two
 from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.ledger import Ledger
 from unwrite.run.loop.stream import Batch, Listener, admit, batch_size, parts, stream
-from unwrite.run.replay.clean import added, clean
+from unwrite.run.replay.clean import clean
+from unwrite.run.replay.edited import added
 from unwrite.run.source.rotations import rotations
 from unwrite.run.source.writes import Pool
 

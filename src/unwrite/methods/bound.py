@@ -30,8 +30,9 @@ from unwrite.run.edit.slots import Slot, slots
 from unwrite.run.loop.finite import require_finite
 from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.stream import Batch, Listener, Rows, batch_size, stream
-from unwrite.run.replay.sweep import ROWS, Base, base_of, differing
-from unwrite.run.replay.walk import patched_together
+from unwrite.run.replay.clean import Base, base_of
+from unwrite.run.replay.sweep import differing
+from unwrite.run.replay.walk import ROWS, patched_together
 from unwrite.run.source.values import DONORS, Donor, donor
 from unwrite.stats.random_sets import Contexts, Difference, subset
 from unwrite.stats.ranks import by_size

@@ -33,7 +33,8 @@ from unwrite.run.loop.finite import require_finite
 from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.ledger import Ledger
 from unwrite.run.loop.stream import Batch, Listener, Progress, Rows, batch_size, stream
-from unwrite.run.replay.sweep import base_of, forwards, patched, patches
+from unwrite.run.replay.clean import base_of
+from unwrite.run.replay.sweep import forwards, patched, patches
 from unwrite.run.source.values import Donor, donor
 
 AT = ("each", "all", "last")

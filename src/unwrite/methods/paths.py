@@ -26,9 +26,9 @@ from unwrite.run.answer.metrics import Custom, known, metric_of, name_of, unless
 from unwrite.run.loop.finite import require_finite
 from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.stream import Batch, Listener, Rows, batch_size, stream
+from unwrite.run.replay.clean import base_of
 from unwrite.run.replay.edges import Ends, ends
 from unwrite.run.replay.paths import MODES, effects_of_edges
-from unwrite.run.replay.sweep import base_of
 from unwrite.run.source.values import Donor, donor
 
 _EQUATIONS = {

@@ -1,26 +1,40 @@
-"""What would the later layers do if the stream were different? One clean run, continued from any layer under an edit.
+"""What does a clean run leave, that changed ones can begin from?
 
-Only the layers from the edited one on are run again, with the arguments that their blocks were called with.
+`Clean` is for runs of whole prompts, which record what every node writes; `Base` for many runs of some of a prompt's
+rows, which find the others among kept keys and values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from unwrite.model.attention import Patterns, patterns
-from unwrite.model.capture import Recording, recording
-from unwrite.model.hooks import Call, Visit, after, called, first_of, hooked, read_of, reading
+from unwrite.model.cache import Kept, empty, kept_of, remembering
+from unwrite.model.capture import Recording, evaluating, recording
+from unwrite.model.hooks import Call, before, called, hooked, kept, read_of
 from unwrite.model.values import through_values, value_scale
-from unwrite.model.view import Folded, Layer, Model, centre
+from unwrite.model.view import Folded, Layer, Model
 from unwrite.model.writes import blocks, expand, write_of
 from unwrite.nodes import Node
+from unwrite.prompts.pairs import Pairs
+from unwrite.run.edit.slots import Slot, Values, between_blocks, values_of, watching
+
+Calls = Mapping[int, Call]
+
+
+@contextmanager
+def calling(lm: Model) -> Iterator[Calls]:
+    """Inside the `with`, every forward pass leaves how it called each block."""
+    calls: dict[int, Call] = {}
+    with hooked(called(layer.block, partial(calls.__setitem__, layer.index)) for layer in lm.layers):
+        yield calls
 
 
 @dataclass(frozen=True)
@@ -30,7 +44,7 @@ class Clean:
     lm: Model
     folded: Sequence[Folded]
     record: Recording
-    calls: Mapping[int, Call]
+    calls: Calls
     patterns: Patterns
 
     def written(self, record: Recording) -> Iterator[Float[Tensor, "node prompt position d_model"]]:
@@ -70,108 +84,61 @@ def clean(
     lm: Model, ids: Int[Tensor, "prompt position"], folded: Sequence[Folded], with_patterns: bool = False
 ) -> Clean:
     """Run the base model once over left-aligned prompts. With patterns, its attention is computed openly."""
-    calls: dict[int, Call] = {}
     with ExitStack() as stack:
         found = stack.enter_context(patterns(lm) if with_patterns else nullcontext({}))
         record = stack.enter_context(recording(lm, folded, truth=True))
-        stack.enter_context(hooked(called(layer.block, partial(calls.__setitem__, layer.index)) for layer in lm.layers))
+        calls = stack.enter_context(calling(lm))
         lm.decoder(input_ids=ids.to(lm.device), use_cache=False)
     return Clean(lm, folded, record, calls, dict(found))
 
 
-@torch.no_grad()
-def added(run: Clean, node: Node, change: Float[Tensor, "prompt position d_model"]) -> Recording:
-    """The run in which `change` is added to the stream right after `node` has written.
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A clean run of base prompts, and all that a patched one can take from it.
 
-    Returns a Recording that is complete: what lies before the edit is that of the clean run.
+    `inputs[l]` is what block l read, `inputs[L]` the final stream; `kept` are keys and values, where each layer's
+    attention is, everything else on the model's own device; `values` those of slots.
     """
-    if node.layer < 0:
-        return _continued(run, 0, change, {})
-    layer = run.lm.layers[node.layer]
-    module = layer.mlp_end if node.kind == "mlp" else layer.attention_end
-    return _continued(run, node.layer, None, {module: partial(_plus, run.lm, lambda: change)})
 
+    lm: Model
+    ids: Int[Tensor, "pair position"]
+    row: Int[Tensor, " pair"]
+    inputs: Sequence[Float[Tensor, "pair position d_model"]]
+    kept: Sequence[Kept]
+    values: Values
 
-@torch.no_grad()
-def hidden(run: Clean, vector: Float[Tensor, "prompt position d_model"], layers: Sequence[int]) -> Recording:
-    """The run in which `vector` is taken out of the value input of all heads in some layers, and of nothing else.
+    @property
+    def final(self) -> Float[Tensor, "pair d_model"]:
+        """The final stream at the rows that are read."""
+        return self.inputs[-1][torch.arange(len(self.row), device=self.row.device), self.row]
 
-    Norms before these values and post-norms after them keep the scale of the clean run; queries and keys of these
-    layers, and all layers after them, run freely. (Dao et al. 2023, Fig. 3)
-    """
-    lm = run.lm
-    if not layers:
-        return run.record
-    taken: dict[int, Tensor] = {}
-    with patterns(lm) as found:
-
-        def carried(layer: Layer) -> Tensor:
-            through = through_values(lm, layer, found[layer.index], vector, run.scale(layer))
-            taken[layer.index] = run.post_scaled(layer, through)
-            return -torch.einsum("bthk,hkd->btd", taken[layer.index], run.folded[layer.index].w_o)
-
-        edited = [lm.layers[index] for index in layers]
-        visits = {_attention_end(lm, layer): partial(_plus, lm, partial(carried, layer)) for layer in edited}
-        record = _continued(run, min(layers), None, visits)
-    for index, part in taken.items():
-        record.z[index] = record.z[index] - part  # recorded before it was taken out
-    return record
+    def calls(self, start: int, end: int) -> Calls:
+        """How the model calls each block for rows start … end of one prompt that follow on earlier ones."""
+        lm = self.lm
+        past = {i: (keys[:1, :, :start], values[:1, :, :start]) for i, (keys, values) in enumerate(self.kept)}
+        with evaluating(lm.hf), calling(lm) as calls:
+            cache = remembering(past, len(lm.layers))
+            lm.decoder(input_ids=self.ids[:1, start:end], use_cache=True, past_key_values=cache)
+        return calls
 
 
 @torch.no_grad()
-def each_block(run: Clean, change: Callable[[int, Tensor], Tensor]) -> Clean:
-    """Every block by itself on its own clean input, changed; no block sees what another made of it.
-
-    Attention post-norms keep the scale of the clean run.
-    """
-    lm = run.lm
-    with recording(lm, run.folded) as record:
-        for layer in lm.layers:
-            _block(run, layer, change(layer.index, run.input(layer.index)))
-    for index, gain in record.gain.items():
-        held = run.record.gain[index]
-        record.z[index] = record.z[index] * (held / gain)[..., None, None]
-        record.gain[index] = held
-    return replace(run, record=_completed(run.record, record))
-
-
-def _block(run: Clean, layer: Layer, x: Tensor) -> Tensor:
-    args, kwargs = reading(run.calls[layer.index], x)
-    return first_of(layer.block(*args, **kwargs))
-
-
-def _attention_end(lm: Model, layer: Layer) -> nn.Module:
-    """Where a layer's attention write can be changed and its pattern is already known."""
-    if not lm.row.interface:  # the pattern comes out with the attention module's output
-        return layer.attention
-    return layer.attention_end
-
-
-def _plus(lm: Model, change: Callable[[], Tensor], written: Tensor) -> Tensor:
-    """What a module writes with something added, in units of the stream, which it reaches scaled."""
-    return written + (change() / lm.residual_scale).reshape(written.shape).to(written)
-
-
-def _continued(run: Clean, start: int, change: Tensor | None, visits: Mapping[nn.Module, Visit]) -> Recording:
-    """Run the blocks from `start` on, with edits of what some modules put out."""
-    lm = run.lm
+def base_run(lm: Model, ids: Int[Tensor, "pair position"], row: Int[Tensor, " pair"], slots: Sequence[Slot]) -> Base:
+    """Run left-aligned base prompts once and keep what patched runs will need."""
+    calls: dict[int, Tensor] = {}
+    cache = empty()
     with ExitStack() as stack:
-        # Edits first: what a block's own nodes hand on after an edit is what is recorded.
-        stack.enter_context(hooked(after(module, visit) for module, visit in visits.items()))
-        record = stack.enter_context(recording(lm, run.folded, truth=True))
-        x = run.input(start)
-        x = x if change is None else x + change.to(x)
-        for layer in lm.layers[start:]:
-            x = _block(run, layer, x)
-    record.stream[lm.states[-1]] = centre(x.to(lm.device, lm.compute_dtype), lm)
-    return _completed(run.record, record)
+        stack.enter_context(evaluating(lm.hf))
+        found = stack.enter_context(watching(lm, slots))
+        # Copies: some blocks add into what they were given.
+        keep = (before(module, kept(calls, i, copied=True)) for i, module in enumerate(between_blocks(lm)))
+        stack.enter_context(hooked(keep))
+        lm.decoder(input_ids=ids.to(lm.device), use_cache=True, past_key_values=cache)
+    inputs = [calls[index].to(lm.device) for index in range(len(lm.layers) + 1)]
+    return Base(lm, ids.to(lm.device), row, inputs, kept_of(cache), values_of(lm, found, inputs, len(ids)))
 
 
-def _completed(base: Recording, record: Recording) -> Recording:
-    return Recording(
-        {**base.z, **record.z},
-        {**base.gain, **record.gain},
-        {**base.vectors, **record.vectors},
-        {**base.stream, **record.stream},
-        {**base.attention, **record.attention},
-    )
+def base_of(lm: Model, pairs: Pairs, rows: slice, slots: Sequence[Slot]) -> Base:
+    """The base run of some of the pairs."""
+    row = torch.from_numpy(pairs.row[rows]).to(lm.device)
+    return base_run(lm, torch.from_numpy(pairs.base.ids[rows]), row, slots)

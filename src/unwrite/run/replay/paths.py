@@ -19,9 +19,9 @@ from torch import Tensor
 
 from unwrite.model.view import Model
 from unwrite.run.edit.slots import Slot, Values, Visit, visiting
+from unwrite.run.replay.clean import Base, Calls
 from unwrite.run.replay.edges import LOGITS, Ends, Write, read_at
-from unwrite.run.replay.sweep import ROWS, Base, Calls, calls_of
-from unwrite.run.replay.walk import Runs, Setting, visits_of
+from unwrite.run.replay.walk import ROWS, Runs, Setting, visits_of
 
 MODES = ("recompute", "frozen")
 
@@ -39,7 +39,7 @@ def effects_of_edges(
     if start is None:
         return
     end = int(base.row.max()) + 1
-    calls = calls_of(base, start, end)
+    calls = base.calls(start, end)
     each = max(1, ROWS // (n_pairs * (end - start)))
     for at in range(0, len(names), each):
         sent = {i: ends.senders[names[i]] for i in range(at, min(at + each, len(names)))}

@@ -8,8 +8,8 @@ earlier ones. (facts: attribution, §6)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,60 +18,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from unwrite.model.cache import Kept, empty, kept_of, remembering, with_past
-from unwrite.model.capture import evaluating
-from unwrite.model.hooks import Call, after, before, called, first_of, hooked, kept, reading
+from unwrite.model.hooks import after, before, hooked
 from unwrite.model.view import Model
-from unwrite.prompts.pairs import Pairs
 from unwrite.prompts.positions import rows_at
-from unwrite.run.edit.slots import Slot, Values, between_blocks, values_of, visiting, watching
-
-Calls = Mapping[int, Call]
-# Rows (runs × positions) that go through a block at once.
-ROWS = 4096
-
-
-@dataclass(frozen=True, eq=False)
-class Base:
-    """A clean run of base prompts, and all that a patched one can take from it.
-
-    `inputs[l]` is what block l read, `inputs[L]` the final stream; `kept` are keys and values, where each layer's
-    attention is, everything else on the model's own device; `values` those of slots.
-    """
-
-    lm: Model
-    ids: Int[Tensor, "pair position"]
-    row: Int[Tensor, " pair"]
-    inputs: Sequence[Float[Tensor, "pair position d_model"]]
-    kept: Sequence[Kept]
-    values: Values
-
-    @property
-    def final(self) -> Float[Tensor, "pair d_model"]:
-        """The final stream at the rows that are read."""
-        return self.inputs[-1][torch.arange(len(self.row), device=self.row.device), self.row]
-
-
-@torch.no_grad()
-def base_run(lm: Model, ids: Int[Tensor, "pair position"], row: Int[Tensor, " pair"], slots: Sequence[Slot]) -> Base:
-    """Run left-aligned base prompts once and keep what patched runs will need."""
-    calls: dict[int, Tensor] = {}
-    cache = empty()
-    with ExitStack() as stack:
-        stack.enter_context(evaluating(lm.hf))
-        found = stack.enter_context(watching(lm, slots))
-        # Copies: some blocks add into what they were given.
-        keep = (before(module, kept(calls, i, copied=True)) for i, module in enumerate(between_blocks(lm)))
-        stack.enter_context(hooked(keep))
-        lm.decoder(input_ids=ids.to(lm.device), use_cache=True, past_key_values=cache)
-    inputs = [calls[index].to(lm.device) for index in range(len(lm.layers) + 1)]
-    return Base(lm, ids.to(lm.device), row, inputs, kept_of(cache), values_of(lm, found, inputs, len(ids)))
-
-
-def base_of(lm: Model, pairs: Pairs, rows: slice, slots: Sequence[Slot]) -> Base:
-    """The base run of some of the pairs."""
-    row = torch.from_numpy(pairs.row[rows]).to(lm.device)
-    return base_run(lm, torch.from_numpy(pairs.base.ids[rows]), row, slots)
+from unwrite.run.edit.slots import Slot, Values, visiting
+from unwrite.run.replay.clean import Base, Calls
+from unwrite.run.replay.walk import ROWS, Runs
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,9 +83,12 @@ def patched(
     At position `start`, or with `every_row` there and at all later ones. In as many waves as memory asks for.
     """
     end = int(torch.cat([base.row[part.pair] for part in jobs]).max()) + 1
-    first, later = (calls_of(base, start, stop) for stop in (start + 1, end))
+    first, later = (base.calls(start, stop) for stop in (start + 1, end))
     for wave in _waves(jobs, max(1, ROWS // (end - start))):
-        yield from zip(wave, _wave(base, source, wave, (start, end, every_row), first, later), strict=True)
+        pair = torch.cat([part.pair for part in wave])
+        runs = Runs(base, pair, [part.slot.layer for part in wave for _ in part.pair], start, end, later)
+        final = runs.finals(partial(_step, runs, first, source, wave, every_row))
+        yield from zip(wave, final.split([len(part.pair) for part in wave]), strict=True)
 
 
 def _waves(jobs: Sequence[Jobs], size: int) -> Iterator[list[Jobs]]:
@@ -152,39 +107,42 @@ def _waves(jobs: Sequence[Jobs], size: int) -> Iterator[list[Jobs]]:
         yield wave
 
 
-def _wave(
-    base: Base, source: Values, wave: Sequence[Jobs], span: tuple[int, int, bool], first: Calls, later: Calls
-) -> list[Tensor]:
-    """Final streams at the read rows, of the jobs in order."""
-    start, end, every_row = span
-    runs: list[Tensor] = []
-    x, pair = base.inputs[0][:0, start:end], base.row[:0]
+def _step(
+    runs: Runs, first: Calls, source: Values, wave: Sequence[Jobs], every_row: bool, index: int, x: Tensor
+) -> Tensor:
+    """One block: of the runs under way, and of those that begin at it, each with its node set."""
+    here = [part for part in wave if part.slot.layer == index]
+    states, inside = ([part for part in here if (part.slot.at is None) is state] for state in (True, False))
+    n, at = len(x) - _count(inside), len(x) - _count(here)
+    for part in states:
+        values = _values(runs, source, part, every_row)
+        x[at : at + len(part.pair), : values.shape[1]] = values.to(x.dtype)
+        at += len(part.pair)
+    if index == len(runs.base.lm.layers):
+        return x
+    found = [x[:0]]
+    if n:
+        last = index + 1 == len(runs.base.lm.layers)
+        row = runs.base.row[runs.pair[:n]] - runs.start
+        with _one_row(runs.base.lm.layers[index].mlp, row) if last else nullcontext():
+            found.append(runs.block(index, x[:n]))
+    for part in inside:
+        # Where later rows of the block do not see it, they are not run.
+        alone = not every_row and not part.slot.lasting
+        out = _set_inside(runs.of(part.pair, first if alone else runs.calls, alone), source, part, every_row)
+        behind = runs.base.inputs[index + 1][part.pair, runs.start + out.shape[1] : runs.end]
+        found.append(torch.cat([out, behind], 1))
+    return torch.cat(found)
 
-    def join(part: Jobs, made: Tensor) -> None:
-        nonlocal x, pair
-        x, pair = torch.cat([x, made]), torch.cat([pair, part.pair])
-        runs.append(part.pair)
 
-    for index in range(min(part.slot.layer for part in wave), len(base.lm.layers) + 1):
-        here = [part for part in wave if part.slot.layer == index]
-        for part in here:
-            if part.slot.at is None:
-                join(part, _set_state(base, source, part, start, end, every_row))
-        if index == len(base.lm.layers):
-            break
-        if len(pair):
-            last = index + 1 == len(base.lm.layers)
-            with _one_row(base.lm.layers[index].mlp, base.row[pair] - start) if last else nullcontext():
-                x = through_block(base, index, x, pair, start, later)
-        for part in here:
-            if part.slot.at is not None:
-                alone = not every_row and not part.slot.lasting
-                calls, stop = (first, start + 1) if alone else (later, end)
-                out = _set_inside(base, source, part, (start, stop, every_row), calls)
-                whole = base.inputs[index + 1][part.pair, start:end].clone()
-                whole[:, : stop - start] = out
-                join(part, whole)
-    return list(x[torch.arange(len(pair), device=x.device), base.row[pair] - start].split([len(p) for p in runs]))
+def _count(jobs: Sequence[Jobs]) -> int:
+    return sum(len(part.pair) for part in jobs)
+
+
+def _values(runs: Runs, source: Values, part: Jobs, every_row: bool) -> Float[Tensor, "run row d"]:
+    """What nodes are set to, at the first row or at every one."""
+    rows = slice(runs.start, runs.end if every_row else runs.start + 1)
+    return source[part.slot][part.pair, rows, part.unit]
 
 
 @contextmanager
@@ -211,46 +169,14 @@ def _one_row(mlp: nn.Module, row: Int[Tensor, " run"]) -> Iterator[None]:
         yield
 
 
-def _set_state(base: Base, source: Values, part: Jobs, start: int, end: int, every_row: bool) -> Tensor:
-    x = base.inputs[part.slot.layer][part.pair, start:end].clone()
-    stop = end if every_row else start + 1
-    x[:, : stop - start] = source[part.slot][part.pair, start:stop, 0].to(x.dtype)
-    return x
-
-
-def _set_inside(base: Base, source: Values, part: Jobs, span: tuple[int, int, bool], calls: Calls) -> Tensor:
-    """What the slot's block puts out for rows start … stop when one node is another at the first, or at every, row."""
-    start, stop, every_row = span
-    slot, pair = part.slot, part.pair
-    x = base.inputs[slot.layer][pair, start:stop]
-    put_in = source[slot][pair, start : stop if every_row else start + 1, part.unit]
+def _set_inside(runs: Runs, source: Values, part: Jobs, every_row: bool) -> Tensor:
+    """What a slot's block puts out for the rows of runs in which one node is another at the first, or at every, row."""
+    slot, lm = part.slot, runs.base.lm
+    x, put_in = runs.of_base(runs.base.inputs[slot.layer], len(part.pair)), _values(runs, source, part, every_row)
     if slot.joined:
-        put_in = put_in - base.inputs[slot.layer][pair, start : start + put_in.shape[1]] / base.lm.residual_scale
-    rows = torch.arange(put_in.shape[1], device=pair.device)
+        put_in = put_in - x[:, : put_in.shape[1]] / lm.residual_scale
     # Attention sees the keys and values of earlier positions too.
-    seen_rows = rows + start if slot.sees_past else rows
+    rows = torch.arange(put_in.shape[1], device=part.pair.device) + (runs.start if slot.sees_past else 0)
     unit = slot.units[part.unit]
-    with visiting(base.lm, {slot: lambda tensor: slot.put(tensor, unit, seen_rows, put_in)}):
-        return through_block(base, slot.layer, x, pair, start, calls)
-
-
-def through_block(base: Base, index: int, x: Tensor, pair: Int[Tensor, " run"], start: int, calls: Calls) -> Tensor:
-    """What a block makes of rows `start` and later of runs that before them are base runs; `calls` from `calls_of`."""
-    keys, remembered = (part[pair.to(part.device), :, :start] for part in base.kept[index])
-    past = remembering({index: (keys, remembered)}, len(base.lm.layers))
-    args, kwargs = reading(with_past(calls[index], past, len(pair)), x)
-    with evaluating(base.lm.hf):
-        return first_of(base.lm.layers[index].block(*args, **kwargs)).to(pair.device)
-
-
-def calls_of(base: Base, start: int, end: int) -> Calls:
-    """How the model calls each block for rows start … end of one prompt that follow on earlier ones."""
-    calls: dict[int, Call] = {}
-    past = {i: (keys[:1, :, :start], values[:1, :, :start]) for i, (keys, values) in enumerate(base.kept)}
-    with ExitStack() as stack:
-        stack.enter_context(evaluating(base.lm.hf))
-        keep = (called(layer.block, partial(calls.__setitem__, layer.index)) for layer in base.lm.layers)
-        stack.enter_context(hooked(keep))
-        cache = remembering(past, len(base.lm.layers))
-        base.lm.decoder(input_ids=base.ids[:1, start:end], use_cache=True, past_key_values=cache)
-    return calls
+    with visiting(lm, {slot: lambda tensor: slot.put(tensor, unit, rows, put_in)}):
+        return runs.block(slot.layer, x)

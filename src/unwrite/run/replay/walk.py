@@ -1,7 +1,7 @@
-"""What if many nodes are set to other values at once? One run for each set of them, many runs in one pass.
+"""How do changed runs go up the layers, and what if many nodes are set to other values at once? Many runs in one pass.
 
 Runs leave a base run at a block each and bring only the rows from the first one that differs on; what lies before is
-that of the base run, as in sweep.py.
+that of the base run.
 """
 
 from __future__ import annotations
@@ -15,11 +15,23 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from unwrite.model.cache import remembering, with_past
+from unwrite.model.capture import evaluating
+from unwrite.model.hooks import Call, first_of, reading
+from unwrite.model.view import Layer
 from unwrite.run.edit.slots import Slot, Visit, visiting
-from unwrite.run.replay.sweep import Base, Calls, calls_of, through_block
+from unwrite.run.replay.clean import Base, Calls
 
+# Rows (runs × positions) that go through a block at once.
+ROWS = 4096
 # What is made of the stream that block i reads, rows of the runs that have begun: what it puts out, i = L excepted.
 Step = Callable[[int, Tensor], Tensor]
+
+
+def block(layer: Layer, call: Call, x: Tensor | None = None) -> Tensor:
+    """What a block puts out when it is called so, or so but for the stream that it reads."""
+    args, kwargs = call if x is None else reading(call, x)
+    return first_of(layer.block(*args, **kwargs))
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +52,10 @@ class Runs:
         """Some of the runs."""
         return Runs(self.base, self.pair[rows], self.layer[rows], self.start, self.end, self.calls)
 
+    def of(self, pair: Int[Tensor, " run"], calls: Calls, alone: bool) -> Runs:
+        """Runs of these pairs, of all rows or (`alone`) of the first, in which blocks are called so."""
+        return Runs(self.base, pair, (), self.start, self.start + 1 if alone else self.end, calls)
+
     def of_base(self, values: Float[Tensor, "pair position *rest"], n: int) -> Float[Tensor, "run row *rest"]:
         """Values of the base run, for the rows of the first `n` runs."""
         return values[self.pair[:n], self.start : self.end]
@@ -47,7 +63,11 @@ class Runs:
     def block(self, index: int, x: Float[Tensor, "_ row d"], at: Int[Tensor, " _"] | None = None) -> Tensor:
         """What a block puts out for the first runs, or for some (`at`) of them."""
         pair = self.pair[: len(x)] if at is None else self.pair[at]
-        return through_block(self.base, index, x, pair, self.start, self.calls)
+        keys, values = (part[pair.to(part.device), :, : self.start] for part in self.base.kept[index])
+        past = remembering({index: (keys, values)}, len(self.base.lm.layers))
+        with evaluating(self.base.lm.hf):
+            put_out = block(self.base.lm.layers[index], with_past(self.calls[index], past, len(pair)), x)
+        return put_out.to(pair.device)
 
     def finals(self, step: Step) -> Float[Tensor, "run d_model"]:
         """The final stream of each run at the row that is read."""
@@ -67,7 +87,7 @@ class Runs:
 def runs_of(base: Base, pair: Int[Tensor, " run"], layer: Sequence[int], start: int) -> Runs:
     """Runs of pairs, whose rows begin at `start`."""
     end = int(base.row.max()) + 1
-    return Runs(base, pair, layer, start, end, calls_of(base, start, end))
+    return Runs(base, pair, layer, start, end, base.calls(start, end))
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,8 @@ from unwrite.nodes import Location
 from unwrite.run.answer.logits import Question, capped, measure, normed_measure, reading
 from unwrite.run.backward.rules import RULES
 from unwrite.run.backward.slopes import cotangents
-from unwrite.run.replay.clean import Clean, added
+from unwrite.run.replay.clean import Clean
+from unwrite.run.replay.edited import added
 from unwrite.run.source.writes import Replaced
 
 READINGS = tuple(RULES)

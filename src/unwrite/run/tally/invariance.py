@@ -20,7 +20,8 @@ from unwrite.model.view import Model
 from unwrite.model.writes import expand
 from unwrite.run.answer.logits import reading
 from unwrite.run.loop.finite import not_finite
-from unwrite.run.replay.clean import Clean, clean, each_block
+from unwrite.run.replay.clean import Clean, clean
+from unwrite.run.replay.edited import each_block
 from unwrite.run.source.writes import Pool
 from unwrite.run.tally.account import Asked
 

@@ -20,8 +20,8 @@ from unwrite.prompts.tokens import Tokens
 from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.ledger import Ledger
 from unwrite.run.loop.stream import Batch, batches, parts
-from unwrite.run.replay.clean import Clean, added, clean, hidden
-from unwrite.run.replay.mlp_alone import one_reader
+from unwrite.run.replay.clean import Clean, clean
+from unwrite.run.replay.edited import added, hidden, one_reader
 from unwrite.run.source.rotations import rotations
 from unwrite.run.tally.by_position import at_the_end, by_position, typical
 from unwrite.run.tally.decodable import Decoding, Moments

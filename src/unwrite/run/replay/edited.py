@@ -1,0 +1,144 @@
+"""What would the later layers do if the stream were different? A clean run, continued from any layer under an edit.
+
+Only the layers from the edited one on are run again, with the arguments that their blocks were called with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from unwrite.model.attention import patterns
+from unwrite.model.capture import Recording, recording
+from unwrite.model.hooks import Visit, after, before, hooked
+from unwrite.model.values import through_values
+from unwrite.model.view import Layer, Model, centre
+from unwrite.nodes import Node
+from unwrite.run.replay.clean import Clean
+from unwrite.run.replay.walk import block
+
+
+@torch.no_grad()
+def added(run: Clean, node: Node, change: Float[Tensor, "prompt position d_model"]) -> Recording:
+    """The run in which `change` is added to the stream right after `node` has written.
+
+    Returns a Recording that is complete: what lies before the edit is that of the clean run.
+    """
+    if node.layer < 0:
+        return _continued(run, 0, change, {})
+    layer = run.lm.layers[node.layer]
+    module = layer.mlp_end if node.kind == "mlp" else layer.attention_end
+    return _continued(run, node.layer, None, {module: partial(_plus, run.lm, lambda: change)})
+
+
+@torch.no_grad()
+def hidden(run: Clean, vector: Float[Tensor, "prompt position d_model"], layers: Sequence[int]) -> Recording:
+    """The run in which `vector` is taken out of the value input of all heads in some layers, and of nothing else.
+
+    Norms before these values and post-norms after them keep the scale of the clean run; queries and keys of these
+    layers, and all layers after them, run freely. (Dao et al. 2023, Fig. 3)
+    """
+    lm = run.lm
+    if not layers:
+        return run.record
+    taken: dict[int, Tensor] = {}
+    with patterns(lm) as found:
+
+        def carried(layer: Layer) -> Tensor:
+            through = through_values(lm, layer, found[layer.index], vector, run.scale(layer))
+            taken[layer.index] = run.post_scaled(layer, through)
+            return -torch.einsum("bthk,hkd->btd", taken[layer.index], run.folded[layer.index].w_o)
+
+        edited = [lm.layers[index] for index in layers]
+        visits = {_attention_end(lm, layer): partial(_plus, lm, partial(carried, layer)) for layer in edited}
+        record = _continued(run, min(layers), None, visits)
+    for index, part in taken.items():
+        record.z[index] = record.z[index] - part  # recorded before it was taken out
+    return record
+
+
+@torch.no_grad()
+def each_block(run: Clean, change: Callable[[int, Tensor], Tensor]) -> Clean:
+    """Every block by itself on its own clean input, changed; no block sees what another made of it.
+
+    Attention post-norms keep the scale of the clean run.
+    """
+    lm = run.lm
+    with recording(lm, run.folded) as record:
+        for layer in lm.layers:
+            block(layer, run.calls[layer.index], change(layer.index, run.input(layer.index)))
+    for index, gain in record.gain.items():
+        held = run.record.gain[index]
+        record.z[index] = record.z[index] * (held / gain)[..., None, None]
+        record.gain[index] = held
+    return replace(run, record=_completed(run.record, record))
+
+
+@torch.no_grad()
+def one_reader(
+    run: Clean, vector: Float[Tensor, "prompt position d_model"], layers: Sequence[int]
+) -> dict[int, Float[Tensor, "prompt position d_model"]]:
+    """D = MLP(x) − MLP(x − vector), norms free: what each of these MLPs writes because `vector` is in what it reads.
+
+    Each D is about one reader: every other node stays as it was, so what MLPs hand on to each other is in no D, and the
+    D of all MLPs do not add up to what a run without the vector changes (facts: measuring erasure, §6 and §8). Each
+    block is called as in the clean run. Where attention and MLP read one state the block takes in x − vector, and its
+    attention is not looked at; elsewhere what stands between the two does, and its attention is the clean one.
+    """
+    lm = run.lm
+    with ExitStack() as stack:
+        record = stack.enter_context(recording(lm, run.folded))
+        for layer in (lm.layers[index] for index in layers):
+            module = layer.block if lm.parallel or layer.mid is None else layer.mid
+            stack.enter_context(hooked([before(module, partial(_without, vector))]))
+            block(layer, run.calls[layer.index])
+    names = {index: Node("mlp", index) for index in layers}
+    return {index: run.record.vectors[node] - record.vectors[node] for index, node in names.items()}
+
+
+def _without(vector: Tensor, x: Tensor) -> Tensor:
+    # OPT flattens prompts and positions before its MLP.
+    return (x - vector.reshape(x.shape).to(x.device)).to(x.dtype)
+
+
+def _attention_end(lm: Model, layer: Layer) -> nn.Module:
+    """Where a layer's attention write can be changed and its pattern is already known."""
+    if not lm.row.interface:  # the pattern comes out with the attention module's output
+        return layer.attention
+    return layer.attention_end
+
+
+def _plus(lm: Model, change: Callable[[], Tensor], written: Tensor) -> Tensor:
+    """What a module writes with something added, in units of the stream, which it reaches scaled."""
+    return written + (change() / lm.residual_scale).reshape(written.shape).to(written)
+
+
+def _continued(run: Clean, start: int, change: Tensor | None, visits: Mapping[nn.Module, Visit]) -> Recording:
+    """Run the blocks from `start` on, with edits of what some modules put out."""
+    lm = run.lm
+    with ExitStack() as stack:
+        # Edits first: what a block's own nodes hand on after an edit is what is recorded.
+        stack.enter_context(hooked(after(module, visit) for module, visit in visits.items()))
+        record = stack.enter_context(recording(lm, run.folded, truth=True))
+        x = run.input(start)
+        x = x if change is None else x + change.to(x)
+        for layer in lm.layers[start:]:
+            x = block(layer, run.calls[layer.index], x)
+    record.stream[lm.states[-1]] = centre(x.to(lm.device, lm.compute_dtype), lm)
+    return _completed(run.record, record)
+
+
+def _completed(base: Recording, record: Recording) -> Recording:
+    return Recording(
+        {**base.z, **record.z},
+        {**base.gain, **record.gain},
+        {**base.vectors, **record.vectors},
+        {**base.stream, **record.stream},
+        {**base.attention, **record.attention},
+    )
