@@ -255,9 +255,9 @@ def _has_constant(layer: Layer, convention: str) -> bool:
     return any(getattr(module, "bias", None) is not None for module in (layer.out_proj, *inside))
 
 
-def _exact(lm: Model, weight: Tensor) -> Tensor:
-    """A weight where the statistics are, in the dtype in which they are computed."""
-    return weight.detach().to(lm.device, lm.compute_dtype)
+def _exact(lm: Model, weight: Tensor, detach: bool = True) -> Tensor:
+    """A weight where statistics are, in the dtype in which they are computed; in autograd's graph unless detached."""
+    return (weight.detach() if detach else weight).to(lm.device, lm.compute_dtype)
 
 
 @dataclass(frozen=True)
@@ -275,19 +275,20 @@ class Folded:
 
 def fold(lm: Model) -> tuple[Folded, ...]:
     """`Folded` of every layer, from the weights as they are now."""
-    return tuple(_fold(lm, layer) for layer in lm.layers)
+    return tuple(folded(lm, layer) for layer in lm.layers)
 
 
-def _fold(lm: Model, layer: Layer) -> Folded:
+def folded(lm: Model, layer: Layer, detach: bool = True) -> Folded:
+    """`Folded` of one layer; with `detach` False in the graph of autograd."""
     scale = lm.residual_scale
-    gain = gain_of(layer.post_attention_norm, lm)
+    gain = gain_of(layer.post_attention_norm, lm, detach)
     shape: Callable[[Tensor], Tensor] = lambda write: centre(write if gain is None else write * gain, lm)  # noqa: E731
-    weight = _exact(lm, matrix(layer.out_proj)).view(lm.n_heads, lm.head_dim, lm.d_model)
+    weight = _exact(lm, matrix(layer.out_proj), detach).view(lm.n_heads, lm.head_dim, lm.d_model)
     w_o = shape(weight if scale == 1.0 else weight * scale)
-    constant = value_constant(lm, layer) if lm.convention == "paper" else None
+    constant = value_constant(lm, layer, detach) if lm.convention == "paper" else None
     parts = [] if constant is None else [torch.einsum("hk,hkd->d", constant, w_o)]
     if (bias := weight_of(layer.out_proj, "bias")) is not None:
-        parts.append(shape(_exact(lm, bias) * scale))
+        parts.append(shape(_exact(lm, bias, detach) * scale))
     return Folded(w_o, constant, sum(parts, w_o.new_zeros(lm.d_model)))
 
 
@@ -296,10 +297,10 @@ def centre(write: Float[Tensor, "*rows d_model"], lm: Model) -> Float[Tensor, "*
     return write - write.mean(-1, keepdim=True) if lm.centred else write
 
 
-def gain_of(norm: nn.Module | None, lm: Model) -> Float[Tensor, " d_model"] | None:
+def gain_of(norm: nn.Module | None, lm: Model, detach: bool = True) -> Float[Tensor, " d_model"] | None:
     """A norm's multiplicative gain; None without a norm, or for a norm without one."""
     weight = weight_of(norm)
-    return None if weight is None else _exact(lm, weight) + lm.row.norm_gain_offset
+    return None if weight is None else _exact(lm, weight, detach) + lm.row.norm_gain_offset
 
 
 _EPSILON = ("eps", "variance_epsilon", "epsilon")
@@ -329,10 +330,12 @@ def value_columns(lm: Model, layer: Layer) -> Bool[Tensor, " output"]:
     return is_value
 
 
-def value_weights(lm: Model, layer: Layer) -> tuple[Float[Tensor, "head d_model d_head"], Float[Tensor, "head d_head"]]:
+def value_weights(
+    lm: Model, layer: Layer, detach: bool = True
+) -> tuple[Float[Tensor, "head d_model d_head"], Float[Tensor, "head d_head"]]:
     """W_V and its bias for every query head (a group's heads share theirs)."""
-    weight, bias = _exact(lm, matrix(layer.value)), weight_of(layer.value, "bias")
-    both = weight if bias is None else torch.cat([weight, _exact(lm, bias)[None]])
+    weight, bias = _exact(lm, matrix(layer.value), detach), weight_of(layer.value, "bias")
+    both = weight if bias is None else torch.cat([weight, _exact(lm, bias, detach)[None]])
     kv, width = lm.kv_heads, lm.head_dim
     values = both[:, value_columns(lm, layer)].unflatten(1, (kv, width))
     heads = values.transpose(0, 1).repeat_interleave(lm.n_heads // kv, dim=0)
@@ -341,7 +344,7 @@ def value_weights(lm: Model, layer: Layer) -> tuple[Float[Tensor, "head d_model 
     return heads[:, :-1], heads[:, -1]
 
 
-def value_constant(lm: Model, layer: Layer) -> Float[Tensor, "head d_head"] | None:
+def value_constant(lm: Model, layer: Layer, detach: bool = True) -> Float[Tensor, "head d_head"] | None:
     """What the value bias and the norm's bias put into every head's z: rows of a pattern sum to 1, so it is constant.
 
     None where there is neither. (Facts: o_h without constant = o_h − (β W_V + b_V) W_O.)
@@ -349,5 +352,5 @@ def value_constant(lm: Model, layer: Layer) -> Float[Tensor, "head d_head"] | No
     beta = weight_of(layer.input_norm, "bias")
     if beta is None and getattr(layer.value, "bias", None) is None:
         return None
-    weight, bias = value_weights(lm, layer)
-    return bias if beta is None else bias + torch.einsum("d,hdk->hk", _exact(lm, beta), weight)
+    weight, bias = value_weights(lm, layer, detach)
+    return bias if beta is None else bias + torch.einsum("d,hdk->hk", _exact(lm, beta, detach), weight)

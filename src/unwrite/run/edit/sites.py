@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from unwrite.errors import NodeError
 from unwrite.model.attention import is_called
 from unwrite.model.hooks import Point
-from unwrite.model.view import Layer, Model, centre, find, matrix, norm_scale, sizes
-from unwrite.model.weights import weight_of
+from unwrite.model.view import Folded, Layer, Model, centre, find, folded, norm_scale, sizes, value_columns
 from unwrite.nodes import KINDS, Location, Site, nearest, parse_site
 
 
@@ -41,6 +40,13 @@ class Pass:
     past: int
     kept: dict[Point, Tensor] = field(default_factory=dict)
     seen: set[Point | Part] = field(default_factory=set)
+    _weights: dict[int, Folded] = field(default_factory=dict)
+
+    def weights(self, lm: Model, layer: Layer) -> Folded:
+        """What makes writes of a layer's z, in the graph of autograd: a removed write takes its gradients with it."""
+        if layer.index not in self._weights:
+            self._weights[layer.index] = folded(lm, layer, detach=False)
+        return self._weights[layer.index]
 
     def rows(self, tensor: Tensor) -> Float[Tensor, "prompt position d"]:
         """Prompts and positions as two axes: position embeddings come out once for all prompts."""
@@ -221,9 +227,11 @@ def _head(lm: Model, site: Site) -> Place:
 
 def _head_write(lm: Model, site: Site, z: Point, tensor: Tensor, now: Pass) -> Tensor:
     layer = lm.layers[site.layer]
-    own = now.kept[z].unflatten(-1, (lm.n_heads, lm.head_dim))[:, :, site.head].to(tensor.device, lm.compute_dtype)
-    constant = _constants(lm, layer)(_group(lm, site)).to(own.device) if lm.convention == "paper" else 0.0
-    return _as_written(lm, layer, (own - constant) @ _w_o(lm, layer)(site.head).to(own.device), now)
+    weights, own = now.weights(lm, layer), now.kept[z].unflatten(-1, (lm.n_heads, lm.head_dim))[:, :, site.head]
+    own = own.to(tensor.device, lm.compute_dtype)
+    if weights.constant is not None:
+        own = own - weights.constant[site.head].to(own.device)
+    return _post_scaled(lm, layer, own @ weights.w_o[site.head].to(own.device), now)
 
 
 def _bias(lm: Model, site: Site) -> Place:
@@ -232,55 +240,19 @@ def _bias(lm: Model, site: Site) -> Place:
 
 
 def _bias_write(lm: Model, layer: Layer, tensor: Tensor, now: Pass) -> Tensor:
-    constant = tensor.new_zeros(lm.d_model, dtype=lm.compute_dtype)
-    if lm.convention == "paper":
-        of_group, w_o = _constants(lm, layer), _w_o(lm, layer)
-        for head in range(lm.n_heads):
-            write = of_group(head * lm.kv_heads // lm.n_heads).to(constant.device) @ w_o(head).to(constant.device)
-            constant = constant + write
-    if (bias := weight_of(layer.out_proj, "bias")) is not None:
-        constant = constant + bias.to(constant)
-    return _as_written(lm, layer, constant.expand(now.prompts, now.positions, -1), now)
+    constant = now.weights(lm, layer).bias.to(tensor.device)
+    return _post_scaled(lm, layer, constant.expand(now.prompts, now.positions, -1), now)
 
 
 def _post_norm(layer: Layer) -> tuple[Point, ...]:
     return () if layer.post_attention_norm is None else (Point(layer.post_attention_norm, before=True),)
 
 
-def _as_written(lm: Model, layer: Layer, write: Tensor, now: Pass) -> Tensor:
-    """A part of what out_proj puts out, as it reaches the stream: through the post-norm with its scale in this pass."""
+def _post_scaled(lm: Model, layer: Layer, write: Tensor, now: Pass) -> Tensor:
+    """A part of what attention writes times the scale of the post-norm in this pass, where there is one."""
     for point in _post_norm(layer):
-        weight = weight_of(point.module)
-        scale = norm_scale(now.kept[point].to(write), point.module, lm.row.layer_norm)
-        gain = 1.0 if weight is None else weight.to(write) + lm.row.norm_gain_offset
-        write = write * scale[..., None] * gain
-    return centre(write * lm.residual_scale, lm)
-
-
-# The weights of `view.fold`, but in the graph of autograd: a removed write must take its gradients with it.
-def _w_o(lm: Model, layer: Layer) -> Callable[[int], Float[Tensor, "d_head d_model"]]:
-    """W_O of each head."""
-    weight, width = matrix(layer.out_proj), lm.head_dim
-    return lambda head: weight[head * width : (head + 1) * width].to(lm.compute_dtype)
-
-
-def _constants(lm: Model, layer: Layer) -> Callable[[int], Float[Tensor, " d_head"]]:
-    """What the biases of values and norm put into z of a key/value head's group, as a row of a pattern sums to 1."""
-    weight, bias = matrix(layer.value), weight_of(layer.value, "bias")
-    beta = weight_of(layer.input_norm, "bias")
-    fixed = (weight.new_zeros(weight.shape[1]) if bias is None else bias).to(lm.compute_dtype)
-    if beta is None:
-        return lambda group: _values(lm, fixed, group)
-    shift = beta.to(weight.device, lm.compute_dtype)
-    return lambda group: _values(lm, fixed, group) + shift @ _values(lm, weight, group).to(lm.compute_dtype)
-
-
-def _values(lm: Model, fused: Tensor, group: int) -> Tensor:
-    """The columns of a key/value head's values in what the value projection puts out."""
-    if lm.row.grouped_values:
-        return fused.unflatten(-1, (lm.kv_heads, -1, lm.head_dim))[..., group, -1, :]
-    last = fused[..., fused.shape[-1] - lm.kv_heads * lm.head_dim :]
-    return last.unflatten(-1, (lm.kv_heads, lm.head_dim))[..., group, :]
+        write = write * norm_scale(now.kept[point].to(write), point.module, lm.row.layer_norm)[..., None]
+    return write
 
 
 def _z(lm: Model, site: Site) -> Place:
@@ -327,10 +299,7 @@ def _values_of(lm: Model, layer: Layer, before: Point, tensor: Tensor, old: Tens
     stream = (now.kept[before] + (new - old).to(now.kept[before].device)).to(now.kept[before].dtype)
     # `forward`, and not a call: hooks see only what the model itself does.
     normed = stream if layer.input_norm is None else layer.input_norm.forward(stream)
-    put_out, changed = layer.value.forward(normed), tensor.clone(memory_format=torch.contiguous_format)
-    for group in range(lm.kv_heads):
-        _values(lm, changed, group).copy_(_values(lm, put_out, group))
-    return changed
+    return torch.where(value_columns(lm, layer).to(tensor.device), layer.value.forward(normed), tensor)
 
 
 def _attended(lm: Model, site: Site) -> Place:
