@@ -51,7 +51,7 @@ NO_TORCH = {"nodes", "errors", "files", "result", "report"}
 
 CODE_FROM_DATA = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 EMPTY_NAMES = {"util", "utils", "misc", "common", "helper", "helpers"}
-MAX_FUNCTION, MAX_FILE = 60, 400
+MAX_FUNCTION, MAX_FILE = 55, 391
 
 
 class Import(NamedTuple):
@@ -208,12 +208,32 @@ def oversized(src: Path) -> Iterator[str]:
                     yield f"{_place(file, src, node.lineno)}: {node.name} has {lines} lines, at most {MAX_FUNCTION}"
 
 
+def ambiguous(src: Path) -> Iterator[str]:
+    """A public class, or type, whose name another module has for something else."""
+    found: dict[str, str] = {}
+    for file in files(src):
+        for node in ast.parse(file.read_text()).body:
+            name = node.name if isinstance(node, ast.ClassDef) else _alias(node)
+            if name and not name.startswith("_"):
+                if name in found:
+                    yield f"{_place(file, src, node.lineno)}: {name} is something else in {found[name]}"
+                found[name] = _place(file, src, node.lineno)
+
+
+def _alias(node: ast.stmt) -> str:
+    """The name of a type that is made of others: Values = Mapping[…]."""
+    if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Subscript | ast.BinOp)):
+        return ""
+    name = ast.unparse(node.targets[0])
+    return name if name.isidentifier() and name[0].isupper() and not name.isupper() else ""
+
+
 def _place(file: Path, src: Path, line: int = 1) -> str:
     return f"{file.relative_to(src).as_posix()}:{line}"
 
 
 Rule = Callable[[Path], Iterator[str]]
-RULES: tuple[Rule, ...] = (upward, sideways, hooking, foreign, cyclic, unsafe, oversized)
+RULES: tuple[Rule, ...] = (upward, sideways, hooking, foreign, cyclic, unsafe, oversized, ambiguous)
 
 
 @pytest.mark.promise("no-code")
@@ -253,6 +273,7 @@ BAD: list[tuple[Rule, str, str]] = [
     (unsafe, "model/load.py", "np.load(path, allow_pickle=True)"),
     (unsafe, "model/load.py", "yaml.load(text)"),
     (oversized, "model/utils.py", ""),
+    (ambiguous, "model/view.py", "class Model:\n    pass\nModel = dict[str, int]"),
     (oversized, "model/view.py", "\n" * (MAX_FILE + 1)),
     (oversized, "model/view.py", "def f():\n" + "    x = 1\n" * MAX_FUNCTION),
 ]

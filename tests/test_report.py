@@ -66,7 +66,7 @@ def test_the_page_has_the_numbers_of_every_material_writer(result, drawn) -> Non
     shown = drawn.text
     for row in rows(result.data)[0]:
         assert row.writer in shown
-        assert row.reading in shown
+        assert row.says in shown
         assert f"{row.end:.2f}" in shown
 
 
@@ -116,7 +116,7 @@ def test_rows_are_sorted_by_energy_moved_and_fold_the_immaterial(result) -> None
 def test_the_verdict_counts_what_the_rows_say(result) -> None:
     said, shown = verdict(result), rows(result.data)[0]
     for kind in ("rises", "falls", "reverses"):
-        assert f"{kind} along {sum(row.reading.startswith(kind) for row in shown)}" in said
+        assert f"{kind} along {sum(row.says.startswith(kind) for row in shown)}" in said
     assert "only an executed run" in said
 
 

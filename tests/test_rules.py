@@ -21,7 +21,7 @@ from unwrite.model.load import view
 from unwrite.model.values import through_values
 from unwrite.model.view import Model, fold, matrix, value_columns
 from unwrite.nodes import Location
-from unwrite.run.answer.logits import Question, normed_measure, reading
+from unwrite.run.answer.logits import Question, linear, normed_measure
 from unwrite.run.backward.rules import RULES, Rules
 from unwrite.run.backward.slopes import cotangents
 from unwrite.run.replay import clean as replay
@@ -209,7 +209,7 @@ def test_direct_is_the_reading_of_the_final_norm_at_the_read_row_only(family: st
     question = Question(torch.tensor([5, 6]), torch.tensor([7, 8]))
     with exact():
         run = replay.clean(lm, ids, fold(lm))
-        r, _ = reading(lm, question, run.record.stream[lm.states[-1]][:, ROW])
+        r, _ = linear(lm, question, run.record.stream[lm.states[-1]][:, ROW])
         found = cotangents(lm, ids, RULES["direct"], lambda normed: normed_measure(lm, question, normed[:, ROW]))[1]
     assert tuple(found) == lm.states
     for part in found.values():
@@ -224,7 +224,7 @@ def test_a_reading_is_the_slope_of_the_models_own_logits_with_the_final_norm_hel
         stream = replay.clean(lm, ids, fold(lm)).record.stream[lm.states[-1]][:, ROW]
         for against in (7, None):
             question = Question(torch.tensor([5]), None if against is None else torch.tensor([against]))
-            r, _ = reading(lm, question, stream)
+            r, _ = linear(lm, question, stream)
             want = Alone(uncapped(lm.hf), ids[0], ROW, 5, against).direct(vector)
             assert float(r[0] @ vector) == pytest.approx(want, rel=1e-10)
 

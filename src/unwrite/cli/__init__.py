@@ -31,18 +31,14 @@ from unwrite.cli.options import (
     read_text,
     read_texts,
 )  # fmt: skip
-from unwrite.cli.voice import Voice, event, fail, produce
+from unwrite.cli.voice import Voice, diagnose, event, fail, produce
 from unwrite.errors import Stopped, UnwriteError, plain
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from unwrite.cli.shards import Asked
     from unwrite.prompts.tokens import Tokens
     from unwrite.result import Result
     from unwrite.run.loop.job import Job
     from unwrite.run.loop.stream import Listener
-    from unwrite.studies.doctor import Diagnosis
 
     Texts = Tokens | dict[str, Tokens]
 
@@ -137,14 +133,14 @@ def scan(
     as_json: Json = False,
 ) -> None:
     """Who writes, how the level along each write changes, and who writes against it. Also under torchrun."""
-    from unwrite.cli.shards import Asked
+    from unwrite.cli.shards import Shard, run
 
     if shard is not None and out is None:
         raise typer.BadParameter("a shard needs a folder that keeps it", param_hint="--out")
-    asked = Asked(model, text, n, length, writers, skip, device, device_map, dtype, convention)
+    asked = Shard(model, text, n, length, writers, skip, device, device_map, dtype, convention)
     with joined_ranks() as ranks:
         job = job_in(out, every, shard, ranks)
-        _scan(asked, out, Voice(quiet or (job.shard[0] > 1 and ranks is not None), as_json), job)
+        run(asked, out, Voice(quiet or (job.shard[0] > 1 and ranks is not None), as_json), job)
 
 
 @_command
@@ -155,24 +151,10 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Put the shards of a scan together: to the bit what one process would have found."""
-    from unwrite.cli.shards import asked_of
+    from unwrite.cli.shards import asked_of, run
     from unwrite.run.loop.job import Job
 
-    _scan(asked_of(folders), out, Voice(quiet, as_json), Job(out, of=tuple(folders)))
-
-
-def _scan(asked: Asked, out: Path | None, voice: Voice, job: Job) -> None:
-    from unwrite.methods.scan import scan as run
-
-    lm = load_model(asked.model, asked.device, asked.dtype, asked.convention, asked.device_map)
-    read = partial(read_texts, lm, asked.text, asked.n, asked.length)
-
-    def method(tokens: Texts, listener: Listener, job: Job) -> Result:
-        if job.shard[1] > 1 and job.peers is None:
-            asked.write(Path(str(job.folder)))
-        return run(lm, tokens, listed(asked.writers), asked.skip, checkpoint=job, listener=listener)
-
-    produce(lm, read, method, out, voice, job)
+    run(asked_of(folders), out, Voice(quiet, as_json), Job(out, of=tuple(folders)))
 
 
 @_command
@@ -355,28 +337,18 @@ def doctor(
     screen = terminal.console()
     before = None if device_map is None else foresee(model, device_map, n, length, dtype)
     if before is not None:
-        _diagnose(before, screen, "before loading: ")
+        diagnose(before, screen, "before loading: ")
         if not before.ok:
             raise typer.Exit(1)
     lm = load_model(model, device, dtype, convention, device_map)
     diagnosis = run(lm, n, length)
     screen.print(plain(repr(lm)))
-    _diagnose(diagnosis, screen)
+    diagnose(diagnosis, screen)
     cost = f"about {diagnosis.memory / 2**30:.2f} GiB, {duration(diagnosis.seconds)}"
     timed = f" (timed on this model{', with what it reads and moves' if diagnosis.per_pass else ''})"
     screen.print(f"a scan of {diagnosis.n} × {diagnosis.length} tokens: {cost}{timed}")
     if not diagnosis.ok:
         raise typer.Exit(1)
-
-
-def _diagnose(diagnosis: Diagnosis, screen: Console, when: str = "") -> None:
-    """Say where weights lie, if that is more than one place, and what was checked."""
-    if when or len(diagnosis.regions) > 1:
-        for line in (*map(str, diagnosis.regions), *filter(None, [diagnosis.per_pass])):
-            screen.print(plain(f"{when}{line}"))
-    for check in diagnosis.checks:
-        line = f"{'✓' if check.ok else '✗'} {check.name}: {check.found}"
-        screen.print(plain(when + line + ("" if check.ok or not check.fix else f". Next: {check.fix}")))
 
 
 def main() -> None:

@@ -1,15 +1,26 @@
-"""What was a shard asked, so that whoever puts shards together can ask the same again?"""
+"""What was a scan asked, so that whoever puts its shards together can ask the same again?"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from unwrite.cli.options import listed, load_model, read_texts
+from unwrite.cli.voice import Voice, produce
 from unwrite.errors import ResultError
 from unwrite.files import write
+
+if TYPE_CHECKING:
+    from unwrite.prompts.tokens import Tokens
+    from unwrite.result import Result
+    from unwrite.run.loop.job import Job
+    from unwrite.run.loop.stream import Listener
+
+    Texts = Tokens | dict[str, Tokens]
 
 _FILE = "shard.json"
 _OPTIONAL = (str, type(None))
@@ -20,7 +31,7 @@ _KINDS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Asked:
+class Shard:
     """What `unwrite scan` was told: the model, how to load it, the texts, how they are cut, and the settings."""
 
     model: str
@@ -39,12 +50,12 @@ class Asked:
         write(folder / _FILE, lambda place: place.write_text(json.dumps(asdict(self)), encoding="utf-8"))
 
 
-def asked_of(folders: Sequence[Path]) -> Asked:
+def asked_of(folders: Sequence[Path]) -> Shard:
     """What all these shards were asked. Raises ResultError for a folder without a shard, and for two that differ."""
     found = {folder: _read(folder / _FILE) for folder in folders}
     first = next(iter(found))
     for folder, asked in found.items():
-        other = [part.name for part in fields(Asked) if getattr(asked, part.name) != getattr(found[first], part.name)]
+        other = [part.name for part in fields(Shard) if getattr(asked, part.name) != getattr(found[first], part.name)]
         if other:
             raise ResultError(
                 f"{folder} and {first} hold shards of different scans", got=f"another {', '.join(other)}",
@@ -53,10 +64,25 @@ def asked_of(folders: Sequence[Path]) -> Asked:
     return found[first]
 
 
-def _read(file: Path) -> Asked:
+def run(asked: Shard, out: Path | None, voice: Voice, job: Job) -> None:
+    """Scan as was asked: the whole, or the job's part of it."""
+    from unwrite.methods.scan import scan
+
+    lm = load_model(asked.model, asked.device, asked.dtype, asked.convention, asked.device_map)
+    read = partial(read_texts, lm, asked.text, asked.n, asked.length)
+
+    def method(tokens: Texts, listener: Listener, job: Job) -> Result:
+        if job.shard[1] > 1 and job.peers is None:
+            asked.write(Path(str(job.folder)))
+        return scan(lm, tokens, listed(asked.writers), asked.skip, checkpoint=job, listener=listener)
+
+    produce(lm, read, method, out, voice, job)
+
+
+def _read(file: Path) -> Shard:
     try:
         named: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        asked = Asked(**named)
+        asked = Shard(**named)
     except (OSError, ValueError, TypeError) as error:
         raise ResultError(
             f"{file.parent} holds no shard", got=error, expected="the --out of unwrite scan --shard i/n"

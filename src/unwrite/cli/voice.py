@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from unwrite.errors import plain
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from unwrite.model.view import Model
     from unwrite.prompts.tokens import Tokens
     from unwrite.result import Result
     from unwrite.run.loop.job import Job
     from unwrite.run.loop.stream import Listener
+    from unwrite.studies.doctor import Diagnosis
 
 JSON = "--json"
 _WIDE = 120
@@ -154,3 +157,13 @@ def event(kind: str, message: str, code: int, **more: object) -> bool:
 
     events.say("error", kind=kind, message=message, code=code, **more)
     return True
+
+
+def diagnose(diagnosis: Diagnosis, screen: Console, when: str = "") -> None:
+    """Say where weights lie, if that is more than one place, and what was checked."""
+    if when or len(diagnosis.regions) > 1:
+        for line in (*map(str, diagnosis.regions), *filter(None, [diagnosis.per_pass])):
+            screen.print(plain(f"{when}{line}"))
+    for check in diagnosis.checks:
+        line = f"{'✓' if check.ok else '✗'} {check.name}: {check.found}"
+        screen.print(plain(when + line + ("" if check.ok or not check.fix else f". Next: {check.fix}")))

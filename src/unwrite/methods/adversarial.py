@@ -26,7 +26,7 @@ from unwrite.model.writes import write_of
 from unwrite.nodes import Node, choose, parse_node
 from unwrite.prompts.tokens import Tokens, spelled
 from unwrite.result import Result, build, quantity
-from unwrite.run.answer.logits import Question, measure, reading, top_two
+from unwrite.run.answer.logits import Question, linear, measure, top_two
 from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.ledger import Ledger
 from unwrite.run.loop.stream import Batch, Listener, admit, batch_size, parts, stream
@@ -114,7 +114,7 @@ class _Search:
         run = clean(self.lm, batch.ids, self.folded)
         final = run.record.stream[self.lm.states[-1]]
         question = top_two(self.lm, final)
-        r, _ = reading(self.lm, question, final)
+        r, _ = linear(self.lm, question, final)
         difference = measure(self.lm, question, final)
         kept = (batch.beyond(self.skip) & self._known[: batch.ids.shape[1]]).to(self.lm.device)
         write = write_of(self.lm, self.folded, run.record.writes, self.writer).expand_as(final)

@@ -26,7 +26,7 @@ from unwrite.prompts.pairs import Pairs
 from unwrite.prompts.positions import rows_at
 from unwrite.result import Result, build, quantity
 from unwrite.run.answer.metrics import METRICS, Custom, known, metric_of, name_of, unless_own
-from unwrite.run.edit.slots import Slot, slots
+from unwrite.run.edit.slots import Slot, Values, slots
 from unwrite.run.loop.finite import require_finite
 from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.stream import Batch, Listener, Rows, batch_size, stream
@@ -170,7 +170,7 @@ def _request(lm: Model, pairs: Pairs, guess: Result, metric: Any, source: Any, c
     return _Request(lm, pairs, asked, guess, own, given, chosen)
 
 
-def _base(request: _Request, batch: Batch) -> tuple[slice, Base, dict[Slot, Tensor]]:
+def _base(request: _Request, batch: Batch) -> tuple[slice, Base, Values]:
     """The pairs of a batch, their base runs, and the values that nodes are set to."""
     rows = slice(batch.first, batch.first + batch.real)
     return rows, base_of(request.lm, request.pairs, rows, request.slots), request.donor.values(rows)
@@ -240,7 +240,7 @@ def _measured(request: _Request, sets: _Sets, batch: Batch) -> dict[str, np.ndar
     return {"base": clean.double().cpu().numpy(), **vars(found.difference())}
 
 
-def _start(request: _Request, base: Base, source: dict[Slot, Tensor]) -> int:
+def _start(request: _Request, base: Base, source: Values) -> int:
     """The first row that can change in any run."""
     if request.at == "last":
         return int(base.row.min())

@@ -28,7 +28,7 @@ from unwrite.model.writes import write_of
 from unwrite.nodes import Node, choose, parse_node, require_readers
 from unwrite.prompts.tokens import Tokens
 from unwrite.result import Result, build, quantity
-from unwrite.run.answer.logits import Question, reading, top_two
+from unwrite.run.answer.logits import Question, linear, top_two
 from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.ledger import Ledger
 from unwrite.run.loop.stream import Batch, Listener, admit, batch_size, parts, stream
@@ -109,7 +109,7 @@ class _Tally:
         """Moments [cluster, path, moment] of a part of a batch, and some of its attributions [x or path, point]."""
         run = clean(self.lm, batch.ids, self.folded, with_patterns=True)
         kept, question = self._asked(batch, run)
-        r, _ = reading(self.lm, question, run.record.stream[self.lm.states[-1]])
+        r, _ = linear(self.lm, question, run.record.stream[self.lm.states[-1]])
         along = [(part * r).sum(-1) for part in self._writes(run)]
         finite = torch.stack([part.isfinite() for part in along]).all(0)
         batch.require_numbers(finite | ~kept, "the attribution of the writer or its erasers")

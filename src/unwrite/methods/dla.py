@@ -48,7 +48,7 @@ _TRUST = {
 
 
 @dataclass(frozen=True, eq=False)
-class Request:
+class _Request:
     """What is asked: of which prompts, at which row, which logits; what stands in for a write, and where."""
 
     tokens: Tokens
@@ -120,7 +120,7 @@ def dla(
 
 def _request(
     lm: Model, source: Any, answer: Any, against: Any, position: Any, at: str, replace: str, texts: Any, mask: Any
-) -> Request:
+) -> _Request:
     one_of("at", at, AT)
     one_of("replace", replace, REPLACEMENTS)
     of_text = isinstance(source, str) or (isinstance(source, list) and all(isinstance(part, str) for part in source))
@@ -143,7 +143,7 @@ def _request(
         raise TokensError("against needs an answer to be compared with", fix="pass answer, or leave both out")
     if chosen is not None and other is not None and (chosen == other).any():
         raise TokensError("answer and against are the same token", got=int(chosen[chosen == other][0]))
-    return Request(tokens, row, chosen, other, at, replace, pool)
+    return _Request(tokens, row, chosen, other, at, replace, pool)
 
 
 def _texts(lm: Model, texts: Any, row: np.ndarray) -> Tokens:
@@ -156,7 +156,7 @@ def _texts(lm: Model, texts: Any, row: np.ndarray) -> Tokens:
     return tokens
 
 
-def _measured(lm: Model, request: Request, batch: Batch) -> dict[str, np.ndarray]:
+def _measured(lm: Model, request: _Request, batch: Batch) -> dict[str, np.ndarray]:
     """All readings and the truth, for the replacements of trust and for the one asked for."""
     prompt = list(range(batch.first, batch.first + batch.real))
     run = clean(lm, batch.ids, request.pool.folded)
@@ -172,7 +172,7 @@ def _measured(lm: Model, request: Request, batch: Batch) -> dict[str, np.ndarray
     return {name: part.double().cpu().numpy() for name, part in found.items()}
 
 
-def _attributed(request: Request, batch: Batch, asked: Asked) -> dict[str, Tensor]:
+def _attributed(request: _Request, batch: Batch, asked: Asked) -> dict[str, Tensor]:
     """Readings, total and why, by their name and that of the replacement."""
     slopes = asked.cotangents()
     writes = asked.run.record.writes.map(lambda part: part.expand(batch.real, *part.shape[1:]))
@@ -190,7 +190,7 @@ def _attributed(request: Request, batch: Batch, asked: Asked) -> dict[str, Tenso
     return found
 
 
-def _question(lm: Model, request: Request, prompt: list[int], final: Tensor, row: Tensor) -> Question:
+def _question(lm: Model, request: _Request, prompt: list[int], final: Tensor, row: Tensor) -> Question:
     if request.answer is None:
         return top_two(lm, final[torch.arange(len(row)), row])
     answer = torch.from_numpy(request.answer[prompt]).to(row.device)
@@ -203,7 +203,7 @@ class _Found:
     """What was measured of every prompt, by name."""
 
     lm: Model
-    request: Request
+    request: _Request
     value: dict[str, np.ndarray]
 
     def dataset(self) -> xr.Dataset:

@@ -25,7 +25,7 @@ from unwrite.model.view import Model
 from unwrite.prompts.pairs import Pairs
 from unwrite.result import Result, build, quantity
 from unwrite.run.answer.metrics import Custom, known, metric_of, name_of, unless_own
-from unwrite.run.backward.estimates import Asked, Summed, attributed, integrated, star
+from unwrite.run.backward.estimates import Contrast, Summed, attributed, integrated, star
 from unwrite.run.backward.rules import RULES, Rules
 from unwrite.run.edit.slots import Slot, slots
 from unwrite.run.loop.checkpoint import Arrays
@@ -47,7 +47,7 @@ _EQUATION = "metric(base run with the node set to its source value) − metric(b
 
 
 @dataclass(frozen=True, eq=False)
-class Request:
+class _Request:
     """What is asked: of which pairs, of which nodes, at which positions, by which estimator."""
 
     lm: Model
@@ -129,7 +129,7 @@ def effects(
 
 def _request(
     lm: Model, pairs: Pairs, nodes: Any, at: str, method: Any, metric: Any, source: Any, steps: int
-) -> Request:
+) -> _Request:
     if not isinstance(pairs, Pairs):
         raise NumericError("effects are those of pairs", got=type(pairs).__name__, expected="what uw.pairs returns")
     _require_settings(at, method, metric, steps)
@@ -139,7 +139,7 @@ def _request(
     elif method == "ig":
         raise NumericError("ig goes from base to source prompts", got=f"source={name_of(source)}", fix="leave it out")
     asked = slots(lm, nodes)
-    return Request(lm, pairs, asked, at, method, known(metric), donor(lm, pairs, asked, source), steps)
+    return _Request(lm, pairs, asked, at, method, known(metric), donor(lm, pairs, asked, source), steps)
 
 
 def _require_settings(at: Any, method: Any, metric: Any, steps: Any) -> None:
@@ -167,7 +167,7 @@ def _require_differences(pairs: Pairs) -> None:
 class _Tally:
     """Effects of all pairs, filled in batch by batch; of executed ones also those of the batch that is not done."""
 
-    def __init__(self, request: Request, job: Job):
+    def __init__(self, request: _Request, job: Job):
         self._request, self._job = request, job
         self._rows = Rows(self._measured)
         self._begun: Arrays = {}
@@ -212,7 +212,7 @@ class _Tally:
         return torch.from_numpy(self._begun[_name(rows)].copy()).to(empty), int(self._begun[f"{_name(rows)} done"])
 
 
-def _dataset(request: Request, whole: Arrays) -> xr.Dataset:
+def _dataset(request: _Request, whole: Arrays) -> xr.Dataset:
     """Everything that was found, named."""
     pairs, unit = request.pairs, name_of(request.metric)
     variables: dict[str, Any] = {
@@ -227,7 +227,7 @@ def _dataset(request: Request, whole: Arrays) -> xr.Dataset:
     return xr.Dataset(variables, {name: axes[name] for name in request.cells})
 
 
-def _require_finite(request: Request, rows: slice, found: Mapping[str, np.ndarray]) -> None:
+def _require_finite(request: _Request, rows: slice, found: Mapping[str, np.ndarray]) -> None:
     """Raise NumericError naming the first pair, and node, whose number is none."""
     seen = np.arange(request.pairs.base.length) <= request.pairs.row[rows, None, None]
     for name, part in found.items():
@@ -237,12 +237,12 @@ def _require_finite(request: Request, rows: slice, found: Mapping[str, np.ndarra
         require_finite(finite, f"the {'metric' if name == 'base' else name} of {cell} is not finite", **axes)
 
 
-def _equation(request: Request, name: str) -> str:
+def _equation(request: _Request, name: str) -> str:
     special = {"base": "metric of the base run", "signed": "AtP with the QK fix", "inputs": "Δ times the mean slope"}
     return special.get(name, _EQUATION if request.method == "exact" else f"{name_of(request.method)} estimate of it")
 
 
-def _cost(request: Request) -> float:
+def _cost(request: _Request) -> float:
     """Passes over one prompt that each pair takes, forward ones and backward ones (to activations alone)."""
     layers = len(request.lm.layers)
     if request.method == "exact":
@@ -257,7 +257,7 @@ def _name(rows: slice) -> str:
     return f"pairs {rows.start} to {rows.stop}"
 
 
-def _shaped(request: Request, found: Float[Tensor, "pair position node"], row: Tensor) -> Tensor:
+def _shaped(request: _Request, found: Float[Tensor, "pair position node"], row: Tensor) -> Tensor:
     """As a result has it: [pair, node] or [pair, node, position], NaN behind the row that is read."""
     if request.at != "each":
         return found.sum(1)
@@ -265,7 +265,7 @@ def _shaped(request: Request, found: Float[Tensor, "pair position node"], row: T
     return found.masked_fill(behind[..., None], torch.nan).transpose(1, 2)
 
 
-def _guessed(request: Request, rows: slice) -> dict[str, Tensor]:
+def _guessed(request: _Request, rows: slice) -> dict[str, Tensor]:
     """Effects as slopes have it."""
     lm, pairs = request.lm, request.pairs
     row = torch.from_numpy(pairs.row[rows]).to(lm.device)
@@ -279,7 +279,7 @@ def _guessed(request: Request, rows: slice) -> dict[str, Tensor]:
         seen.append(metric.of(normed[place, row]))
         return seen[-1]
 
-    asked = Asked(lm, ids, request.slots, read)
+    asked = Contrast(lm, ids, request.slots, read)
     made = _estimates(request, rows, asked, row)
     shaped = {name: torch.cat([part[slot] for slot in request.slots], -1) for name, part in made.items()}
     # Integrated gradients end at the source run; the base run is where they begin.
@@ -287,7 +287,7 @@ def _guessed(request: Request, rows: slice) -> dict[str, Tensor]:
     return {"base": base, **{name: _shaped(request, part, row) for name, part in shaped.items()}}
 
 
-def _estimates(request: Request, rows: slice, asked: Asked, row: Tensor) -> dict[str, Summed]:
+def _estimates(request: _Request, rows: slice, asked: Contrast, row: Tensor) -> dict[str, Summed]:
     """By the name of the result's variable."""
     summed = partial(_taken, request.at, row)
     if request.method == "ig":

@@ -174,7 +174,7 @@ def _judge(data: xr.Dataset, lm: Model, writers: tuple[Node, ...]) -> xr.Dataset
     material = data["relative_norm"].sel(quantile=0.5) >= MATERIAL
     degrees = int(data["n_clusters"]) - 1
     words = [
-        _reading(*row)
+        _in_words(*row)
         for row in zip(
             *(part.values for part in (start, end, end_error, data["change_share"], data["change_share_se"], dilution)),
             [stats.t.ppf(0.975, degrees) if degrees > 0 else np.nan] * len(writers),
@@ -221,7 +221,7 @@ def candidates(
     return found & (share < -ERASES)
 
 
-def _reading(
+def _in_words(
     start: float, end: float, end_se: float, change: float, change_se: float, dilution: float, t: float
 ) -> str:
     """One line about a writer. Never "kept" or "erased": a level does not say whose doing it is."""

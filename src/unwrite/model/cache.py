@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from unwrite.model.hooks import Call
 
-Kept = tuple[Float[Tensor, "prompt kv_head position d_head"], Float[Tensor, "prompt kv_head position d_head"]]
+Past = tuple[Float[Tensor, "prompt kv_head position d_head"], Float[Tensor, "prompt kv_head position d_head"]]
 
 
 def empty() -> Cache:
@@ -23,7 +23,7 @@ def empty() -> Cache:
     return DynamicCache()
 
 
-def kept_of(cache: Cache) -> list[Kept]:
+def kept_of(cache: Cache) -> list[Past]:
     """Keys and values of every layer after a run."""
     layers: Any = cache.layers
     return [(layer.keys, layer.values) for layer in layers]
@@ -42,7 +42,7 @@ class _Remembered(DynamicLayer):
         return torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
 
 
-def remembering(kept: Mapping[int, Kept], layers: int) -> Cache:
+def remembering(kept: Mapping[int, Past], layers: int) -> Cache:
     """A cache in which some of the layers know earlier positions, for any number of passes that bring the next ones."""
     return Cache(layers=[_Remembered(*kept[i]) if i in kept else DynamicLayer() for i in range(layers)])
 

@@ -39,7 +39,7 @@ def before(module: nn.Module, visit: Visit) -> Handle:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         read = read_of((args, kwargs))
         new = visit(read)
-        return None if new is None or new is read else reading((args, kwargs), new)
+        return None if new is None or new is read else reads_instead((args, kwargs), new)
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -127,7 +127,7 @@ def read_of(call: Call) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def reading(call: Call, read: Tensor) -> Call:
+def reads_instead(call: Call, read: Tensor) -> Call:
     """The same call with something else to read."""
     args, kwargs = call
     return ((read, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": read})

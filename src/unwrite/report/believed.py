@@ -20,7 +20,7 @@ _SHOWN_PROMPTS, _SHOWN_NODES = 4, 10
 
 
 @dataclass(frozen=True)
-class Asked:
+class Attribution:
     """One prompt: the end of its text, what was asked, how the difference is made up, and its foremost nodes."""
 
     title: str
@@ -36,14 +36,14 @@ HEADER = (
 )
 
 
-def asked(data: xr.Dataset) -> Iterator[Asked]:
+def asked(data: xr.Dataset) -> Iterator[Attribution]:
     """The first prompts, each with the nodes whose direct reading or total is largest."""
     for i in range(min(_SHOWN_PROMPTS, data.sizes["prompt"])):
         one = data.isel(prompt=i)
         size = np.fmax(np.abs(one["direct"].values), np.abs(np.nan_to_num(one["total"].values)))
         order = np.argsort(-size, kind="stable")[:_SHOWN_NODES]
         cells = one[list(CELLS)]
-        yield Asked(_title(one), _sums(one), tuple(row(cells.isel(node=k)) for k in order))
+        yield Attribution(_title(one), _sums(one), tuple(row(cells.isel(node=k)) for k in order))
 
 
 def _title(one: xr.Dataset) -> str:

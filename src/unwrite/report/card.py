@@ -15,7 +15,7 @@ from unwrite.report.terminal import headline, last_word
 from unwrite.result import Result
 
 _ROWS = 5
-Rows = Callable[[Result], Iterable[tuple[str, ...]]]
+_Rows = Callable[[Result], Iterable[tuple[str, ...]]]
 
 
 def card(result: Result) -> str:
@@ -49,7 +49,7 @@ def _first(result: Result) -> Table:
     return table("", columns, lines(result), data, most=_ROWS)
 
 
-_TABLES: dict[str, tuple[Iterable[Column], Rows]] = {
+_TABLES: dict[str, tuple[Iterable[Column], _Rows]] = {
     "scan": (HEADER, lambda result: [row.cells for row in rows(next(texts(result))[1])[0]]),
     "verify": (verified.ACTORS, verified.actors),
     "dla": (believed.HEADER, lambda result: next(believed.asked(result.data)).rows),

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from unwrite.report.live import Step
+from unwrite.report.live import Heard
 from unwrite.report.terminal import last_word
 from unwrite.result import Result
 
@@ -29,7 +29,7 @@ def say(event: str, **fields: Any) -> None:
     sys.stdout.flush()
 
 
-def hear(step: Step) -> None:
+def hear(step: Heard) -> None:
     """A listener: `progress`, `done` for the last step of a stage, `part` with what a finished part of a run says."""
     if step.result is not None:
         say("part", stage=step.stage, **found(step.result))

@@ -28,7 +28,7 @@ _AGAIN = ", hidden"
 
 
 @runtime_checkable
-class Step(Protocol):
+class Heard(Protocol):
     """What a listener hears: `done` of `total` prompts of a stage, or with a `result` that a part is finished."""
 
     @property
@@ -52,7 +52,7 @@ class Step(Protocol):
 
 
 @contextmanager
-def listening(screen: Console, device: Callable[[], int], hint: str = "") -> Iterator[Callable[[Step], None]]:
+def listening(screen: Console, device: Callable[[], int], hint: str = "") -> Iterator[Callable[[Heard], None]]:
     """A listener that shows on `screen` what it hears: live in a terminal, else a line for a tenth of a stage.
 
     Arguments: `device` says how many bytes an accelerator held at most, 0 without one; `hint` is shown beside the
@@ -74,11 +74,11 @@ def listening(screen: Console, device: Callable[[], int], hint: str = "") -> Ite
             raise
 
 
-def _lines(screen: Console) -> Callable[[Step], None]:
+def _lines(screen: Console) -> Callable[[Heard], None]:
     """At most one line for every tenth of a stage, and one for every part that says something on its own."""
     tenths: dict[str, int] = {}
 
-    def hear(step: Step) -> None:
+    def hear(step: Heard) -> None:
         if step.result is not None:
             if words := _words(step.result):
                 screen.print(Text(words))
@@ -96,13 +96,13 @@ class _Shown:
 
     def __init__(self, screen: Console, device: Callable[[], int], hint: str):
         self.screen, self.device, self.hint = screen, device, hint
-        self.now: Step | None = None
-        self.before: Step | None = None
+        self.now: Heard | None = None
+        self.before: Heard | None = None
         self.rows: tuple[tuple[str, ...], ...] = ()
         self.over = False
         self.spinner = Spinner("dots")
 
-    def hear(self, step: Step) -> None:
+    def hear(self, step: Heard) -> None:
         """Keep a step for the next frame; a finished stage becomes a line above, a verified writer a row."""
         if step.result is not None:
             self.settle()
@@ -134,7 +134,7 @@ class _Shown:
         return Group(*table, self.spinner, memory)
 
 
-def line(step: Step, width: int, before: Step | None = None) -> str:
+def line(step: Heard, width: int, before: Heard | None = None) -> str:
     """A stage in one line that fits `width`; `before` is the end of an earlier pass over it, which counts."""
     bar = max(_NARROWEST, min(_WIDEST, width - _FIXED))
     filled = bar * step.done // step.total

@@ -48,7 +48,7 @@ class Row:
     end: float
     opponents: tuple[Opponent, ...]
     more_opponents: int
-    reading: str
+    says: str
     n: int
 
     @property
@@ -62,7 +62,7 @@ class Row:
     def cells(self) -> tuple[str, ...]:
         """What stands in a table, below `HEADER`."""
         numbers = (f"{value:.2f}" for value in (self.relative_norm, self.start, self.end))
-        return (self.writer, *numbers, self.against, self.reading, f"{self.n:,}")
+        return (self.writer, *numbers, self.against, self.says, f"{self.n:,}")
 
 
 def texts(result: Result) -> Iterator[tuple[str, xr.Dataset, Mapping[str, Any]]]:
@@ -93,9 +93,9 @@ def rows(data: xr.Dataset) -> tuple[list[Row], list[str]]:
             for k in against[:_OPPONENTS]
         )
         size, moved, start, end = (float(column[i]) for column in columns.values())
-        reading, n = str(data["in_words"].values[i]), int(data["n_positions"].values[i])
+        says, n = str(data["in_words"].values[i]), int(data["n_positions"].values[i])
         more = len(against) - len(foremost)
-        shown.append(Row(str(names[i]), size, moved, start, end, foremost, more, reading, n))
+        shown.append(Row(str(names[i]), size, moved, start, end, foremost, more, says, n))
     return shown, [str(names[i]) for i in order if not material[i]]
 
 
@@ -106,9 +106,9 @@ def disagreements(result: Result) -> list[str]:
     found = []
     for i, writer in enumerate(result.data["writer"].values):
         here = result.data.isel(writer=i)
-        readings = {str(name): str(here.sel(text=name)["in_words"].item()) for name in result.data["text"].values}
-        if here["material"].any() and len({reading.split()[0] for reading in readings.values()}) > 1:
-            found.append(f"{writer}: " + "; ".join(f"{reading} on {name}" for name, reading in readings.items()))
+        words = {str(name): str(here.sel(text=name)["in_words"].item()) for name in result.data["text"].values}
+        if here["material"].any() and len({says.split()[0] for says in words.values()}) > 1:
+            found.append(f"{writer}: " + "; ".join(f"{says} on {name}" for name, says in words.items()))
     return found
 
 

@@ -19,7 +19,7 @@ from unwrite.report.verdict import verdict
 from unwrite.report.verified import ACTORS, TRAJECTORY, actors, sentence, trajectory
 from unwrite.result import Result
 
-Parts = Callable[[Result], Iterator[RenderableType]]
+_Shown = Callable[[Result], Iterator[RenderableType]]
 
 _WIDE, _LINES = 160, 40
 
@@ -102,7 +102,7 @@ def _any(result: Result) -> Iterator[RenderableType]:
     yield Text(plain(last_word(result)))
 
 
-def _listed(header: Iterable[Column], rows: Callable[[Dataset], list[tuple[str, ...]]]) -> Parts:
+def _listed(header: Iterable[Column], rows: Callable[[Dataset], list[tuple[str, ...]]]) -> _Shown:
     """A result that is one table and a sentence."""
 
     def parts(result: Result) -> Iterator[RenderableType]:
@@ -167,7 +167,7 @@ def certificate(result: Result) -> str:
     return f"certificate: {parts} (relative error, limit {model['certificate_limit']:.0e})"
 
 
-_PARTS: dict[str, Parts] = {
+_PARTS: dict[str, _Shown] = {
     "scan": _scan,
     "verify": _verify,
     "dla": _dla,

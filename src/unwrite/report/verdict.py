@@ -36,7 +36,7 @@ def levels(result: Result) -> str:
 
 def _of_text(model: str, name: str, shown: Sequence[Row], folded: Sequence[str], read: Mapping[str, Any]) -> str:
     source = name or read["source"]
-    kinds = {kind: [row for row in shown if row.reading.startswith(kind)] for kind in ("rises", "falls", "reverses")}
+    kinds = {kind: [row for row in shown if row.says.startswith(kind)] for kind in ("rises", "falls", "reverses")}
     counts = ", ".join(f"{kind} along {len(found)}" for kind, found in kinds.items())
     opposed = [row for row in shown if row.opponents]
     sentence = (
@@ -45,7 +45,7 @@ def _of_text(model: str, name: str, shown: Sequence[Row], folded: Sequence[str],
     )
     losing = kinds["reverses"] + kinds["falls"]
     if losing:
-        sentence += f" (most energy: {'; '.join(f'{row.writer} {row.reading}' for row in losing[:_NAMED])})"
+        sentence += f" (most energy: {'; '.join(f'{row.writer} {row.says}' for row in losing[:_NAMED])})"
     sentence += f"; nodes write against {len(opposed)}"
     if opposed:
         strongest = min(opposed, key=lambda row: row.opponents[0].share)

@@ -63,7 +63,7 @@ def normed_measure(lm: Model, question: Question, final: Float[Tensor, "*rows d_
     return lm.row.logit_scale(lm.config) * ((final.to(direction) * direction).sum(-1) + offset)
 
 
-def reading(
+def linear(
     lm: Model, question: Question, stream: Float[Tensor, "*rows d_model"]
 ) -> tuple[Float[Tensor, "*rows d_model"], Float[Tensor, "*rows"]]:
     """(r, constant): the clean final norm's scale held, `measure` of x is ⟨x, r⟩ + constant."""

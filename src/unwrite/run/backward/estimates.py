@@ -29,7 +29,7 @@ Summed = dict[Slot, Float[Tensor, "pair _ _unit"]]
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class Contrast:
     """Base prompts of some pairs, the nodes that are asked for, and the metric of what the final norm gives."""
 
     lm: Model
@@ -38,7 +38,7 @@ class Asked:
     metric: MetricOf
 
 
-def attributed(asked: Asked, source: Values, rules: Rules) -> Estimate:
+def attributed(asked: Contrast, source: Values, rules: Rules) -> Estimate:
     """⟨n_source − n_base, slope⟩ of every node at every position, under any rules."""
     made = graph(asked.lm, asked.ids, asked.slots, rules, asked.metric)
     return _products(asked.lm, made.values, source, made.slopes)
@@ -54,7 +54,7 @@ def _products(lm: Model, base: Values, source: Values, slopes: Slopes) -> Estima
     }
 
 
-def star(asked: Asked, source: Values, summed: Callable[[Tensor], Tensor]) -> tuple[Summed, Estimate]:
+def star(asked: Contrast, source: Values, summed: Callable[[Tensor], Tensor]) -> tuple[Summed, Estimate]:
     """AtP*: (magnitude, signed) of every node. `summed` takes positions together, before magnitudes are.
 
     signed is AtP with the QK fix; magnitude is GradDrop's, Σ_l |signed without layer l| / (L − 1), where the node's own
@@ -101,7 +101,7 @@ def _of_no_layer(slot: Slot) -> bool:
 
 
 @torch.no_grad()
-def _calls(asked: Asked) -> dict[int, Scored]:
+def _calls(asked: Contrast) -> dict[int, Scored]:
     with evaluating(asked.lm.hf), scoring(asked.lm) as calls:
         asked.lm.decoder(input_ids=asked.ids.to(asked.lm.device), use_cache=False)
     return calls
@@ -123,7 +123,7 @@ def _through_softmax(
     return found.unflatten(1, (-1, each)).sum(2).transpose(1, 2)
 
 
-def integrated(asked: Asked, source_ids: Int[Tensor, "pair position"], steps: int) -> tuple[Estimate, Estimate]:
+def integrated(asked: Contrast, source_ids: Int[Tensor, "pair position"], steps: int) -> tuple[Estimate, Estimate]:
     """Integrated gradients over the embeddings, midpoint rule: (conductance, inputs) of every node at every position.
 
     Conductance Σ_k ⟨n(α_k) − n(α_{k−1}), slope at the midpoint⟩ adds up to the metric's change on every cut of the
@@ -147,6 +147,6 @@ def _embedded(lm: Model, ids: Tensor) -> Float[Tensor, "pair position d_model"]:
     return values(lm, ids, slot)[slot[0]][:, :, 0].to(lm.compute_dtype)
 
 
-def _values_at(asked: Asked, embedded: Tensor) -> Values:
+def _values_at(asked: Contrast, embedded: Tensor) -> Values:
     with hooked([before(asked.lm.layers[0].block, leaf(embedded))]):
         return values(asked.lm, asked.ids, asked.slots)

@@ -13,16 +13,16 @@ from torch import Tensor
 
 from unwrite.model.attention import Scored
 
-Rows = Float[Tensor, "prompt head position d_head"]
+Heads = Float[Tensor, "prompt head position d_head"]
 
 
-def of_queries(call: Scored, source: Rows, slope: Rows) -> Float[Tensor, "prompt head position"]:
+def of_queries(call: Scored, source: Heads, slope: Heads) -> Float[Tensor, "prompt head position"]:
     """Σ over keys of (A' − A) G for each query by itself, G the slope at the pattern; `slope` is that at z."""
     moved = _softmax(call, source.to(call.query), call.key) - _softmax(call, call.query, call.key)
     return (moved @ call.value * slope.to(call.query)).sum(-1)
 
 
-def of_keys(call: Scored, source: Rows, slope: Rows) -> Float[Tensor, "prompt head position"]:
+def of_keys(call: Scored, source: Heads, slope: Heads) -> Float[Tensor, "prompt head position"]:
     """The same for each key by itself, summed over the queries that see it."""
     scores = call.scores(call.query, call.key).masked_fill(~call.visible, -torch.inf)
     step = call.scores(call.query, source.to(call.key)) - call.scores(call.query, call.key)
@@ -68,5 +68,5 @@ def _sigmoid_step(start: Tensor, step: Tensor) -> Tensor:
     return torch.where(flipped, torch.sigmoid(-start) - torch.sigmoid(-end), torch.sigmoid(end) - torch.sigmoid(start))
 
 
-def _softmax(call: Scored, query: Rows, key: Rows) -> Float[Tensor, "prompt head query key"]:
+def _softmax(call: Scored, query: Heads, key: Heads) -> Float[Tensor, "prompt head query key"]:
     return call.scores(query, key).masked_fill(~call.visible, -torch.inf).softmax(-1)

@@ -24,7 +24,7 @@ from unwrite.nodes import KINDS, Location, Site, nearest, parse_site
 
 
 @dataclass(frozen=True)
-class Part:
+class Inner:
     """A tensor [prompt, head, …] that attention of a layer sees or computes, by the kind of the sites in it."""
 
     layer: int
@@ -39,7 +39,7 @@ class Pass:
     positions: int
     past: int
     kept: dict[Point, Tensor] = field(default_factory=dict)
-    seen: set[Point | Part] = field(default_factory=set)
+    seen: set[Point | Inner] = field(default_factory=set)
     _weights: dict[int, Folded] = field(default_factory=dict)
 
     def weights(self, lm: Model, layer: Layer) -> Folded:
@@ -77,7 +77,7 @@ class Place:
     behind it would make it another one; `editable`: it can be changed.
     """
 
-    point: Point | Part
+    point: Point | Inner
     view: View = as_one
     unit: Callable[[Tensor], Tensor] = lambda view: view[:, :, 0]
     shown: Callable[[Tensor, Pass], Tensor] | None = None
@@ -308,7 +308,7 @@ def _attended(lm: Model, site: Site) -> Place:
     by_head: View = lambda tensor, _: tensor.transpose(1, 2)  # noqa: E731
     own = lambda view: view[:, :, _row(lm, site, view.shape[2])]  # noqa: E731
     if is_called(lm):
-        return Place(Part(site.layer, site.kind), by_head, own)
+        return Place(Inner(site.layer, site.kind), by_head, own)
     if part == "pattern" and part not in opened:
         return Place(Point(layer.attention, before=False, item=1), by_head, own, editable=False)
     point = Point(find(layer.attention, opened[part]), before=False)

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from unwrite.errors import NodeError
 from unwrite.model.attention import Attend, Attended, around_attention, per_query_head
 from unwrite.model.capture import evaluating
-from unwrite.model.hooks import Point, before, hooked, kept, visited
+from unwrite.model.hooks import Point, Visit, before, hooked, kept, visited
 from unwrite.model.view import Model
 from unwrite.nodes import GROUPS, KINDS, Site
-from unwrite.run.edit.sites import Part, Place, as_one, every, named, place
+from unwrite.run.edit.sites import Inner, Place, as_one, every, named, place
 
 # What the scores of attention are made of: where its pattern is held, they do nothing.
 SCORED = ("q", "k", "shared_k")
@@ -53,7 +53,7 @@ class Slot:
     units: Int[Tensor, " unit"]
 
     @property
-    def at(self) -> Point | Part | None:
+    def at(self) -> Point | Inner | None:
         """Where the tensor is seen; None between blocks."""
         return None if self.place is None else self.place.point
 
@@ -79,7 +79,7 @@ class Slot:
     @property
     def sees_past(self) -> bool:
         """Does the tensor hold earlier positions as well, where a pass brings only later ones?"""
-        return self.lasting and isinstance(self.at, Part)
+        return self.lasting and isinstance(self.at, Inner)
 
     def put(
         self,
@@ -141,7 +141,6 @@ def _slot(lm: Model, kind: str, index: int, sites: tuple[Site, ...]) -> Slot:
     return Slot(kind, index, found, sites, units.to(lm.device))
 
 
-Visit = Callable[[Tensor], Tensor]
 Values = Mapping[Slot, Float[Tensor, "pair position _unit _d"]]
 
 
@@ -153,7 +152,7 @@ def visiting(lm: Model, visits: Mapping[Slot, Visit]) -> Iterator[None]:
     visit sees and gives tensors on the model's own device, wherever a layer computes.
     """
     visits = {slot: partial(_at_home, lm.device, visit) for slot, visit in visits.items()}
-    attended = {slot: visit for slot, visit in visits.items() if isinstance(slot.at, Part)}
+    attended = {slot: visit for slot, visit in visits.items() if isinstance(slot.at, Inner)}
     with ExitStack() as stack:
         for slot, visit in visits.items():
             if isinstance(slot.at, Point):
@@ -164,11 +163,17 @@ def visiting(lm: Model, visits: Mapping[Slot, Visit]) -> Iterator[None]:
 
 
 def _at_home(device: torch.device, visit: Visit, tensor: Tensor) -> Tensor:
-    return visit(tensor.to(device)).to(tensor.device)
+    made = visit(tensor.to(device))
+    return tensor if made is None else made.to(tensor.device)
 
 
 def _attend(
-    visits: Mapping[Slot, Visit], layer: int, attend: Attend, query: Tensor, key: Tensor, value: Tensor
+    visits: Mapping[Slot, Callable[[Tensor], Tensor]],
+    layer: int,
+    attend: Attend,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
 ) -> Attended:
     seen = {"q": query, "shared_k": key, "shared_v": value}
     for slot, visit in visits.items():

@@ -20,7 +20,7 @@ from unwrite.model.hooks import Call, Handle, Point, called, ended, hooked, list
 from unwrite.model.view import Model
 from unwrite.nodes import Site, nearest, parse_site
 from unwrite.run.edit.edits import Edit, Pending
-from unwrite.run.edit.sites import Part, Pass, Place, named, place
+from unwrite.run.edit.sites import Inner, Pass, Place, named, place
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +116,7 @@ class _Run:
     passes: int = 0
     now: Pass | None = None
     places: dict[Site, Place] = field(init=False)
-    at: dict[Point | Part, list[Site]] = field(init=False)
+    at: dict[Point | Inner, list[Site]] = field(init=False)
     keep: set[Point] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -150,7 +150,7 @@ class _Run:
         """A forward pass is over: a module that the user calls by hand is no part of one."""
         self.now = None
 
-    def visit(self, point: Point | Part, tensor: Tensor) -> Tensor:
+    def visit(self, point: Point | Inner, tensor: Tensor) -> Tensor:
         """Edit and record the sites at a point, keep its tensor for later ones; returns what the model goes on with."""
         if (now := self.now) is None or point not in self.at:
             return tensor
@@ -180,29 +180,29 @@ class _Run:
 
     def attend(self, layer: int, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Attended:
         """One layer's attention, with the sites inside of it."""
-        query = self.visit(Part(layer, "q"), query)
-        key, value = self.visit(Part(layer, "shared_k"), key), self.visit(Part(layer, "shared_v"), value)
+        query = self.visit(Inner(layer, "q"), query)
+        key, value = self.visit(Inner(layer, "shared_k"), key), self.visit(Inner(layer, "shared_v"), value)
         if self._own_copies(layer, key, value):
             key, value = per_query_head(key, query), per_query_head(value, query)
-        key, value = self.visit(Part(layer, "k"), key), self.visit(Part(layer, "v"), value)
+        key, value = self.visit(Inner(layer, "k"), key), self.visit(Inner(layer, "v"), value)
         out, pattern = attend(query, key, value)
         if pattern is None:
             return out, None
-        changed = self.visit(Part(layer, "pattern"), pattern)
+        changed = self.visit(Inner(layer, "pattern"), pattern)
         if changed is not pattern:
             out = (changed @ per_query_head(value, query)).transpose(1, 2).contiguous()
         return out, changed
 
     def _own_copies(self, layer: int, key: Tensor, value: Tensor) -> bool:
         """Must every query head get a key and value of its own: is one of them edited, or its gradient wanted?"""
-        sites = [site for kind in ("k", "v") for site in self.at.get(Part(layer, kind), ())]
+        sites = [site for kind in ("k", "v") for site in self.at.get(Inner(layer, kind), ())]
         follows = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
         return any(follows or site in self.edits for site in sites)
 
 
 def _opened(run: _Run) -> Iterator[AbstractContextManager[None]]:
     """What opens attention, where a site lies inside."""
-    kinds = {point.kind for point in run.at if isinstance(point, Part)}
+    kinds = {point.kind for point in run.at if isinstance(point, Inner)}
     if kinds:
         yield around_attention(run.lm, run.attend, eager="pattern" in kinds)
     elif any(site.kind == "pattern" for site in run.places):

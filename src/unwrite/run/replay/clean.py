@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from unwrite.model.attention import Patterns, patterns
-from unwrite.model.cache import Kept, empty, kept_of, remembering
+from unwrite.model.cache import Past, empty, kept_of, remembering
 from unwrite.model.capture import Recording, evaluating, recording
 from unwrite.model.hooks import Call, before, called, hooked, kept, read_of
 from unwrite.model.values import through_values, value_scale
@@ -104,7 +104,7 @@ class Base:
     ids: Int[Tensor, "pair position"]
     row: Int[Tensor, " pair"]
     inputs: Sequence[Float[Tensor, "pair position d_model"]]
-    kept: Sequence[Kept]
+    kept: Sequence[Past]
     values: Values
 
     @property

@@ -46,7 +46,7 @@ def effects_of_edges(
         # In a fixed order: sums round by it.
         writes = dict.fromkeys(write for part in sent.values() for write in part)
         deltas = {write: _delta(base, source, ends, write)[:, start:end] for write in writes}
-        asked = _Asked(base, ends, sent, deltas, start, calls)
+        asked = _Sent(base, ends, sent, deltas, start, calls)
         yield from asked.through_receivers(mode)
 
 
@@ -82,7 +82,7 @@ def _attention_end(base: Base, layer: int, z: Float[Tensor, "pair position head 
 
 
 @dataclass(frozen=True, eq=False)
-class _Asked:
+class _Sent:
     """Some senders of all pairs, what they write more, and the rows where they do."""
 
     base: Base
@@ -186,7 +186,7 @@ class _Became:
     final: Float[Tensor, "run d_model"]
 
     @staticmethod
-    def empty(asked: _Asked, changed: Tensor, sender: Tensor, pair: Tensor) -> _Became:
+    def empty(asked: _Sent, changed: Tensor, sender: Tensor, pair: Tensor) -> _Became:
         """Everything as in the base run."""
         of = torch.full(changed.shape, -1, device=changed.device)
         of[sender, pair] = torch.arange(len(sender), device=changed.device)
@@ -205,7 +205,7 @@ class _Became:
 class _Edges:
     """Base runs into which receivers are put, each run one edge."""
 
-    asked: _Asked
+    asked: _Sent
     runs: Runs
     sender: Int[Tensor, " run"]
     receiver: Int[Tensor, " run"]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unwrite.model.cache import remembering, with_past
 from unwrite.model.capture import evaluating
-from unwrite.model.hooks import Call, first_of, reading
+from unwrite.model.hooks import Call, first_of, reads_instead
 from unwrite.model.view import Layer
 from unwrite.run.edit.slots import Slot, Visit, visiting
 from unwrite.run.replay.clean import Base, Calls
@@ -30,7 +30,7 @@ Step = Callable[[int, Tensor], Tensor]
 
 def block(layer: Layer, call: Call, x: Tensor | None = None) -> Tensor:
     """What a block puts out when it is called so, or so but for the stream that it reads."""
-    args, kwargs = call if x is None else reading(call, x)
+    args, kwargs = call if x is None else reads_instead(call, x)
     return first_of(layer.block(*args, **kwargs))
 
 

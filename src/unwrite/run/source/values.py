@@ -8,18 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from unwrite.errors import ModelError, NumericError, TokensError, one_of
 from unwrite.model.load import weights_hash
 from unwrite.model.view import Model
 from unwrite.prompts.pairs import Pairs
-from unwrite.run.edit.slots import Slot, slots, values
+from unwrite.run.edit.slots import Slot, Values, slots, values
 from unwrite.run.loop.stream import batch_size, batches, parts
 
 DONORS = ("source", "mean", "zero", "resample")
-Values = dict[Slot, Float[Tensor, "pair position _unit _d"]]
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from unwrite.model.capture import Recording
 from unwrite.model.view import Folded, Model
 from unwrite.model.writes import expand
 from unwrite.nodes import Location
-from unwrite.run.answer.logits import Question, capped, measure, normed_measure, reading
+from unwrite.run.answer.logits import Question, capped, linear, measure, normed_measure
 from unwrite.run.backward.rules import RULES
 from unwrite.run.backward.slopes import cotangents
 from unwrite.run.replay.clean import Clean
@@ -69,7 +69,7 @@ class Asked:
     def sums(self) -> dict[str, Float[Tensor, " prompt"]]:
         """The clean logit difference and how it is made up: Σ direct + constant + unexplained."""
         final, writes = self.final(self.run.record), self.writes(self.run.record)
-        r, constant = reading(self.lm, self.question, final)
+        r, constant = linear(self.lm, self.question, final)
         difference = self.measure(self.run.record)
         return {
             "logit_diff": difference,
@@ -101,7 +101,7 @@ def readings(asked: Asked, slopes: Cotangents, replaced: Replaced) -> dict[str, 
 def totals(asked: Asked, replaced: Replaced) -> dict[str, Tensor]:
     """`total` [prompt, node] and `why` [prompt, node, part] of every node, each from one executed run without it."""
     clean, writes = asked.final(asked.run.record), asked.writes(asked.run.record)
-    r, constant = reading(asked.lm, asked.question, clean)
+    r, constant = linear(asked.lm, asked.question, clean)
     difference, along = asked.measure(asked.run.record), torch.einsum("nbd,bd->nb", writes, r)
     total, why = [], []
     for i, node in enumerate(asked.lm.parts):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from unwrite.model.view import Model
 from unwrite.model.writes import expand
-from unwrite.run.answer.logits import reading
+from unwrite.run.answer.logits import linear
 from unwrite.run.loop.finite import not_finite
 from unwrite.run.replay.clean import Clean, clean
 from unwrite.run.replay.edited import each_block
@@ -32,7 +32,7 @@ _BATCH_TOKENS = 4096
 
 def invariance(asked: Asked, pool: Pool, first: int, real: int) -> Iterator[Float[Tensor, "replaced node quartile"]]:
     """Of each of the batch's `real` prompts: quartiles of every node's direct reading over texts; NaN below two."""
-    r, _ = reading(asked.lm, asked.question, asked.final(asked.run.record))
+    r, _ = linear(asked.lm, asked.question, asked.final(asked.run.record))
     for i in range(real):
         row = int(asked.row[i])
         texts = pool.others(first + i, row)

@@ -39,7 +39,7 @@ _HIDDEN = ("erasers", CONDITIONS[1], "opposed")
 
 
 @dataclass(frozen=True)
-class Part:
+class Measured:
     """What some prompts say, computed to the end and not yet added to anything."""
 
     totals: dict[str, Any]
@@ -80,23 +80,23 @@ class WithoutTally:
             return node.layer > self.writer.layer
         return node.kind == "mlp" and self.writer.kind != "mlp" and not self.lm.parallel
 
-    def executed(self, erasers: Sequence[Node] = ()) -> Pass:
+    def executed(self, erasers: Sequence[Node] = ()) -> Round:
         """One clean run, one without the write, one for every rotation, its readers, and the algebra through values.
 
         With `erasers` named beforehand, what `hiding` does as well, from the same run.
         """
         names = (*_EXECUTED, *(_HIDDEN if erasers else ()))
-        return Pass(self, lambda batch: self._measured(batch, erasers), self.kept.only(names))
+        return Round(self, lambda batch: self._measured(batch, erasers), self.kept.only(names))
 
-    def hiding(self, erasers: Sequence[Node]) -> Pass:
+    def hiding(self, erasers: Sequence[Node]) -> Round:
         """The paper's intervention: the write hidden from the values of all heads in the erasers' layers."""
 
-        def measured(batch: Batch) -> Part:
+        def measured(batch: Batch) -> Measured:
             return self._hidden(batch, self._clean(batch, with_patterns=True), erasers)
 
-        return Pass(self, measured, self.kept.only(_HIDDEN))
+        return Round(self, measured, self.kept.only(_HIDDEN))
 
-    def add(self, batch: Batch, found: Iterable[tuple[slice, Part | None]]) -> None:
+    def add(self, batch: Batch, found: Iterable[tuple[slice, Measured | None]]) -> None:
         """Take in the parts of a batch, each of which is complete."""
         totals: dict[str, list[Any]] = {}
         for part in (part for _, part in found if part is not None):
@@ -111,9 +111,9 @@ class WithoutTally:
         for name, values in totals.items():
             self._totals[name].add(batch.index, reduce(add, values))
 
-    def _measured(self, batch: Batch, erasers: Sequence[Node]) -> Part:
+    def _measured(self, batch: Batch, erasers: Sequence[Node]) -> Measured:
         run = self._clean(batch, with_patterns=True)
-        beside = self._hidden(batch, run, erasers) if erasers else Part({}, {})
+        beside = self._hidden(batch, run, erasers) if erasers else Measured({}, {})
         # Executed runs are the model's own, and so is what they are compared with. Attention that is opened to show its
         # pattern rounds otherwise than a fused kernel, and takes a mask that the kernel would not take in a continued
         # run: only a family that returns its patterns and is eager by itself shows them in its own run. Elsewhere a
@@ -125,7 +125,7 @@ class WithoutTally:
         part = self._followed(batch, run)
         return replace(part, totals={**part.totals, **beside.totals}, ratios={**part.ratios, **beside.ratios})
 
-    def _followed(self, batch: Batch, run: Clean) -> Part:
+    def _followed(self, batch: Batch, run: Clean) -> Measured:
         kept = self._kept(batch)
         write = run.write(self.writer) * kept[..., None]
         finite, onto, energy = self._looked_at(run, write, kept)
@@ -149,9 +149,9 @@ class WithoutTally:
         }
         ratios = {CONDITIONS[0]: self._ratios(onto, run.record, write, kept), "values": ratio(by_node, write)}
         moments = self.decoding.measure(batch, run.record.stream, write, kept)
-        return Part(totals, ratios, moments, (batch.first, (rows[1].sum(1) / rows[2].sum(1)).cpu().numpy()))
+        return Measured(totals, ratios, moments, (batch.first, (rows[1].sum(1) / rows[2].sum(1)).cpu().numpy()))
 
-    def _hidden(self, batch: Batch, run: Clean, erasers: Sequence[Node]) -> Part:
+    def _hidden(self, batch: Batch, run: Clean, erasers: Sequence[Node]) -> Measured:
         kept = self._kept(batch)
         write = run.write(self.writer) * kept[..., None]
         patched = hidden(run, write, sorted({node.layer for node in erasers}))
@@ -164,7 +164,7 @@ class WithoutTally:
             CONDITIONS[1]: self._ratios(self._onto(run, patched, write), patched, write, kept),
             "opposed": ratio(opposed[None], write),
         }
-        return Part({"erasers": self._clusters(batch, sums, write)}, ratios)
+        return Measured({"erasers": self._clusters(batch, sums, write)}, ratios)
 
     def _clean(self, batch: Batch, with_patterns: bool = False) -> Clean:
         return clean(self.lm, batch.ids, self.folded, with_patterns)
@@ -330,18 +330,18 @@ class WithoutTally:
 
 
 @dataclass(frozen=True, eq=False)
-class Pass:
+class Round:
     """One pass of `verify` over the prompts: what it measures, and what of the tally it fills."""
 
     tally: WithoutTally
-    measure: Callable[[Batch], Part]
+    measure: Callable[[Batch], Measured]
     kept: Ledger
 
     def step(self, batch: Batch) -> None:
         """Measure one batch; nothing of prompts that only fill it up."""
         self.tally.add(batch, parts(batch, self._measured))
 
-    def _measured(self, batch: Batch) -> Part | None:
+    def _measured(self, batch: Batch) -> Measured | None:
         part = self.measure(batch) if batch.real else None
         if part is not None:
             batch.require_sums(part.tensors(), "a run without the write")
