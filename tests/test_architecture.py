@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -354,3 +355,61 @@ def test_a_public_name_is_not_hidden_by_a_file_of_that_name() -> None:
     every = "; ".join(f"import {_module(file, SRC)}" for file in files(SRC) if file.stem != "__main__")
     modules = "[name for name in dir(unwrite) if type(getattr(unwrite, name)) is type(unwrite)]"
     assert _python(f"{every}; print({modules})").strip() == "['errors']"
+
+
+# What CONTRIBUTING says that a change touches.
+
+ROOT = SRC.parent
+
+
+def touched(change: str) -> tuple[set[str], set[str]]:
+    """The files that a new one is a row in, and those in which it may have more to say."""
+    rows = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines()
+    _, _, always, more, _ = next(row for row in rows if row.startswith(f"| {change} |")).split("|")
+    return tuple(set(re.findall(r"`([\w./]+\.\w+)`", part)) for part in (always, more))  # pyright: ignore
+
+
+def naming(name: str) -> set[str]:
+    """The files in which something is called by its name: as a text of its own, or where it is imported."""
+    found = set()
+    for file in [*files(SRC), ROOT / "tests/methods.py", ROOT / "tests/tiny.py"]:
+        inside = file.is_relative_to(SRC)
+        for node in ast.walk(ast.parse(file.read_text())):
+            if (isinstance(node, ast.Constant) and node.value == name) or (
+                isinstance(node, ast.alias) and node.name == name
+            ):
+                found.add(file.relative_to(SRC / "unwrite" if inside else ROOT).as_posix())
+    return found
+
+
+@pytest.mark.parametrize("family", ["stablelm", "qwen3_moe", "gemma3_text"])
+def test_a_family_touches_what_contributing_says(family: str) -> None:
+    assert naming(family) == touched("family")[0]
+
+
+@pytest.mark.parametrize("kind", ["neuron", "v_input", "act"])
+def test_a_node_kind_touches_what_contributing_says(kind: str) -> None:
+    assert naming(kind) == touched("node kind")[0]
+
+
+@pytest.mark.parametrize(
+    ("method", "file"), [("paths", "paths"), ("corpus_dla", "corpus"), ("adversarial", "adversarial")]
+)
+def test_a_method_touches_what_contributing_says(method: str, file: str) -> None:
+    always, more = ({name.replace("NAME", file) for name in part} for part in touched("method"))
+    # Studies and commands are not of the method: they use it.
+    found = {name for name in naming(method) if not name.startswith(("studies/", "cli/"))}
+    assert always - {"docs/api.md"} <= found <= always | more
+    assert f"unwrite.{method}\n" in (ROOT / "docs/api.md").read_text(encoding="utf-8")
+
+
+def test_rooms_and_functions_are_small() -> None:
+    lines: dict[str, int] = {}
+    lengths: list[int] = []
+    for file in files(SRC):
+        room, text = unit(file, SRC), file.read_text()
+        lines[room] = lines.get(room, 0) + len(text.splitlines())
+        functions = [part for part in ast.walk(ast.parse(text)) if isinstance(part, ast.FunctionDef)]
+        lengths += [(part.end_lineno or part.lineno) - part.lineno + 1 for part in functions]
+    assert max(count for room, count in lines.items() if room.startswith("run/")) <= 2200
+    assert sorted(lengths)[int(0.9 * len(lengths))] <= 20
