@@ -18,7 +18,7 @@ import tiny
 from twin import Truth
 from unwrite.errors import ModelError
 from unwrite.model import capture
-from unwrite.model.certificate import Certificate
+from unwrite.model.certificate import IDENTITIES, NEEDED, Certificate
 from unwrite.model.families import FAMILIES
 from unwrite.model.load import view
 from unwrite.model.view import Model, fold
@@ -29,7 +29,6 @@ NATIVE = {"gpt2", "gpt_neox", "opt", "falcon", "phi", "stablelm", "starcoder2"}
 # The view refuses OPT's other forms, in which writes do not add up (see test_load).
 ADDITIVE = {"opt": {"do_layer_norm_before": True, "word_embed_proj_dim": None}}
 
-IDENTITIES = ("heads", "stream", "locations", "logits", "values")
 CONVENTIONS = ("paper", "raw")
 
 
@@ -108,13 +107,27 @@ def test_the_certificate_is_exact_and_its_limit_tight(family: str) -> None:
 
 @pytest.mark.promise("exact")
 @pytest.mark.parametrize("wrong", [1e-3, math.inf, math.nan])
-@pytest.mark.parametrize("identity", IDENTITIES)
+@pytest.mark.parametrize("identity", NEEDED)
 def test_one_identity_that_fails_is_enough(identity: str, wrong: float) -> None:
     certificate = Certificate({**dict.fromkeys(IDENTITIES, 1e-12), identity: wrong}, 1e-9, "float64")
     assert not certificate.ok
     assert "NOT exact" in certificate.explain()
     with pytest.raises(ModelError, match=rf"Got: relative error of {identity} [^,]*\. Expected"):
         certificate.require("this model")
+
+
+@pytest.mark.promise("exact")
+@pytest.mark.parametrize("wrong", [1e-3, math.inf, math.nan])
+@pytest.mark.parametrize("identity", ["opened", "reading", "continued"])
+def test_what_only_some_methods_need_is_refused_to_them(identity: str, wrong: float) -> None:
+    certificate = Certificate({**dict.fromkeys(IDENTITIES, 1e-12), identity: wrong}, 1e-9, "float64")
+    certificate.require("this model")
+    assert certificate.failing == (identity,)
+    assert f"but for {identity}" in certificate.explain()
+    lm = replace(view(model("llama")), certificate=certificate)
+    with pytest.raises(ModelError, match=rf"Got: relative error of {identity} "):
+        lm.require(identity)
+    lm.require("heads")
 
 
 # What is changed in a family's row, the model that shows it, and the identities that must fail.

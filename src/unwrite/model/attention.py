@@ -39,8 +39,10 @@ def patterns(lm: Model) -> Iterator[Patterns]:
     """Inside the `with`, every forward pass leaves layer -> attention pattern (per query head) in the mapping.
 
     The model computes attention openly while it lasts, in its own dtype; afterwards its attention implementation is
-    what it was. Raises ModelError for attention with learned sinks, whose rows do not sum to 1.
+    what it was. Raises ModelError for attention with learned sinks, whose rows do not sum to 1, and where attention
+    that is opened would not be the model's own.
     """
+    lm.require("opened")
     found: Patterns = {}
     with _open(lm, found):
         yield found
@@ -70,14 +72,27 @@ def _open_torch(lm: Model, found: Patterns) -> AbstractContextManager[None]:
 @contextmanager
 def _open_attention(lm: Model, found: Patterns) -> Iterator[None]:
     layer_of = {layer.attention: layer.index for layer in lm.layers}
+    closed = _own(lm) != "eager"
 
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **settings: Any):
-        pattern, key_value = _pattern(query, key, attention_mask, **settings), per_query_head(value, query)
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+    ):
+        mask = _added(attention_mask, query.dtype) if closed else attention_mask
+        pattern, key_value = _pattern(query, key, mask, **settings), per_query_head(value, query)
         found[layer_of[module]] = pattern.detach().to(lm.device)
         return (pattern @ key_value).transpose(1, 2).contiguous(), pattern
 
     with _registered(lm, attend, eager_mask):
         yield
+
+
+def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask as scores take it: a caller's own may say which keys are seen, which closed attention understands."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(
+        ~mask, max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +119,7 @@ def scoring(lm: Model) -> Iterator[dict[int, Scored]]:
     """
     if not lm.row.interface:
         raise ModelError(f"the scores of {lm.family}'s attention are not shown by any module", fix="use method='atp'")
+    lm.require("opened")
     found: dict[int, Scored] = {}
     layer_of = {layer.attention: layer.index for layer in lm.layers}
 
@@ -127,7 +143,10 @@ def around_attention(lm: Model, around: Around, eager: bool) -> Iterator[None]:
 
     `attend` is the model's own attention function, or with `eager` the one of its family that also returns the pattern;
     keys and values are per key/value head, and may be handed on per query head. For models of which `is_called` holds.
+    Raises ModelError where another function than the model's own would not do the same.
     """
+    if eager or (lm.row.interface and not _is_own(lm)):
+        lm.require("opened")
     with _around_interface(lm, around, eager) if lm.row.interface else _around_torch(lm, around, eager):
         yield
 
@@ -135,7 +154,8 @@ def around_attention(lm: Model, around: Around, eager: bool) -> Iterator[None]:
 @contextmanager
 def _around_interface(lm: Model, around: Around, eager: bool) -> Iterator[None]:
     own, layer_of = "eager" if eager else _own(lm), {layer.attention: layer.index for layer in lm.layers}
-    attend = partial(_attend_interface, around, layer_of, own)
+    opened = own == "eager" and _own(lm) != "eager"
+    attend = partial(_attend_interface, around, layer_of, own, opened)
     mask = _eager_mask if own == "eager" else AttentionMaskInterface._global_mapping.get(own)
     with _registered(lm, attend, mask):
         yield
@@ -148,10 +168,13 @@ def _eager_mask(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def _attend_interface(
-    around: Around, layer_of: dict[nn.Module, int], own: str, module: nn.Module, *seen: Tensor | None, **settings: Any
-) -> Attended:
+    around: Around, layer_of: dict[nn.Module, int], own: str, opened: bool, module: nn.Module, *seen: Tensor | None,
+    **settings: Any,
+) -> Attended:  # fmt: skip
     query, key, value, *mask = seen
     assert query is not None and key is not None and value is not None  # noqa: S101, PT018
+    if opened and mask:
+        mask[0] = _added(mask[0], query.dtype)
     function, shared = ALL_ATTENTION_FUNCTIONS.get(own) or _eager(module), key.shape[1]
     attend: Attend = lambda query, key, value: function(  # noqa: E731
         module if key.shape[1] == shared else _Ungrouped(module), query, key, value, *mask, **settings
@@ -245,6 +268,10 @@ class _Ungrouped:
         return getattr(self._module, name)
 
 
+def _is_own(lm: Model) -> bool:
+    return _own(lm) == (lm.config._attn_implementation or "eager")
+
+
 def _own(lm: Model) -> str:
     name = lm.config._attn_implementation
     # Flash and flex attention are asked for by name in many places, so another name would not do the same.
@@ -279,10 +306,13 @@ def _registered(lm: Model, attend: Callable[..., Any], mask: Callable[..., Any] 
         AttentionMaskInterface._global_mapping.pop(name, None)
 
 
-def _pattern(query: Tensor, key: Tensor, mask: Tensor, **settings: Any) -> Float[Tensor, "prompt head query key"]:
+def _pattern(
+    query: Tensor, key: Tensor, mask: Tensor | None, **settings: Any
+) -> Float[Tensor, "prompt head query key"]:
     if settings.get("s_aux") is not None:
         raise ModelError("attention has learned sinks: rows of its pattern sum below 1, so heads have no constant part")
-    return torch.softmax(_scores(query, key, **settings) + mask[..., : key.shape[-2]], dim=-1)
+    scores = _scores(query, key, **settings)
+    return torch.softmax(scores if mask is None else scores + mask[..., : key.shape[-2]], dim=-1)
 
 
 def _scores(

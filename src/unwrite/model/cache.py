@@ -23,10 +23,13 @@ def empty() -> Cache:
     return DynamicCache()
 
 
-def kept_of(cache: Cache) -> list[Past]:
-    """Keys and values of every layer after a run."""
-    layers: Any = cache.layers
-    return [(layer.keys, layer.values) for layer in layers]
+def kept_of(cache: Cache, layers: int) -> list[Past]:
+    """Keys and values of every layer after a run; none at all where some layer kept none under its own number."""
+    kept: list[Any] = [
+        (getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in list[Any](cache.layers)
+    ]
+    whole = len(kept) == layers and all(part is not None for pair in kept for part in pair)
+    return kept if whole else []
 
 
 class _Remembered(DynamicLayer):
@@ -47,7 +50,7 @@ def remembering(kept: Mapping[int, Past], layers: int) -> Cache:
     return Cache(layers=[_Remembered(*kept[i]) if i in kept else DynamicLayer() for i in range(layers)])
 
 
-def with_past(call: Call, cache: Cache, prompts: int) -> Call:
+def with_past(call: Call, cache: Cache | None, prompts: int) -> Call:
     """The arguments with which a block was called for one prompt, for another number of prompts with this past."""
 
     def fit(name: str, value: Any) -> Any:

@@ -133,6 +133,7 @@ def provenance(lm: Model) -> dict[str, Any]:
         "centred": lm.centred,
         "certificate": dict(lm.certificate.errors),
         "certificate_limit": lm.certificate.limit,
+        "certificate_limits": {name: lm.certificate.allowed(name) for name in lm.certificate},
     }
 
 

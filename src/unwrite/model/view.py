@@ -70,6 +70,7 @@ class Model:
     about: Mapping[str, Any] = field(default_factory=dict)
     certificate: Any = None
     hashes: dict[Any, str] = field(default_factory=dict)  # state of the parameters -> hash of their values
+    whole: dict[int, bool] = field(default_factory=dict)  # prompt length -> must runs of it be whole?
 
     @property
     def config(self) -> Any:
@@ -188,6 +189,15 @@ class Model:
     def holds(self) -> Bool[Tensor, "location node"]:
         """Which nodes have written when the stream is in each state."""
         return torch.tensor([[state.holds(node, self.parallel) for node in self.parts] for state in self.states])
+
+    def proved(self, identity: str) -> bool:
+        """Does the certificate say that this identity holds? Where there is none yet, nothing is denied."""
+        return self.certificate is None or self.certificate.holds(identity)
+
+    def require(self, identity: str) -> None:
+        """Raise ModelError naming this identity, by what rests on it, unless it holds."""
+        if not self.proved(identity):
+            self.certificate.refuse(self.about.get("name", self.family), [identity])
 
     def __repr__(self) -> str:
         return (

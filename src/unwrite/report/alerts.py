@@ -39,9 +39,11 @@ def alerts(result: Result) -> list[Alert]:
 
 def _precision(result: Result) -> Iterator[Alert]:
     model = result.provenance["model"]
-    limit = float(model["certificate_limit"])
     for name, error in model["certificate"].items():
-        if error > NEAR_LIMIT * limit:
+        limit = float(model.get("certificate_limits", {}).get(name, model["certificate_limit"]))
+        if not error <= limit:
+            yield Alert("precision", f"the identity “{name}” does not hold ({error:.0e}): what rests on it is refused")
+        elif error > NEAR_LIMIT * limit:
             yield Alert("precision", f"the identity “{name}” holds to {error:.0e} only; at {limit:.0e} it is refused")
 
 

@@ -11,13 +11,16 @@ from unwrite.report.scanned import Row, rows, texts
 from unwrite.result import Result
 
 _NAMED = 3
+# The identities that say whether nodes add up to the model.
+ADDED = ("heads", "stream", "locations", "logits", "values")
 
 
 def verdict(result: Result) -> str:
     """The finding in words, text by text, with what it does not say."""
     model = result.provenance["model"]
     found = levels(result)
-    exact = f"The decomposition is exact to {max(model['certificate'].values()):.0e}."
+    worst = max(model["certificate"][name] for name in ADDED if name in model["certificate"])
+    exact = f"The decomposition is exact to {worst:.0e}."
     if result.method == "audit":
         believed = belief(result.data)
         return " ".join([found, summary(result), f"{believed[0].upper()}{believed[1:]}.", exact])

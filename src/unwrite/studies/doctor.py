@@ -72,7 +72,7 @@ def doctor(lm: Model, n: int = 300, length: int | None = None) -> Diagnosis:
     """
     length = min(length or 1024, lm.context or 1024)
     checks = [
-        Check(f"identity {name}", error <= lm.certificate.limit, f"relative error {error:.1e}")
+        Check(f"identity {name}", lm.certificate.holds(name), f"relative error {error:.1e}")
         for name, error in lm.certificate.items()
     ]
     checks.append(Check("tokenizer", lm.tokenizer is not None, _tokenizer(lm), "pass tokenizer=… to read text"))

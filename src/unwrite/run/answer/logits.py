@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from unwrite.model.view import Model, gain_of, norm_scale
-from unwrite.model.weights import through, weight_of
+from unwrite.model.unembedding import before_norm, rows_of, unembedding
+from unwrite.model.view import Model, norm_scale
+from unwrite.model.weights import through
 
 _CHUNK = 2**24
 
@@ -31,9 +32,9 @@ class Question:
     def direction(self, lm: Model) -> tuple[Float[Tensor, "*rows d_model"], Float[Tensor, "*rows"]]:
         """u_a − u_b and b_a − b_b."""
         weight, bias = unembedding(lm)
-        u, b = _rows_of(weight, bias, self.answer, lm)
+        u, b = rows_of(weight, bias, self.answer, lm.compute_dtype)
         if self.against is not None:
-            v, c = _rows_of(weight, bias, self.against, lm)
+            v, c = rows_of(weight, bias, self.against, lm.compute_dtype)
             return u - v, b - c
         return (u - _mean(weight, lm), b - _mean(bias, lm)) if self.centred else (u, b)
 
@@ -41,14 +42,6 @@ class Question:
 def normed(lm: Model, stream: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
     """What the model's own final norm makes of streams, wherever it computes."""
     return through(lm.final_norm, stream)
-
-
-def unembedding(lm: Model) -> tuple[Float[Tensor, "vocabulary d_model"], Float[Tensor, " vocabulary"] | None]:
-    """Its weight and bias, wherever they are."""
-    head = lm.hf.get_output_embeddings()
-    weight = weight_of(head)
-    assert weight is not None  # noqa: S101 (a causal language model has an unembedding)
-    return weight, weight_of(head, "bias")
 
 
 @torch.no_grad()
@@ -67,14 +60,10 @@ def linear(
     lm: Model, question: Question, stream: Float[Tensor, "*rows d_model"]
 ) -> tuple[Float[Tensor, "*rows d_model"], Float[Tensor, "*rows"]]:
     """(r, constant): the clean final norm's scale held, `measure` of x is ⟨x, r⟩ + constant."""
-    direction, offset = question.direction(lm)
-    norm, scale = lm.final_norm, lm.row.logit_scale(lm.config)
-    gain, beta = gain_of(norm, lm), weight_of(norm, "bias")
-    r = direction if gain is None else direction * gain
-    if lm.row.layer_norm:
-        r = r - r.mean(-1, keepdim=True)
-    constant = offset if beta is None else offset + (direction * beta.detach().to(direction)).sum(-1)
-    return scale * norm_scale(stream, norm, lm.row.layer_norm)[..., None] * r, scale * constant
+    r, constant = before_norm(lm, *question.direction(lm))
+    held = norm_scale(stream, lm.final_norm, lm.row.layer_norm)
+    scale = lm.row.logit_scale(lm.config)
+    return scale * held[..., None] * r, scale * constant
 
 
 def capped(lm: Model, question: Question, stream: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows"]:
@@ -99,12 +88,3 @@ def top_two(lm: Model, stream: Float[Tensor, "*rows d_model"]) -> Question:
 
 def _mean(parameter: Tensor | None, lm: Model) -> Tensor | float:
     return 0.0 if parameter is None else parameter.detach().to(lm.compute_dtype).mean(0).to(lm.device)
-
-
-def _rows_of(weight: Tensor, bias: Tensor | None, ids: Tensor, lm: Model) -> tuple[Tensor, Tensor]:
-    """Rows of an unembedding, where the ids are."""
-    here = ids.to(weight.device)
-    vectors = weight.detach()[here].to(ids.device, lm.compute_dtype)
-    if bias is None:
-        return vectors, vectors.new_zeros(ids.shape)
-    return vectors, bias.detach()[here].to(ids.device, lm.compute_dtype)

@@ -6,35 +6,25 @@ rows, which find the others among kept keys and values.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from unwrite.model.attention import Patterns, patterns
-from unwrite.model.cache import Past, empty, kept_of, remembering
+from unwrite.model.cache import Past
 from unwrite.model.capture import Recording, evaluating, recording
-from unwrite.model.hooks import Call, before, called, hooked, kept, read_of
+from unwrite.model.continued import Calls, calling, calls_from, continued, kept_run
+from unwrite.model.hooks import read_of
 from unwrite.model.values import through_values, value_scale
 from unwrite.model.view import Folded, Layer, Model
 from unwrite.model.writes import blocks, expand, write_of
 from unwrite.nodes import Node
 from unwrite.prompts.pairs import Pairs
-from unwrite.run.edit.slots import Slot, Values, between_blocks, values_of, watching
-
-Calls = Mapping[int, Call]
-
-
-@contextmanager
-def calling(lm: Model) -> Iterator[Calls]:
-    """Inside the `with`, every forward pass leaves how it called each block."""
-    calls: dict[int, Call] = {}
-    with hooked(called(layer.block, partial(calls.__setitem__, layer.index)) for layer in lm.layers):
-        yield calls
+from unwrite.run.edit.slots import Slot, Values, values_of, watching
 
 
 @dataclass(frozen=True)
@@ -97,7 +87,8 @@ class Base:
     """A clean run of base prompts, and all that a patched one can take from it.
 
     `inputs[l]` is what block l read, `inputs[L]` the final stream; `kept` are keys and values, where each layer's
-    attention is, everything else on the model's own device; `values` those of slots.
+    attention is (none: a part of a run is not that of the whole, so runs are whole), everything else on the model's own
+    device; `values` those of slots.
     """
 
     lm: Model
@@ -114,28 +105,26 @@ class Base:
 
     def calls(self, start: int, end: int) -> Calls:
         """How the model calls each block for rows start … end of one prompt that follow on earlier ones."""
-        lm = self.lm
-        past = {i: (keys[:1, :, :start], values[:1, :, :start]) for i, (keys, values) in enumerate(self.kept)}
-        with evaluating(lm.hf), calling(lm) as calls:
-            cache = remembering(past, len(lm.layers))
-            lm.decoder(input_ids=self.ids[:1, start:end], use_cache=True, past_key_values=cache)
-        return calls
+        return calls_from(self.lm, self.ids[:1], self.kept, start, end)
+
+    def begin(self, start: int) -> int:
+        """The first row that a run must bring which differs from this one from row `start` on."""
+        return start if self.kept else 0
+
+    def end(self, row: Int[Tensor, " run"]) -> int:
+        """Behind the last row that runs must bring of which these rows are read."""
+        return int(row.max()) + 1 if self.kept else self.ids.shape[1]
 
 
 @torch.no_grad()
 def base_run(lm: Model, ids: Int[Tensor, "pair position"], row: Int[Tensor, " pair"], slots: Sequence[Slot]) -> Base:
     """Run left-aligned base prompts once and keep what patched runs will need."""
-    calls: dict[int, Tensor] = {}
-    cache = empty()
     with ExitStack() as stack:
         stack.enter_context(evaluating(lm.hf))
         found = stack.enter_context(watching(lm, slots))
-        # Copies: some blocks add into what they were given.
-        keep = (before(module, kept(calls, i, copied=True)) for i, module in enumerate(between_blocks(lm)))
-        stack.enter_context(hooked(keep))
-        lm.decoder(input_ids=ids.to(lm.device), use_cache=True, past_key_values=cache)
-    inputs = [calls[index].to(lm.device) for index in range(len(lm.layers) + 1)]
-    return Base(lm, ids.to(lm.device), row, inputs, kept_of(cache), values_of(lm, found, inputs, len(ids)))
+        inputs, kept = kept_run(lm, ids)
+    kept = kept if continued(lm, ids, inputs, kept) else []
+    return Base(lm, ids.to(lm.device), row, inputs, kept, values_of(lm, found, inputs, len(ids)))
 
 
 def base_of(lm: Model, pairs: Pairs, rows: slice, slots: Sequence[Slot]) -> Base:

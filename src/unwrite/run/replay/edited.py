@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from unwrite.model.attention import patterns
 from unwrite.model.capture import Recording, recording
+from unwrite.model.continued import block
 from unwrite.model.hooks import Visit, after, before, hooked
 from unwrite.model.values import through_values
 from unwrite.model.view import Layer, Model, centre
 from unwrite.nodes import Node
 from unwrite.run.replay.clean import Clean
-from unwrite.run.replay.walk import block
 
 
 @torch.no_grad()

@@ -17,9 +17,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from unwrite.model.continued import Calls
 from unwrite.model.view import Model
 from unwrite.run.edit.slots import Slot, Values, Visit, visiting
-from unwrite.run.replay.clean import Base, Calls
+from unwrite.run.replay.clean import Base
 from unwrite.run.replay.edges import LOGITS, Ends, Write, read_at
 from unwrite.run.replay.walk import ROWS, Runs, Setting, visits_of
 
@@ -38,7 +39,7 @@ def effects_of_edges(
     start = _first_change(base, source)
     if start is None:
         return
-    end = int(base.row.max()) + 1
+    start, end = base.begin(start), base.end(base.row)
     calls = base.calls(start, end)
     each = max(1, ROWS // (n_pairs * (end - start)))
     for at in range(0, len(names), each):
@@ -94,7 +95,7 @@ class _Sent:
 
     @property
     def end(self) -> int:
-        return int(self.base.row.max()) + 1
+        return self.base.end(self.base.row)
 
     def runs(self, pair: Tensor, layer: Sequence[int]) -> Runs:
         """Runs over the rows where something changes."""

@@ -18,11 +18,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from unwrite.model.continued import Calls
 from unwrite.model.hooks import after, before, hooked
 from unwrite.model.view import Model
 from unwrite.prompts.positions import rows_at
 from unwrite.run.edit.slots import Slot, Values, visiting
-from unwrite.run.replay.clean import Base, Calls
+from unwrite.run.replay.clean import Base
 from unwrite.run.replay.walk import ROWS, Runs
 
 
@@ -82,12 +83,12 @@ def patched(
 
     At position `start`, or with `every_row` there and at all later ones. In as many waves as memory asks for.
     """
-    end = int(torch.cat([base.row[part.pair] for part in jobs]).max()) + 1
-    first, later = (base.calls(start, stop) for stop in (start + 1, end))
-    for wave in _waves(jobs, max(1, ROWS // (end - start))):
+    begin, end = base.begin(start), base.end(torch.cat([base.row[part.pair] for part in jobs]))
+    first, later = (base.calls(begin, stop) for stop in (start + 1, end))
+    for wave in _waves(jobs, max(1, ROWS // (end - begin))):
         pair = torch.cat([part.pair for part in wave])
-        runs = Runs(base, pair, [part.slot.layer for part in wave for _ in part.pair], start, end, later)
-        final = runs.finals(partial(_step, runs, first, source, wave, every_row))
+        runs = Runs(base, pair, [part.slot.layer for part in wave for _ in part.pair], begin, end, later)
+        final = runs.finals(partial(_step, runs, first, source, wave, slice(start, end if every_row else start + 1)))
         yield from zip(wave, final.split([len(part.pair) for part in wave]), strict=True)
 
 
@@ -107,16 +108,13 @@ def _waves(jobs: Sequence[Jobs], size: int) -> Iterator[list[Jobs]]:
         yield wave
 
 
-def _step(
-    runs: Runs, first: Calls, source: Values, wave: Sequence[Jobs], every_row: bool, index: int, x: Tensor
-) -> Tensor:
-    """One block: of the runs under way, and of those that begin at it, each with its node set."""
+def _step(runs: Runs, first: Calls, source: Values, wave: Sequence[Jobs], rows: slice, index: int, x: Tensor) -> Tensor:
+    """One block: of the runs under way, and of those that begin at it, each with its node set at some rows."""
     here = [part for part in wave if part.slot.layer == index]
     states, inside = ([part for part in here if (part.slot.at is None) is state] for state in (True, False))
     n, at = len(x) - _count(inside), len(x) - _count(here)
     for part in states:
-        values = _values(runs, source, part, every_row)
-        x[at : at + len(part.pair), : values.shape[1]] = values.to(x.dtype)
+        x[at : at + len(part.pair), _own(runs, rows)] = source[part.slot][part.pair, rows, part.unit].to(x.dtype)
         at += len(part.pair)
     if index == len(runs.base.lm.layers):
         return x
@@ -128,8 +126,8 @@ def _step(
             found.append(runs.block(index, x[:n]))
     for part in inside:
         # Where later rows of the block do not see it, they are not run.
-        alone = not every_row and not part.slot.lasting
-        out = _set_inside(runs.of(part.pair, first if alone else runs.calls, alone), source, part, every_row)
+        alone = bool(runs.base.kept) and rows.stop - rows.start == 1 and not part.slot.lasting
+        out = _set_inside(runs.of(part.pair, first if alone else runs.calls, alone), source, part, rows)
         behind = runs.base.inputs[index + 1][part.pair, runs.start + out.shape[1] : runs.end]
         found.append(torch.cat([out, behind], 1))
     return torch.cat(found)
@@ -139,10 +137,9 @@ def _count(jobs: Sequence[Jobs]) -> int:
     return sum(len(part.pair) for part in jobs)
 
 
-def _values(runs: Runs, source: Values, part: Jobs, every_row: bool) -> Float[Tensor, "run row d"]:
-    """What nodes are set to, at the first row or at every one."""
-    rows = slice(runs.start, runs.end if every_row else runs.start + 1)
-    return source[part.slot][part.pair, rows, part.unit]
+def _own(runs: Runs, rows: slice) -> slice:
+    """Rows of prompts, among those that runs bring."""
+    return slice(rows.start - runs.start, rows.stop - runs.start)
 
 
 @contextmanager
@@ -169,14 +166,14 @@ def _one_row(mlp: nn.Module, row: Int[Tensor, " run"]) -> Iterator[None]:
         yield
 
 
-def _set_inside(runs: Runs, source: Values, part: Jobs, every_row: bool) -> Tensor:
-    """What a slot's block puts out for the rows of runs in which one node is another at the first, or at every, row."""
+def _set_inside(runs: Runs, source: Values, part: Jobs, rows: slice) -> Tensor:
+    """What a slot's block puts out for the rows of runs in which one node is another at some of them."""
     slot, lm = part.slot, runs.base.lm
-    x, put_in = runs.of_base(runs.base.inputs[slot.layer], len(part.pair)), _values(runs, source, part, every_row)
+    x, put_in = runs.of_base(runs.base.inputs[slot.layer], len(part.pair)), source[slot][part.pair, rows, part.unit]
     if slot.joined:
-        put_in = put_in - x[:, : put_in.shape[1]] / lm.residual_scale
+        put_in = put_in - x[:, _own(runs, rows)] / lm.residual_scale
     # Attention sees the keys and values of earlier positions too.
-    rows = torch.arange(put_in.shape[1], device=part.pair.device) + (runs.start if slot.sees_past else 0)
-    unit = slot.units[part.unit]
-    with visiting(lm, {slot: lambda tensor: slot.put(tensor, unit, rows, put_in)}):
+    own = rows if slot.sees_past else _own(runs, rows)
+    at, unit = torch.arange(own.start, own.stop, device=part.pair.device), slot.units[part.unit]
+    with visiting(lm, {slot: lambda tensor: slot.put(tensor, unit, at, put_in)}):
         return runs.block(slot.layer, x)

@@ -15,23 +15,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from unwrite.model.cache import remembering, with_past
-from unwrite.model.capture import evaluating
-from unwrite.model.hooks import Call, first_of, reads_instead
-from unwrite.model.view import Layer
+from unwrite.model.continued import Calls, block_from
 from unwrite.run.edit.slots import Slot, Visit, visiting
-from unwrite.run.replay.clean import Base, Calls
+from unwrite.run.replay.clean import Base
 
 # Rows (runs × positions) that go through a block at once.
 ROWS = 4096
 # What is made of the stream that block i reads, rows of the runs that have begun: what it puts out, i = L excepted.
 Step = Callable[[int, Tensor], Tensor]
-
-
-def block(layer: Layer, call: Call, x: Tensor | None = None) -> Tensor:
-    """What a block puts out when it is called so, or so but for the stream that it reads."""
-    args, kwargs = call if x is None else reads_instead(call, x)
-    return first_of(layer.block(*args, **kwargs))
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,11 +54,7 @@ class Runs:
     def block(self, index: int, x: Float[Tensor, "_ row d"], at: Int[Tensor, " _"] | None = None) -> Tensor:
         """What a block puts out for the first runs, or for some (`at`) of them."""
         pair = self.pair[: len(x)] if at is None else self.pair[at]
-        keys, values = (part[pair.to(part.device), :, : self.start] for part in self.base.kept[index])
-        past = remembering({index: (keys, values)}, len(self.base.lm.layers))
-        with evaluating(self.base.lm.hf):
-            put_out = block(self.base.lm.layers[index], with_past(self.calls[index], past, len(pair)), x)
-        return put_out.to(pair.device)
+        return block_from(self.base.lm, self.base.kept, index, x, pair, self.start, self.calls)
 
     def finals(self, step: Step) -> Float[Tensor, "run d_model"]:
         """The final stream of each run at the row that is read."""
@@ -85,8 +72,8 @@ class Runs:
 
 
 def runs_of(base: Base, pair: Int[Tensor, " run"], layer: Sequence[int], start: int) -> Runs:
-    """Runs of pairs, whose rows begin at `start`."""
-    end = int(base.row.max()) + 1
+    """Runs of pairs, whose rows begin at `start`, or before it where runs must be whole."""
+    start, end = base.begin(start), base.end(base.row)
     return Runs(base, pair, layer, start, end, base.calls(start, end))
 
 

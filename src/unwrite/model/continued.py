@@ -1,0 +1,127 @@
+"""What does a run do from some position on, over keys and values that it kept of the positions before?
+
+A sweep runs only what a patch can change, so it rests on this: a part of a run is the same part of the whole run. It
+is not where a model computes otherwise for another number of positions (longrope), or where a layer looks up what was
+kept of another one (exchanged layers); that is measured, and then runs are taken whole.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from unwrite.errors import plain
+from unwrite.model.cache import Past, empty, kept_of, remembering, with_past
+from unwrite.model.capture import evaluating
+from unwrite.model.hooks import Call, before, called, first_of, hooked, kept, reads_instead
+from unwrite.model.view import Layer, Model
+
+_UNCERTIFIED = 1e-3
+Calls = Mapping[int, Call]
+Inputs = list[Float[Tensor, "prompt position d_model"]]
+
+
+@contextmanager
+def calling(lm: Model) -> Iterator[Calls]:
+    """Inside the `with`, every forward pass leaves how it called each block."""
+    calls: dict[int, Call] = {}
+    with hooked(called(layer.block, partial(calls.__setitem__, layer.index)) for layer in lm.layers):
+        yield calls
+
+
+def block(layer: Layer, call: Call, x: Tensor | None = None) -> Tensor:
+    """What a block puts out when it is called so, or so but for the stream that it reads."""
+    args, kwargs = call if x is None else reads_instead(call, x)
+    return first_of(layer.block(*args, **kwargs))
+
+
+@torch.no_grad()
+def kept_run(lm: Model, ids: Int[Tensor, "prompt position"]) -> tuple[Inputs, list[Past]]:
+    """One whole run: what each block read and, last, the final stream; and every layer's keys and values."""
+    found: dict[int, Tensor] = {}
+    cache, modules = empty(), (*(layer.block for layer in lm.layers), lm.final_norm)
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(lm.hf))
+        # Copies: some blocks add into what they were given.
+        stack.enter_context(hooked(before(module, kept(found, i, copied=True)) for i, module in enumerate(modules)))
+        lm.decoder(input_ids=ids.to(lm.device), use_cache=True, past_key_values=cache)
+    return [found[index].to(lm.device) for index in range(len(modules))], kept_of(cache, len(lm.layers))
+
+
+def calls_from(lm: Model, ids: Int[Tensor, "1 position"], kept: Sequence[Past], start: int, end: int) -> Calls:
+    """How the model calls each block for rows start … end of one prompt that follow on earlier ones.
+
+    Where nothing is `kept`, start is 0, and the model is asked for no cache.
+    """
+    past = {i: (keys[:1, :, :start], values[:1, :, :start]) for i, (keys, values) in enumerate(kept)}
+    cache = {"use_cache": True, "past_key_values": remembering(past, len(lm.layers))} if kept else {"use_cache": False}
+    with evaluating(lm.hf), calling(lm) as calls:
+        lm.decoder(input_ids=ids[:, start:end], **cache)
+    return calls
+
+
+def block_from(
+    lm: Model,
+    kept: Sequence[Past],
+    index: int,
+    x: Float[Tensor, "run row d_model"],
+    pair: Int[Tensor, " run"],
+    start: int,
+    calls: Calls,
+) -> Float[Tensor, "run row d_model"]:
+    """What a block makes of rows `start` and later of runs that before them are runs of the prompts `pair`."""
+    past = None
+    if kept:
+        keys, remembered = (part[pair.to(part.device), :, :start] for part in kept[index])
+        past = remembering({index: (keys, remembered)}, len(lm.layers))
+    with evaluating(lm.hf):
+        return block(lm.layers[index], with_past(calls[index], past, len(pair)), x).to(pair.device)
+
+
+def continued(lm: Model, ids: Int[Tensor, "prompt position"], inputs: Sequence[Tensor], kept: Sequence[Past]) -> bool:
+    """Is a part of a run over prompts of this length the same part of the whole run? Measured once for each length."""
+    length = ids.shape[1]
+    if length not in lm.whole:
+        limit = _UNCERTIFIED if lm.certificate is None else lm.certificate.allowed("continued")
+        starts = {1, length // 2} - {0, length}
+        errors = [continues(lm, ids, inputs, kept, start, min(2, length - start)) for start in sorted(starts)]
+        # Written so that NaN is not a proof.
+        lm.whole[length] = not (lm.proved("continued") and all(error <= limit for error in errors))
+        if lm.whole[length]:
+            logging.getLogger("unwrite").warning(
+                "%s", plain(f"a part of a run of {length} tokens is not that of the whole run, so every run is whole")
+            )
+    return not lm.whole[length]
+
+
+@torch.no_grad()
+def continues(
+    lm: Model,
+    ids: Int[Tensor, "prompt position"],
+    inputs: Sequence[Tensor],
+    kept: Sequence[Past],
+    start: int,
+    rows: int,
+) -> float:
+    """How far the first prompt's run, continued for some rows from `start`, is from the whole run: relative, worst row.
+
+    ∞ where it cannot be continued at all.
+    """
+    if not kept:
+        return float("inf")
+    end, pair = start + rows, torch.zeros(1, dtype=torch.long, device=lm.device)
+    try:
+        calls, x = calls_from(lm, ids[:1].to(lm.device), kept, start, end), inputs[0][:1, start:end]
+        for index in range(len(lm.layers)):
+            x = block_from(lm, kept, index, x, pair, start, calls)
+    except (RuntimeError, LookupError, AttributeError, TypeError, ValueError):
+        return float("inf")
+    whole = inputs[-1][:1, start:end]
+    error = (x - whole).to(lm.compute_dtype).norm(dim=-1) / whole.to(lm.compute_dtype).norm(dim=-1)
+    return float(error.amax()) if error.isfinite().all() else float("nan")

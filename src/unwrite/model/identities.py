@@ -1,0 +1,160 @@
+"""How far is each identity from holding on some prompts? Relative errors, of which the certificate is the judge.
+
+heads      the heads' writes and the bias (from weights alone) sum to what each attention block really adds
+stream     all nodes sum to the final state of the stream
+locations  the nodes so far sum to every earlier state (in a parallel block, also to what its MLP reads)
+logits     final norm and unembedding of that sum give the model's logits
+values     with pattern and norm frozen, what all earlier nodes put into a head through its values is what it writes
+causal     another last token moves no logit before it
+opened     attention that is computed openly, for patterns, gives the closed model's logits
+reading    logit differences from the rows of the unembedding that methods read are the model's own
+continued  a run continued from a later position, over the keys and values kept of it, is that run
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from unwrite.model.attention import Patterns, around_attention, is_called, patterns
+from unwrite.model.capture import Recording, recording
+from unwrite.model.continued import continues, kept_run
+from unwrite.model.unembedding import before_norm, rows_of, unembedding
+from unwrite.model.values import carry, into_values, value_scale
+from unwrite.model.view import Folded, Layer, Model, norm_scale, value_constant, value_weights
+from unwrite.model.weights import through
+from unwrite.model.writes import Writes, expand
+from unwrite.nodes import Location
+
+# So many of a vocabulary's logits are read from their rows.
+_ROWS = 1024
+Ids = Int[Tensor, "prompt position"]
+Mask = Bool[Tensor, "prompt position"]
+_Rows = Float[Tensor, "row vocabulary"]
+Errors = Iterator[tuple[str, float]]
+
+
+def added(lm: Model, folded: tuple[Folded, ...], ids: Ids, mask: Mask) -> Errors:
+    """Do the nodes add up? heads, stream, locations, logits and reading; then what rests on other passes."""
+    with recording(lm, folded, truth=True) as record:
+        whole = logits_of(lm, ids, mask)
+    logits = whole[mask]
+    nodes = expand(lm, folded, _per_prompt(record, mask).map(lambda part: part[mask]))
+    rows = {state: x[mask] for state, x in record.stream.items()}
+    for layer in lm.layers:
+        yield "heads", relative(_attention_nodes(lm, nodes, layer), record.attention[layer.index][mask])
+    holds = lm.holds().to(nodes.device)
+    for state, held in zip(lm.states, holds, strict=True):
+        yield "stream" if state == lm.states[-1] else "locations", relative(nodes[held], rows[state])
+    if lm.parallel:
+        for layer in lm.layers:
+            if (read := rows.get(Location("mid", layer.index))) is not None:
+                yield "locations", relative(nodes[_earlier(lm, layer)], read)
+    stream = nodes.sum(0)
+    yield "logits", relative(unembed(lm, stream)[None], logits)
+    yield "reading", relative(*_read(lm, stream, logits))
+    yield from _opened(lm, folded, ids, mask, logits)
+    if mask.all():
+        yield from _of_positions(lm, ids, whole)
+
+
+def logits_of(lm: Model, ids: Ids, mask: Mask | None = None) -> Float[Tensor, "prompt position vocabulary"]:
+    """The model's own logits."""
+    padded = {} if mask is None or bool(mask.all()) else {"attention_mask": mask.long()}
+    return lm.hf(input_ids=ids, use_cache=False, **padded).logits.to(ids.device)
+
+
+def unembed(lm: Model, stream: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocabulary"]:
+    """What the model's own final norm and unembedding make of final streams."""
+    normed = through(lm.final_norm, stream.to(lm.dtype))
+    return _bounded(lm, through(lm.hf.get_output_embeddings(), normed))
+
+
+def _bounded(lm: Model, logits: Tensor) -> Tensor:
+    logits, cap = logits * lm.row.logit_scale(lm.config), lm.row.logit_cap(lm.config)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def relative(parts: Float[Tensor, "part row d"], truth: Float[Tensor, "row d"]) -> float:
+    """Worst over rows: ‖Σ parts − truth‖ relative to the larger of ‖truth‖ and the largest part.
+
+    Rounding is as large as the largest part, which may dwarf a sum that cancels.
+    """
+    size = torch.maximum(truth.norm(dim=-1), parts.norm(dim=-1).amax(0)).clamp_min(torch.finfo(parts.dtype).tiny)
+    error = (parts.sum(0) - truth).norm(dim=-1) / size
+    return float(error.amax()) if error.isfinite().all() else float("nan")
+
+
+def _read(lm: Model, stream: Float[Tensor, "row d_model"], logits: _Rows) -> tuple[Tensor, Tensor]:
+    """Differences of some logits to their mean, as methods read them from weights, and as the model has them."""
+    weight, bias = unembedding(lm)
+    count = min(len(weight), logits.shape[-1])
+    ids = torch.arange(0, count, -(-count // _ROWS), device=stream.device)
+    r, constant = before_norm(lm, *rows_of(weight, bias, ids, lm.compute_dtype))
+    scale = norm_scale(stream, lm.final_norm, lm.row.layer_norm)
+    read, own = _bounded(lm, scale[:, None] * (stream @ r.t()) + constant), logits[:, ids].to(stream)
+    return (read - read.mean(-1, keepdim=True))[None], own - own.mean(-1, keepdim=True)
+
+
+def _opened(lm: Model, folded: tuple[Folded, ...], ids: Ids, mask: Mask, closed: _Rows) -> Errors:
+    if not mask.all() and is_called(lm):
+        # The function of the family, which attends where a pattern is traced, also under a mask of the caller's.
+        with around_attention(lm, lambda _, attend, *seen: attend(*seen), eager=True):
+            yield "opened", relative(logits_of(lm, ids, mask)[mask][None], closed)
+        return
+    with patterns(lm) as found, recording(lm, folded, truth=True) as record:
+        logits = logits_of(lm, ids, mask)[mask]
+    yield "opened", relative(logits[None], closed)
+    yield "values", _values_error(lm, folded, mask, record, found)
+
+
+def _of_positions(lm: Model, ids: Ids, logits: Float[Tensor, "prompt position vocabulary"]) -> Errors:
+    """The last of the prompts is the first one but for its last token."""
+    yield "causal", relative(logits[-1:, :-1], logits[0, :-1])
+    inputs, kept = kept_run(lm, ids[:1])
+    yield "continued", relative(unembed(lm, inputs[-1][0])[None], logits[0])
+    middle = ids.shape[1] // 2 + 1
+    yield "continued", continues(lm, ids[:1], inputs, kept, middle, min(2, ids.shape[1] - middle))
+
+
+def _per_prompt(record: Recording, mask: Tensor) -> Writes:
+    return record.writes.map(lambda part: part.expand(len(mask), *part.shape[1:]))
+
+
+def _earlier(lm: Model, layer: Layer) -> list[int]:
+    return [i for i, node in enumerate(lm.parts) if node.layer < layer.index]
+
+
+def _attention_nodes(lm: Model, nodes: Tensor, layer: Layer) -> Tensor:
+    kept = [i for i, node in enumerate(lm.parts) if node.layer == layer.index and node.kind in ("head", "bias")]
+    return nodes[kept]
+
+
+def _values_error(lm: Model, folded: tuple[Folded, ...], mask: Mask, record: Recording, found: Patterns) -> float:
+    everywhere = expand(lm, folded, _per_prompt(record, mask).map(lambda part: part.flatten(0, 1)))
+    worst = 0.0
+    for layer, folds in zip(lm.layers, folded, strict=True):
+        stream = everywhere[_earlier(lm, layer)].sum(0).unflatten(0, mask.shape)
+        normed = into_values(lm, layer, stream, value_scale(lm, layer, stream))
+        gain = record.gain.get(layer.index)
+        z = record.z[layer.index] if gain is None else record.z[layer.index] / gain[..., None, None]
+        constant = value_constant(lm, layer)
+        if constant is not None and folds.constant is None:
+            z = z - constant
+        error = _head_error(lm, layer, normed, found[layer.index], z, constant, mask)
+        worst = error if not error <= worst else worst
+    return worst
+
+
+def _head_error(
+    lm: Model, layer: Layer, normed: Tensor, pattern: Tensor, z: Tensor, constant: Tensor | None, mask: Tensor
+) -> float:
+    """Worst ‖A · normed · W_V − z‖ of a head, relative to A · |normed| · |W_V|, what is summed there."""
+    weight, _ = value_weights(lm, layer)
+    through, summed = carry(pattern, normed, weight)[mask], carry(pattern, normed.abs(), weight.abs())[mask]
+    size = summed.norm(dim=-1) + (0.0 if constant is None else constant.norm(dim=-1))
+    error = (through - z[mask]).norm(dim=-1) / size.clamp_min(torch.finfo(z.dtype).tiny)
+    return float(error.amax()) if error.isfinite().all() else float("nan")
