@@ -20,6 +20,7 @@ from unwrite.errors import ModelError, UnwriteError, plain
 from unwrite.model.certificate import certify
 from unwrite.model.families import FAMILIES, REFUSED, Family
 from unwrite.model.legacy import checkpoint, from_legacy, is_legacy, tokenizer_folder, tokenizer_name
+from unwrite.model.now import refuse_compiled, state
 from unwrite.model.view import CONVENTIONS, Model, embedding_rows
 from unwrite.model.weights import DISK, stored
 
@@ -77,6 +78,7 @@ def view(hf: PreTrainedModel, tokenizer: Any = None, convention: str = "paper", 
     family = hf.config.model_type
     row = _row(hf.config)
     about = {"name": name or type(hf).__name__, "commit": getattr(hf.config, "_commit_hash", None)}
+    refuse_compiled(hf, str(about["name"]))
     lm = Model(hf, tokenizer, family, row, convention, about)
     try:
         certificate = certify(lm)
@@ -87,7 +89,7 @@ def view(hf: PreTrainedModel, tokenizer: Any = None, convention: str = "paper", 
         ) from error
     certificate.require(str(about["name"]))
     weights_hash(lm)
-    return replace(lm, certificate=certificate)
+    return replace(lm, certificate=certificate, state=state(hf))
 
 
 def outline(source: str | Path, dtype: torch.dtype | str | None = None) -> Model | None:

@@ -69,6 +69,7 @@ class Model:
     convention: str
     about: Mapping[str, Any] = field(default_factory=dict)
     certificate: Any = None
+    state: Mapping[str, Any] = field(default_factory=dict)  # what changes logits and is no weight, at load
     hashes: dict[Any, str] = field(default_factory=dict)  # state of the parameters -> hash of their values
     whole: dict[int, bool] = field(default_factory=dict)  # prompt length -> must runs of it be whole?
 

@@ -105,6 +105,8 @@ class Job:
     key: str = field(init=False, default="")
     _asked: dict[str, str] = field(init=False, default_factory=dict)
     finished: bool = field(init=False, default=False)
+    # Was the model found to be what is recorded of it? Once is enough for all methods of a run.
+    checked: bool = field(init=False, default=False)
     _now: str = field(init=False, default="")
     _stages: list[Stage] = field(init=False, default_factory=list)
     _lock: FileLock | None = field(init=False, default=None)
@@ -141,6 +143,7 @@ class Job:
                         checkpoint.remove(other)
         finally:
             self._stages, self._open, self.key, self._asked, self._now = [], False, "", {}, ""
+            self.checked = False
             if self._lock is not None:
                 checkpoint.unlocked(self._lock)
         return kind is _PartDone

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from unwrite.errors import NumericError, TokensError
 from unwrite.model.capture import run
+from unwrite.model.now import same_now
 from unwrite.model.view import Folded, Model
 from unwrite.model.writes import Writes
 from unwrite.prompts.tokens import Tokens, from_ids
@@ -185,6 +186,9 @@ def stream(lm: Model, tokens: Tokens, tally: Tally, size: int, stage: str, liste
     if not left:
         tell(end - first)
     for batch in batches(tokens, size, left):
+        if not job.checked:
+            _require_same(lm, batch)
+            job.checked = True
         with job.unbroken():
             tally.step(batch)
             done.done(tally.kept, batch.index, now=job.interrupted)
@@ -193,6 +197,20 @@ def stream(lm: Model, tokens: Tokens, tally: Tally, size: int, stage: str, liste
         if job.interrupted:
             raise KeyboardInterrupt
     job.gather(tally.kept)
+
+
+def _require_same(lm: Model, batch: Batch) -> None:
+    """Raise ModelError unless what is recorded of the shortest prompt is the model; for two prompts' part of a pass."""
+    if lm.certificate is None:
+        return
+    lengths = batch.counted[: batch.real].sum(1)
+    shortest, length = int(lengths.argmin()), int(lengths.min())
+    ids = batch.part(slice(shortest, shortest + 1))
+    if batch.real == 1:  # two passes, each of half a prompt
+        length = min(length, -(-ids.ids.shape[1] // 2))
+        ids = replace(ids, ids=ids.ids[:, :length], counted=ids.counted[:, :length])
+    for _ in parts(ids, lambda part: same_now(lm, part.ids, length)):
+        pass
 
 
 def forward(lm: Model, batch: Batch, folded: tuple[Folded, ...]) -> Iterator[tuple[slice, Writes]]:
