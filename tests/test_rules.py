@@ -18,8 +18,9 @@ import tiny
 from executed import Alone, exact, uncapped, weights
 from surrogates import linearised
 from unwrite.model.load import view
+from unwrite.model.projections import matrix_of
 from unwrite.model.values import through_values
-from unwrite.model.view import Model, fold, matrix, value_columns
+from unwrite.model.view import Model, fold, value_columns
 from unwrite.nodes import Location
 from unwrite.run.answer.logits import Question, linear, normed_measure
 from unwrite.run.backward.rules import RULES, Rules
@@ -259,7 +260,7 @@ def test_net_is_direct_where_no_later_head_reads(family: str) -> None:
     silent = replace(lm, hf=copy.deepcopy(lm.hf))
     with torch.no_grad():
         for layer in silent.layers:
-            matrix(layer.value)[:, value_columns(silent, layer)] = 0
+            matrix_of(silent, layer.value)[:, value_columns(silent, layer)] = 0
     # In the last layer there is no head to come; without values there is none in any.
     for which, states in ((lm, lm.states[-1 if lm.parallel else -2 :]), (silent, lm.states)):
         direct, net = (

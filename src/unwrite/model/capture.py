@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,14 +49,21 @@ def recording(lm: Model, folded: Sequence[Folded], truth: bool = False) -> Itera
         yield record
 
 
+def uncompiled(model: nn.Module) -> AbstractContextManager[object]:
+    """Inside the `with`, compiled parts run as they are written: compiled code calls no hook that came after it."""
+    compiled = any(part._compiled_call_impl is not None or hasattr(part, "_orig_mod") for part in model.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside the `with`, no module of the model is in training; afterwards each is as it was."""
+    """Inside the `with`, no module trains and none is compiled; afterwards each is as it was."""
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:
             module.training = False
-        yield
+        with uncompiled(model):
+            yield
     finally:
         for module in training:
             module.training = True

@@ -20,7 +20,8 @@ from unwrite.errors import ModelError, UnwriteError, plain
 from unwrite.model.certificate import certify
 from unwrite.model.families import FAMILIES, REFUSED, Family
 from unwrite.model.legacy import checkpoint, from_legacy, is_legacy, tokenizer_folder, tokenizer_name
-from unwrite.model.now import refuse_compiled, state
+from unwrite.model.now import state
+from unwrite.model.projections import require_linear
 from unwrite.model.view import CONVENTIONS, Model, embedding_rows
 from unwrite.model.weights import DISK, stored
 
@@ -63,14 +64,31 @@ def load(
         hf, own = _from_disk(place, {"dtype": dtype or "auto", "device_map": device_map, **options})
         hf = hf if device is None else hf.to(torch.device(device))  # pyright: ignore[reportArgumentType]
         tokenizer = tokenizer or own()
-    elif isinstance(source, PreTrainedModel):
+    elif isinstance(hf := unwrapped(source), PreTrainedModel):
         if any(option is not None for option in (revision, dtype, device, device_map)):
             raise ModelError("a model in memory stays as it is", fix="leave revision, dtype, device and device_map out")
-        hf = source
     else:
         raise ModelError("cannot load this", got=type(source).__name__, expected="a hub name, a folder or a HF model")
     _check_tokenizer(tokenizer, hf)
     return view(hf, tokenizer, convention, name=_called(source))
+
+
+def unwrapped(source: Any) -> Any:
+    """The transformers model inside of what compiles or adapts it; adapters stay in their place.
+
+    Raises ModelError for a model that is given virtual tokens.
+    """
+    source = getattr(source, "_orig_mod", source)
+    if not hasattr(source, "get_base_model"):
+        return source
+    for name, adapter in source.peft_config.items():
+        if getattr(adapter, "num_virtual_tokens", None):
+            raise ModelError(
+                f"the adapter {name} puts virtual tokens before a text, which are no tokens of it",
+                got=f"{adapter.num_virtual_tokens} of them", expected="adapters that change weights (LoRA and kin)",
+                fix="load the model without this adapter",
+            )  # fmt: skip
+    return getattr(source.get_base_model(), "_orig_mod", source.get_base_model())
 
 
 def view(hf: PreTrainedModel, tokenizer: Any = None, convention: str = "paper", name: str = "") -> Model:
@@ -78,9 +96,9 @@ def view(hf: PreTrainedModel, tokenizer: Any = None, convention: str = "paper", 
     family = hf.config.model_type
     row = _row(hf.config)
     about = {"name": name or type(hf).__name__, "commit": getattr(hf.config, "_commit_hash", None)}
-    refuse_compiled(hf, str(about["name"]))
     lm = Model(hf, tokenizer, family, row, convention, about)
     try:
+        require_linear(lm, *(part for layer in lm.layers for part in (layer.out_proj, layer.value)))
         certificate = certify(lm)
     except (RuntimeError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ModelError(

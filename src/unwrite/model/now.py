@@ -1,7 +1,7 @@
 """Is what a method would record still the model, as it is and as torch computes now? Measured at the start of a run.
 
 A certificate is of the moment of loading. Hooks that come later, adapters that are switched, autocast, matrix products
-of reduced precision and compiled parts change what a pass computes, or what can be seen of it.
+of reduced precision change what a pass computes, or what can be seen of it. (Compiled parts run as they are written.)
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from unwrite.errors import ModelError
-from unwrite.model.capture import run
+from unwrite.model.capture import run, uncompiled
 from unwrite.model.identities import relative, unembed
 from unwrite.model.view import Model, fold
 from unwrite.model.writes import expand
@@ -46,17 +46,6 @@ def _hooks(module: nn.Module) -> int:
     return len(module._forward_hooks) + len(module._forward_pre_hooks)
 
 
-def refuse_compiled(hf: nn.Module, name: str) -> None:
-    """Raise ModelError naming compiled parts: torch keeps their code although hooks come and go, which see nothing."""
-    compiled = [path or "all of it" for path, part in hf.named_modules() if part._compiled_call_impl is not None]
-    if compiled:
-        raise ModelError(
-            f"parts of {name} are compiled, and what they compute inside cannot be seen",
-            got=_named(compiled), expected="a model without compiled parts",
-            fix="load it anew and pass it before anything is compiled",
-        )  # fmt: skip
-
-
 @torch.no_grad()
 def same_now(lm: Model, prompt: Int[Tensor, "1 position"], length: int) -> None:
     """Raise ModelError naming what changed unless the writes of a prompt give its logits.
@@ -65,9 +54,9 @@ def same_now(lm: Model, prompt: Int[Tensor, "1 position"], length: int) -> None:
     those of the model as its user calls it, on these tokens alone.
     """
     name = str(lm.about.get("name", lm.family))
-    refuse_compiled(lm.hf, name)
     alone, rows = prompt[:, :length].to(lm.device), slice(max(0, length - _ROWS), length)
-    own = lm.hf(input_ids=alone, use_cache=False).logits[0, rows].to(lm.device)
+    with uncompiled(lm.hf):
+        own = lm.hf(input_ids=alone, use_cache=False).logits[0, rows].to(lm.device)
     if not own.isfinite().all():
         return  # the method says where
     folded = fold(lm)

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from unwrite.model.projections import bias_of, matrix_of
 from unwrite.model.view import Model, gain_of
 from unwrite.model.weights import weight_of
 
@@ -14,9 +15,7 @@ def unembedding(lm: Model) -> tuple[Float[Tensor, "vocabulary d_model"], Float[T
     """Its weight and bias, wherever they are. Raises ModelError where they do not give the model's own logits."""
     lm.require("reading")
     head = lm.hf.get_output_embeddings()
-    weight = weight_of(head)
-    assert weight is not None  # noqa: S101 (a causal language model has an unembedding)
-    return weight, weight_of(head, "bias")
+    return matrix_of(lm, head).t(), bias_of(lm, head)
 
 
 def rows_of(

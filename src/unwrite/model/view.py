@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from unwrite.model.families import Family
+from unwrite.model.projections import Effective, bias_of, has_bias, matrix_of, sizes
 from unwrite.model.weights import home, weight_of
 from unwrite.nodes import Location, Node
 
@@ -70,6 +71,7 @@ class Model:
     about: Mapping[str, Any] = field(default_factory=dict)
     certificate: Any = None
     state: Mapping[str, Any] = field(default_factory=dict)  # what changes logits and is no weight, at load
+    effective: dict[nn.Module, Effective] = field(default_factory=dict)  # of projections that are not plain
     hashes: dict[Any, str] = field(default_factory=dict)  # state of the parameters -> hash of their values
     whole: dict[int, bool] = field(default_factory=dict)  # prompt length -> must runs of it be whole?
 
@@ -108,7 +110,7 @@ class Model:
 
     def _written(self, layer: Layer) -> list[Node]:
         heads = [Node("head", layer.index, head) for head in range(self.n_heads)]
-        bias = [Node("bias", layer.index)] if _has_constant(layer, self.convention) else []
+        bias = [Node("bias", layer.index)] if _has_constant(self, layer) else []
         return [*heads, *bias, Node("mlp", layer.index)]
 
     @cached_property
@@ -247,23 +249,10 @@ def _maybe(root: nn.Module, path: str | None) -> nn.Module | None:
         return None
 
 
-def matrix(projection: nn.Module) -> Float[Tensor, "input output"]:
-    """A projection's weight as [input, output]: torch's Linear stores the transpose, transformers' Conv1D does not."""
-    weight = weight_of(projection)
-    assert weight is not None  # noqa: S101 (the row names a projection)
-    return weight.t() if isinstance(projection, nn.Linear) else weight
-
-
-def sizes(projection: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs of a projection, wherever its weight is."""
-    shape: torch.Size = projection.weight.shape  # pyright: ignore[reportAssignmentType]
-    first, second = shape
-    return (second, first) if isinstance(projection, nn.Linear) else (first, second)
-
-
-def _has_constant(layer: Layer, convention: str) -> bool:
-    inside = (layer.value, layer.input_norm) if convention == "paper" else ()
-    return any(getattr(module, "bias", None) is not None for module in (layer.out_proj, *inside))
+def _has_constant(lm: Model, layer: Layer) -> bool:
+    projections = (layer.out_proj, layer.value) if lm.convention == "paper" else (layer.out_proj,)
+    of_norm = lm.convention == "paper" and getattr(layer.input_norm, "bias", None) is not None
+    return of_norm or any(has_bias(lm, projection) for projection in projections)
 
 
 def _exact(lm: Model, weight: Tensor, detach: bool = True) -> Tensor:
@@ -294,11 +283,11 @@ def folded(lm: Model, layer: Layer, detach: bool = True) -> Folded:
     scale = lm.residual_scale
     gain = gain_of(layer.post_attention_norm, lm, detach)
     shape: Callable[[Tensor], Tensor] = lambda write: centre(write if gain is None else write * gain, lm)  # noqa: E731
-    weight = _exact(lm, matrix(layer.out_proj), detach).view(lm.n_heads, lm.head_dim, lm.d_model)
+    weight = _exact(lm, matrix_of(lm, layer.out_proj, detach), detach).view(lm.n_heads, lm.head_dim, lm.d_model)
     w_o = shape(weight if scale == 1.0 else weight * scale)
     constant = value_constant(lm, layer, detach) if lm.convention == "paper" else None
     parts = [] if constant is None else [torch.einsum("hk,hkd->d", constant, w_o)]
-    if (bias := weight_of(layer.out_proj, "bias")) is not None:
+    if (bias := bias_of(lm, layer.out_proj, detach)) is not None:
         parts.append(shape(_exact(lm, bias, detach) * scale))
     return Folded(w_o, constant, sum(parts, w_o.new_zeros(lm.d_model)))
 
@@ -345,7 +334,7 @@ def value_weights(
     lm: Model, layer: Layer, detach: bool = True
 ) -> tuple[Float[Tensor, "head d_model d_head"], Float[Tensor, "head d_head"]]:
     """W_V and its bias for every query head (a group's heads share theirs)."""
-    weight, bias = _exact(lm, matrix(layer.value), detach), weight_of(layer.value, "bias")
+    weight, bias = _exact(lm, matrix_of(lm, layer.value, detach), detach), bias_of(lm, layer.value, detach)
     both = weight if bias is None else torch.cat([weight, _exact(lm, bias, detach)[None]])
     kv, width = lm.kv_heads, lm.head_dim
     values = both[:, value_columns(lm, layer)].unflatten(1, (kv, width))
@@ -361,7 +350,7 @@ def value_constant(lm: Model, layer: Layer, detach: bool = True) -> Float[Tensor
     None where there is neither. (Facts: o_h without constant = o_h − (β W_V + b_V) W_O.)
     """
     beta = weight_of(layer.input_norm, "bias")
-    if beta is None and getattr(layer.value, "bias", None) is None:
+    if beta is None and not has_bias(lm, layer.value):
         return None
     weight, bias = value_weights(lm, layer, detach)
     return bias if beta is None else bias + torch.einsum("d,hdk->hk", _exact(lm, beta, detach), weight)

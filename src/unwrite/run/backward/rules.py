@@ -141,8 +141,12 @@ def _attention_rules(lm: Model, layer: Layer, rule: str) -> Iterator[Handle]:
     if rule == "free":
         return
     values = value_columns(lm, layer)
+    if rule == "values":
+        yield after(layer.value, lambda made: _follow(made, made * values.to(made.device)))
+    followed = (layer.out_proj, *([layer.value] if rule == "values" else []))
+    # Of what is followed all parts are: an adapter lies beside the weight that it adapts.
+    parts = {part for module in followed for part in module.modules()}
     for module in layer.attention.modules():
-        if module is layer.value and rule == "values":
-            yield after(module, lambda made: _follow(made, made * values.to(made.device)))
-        elif module is not layer.out_proj and isinstance(getattr(module, "weight", None), Tensor):
+        around = parts.intersection(module.modules())
+        if not around and next(module.parameters(), None) is not None:
             yield _stopped(module)

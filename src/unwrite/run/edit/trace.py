@@ -16,6 +16,7 @@ from torch import Tensor
 
 from unwrite.errors import ModelError, NodeError
 from unwrite.model.attention import Attend, Attended, around_attention, implementation, per_query_head
+from unwrite.model.capture import uncompiled
 from unwrite.model.hooks import Call, Handle, Point, called, ended, hooked, listeners, visited
 from unwrite.model.view import Model
 from unwrite.nodes import Site, nearest, parse_site
@@ -82,6 +83,7 @@ def trace(lm: Model, *sites: object, edits: Sequence[Edit] | Edit = ()) -> Itera
     _require_free(lm)
     run = _Run(lm, _wanted(lm, sites), _grouped(lm, [edits] if isinstance(edits, Edit) else edits))
     with ExitStack() as stack:
+        stack.enter_context(uncompiled(lm.hf))
         stack.callback(run.end)
         for opened in _opened(run):
             stack.enter_context(opened)

@@ -1,0 +1,141 @@
+"""What does a projection do, as a matrix? Of a plain one its weight; of any other what it makes of the unit vectors.
+
+W = f(I) − f(0) and b = f(0) hold for adapters that are not merged and for weights that are quantised, and for nothing
+that quantises or otherwise bends what it reads: that is measured, and refused by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from unwrite.errors import ModelError
+from unwrite.model.weights import weight_of
+
+if TYPE_CHECKING:
+    from unwrite.model.view import Model
+
+# Unit vectors at a time.
+_BLOCK = 1024
+# Above this relative error of its matrix, by dtype, a module is not linear. Quantised activations are at 1e-2.
+_LINEAR = {torch.float64: 1e-9, torch.float32: 1e-4}
+_HALF = 5e-2
+
+
+@dataclass(frozen=True, eq=False)
+class Effective:
+    """What a module that is no plain projection does: its matrix, its bias, and by what it is known again."""
+
+    matrix: Float[Tensor, "input output"]
+    bias: Float[Tensor, " output"]
+    probe: Float[Tensor, "2 output"]
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Is a module's own weight all that it multiplies by?"""
+    if not isinstance(module, (nn.Linear, Conv1D)) or type(module).__module__.split(".")[0] not in _KNOWN:
+        return False
+    return type(module.weight) in (nn.Parameter, Tensor) and not nn.utils.parametrize.is_parametrized(module)
+
+
+_KNOWN = ("torch", "transformers")
+
+
+def matrix_of(lm: Model, module: nn.Module, detach: bool = True) -> Float[Tensor, "input output"]:
+    """A projection's weight as [input, output]: torch's Linear stores the transpose, transformers' Conv1D does not.
+
+    Raises ModelError for a module that is not linear.
+    """
+    if not is_plain(module):
+        return _effective(lm, module, detach).matrix
+    weight = weight_of(module)
+    assert weight is not None  # noqa: S101 (a plain projection has one)
+    return weight.t() if isinstance(module, nn.Linear) else weight
+
+
+def bias_of(lm: Model, module: nn.Module, detach: bool = True) -> Float[Tensor, " output"] | None:
+    """A projection's constant part; None for one without. Raises ModelError as `matrix_of` does."""
+    if is_plain(module):
+        return weight_of(module, "bias")
+    bias = _effective(lm, module, detach).bias
+    return bias if bool(bias.any()) else None
+
+
+def has_bias(lm: Model, module: nn.Module) -> bool:
+    """Has a projection a constant part? Also of a model of which no weight is read."""
+    return (getattr(module, "bias", None) if is_plain(module) else bias_of(lm, module)) is not None
+
+
+def sizes(module: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of a projection, wherever its weight is."""
+    named = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if all(isinstance(size, int) for size in named):
+        return named  # pyright: ignore[reportReturnType]
+    shape: torch.Size = module.weight.shape  # pyright: ignore[reportAssignmentType]
+    first, second = shape
+    return (second, first) if isinstance(module, nn.Linear) else (first, second)
+
+
+def _effective(lm: Model, module: nn.Module, detach: bool) -> Effective:
+    """What the module does now: kept with the model as long as two vectors come out of it as they did."""
+    if not detach:
+        return _measured(module, lm, torch.zeros(0))
+    with torch.no_grad():
+        probe = _of(module, lm, _probe(lm, module))
+        if (known := lm.effective.get(module)) is None or not torch.equal(known.probe, probe):
+            lm.effective[module] = known = _measured(module, lm, probe)
+    return known
+
+
+def _measured(module: nn.Module, lm: Model, probe: Tensor) -> Effective:
+    inputs, units = sizes(module)[0], []
+    nothing = _of(module, lm, torch.zeros(1, inputs))[0]
+    for rows in torch.arange(inputs).split(_BLOCK):
+        unit = nn.functional.one_hot(rows, inputs).to(lm.dtype)
+        units.append(_of(module, lm, unit) - nothing)
+    found = Effective(torch.cat(units), nothing, probe)
+    _require_linear(lm, module, found)
+    return found
+
+
+def _of(module: nn.Module, lm: Model, x: Tensor) -> Tensor:
+    """What a module puts out. `forward`, and not a call: no hook of anyone sees it."""
+    place = next((part.device for part in module.parameters() if not part.is_meta), lm.device)
+    return module.forward(x[None].to(place, lm.dtype))[0].to(lm.device, lm.compute_dtype)
+
+
+def _probe(lm: Model, module: nn.Module) -> Float[Tensor, "2 input"]:
+    return torch.randn(2, sizes(module)[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def _require_linear(lm: Model, module: nn.Module, found: Effective) -> None:
+    x = _probe(lm, module)
+    want = x.to(found.matrix) @ found.matrix + found.bias
+    got = _of(module, lm, x)
+    error = float((got - want).norm() / want.norm().clamp_min(torch.finfo(want.dtype).tiny))
+    if not error <= _LINEAR.get(lm.dtype, _HALF):
+        raise ModelError(
+            f"a {type(module).__name__} is not linear, so what passes through it cannot be told apart: its activations "
+            "are quantised, or it is no projection",
+            got=f"relative error of its matrix {error:.0e}", expected=f"at most {_LINEAR.get(lm.dtype, _HALF):.0e}",
+            fix="load the model without quantised activations (weights alone may be), or dequantise it",
+        )  # fmt: skip
+
+
+def require_linear(lm: Model, *modules: Any) -> None:
+    """Raise ModelError for a module that is neither a plain projection nor linear."""
+    for module in modules:
+        if not is_plain(module):
+            try:
+                _effective(lm, module, detach=True)
+            except (RuntimeError, AttributeError, TypeError, ValueError, NotImplementedError) as error:
+                raise ModelError(
+                    f"a {type(module).__name__} cannot be read as a matrix", got=f"{type(error).__name__}: {error}",
+                    expected="a projection that is linear in what it reads",
+                    fix="merge adapters (merge_and_unload), or dequantise the weights",
+                ) from None  # fmt: skip

@@ -1,0 +1,155 @@
+"""Does a model that is adapted, compiled or quantised give the numbers of the plain model that does the same?"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tiny
+import unwrite as uw
+from unwrite.errors import ModelError
+
+IDS = torch.randint(3, 50, (4, 6), generator=torch.Generator().manual_seed(0))
+PAIRS = uw.pairs(IDS[:2], IDS[2:], 5, 9)
+SHAPE = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 16, "head_dim": 4}
+ASKED: dict[str, Callable[..., uw.Result]] = {
+    "scan": lambda lm: uw.scan(lm, IDS),
+    "dla": lambda lm: uw.dla(lm, IDS, 5, 9),
+    "effects": lambda lm: uw.effects(lm, PAIRS, "heads"),
+    "relp": lambda lm: uw.effects(lm, PAIRS, "heads", method="relp"),
+}
+
+
+class Adapted(nn.Module):
+    """A projection with a low-rank path beside it, as adapters are put there: its own `weight` says half of it."""
+
+    def __init__(self, base: nn.Linear, seed: int):
+        super().__init__()
+        draw = torch.Generator().manual_seed(seed)
+        self.base, self.in_features, self.out_features = base, base.in_features, base.out_features
+        self.down = nn.Parameter(torch.randn(2, base.in_features, generator=draw).to(base.weight) / 4)
+        self.up = nn.Parameter(torch.randn(base.out_features, 2, generator=draw).to(base.weight) / 4)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.down.mT @ self.up.mT
+
+    def merged(self) -> nn.Linear:
+        """The plain projection that does the same."""
+        own = copy.deepcopy(self.base)
+        own.weight.data += self.up.data @ self.down.data
+        return own
+
+
+class Rounded(nn.Module):
+    """A projection that rounds what it reads, as one with quantised activations does."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base, self.in_features, self.out_features = base, base.in_features, base.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = x.abs().amax() / 127
+        return self.base((x / step).round() * step)
+
+
+def replaced(hf: Any, names: tuple[str, ...], change: Callable[[Any, int], nn.Module]) -> Any:
+    """The model with these projections changed in every layer ("lm_head": the unembedding)."""
+    for index, (path, module) in enumerate(list(hf.named_modules())):
+        if path.rpartition(".")[2] in names:
+            hf.set_submodule(path, change(module, index))
+    return hf
+
+
+def built(family: str = "llama") -> Any:
+    return tiny.model(family, 0, torch.float64, tie_word_embeddings=False, **SHAPE)
+
+
+def close(got: uw.Result, want: uw.Result) -> None:
+    for name, part in want.data.data_vars.items():
+        if part.dtype.kind == "f":
+            np.testing.assert_allclose(got[name], part, rtol=1e-7, atol=1e-9, err_msg=str(name))
+
+
+WHERE = [("q_proj", "v_proj"), ("o_proj",), ("v_proj", "o_proj", "down_proj", "gate_proj"), ("lm_head",)]
+
+
+@pytest.mark.promise("exact")
+@pytest.mark.parametrize("names", WHERE, ids="+".join)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_adapters_that_are_not_merged_give_what_merged_ones_do(family: str, names: tuple[str, ...]) -> None:
+    adapted = replaced(built(family), names, Adapted)
+    merged = replaced(copy.deepcopy(adapted), names, lambda module, _: module.merged())
+    lm, plain = uw.load(adapted), uw.load(merged)
+    for ask in ASKED.values():
+        close(ask(lm), ask(plain))
+
+
+def test_an_adapter_that_is_changed_is_read_anew() -> None:
+    hf = replaced(built(), ("o_proj",), Adapted)
+    lm = uw.load(hf)
+    before = ASKED["dla"](lm)["direct"].values
+    with torch.no_grad():
+        hf.model.layers[1].self_attn.o_proj.up.mul_(2)
+    after = ASKED["dla"](uw.load(hf))["direct"].values
+    np.testing.assert_allclose(ASKED["dla"](lm)["direct"], after, rtol=1e-9)
+    assert not np.allclose(before, after)
+
+
+@pytest.mark.promise("exact")
+@pytest.mark.parametrize("name", ["o_proj", "v_proj"])
+def test_quantised_activations_are_refused_in_words(name: str) -> None:
+    with pytest.raises(ModelError, match=r"Rounded is not linear.*activations are quantised"):
+        uw.load(replaced(built(), (name,), lambda module, _: Rounded(module)))
+
+
+class Peft:
+    """As PEFT wraps a model: the adapters are put into the model itself."""
+
+    def __init__(self, hf: Any, **config: Any):
+        self.hf, self.peft_config = hf, {"mine": SimpleNamespace(**config)}
+
+    def get_base_model(self) -> Any:
+        return self.hf
+
+
+def test_a_wrapper_of_adapters_is_opened() -> None:
+    hf = replaced(built(), ("v_proj",), Adapted)
+    close(ASKED["scan"](uw.load(Peft(hf))), ASKED["scan"](uw.load(hf)))
+
+
+def test_virtual_tokens_are_refused_in_words() -> None:
+    with pytest.raises(ModelError, match=r"adapter mine puts virtual tokens before a text.*Got: 8 of them"):
+        uw.load(Peft(built(), num_virtual_tokens=8))
+
+
+@pytest.mark.promise("exact")
+@pytest.mark.parametrize("part", ["block", "mlp", "model"])
+def test_compiled_parts_give_what_they_are_written_as(part: str) -> None:
+    plain, hf = uw.load(built()), built()
+    # Compiled anew in every pass it would be another model; `eager` compiles without a compiler.
+    for layer in hf.model.layers:
+        {"block": layer, "mlp": layer.mlp, "model": nn.Identity()}[part].compile(backend="eager")
+    lm = uw.load(torch.compile(hf, backend="eager") if part == "model" else hf)
+    for ask in ASKED.values():
+        close(ask(lm), ask(plain))
+    with uw.trace(lm, "L0H1", "MLP1.act") as seen, torch.no_grad():
+        lm.hf(IDS)
+    with uw.trace(plain, "L0H1", "MLP1.act") as want, torch.no_grad():
+        plain.hf(IDS)
+    for name in ("L0H1", "MLP1.act"):
+        torch.testing.assert_close(seen[name], want[name])
