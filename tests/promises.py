@@ -135,7 +135,9 @@ PROMISES: dict[str, Promise] = {
     ),
     "tokens": Promise(
         "Tokens, prompts and answers that do not fit the model or the question are refused",
-        "`prompts/tokens.py` and `prompts/pairs.py` check ids, lengths, positions and that an answer is one token.",
+        "`prompts/given.py` is the one door for text, chats, files and ids; `prompts/encode.py` begins a text as its "
+        "tokenizer does; `prompts/tokens.py` and `prompts/pairs.py` check ids, lengths and positions, and "
+        "`prompts/answers.py` that an answer is the one token which continues its prompt.",
     ),
     "architecture": Promise(
         "A model that is not supported gets a clear no, with the reason",

@@ -52,7 +52,7 @@ NO_TORCH = {"nodes", "errors", "files", "result", "report"}
 
 CODE_FROM_DATA = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 EMPTY_NAMES = {"util", "utils", "misc", "common", "helper", "helpers"}
-MAX_FUNCTION, MAX_FILE = 55, 391
+MAX_FUNCTION, MAX_FILE = 55, 380
 
 
 class Import(NamedTuple):

@@ -25,7 +25,8 @@ from unwrite.model.load import view
 from unwrite.model.planted import planted
 from unwrite.model.view import Model
 from unwrite.nodes import Node, parse_node
-from unwrite.prompts.tokens import Tokens, from_ids, windows
+from unwrite.prompts.texts import windows
+from unwrite.prompts.tokens import Tokens, from_ids
 from unwrite.report import page, terminal
 from unwrite.report.scanned import rows
 from unwrite.run.tally.gram import GramTally

@@ -45,9 +45,11 @@ def test_its_shape_is_gelu_4l_in_miniature(lm, record) -> None:
 
 def test_its_tokenizer_splits_digits_and_loses_no_byte(lm) -> None:
     assert len(lm.tokenizer) == 4096
-    assert len(lm.tokenizer("1234")["input_ids"]) == 4
+    assert len(lm.tokenizer("1234", add_special_tokens=False)["input_ids"]) == 4
     text = "naïve “quotes”\t\n\n  def f(x): return x**2  # 日本 \x00"
-    assert lm.tokenizer.decode(lm.tokenizer(text)["input_ids"]) == text
+    first, *ids = lm.tokenizer(text)["input_ids"]
+    assert lm.tokenizer.decode(ids) == text
+    assert first == lm.tokenizer.bos_token_id == uw.text(text, lm.tokenizer, length=8).ids[0, 0]
 
 
 def test_default_cannot_be_mistaken_for_a_folder(tmp_path, monkeypatch) -> None:

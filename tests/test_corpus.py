@@ -22,7 +22,8 @@ from unwrite.methods.adversarial import GENERIC, LARGE, SMALL
 from unwrite.model.load import view
 from unwrite.model.planted import planted
 from unwrite.model.view import Model
-from unwrite.prompts.tokens import Tokens, from_ids, windows
+from unwrite.prompts.texts import windows
+from unwrite.prompts.tokens import Tokens, from_ids
 from unwrite.report import terminal
 from unwrite.run.source.rotations import rotations
 

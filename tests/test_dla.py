@@ -650,7 +650,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "no others": (lambda: uw.dla(reader(), "abc", replace="mean"), "replace='mean' needs other texts"),
     "no donor": (lambda: uw.dla(reader(), "abc", replace="resample"), "replace='resample' needs other texts"),
     "short texts": (lambda: uw.dla(reader(), "abcdef", texts=tokens()), "texts are shorter.*4 tokens.*at least 6"),
-    "texts no tokens": (lambda: uw.dla(reader(), "abc", texts="some text"), "matrix of integers"),
+    "texts no tokens": (lambda: uw.dla(reader(), "abc", texts=3.5), "matrix of integers"),
     "no prompts": (lambda: uw.dla(reader(), []), "the prompt is empty"),
     "empty prompt": (lambda: uw.dla(reader(), ""), "the prompt is empty"),
     "one empty prompt": (lambda: uw.dla(reader(), ["abc", ""]), "prompt 1 has no token"),
@@ -659,7 +659,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "ids of another model": (lambda: uw.dla(model("gpt2"), torch.tensor([[1, 2000]])), "outside the model's vocab"),
     "no prompts at all": (lambda: uw.dla(reader(), None), "matrix of integers"),
     "batch": (lambda: uw.dla(reader(), "abc", batch=0), "batch is a number of prompts"),
-    "masked strings": (lambda: uw.dla(reader(), "abc", mask=torch.ones(1, 3)), "know their padding"),
+    "masked strings": (lambda: uw.dla(reader(), "abc", mask=torch.ones(1, 3)), "this is text. Next: leave mask out"),
 }  # fmt: skip
 
 

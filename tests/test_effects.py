@@ -398,8 +398,8 @@ BAD_PAIRS: dict[str, tuple[Callable[[], Any], str]] = {
     "no prompts": (lambda: uw.pairs(B[:0], S[:0], 5), "matrix of integers"),
     "no tokens": (lambda: uw.pairs(B[:, :0], S[:, :0], 5), "matrix of integers"),
     "nothing": (lambda: uw.pairs(None, None, 5), "matrix of integers"),
-    "one axis": (lambda: uw.pairs(B[0], S[0], 5), "matrix of integers"),
-    "ragged": (lambda: uw.pairs([[1, 2], [3]], [[1, 2], [3]], 5), "matrix of integers"),
+    "three axes": (lambda: uw.pairs(B[None], S[None], 5), "matrix of integers"),
+    "ragged": (lambda: uw.pairs([[1, 2], []], [[1, 2], [3]], 5), "matrix of integers"),
     "no tokenizer": (lambda: uw.pairs("a", "b", 5), "needs a tokenizer"),
     "empty text": (lambda: uw.pairs("", "", 5, tokenizer=spelling()), "empty"),
     "text and number": (lambda: uw.pairs(["w1", 3], ["w2", 3], 5, tokenizer=spelling()), "not prompts"),
@@ -444,7 +444,7 @@ def _other(**settings: Any) -> Model:
 
 
 BAD_EFFECTS: dict[str, tuple[dict[str, Any], type[UnwriteError], str]] = {
-    "no pairs": ({"pairs": (B, S)}, NumericError, "Got: tuple. Expected: what uw.pairs returns"),
+    "no pairs": ({"pairs": (B, S)}, TokensError, "Got: tuple. Expected: what uw.pairs returns"),
     "same prompts": ({"pairs": lambda: uw.pairs(B, B, 5)}, TokensError, "pair 0 are the same"),
     "same up to the row": ({"pairs": lambda: uw.pairs(B, S, 5, position=[1, 0])}, TokensError, "pair 1 are the same"),
     "base outside": ({"pairs": lambda: uw.pairs(_ids(1, 4, value=999), _ids(1, 4), 5)}, TokensError, "vocabulary"),

@@ -204,7 +204,7 @@ def test_memory_does_not_grow_with_the_data_set(tokenizer) -> None:
             return {"input_ids": [3] * (LENGTH if text.startswith("a") else 1)}
 
         source = datasets.IterableDataset.from_generator(make)
-        held = Reading(reading.Given(source), lambda text: [short(text)["input_ids"]][: text.startswith("a")], [], 2)
+        held = Reading(reading.Given(source), lambda text: [short(text)["input_ids"]][: text.startswith("a")], 2)
         tracemalloc.start()
         reading.fill(held, None, {})
         most = tracemalloc.get_traced_memory()[1]

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedTokenizerF
 import tiny
 import unwrite as uw
 from tiny import snapshot
-from unwrite.errors import ModelError
+from unwrite.errors import ModelError, TokensError
 from unwrite.model.families import REFUSED
 
 # One of every way in which attention is reached: the interface, own code, own code with a branch for sdpa, post-norms.
@@ -123,12 +123,19 @@ def tokenizer(words: int) -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.promise("tokens")
-def test_a_tokenizer_may_have_fewer_ids_than_the_embedding_but_not_more() -> None:
-    model = tiny.model("gpt2", vocab_size=60)
-    assert uw.load(model, tokenizer(50)).tokenizer is not None
-    assert uw.load(model, tokenizer(60)).vocabulary == 60
-    with pytest.raises(ModelError, match=r"ids up to 60\. Expected: up to 59"):
-        uw.load(model, tokenizer(61))
+@pytest.mark.parametrize("ids", [50, 60, 61])
+def test_ids_that_the_embedding_does_not_have_are_an_error_only_where_they_occur(ids: int) -> None:
+    lm = uw.load(tiny.model("gpt2", vocab_size=60), tokenizer(ids))
+    assert uw.scan(lm, ["w3", "w49"], skip=0).provenance["tokens"][""]["tokens"] == 2
+    if ids > 60:
+        with pytest.raises(TokensError, match=r"id 60 at prompt 1, position 0\. Expected: 0 to 59"):
+            uw.scan(lm, ["w3", "w60"], skip=0)
+
+
+@pytest.mark.parametrize("wrong", ["gpt2", tokenizer(9).backend_tokenizer])
+def test_what_is_no_tokenizer_of_transformers_is_an_error(wrong: object) -> None:
+    with pytest.raises(ModelError, match=r"no tokenizer of transformers.*Next: AutoTokenizer"):
+        uw.load(tiny.model("gpt2"), wrong)
 
 
 def folder(path: Path, config: Mapping[str, Any], *files: str) -> Path:

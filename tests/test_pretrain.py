@@ -91,7 +91,8 @@ def test_text_is_cut_into_the_tokens_of_the_whole(train, tmp_path, monkeypatch) 
     found = train.prepare(Path("none"), tmp_path)
     from transformers import PreTrainedTokenizerFast
 
-    whole = PreTrainedTokenizerFast.from_pretrained(tmp_path / "tokenizer")(text)["input_ids"]
+    first, *whole = PreTrainedTokenizerFast.from_pretrained(tmp_path / "tokenizer")(text)["input_ids"]
+    assert first == 0  # which begins every row that the model is trained on
     np.testing.assert_array_equal(found["books"], [*whole, 0])
     np.testing.assert_array_equal(found["code"], [*whole, 0, *whole, 0])
 

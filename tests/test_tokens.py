@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from unwrite.errors import TokensError
-from unwrite.prompts.tokens import Tokens, from_ids, text, windows
+from unwrite.prompts.texts import text, windows
+from unwrite.prompts.tokens import Tokens, from_ids
 
 LETTERS = string.ascii_lowercase + " "
 BOS, EOS = 1, 2
@@ -25,11 +26,11 @@ TEXTS = st.text(LETTERS, min_size=1, max_size=60).filter(str.strip)
 
 
 def build(limit: int | None = 16, bos: bool = True) -> PreTrainedTokenizerFast:
-    """One token for each letter; asked to, it would put BOS before and EOS after a text."""
+    """One token for each letter; it puts BOS before a text, where it has one, and EOS after it."""
     tokenizer = Tokenizer(models.WordLevel({"?": 0, "<s>": BOS, "</s>": EOS, **IDS}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
+        single="<s> $A </s>" if bos else "$A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
     )
     special = {"unk_token": "?", "eos_token": "</s>", **({"bos_token": "<s>"} if bos else {})}
     limited = {} if limit is None else {"model_max_length": limit}
@@ -180,11 +181,16 @@ def test_a_file_reads_as_its_text(tokenizer, tmp_path: Path, spell: Callable) ->
 
 def test_a_folder_reads_as_its_text_files_in_order(tokenizer, tmp_path: Path) -> None:
     (tmp_path / "inner").mkdir()
-    for name, content in {"b.txt": "bbb", "a.txt": "aaaaaa", "inner/c.txt": "ccc", "d.md": "ddd"}.items():
+    (tmp_path / ".git").mkdir()
+    written = {"b.txt": "bbb", "a.txt": "aaaaaa", "inner/c.py": "ccc", "d.MD": "ddd", "README": "eee"}
+    for name, content in {**written, "f.png": "fff", ".git/g.txt": "ggg", "h.csv": "hhh"}.items():
         (tmp_path / name).write_text(content)
     tokens = text(tmp_path, tokenizer, length=4)
-    assert tokens.ids[:, 1].tolist() == spelled("aabc")
-    assert tokens.cluster.tolist() == [0, 0, 1, 2]
+    assert tokens.ids[:, 1].tolist() == spelled("eaabdc")
+    assert tokens.cluster.tolist() == [0, 1, 1, 2, 3, 4]
+    read, left = tokens.notes[1:]
+    assert all(name in read for name in ("5 files", "2 .txt", "1 .py", *written))
+    assert left == "2 files were not read (1 .png, 1 .csv)"
 
 
 def test_the_folder_one_stands_in_is_called_by_its_name(tokenizer, tmp_path: Path, monkeypatch) -> None:
@@ -218,8 +224,8 @@ def test_an_empty_file_is_an_error_that_names_it(tokenizer, tmp_path: Path) -> N
 
 
 def test_a_folder_without_text_is_an_error(tokenizer, tmp_path: Path) -> None:
-    (tmp_path / "a.md").write_text("abcdef")
-    with pytest.raises(TokensError, match="is empty"):
+    (tmp_path / "a.png").write_text("abcdef")
+    with pytest.raises(TokensError, match=r"is empty. Got: 1 \.png. Expected: some text or code"):
         text(tmp_path, tokenizer, length=3)
 
 
@@ -412,7 +418,10 @@ def test_a_model_that_can_read_the_ids_is_content(vocabulary: int, context: int 
 @pytest.mark.promise("tokens")
 @pytest.mark.parametrize(
     ("ids", "said"),
-    [([[3, 8]], "Got: ids 3 to 8. Expected: 0 to 7"), ([[-1, 2]], "Got: ids -1 to 2. Expected: 0 to 7")],
+    [
+        ([[3, 8]], "id 8 at prompt 0, position 1. Expected: 0 to 7"),
+        ([[1, 2], [-1, 9]], "id -1 at prompt 1"),
+    ],
 )
 def test_ids_outside_the_vocabulary_are_an_error(ids: list, said: str) -> None:
     with pytest.raises(TokensError, match=said):

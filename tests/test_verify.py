@@ -17,7 +17,8 @@ from unwrite.model.load import view
 from unwrite.model.planted import planted
 from unwrite.model.values import through_values
 from unwrite.model.view import Model, fold
-from unwrite.prompts.tokens import Tokens, from_ids, windows
+from unwrite.prompts.texts import windows
+from unwrite.prompts.tokens import Tokens, from_ids
 from unwrite.report.verified import sentence
 from unwrite.run.loop.job import Job
 from unwrite.run.loop.stream import stream

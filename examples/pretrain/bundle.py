@@ -42,7 +42,7 @@ def prompts(model: Path, books: Path, writers: list[str]) -> list[dict[str, Any]
             one = hits.sel(hit=hit)
             ids = [int(i) for i in one["ids"].values if i >= 0][1:]  # without the BOS
             text = lm.tokenizer.decode(ids)
-            if lm.tokenizer(text)["input_ids"] != ids:
+            if lm.tokenizer(text, add_special_tokens=False)["input_ids"] != ids:
                 continue
             answer, against = int(one["answer_id"]), int(one["against_id"])
             asked = uw.dla(lm, text, answer, against).data.isel(prompt=0)

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 HELD_OUT = ("jane-austen_emma.txt", "h-g-wells_the-war-of-the-worlds.txt")
@@ -61,7 +61,7 @@ def prepare(books: Path, place: Path) -> dict[str, np.ndarray]:
         for source, part in read.items():
             # A single line break between two words is always a token of its own: pieces cut there give the same ids.
             pieces = [piece for text in part for piece in [*re.split(r"(?<=\S\n)(?=\S)", text), BOS]]
-            ids = [np.array(i, np.uint16) for i in tokenizer(pieces)["input_ids"]]
+            ids = [np.array(i, np.uint16) for i in tokenizer(pieces, add_special_tokens=False)["input_ids"]]
             np.save(files[source], np.concatenate(ids))
         digest = {source: hashlib.sha256("\0".join(part).encode()).hexdigest() for source, part in read.items()}
         digest["python"] = platform.python_version()
@@ -79,6 +79,7 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[BOS], initial_alphabet=alphabet)
     made.train_from_iterator(documents, trainer)
+    made.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token=BOS, eos_token=BOS)
 
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from unwrite.model.planted import planted as planted
     from unwrite.prompts.pairs import Pairs as Pairs
     from unwrite.prompts.pairs import pairs as pairs
+    from unwrite.prompts.texts import text as text
     from unwrite.prompts.tokens import Tokens as Tokens
-    from unwrite.prompts.tokens import text as text
     from unwrite.result import Result as Result
     from unwrite.result import read as read
     from unwrite.run.backward.rules import Rules as Rules
@@ -57,7 +57,7 @@ _PUBLIC = {
     "read": "unwrite.result",
     "reproduce": "unwrite.studies.reproduce",
     "scan": "unwrite.methods.scan",
-    "text": "unwrite.prompts.tokens",
+    "text": "unwrite.prompts.texts",
     "trace": "unwrite.run.edit.trace",
     "verify": "unwrite.methods.verify",
 }

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ParamSpec
 import typer
 
 from unwrite.cli.options import (
+    Bos,
     Convention,
     Device,
     DeviceMap,
@@ -84,6 +85,7 @@ def audit(
     ] = [],  # noqa: B006
     n: Prompts = 300,
     length: Length = None,
+    bos: Bos = None,
     out: Out = None,
     every: Every = 30.0,
     device: Device = None,
@@ -104,10 +106,10 @@ def audit(
     voice = Voice(quiet, as_json, "" if out is None else " · Ctrl-C stops and keeps what is done")
 
     def read(job: Job) -> Texts:
-        return read_texts(lm, text, n, length, job) if model else demonstration(lm, n, length)
+        return read_texts(lm, text, n, length, bos, job) if model else demonstration(lm, n, length, bos)
 
     def method(tokens: Texts, listener: Listener, job: Job) -> Result:
-        return run(lm, tokens, prompt or None, checkpoint=job, listener=listener)
+        return run(lm, tokens, prompt or None, bos=bos if prompt else None, checkpoint=job, listener=listener)
 
     produce(lm, read, method, out, voice, job_in(out, every))
 
@@ -119,6 +121,7 @@ def scan(
     writers: Annotated[str | None, typer.Option("--writers", help="Nodes, such as L0H1,MLP2; by default all.")] = None,
     n: Prompts = 300,
     length: Length = None,
+    bos: Bos = None,
     out: Out = None,
     every: Every = 30.0,
     device: Device = None,
@@ -137,7 +140,7 @@ def scan(
 
     if shard is not None and out is None:
         raise typer.BadParameter("a shard needs a folder that keeps it", param_hint="--out")
-    asked = Shard(model, text, n, length, writers, skip, device, device_map, dtype, convention)
+    asked = Shard(model, text, n, length, writers, skip, device, device_map, dtype, convention, bos)
     with joined_ranks() as ranks:
         job = job_in(out, every, shard, ranks)
         run(asked, out, Voice(quiet or (job.shard[0] > 1 and ranks is not None), as_json), job)
@@ -165,6 +168,7 @@ def verify(
     erasers: Annotated[str | None, typer.Option("--erasers", help="Heads to hide it from, such as L2H3,L2H4.")] = None,
     n: Prompts = 100,
     length: Length = None,
+    bos: Bos = None,
     out: TableOut = None,
     every: Every = 30.0,
     device: Device = None,
@@ -178,7 +182,7 @@ def verify(
     from unwrite.methods.verify import verify as run
 
     lm = load_model(model, device, dtype, convention, device_map)
-    read = partial(read_text, lm, text, n, length)
+    read = partial(read_text, lm, text, n, length, bos)
 
     def method(tokens: Tokens, listener: Listener, job: Job) -> Result:
         return run(lm, tokens, writer, listed(erasers), checkpoint=job, listener=listener)
@@ -202,6 +206,7 @@ def dla(
         list[str], typer.Option("--text", metavar="PATH", help="Other text, for means and invariance.")
     ] = [],  # noqa: B006 - typer copies it
     n: Prompts = 100,
+    bos: Bos = None,
     out: TableOut = None,
     every: Every = 30.0,
     device: Device = None,
@@ -213,15 +218,15 @@ def dla(
 ) -> None:
     """What does each node do to a logit difference: four readings, the executed truth, and which to believe."""
     from unwrite.methods.dla import dla as run
-    from unwrite.prompts.tokens import prompts
+    from unwrite.prompts.encode import prompts
 
     lm = load_model(model, device, dtype, convention, device_map)
-    asked = prompts(prompt, lm.tokenizer)
+    asked = prompts(prompt, lm.tokenizer, bos)
 
     def method(_: Tokens, listener: Listener, job: Job) -> Result:
-        texts = read_text(lm, text, n, max(2, asked.length), job) if text else None
+        texts = read_text(lm, text, n, max(2, asked.length), bos, job) if text else None
         settings = {"at": at, "replace": replace, "texts": texts}
-        return run(lm, prompt, answer, against, **settings, checkpoint=job, listener=listener)
+        return run(lm, asked, answer, against, **settings, checkpoint=job, listener=listener)
 
     produce(lm, lambda _: asked, method, out, Voice(quiet, as_json), job_in(out, every))
 
@@ -241,6 +246,7 @@ def effects(
     methods: Annotated[
         str, typer.Option("--methods", help="Some of exact, atp, atp*, relp, ig, direct, net.")
     ] = "direct,net,atp,relp,exact",
+    bos: Bos = None,
     out: TableOut = None,
     every: Every = 30.0,
     device: Device = None,
@@ -256,7 +262,7 @@ def effects(
     from unwrite.studies.compare import compare as run
 
     lm = load_model(model, device, dtype, convention, device_map)
-    asked, names = read_pairs(pairs, lm.tokenizer), nodes if nodes in GROUPS else listed(nodes)
+    asked, names = read_pairs(pairs, lm.tokenizer, bos), nodes if nodes in GROUPS else listed(nodes)
 
     def method(_: Tokens, listener: Listener, job: Job) -> Result:
         return run(lm, asked, names or nodes, at, methods.split(","), metric, checkpoint=job, listener=listener)
@@ -275,6 +281,7 @@ def reproduce(
     ] = [],  # noqa: B006 - typer copies it
     n: Prompts = 300,
     length: Length = None,
+    bos: Bos = None,
     out: TableOut = None,
     every: Every = 30.0,
     quiet: Quiet = False,
@@ -287,10 +294,10 @@ def reproduce(
     lm = load_model(str(weights or WEIGHTS), None, None, "paper")
 
     def read(job: Job) -> Texts:
-        return read_text(lm, text, n, length, job) if text else {}
+        return read_text(lm, text, n, length, bos, job) if text else {}
 
     def method(tokens: Texts, listener: Listener, job: Job) -> Result:
-        return run(name, lm, tokens or None, n, checkpoint=job, listener=listener)
+        return run(name, lm, tokens or None, n, bos=bos, checkpoint=job, listener=listener)
 
     produce(lm, read, method, out, Voice(quiet, as_json), job_in(out, every))
 

@@ -27,6 +27,10 @@ Prompts = Annotated[int, typer.Option("-n", min=1, help="At most this many promp
 Length = Annotated[
     int | None, typer.Option("--length", min=2, help="Tokens of a prompt, by default min(1024, context).")
 ]
+Bos = Annotated[
+    bool | None,
+    typer.Option("--bos/--no-bos", help="Begin every text with BOS, or not; by default as the tokenizer does."),
+]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for the result and its table.")]
 TableOut = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for result.nc and table.csv.")]
 Every = Annotated[
@@ -84,9 +88,11 @@ def load_model(
     return load(model, device=device, device_map=device_map, dtype=dtype, convention=convention)
 
 
-def read_texts(lm: Model, paths: list[str], n: int, length: int | None, job: Job) -> Tokens | dict[str, Tokens]:
+def read_texts(
+    lm: Model, paths: list[str], n: int, length: int | None, bos: bool | None, job: Job
+) -> Tokens | dict[str, Tokens]:
     """The text that --text names, or the texts by their names; the job keeps how far a data set is read."""
-    from unwrite.prompts.tokens import text
+    from unwrite.prompts.texts import text
 
     if not paths:
         raise typer.BadParameter("name the text that the model should read", param_hint="--text")
@@ -96,7 +102,7 @@ def read_texts(lm: Model, paths: list[str], n: int, length: int | None, job: Job
     if len(sources) < len(named):
         raise typer.BadParameter("two texts have the same name; write NAME=PATH", param_hint="--text")
     whole = sources if len(named) > 1 else next(iter(sources.values()))
-    return text(whole, lm.tokenizer, n, length, checkpoint=job)
+    return text(whole, lm.tokenizer, n, length, bos, checkpoint=job)
 
 
 def _source(path: str) -> str | Path:
@@ -105,9 +111,9 @@ def _source(path: str) -> str | Path:
     return path if path.startswith(PREFIX) else Path(path)
 
 
-def read_text(lm: Model, paths: list[str], n: int, length: int | None, job: Job) -> Tokens:
+def read_text(lm: Model, paths: list[str], n: int, length: int | None, bos: bool | None, job: Job) -> Tokens:
     """The one text that --text names."""
-    tokens = read_texts(lm, paths, n, length, job)
+    tokens = read_texts(lm, paths, n, length, bos, job)
     if isinstance(tokens, dict):
         raise typer.BadParameter("one text at a time", param_hint="--text")
     return tokens

@@ -27,6 +27,7 @@ _OPTIONAL = (str, type(None))
 _KINDS: dict[str, Any] = {
     "model": str, "text": list, "n": int, "length": (int, type(None)), "writers": _OPTIONAL, "skip": int,
     "device": _OPTIONAL, "device_map": _OPTIONAL, "dtype": _OPTIONAL, "convention": str,
+    "bos": (bool, type(None)),
 }  # fmt: skip
 
 
@@ -44,6 +45,7 @@ class Shard:
     device_map: str | None
     dtype: str | None
     convention: str
+    bos: bool | None = None
 
     def write(self, folder: Path) -> None:
         """Leave it beside what the shard keeps. Raises ResultError where it cannot be written."""
@@ -69,7 +71,7 @@ def run(asked: Shard, out: Path | None, voice: Voice, job: Job) -> None:
     from unwrite.methods.scan import scan
 
     lm = load_model(asked.model, asked.device, asked.dtype, asked.convention, asked.device_map)
-    read = partial(read_texts, lm, asked.text, asked.n, asked.length)
+    read = partial(read_texts, lm, asked.text, asked.n, asked.length, asked.bos)
 
     def method(tokens: Texts, listener: Listener, job: Job) -> Result:
         if job.shard[1] > 1 and job.peers is None:

@@ -139,6 +139,16 @@ def produce(
         voice.part(job)
 
 
+def diagnose(diagnosis: Diagnosis, screen: Console, when: str = "") -> None:
+    """Say where weights lie, if that is more than one place, and what was checked."""
+    if when or len(diagnosis.regions) > 1:
+        for line in (*map(str, diagnosis.regions), *filter(None, [diagnosis.per_pass])):
+            screen.print(plain(f"{when}{line}"))
+    for check in diagnosis.checks:
+        line = f"{'✓' if check.ok else '✗'} {check.name}: {check.found}"
+        screen.print(plain(when + line + ("" if check.ok or not check.fix else f". Next: {check.fix}")))
+
+
 def fail(kind: str, message: str, code: int, **more: object) -> NoReturn:
     if "--debug" in sys.argv:
         import traceback
@@ -157,13 +167,3 @@ def event(kind: str, message: str, code: int, **more: object) -> bool:
 
     events.say("error", kind=kind, message=message, code=code, **more)
     return True
-
-
-def diagnose(diagnosis: Diagnosis, screen: Console, when: str = "") -> None:
-    """Say where weights lie, if that is more than one place, and what was checked."""
-    if when or len(diagnosis.regions) > 1:
-        for line in (*map(str, diagnosis.regions), *filter(None, [diagnosis.per_pass])):
-            screen.print(plain(f"{when}{line}"))
-    for check in diagnosis.checks:
-        line = f"{'✓' if check.ok else '✗'} {check.name}: {check.found}"
-        screen.print(plain(when + line + ("" if check.ok or not check.fix else f". Next: {check.fix}")))

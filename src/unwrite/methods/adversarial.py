@@ -51,6 +51,7 @@ def adversarial(
     n: int = 4,
     skip: int = 1,
     *,
+    bos: int | bool | None = None,
     batch: int | None = None,
     checkpoint: Job | str | Path | None = None,
     listener: Listener | None = None,
@@ -68,7 +69,7 @@ def adversarial(
     Example: `uw.adversarial(lm, tokens, "L0H2").data[["direct", "total"]]`
     """
     node = choose([parse_node(writer)], lm.parts)[0]
-    texts = [admit(lm, part, None, skip) for part in (tokens, held_out) if part is not None]
+    texts = [admit(lm, part, None, skip, bos) for part in (tokens, held_out) if part is not None]
     settings = {"writer": str(node), "n": n, "skip": skip, "batch": batch}
     about = {name: part.about() for name, part in zip(TEXTS, texts, strict=False)}
     with opened(checkpoint) as job:

@@ -29,7 +29,7 @@ from unwrite.run.answer.metrics import METRICS, Custom, known, metric_of, name_o
 from unwrite.run.edit.slots import Slot, Values, slots
 from unwrite.run.loop.finite import require_finite
 from unwrite.run.loop.job import Job, opened
-from unwrite.run.loop.stream import Batch, Listener, Rows, batch_size, stream
+from unwrite.run.loop.stream import Batch, Listener, Rows, admit_pairs, batch_size, stream
 from unwrite.run.replay.clean import Base, base_of
 from unwrite.run.replay.sweep import differing
 from unwrite.run.replay.walk import ROWS, patched_together
@@ -83,7 +83,7 @@ class _Request:
 @torch.no_grad()
 def bound(
     lm: Model,
-    pairs: Pairs,
+    pairs: Any,
     guess: Result,
     verified: int = 10,
     subsets: int = 400,
@@ -93,6 +93,7 @@ def bound(
     *,
     metric: str | Custom | None = None,
     source: str | Model | None = None,
+    bos: int | bool | None = None,
     batch: int | None = None,
     checkpoint: Job | str | Path | None = None,
     listener: Listener | None = None,
@@ -105,10 +106,10 @@ def bound(
     if effects add up, which is an assumption, and the result says so. A small `p` brings it nearer to that and raises
     se.
 
-    Arguments: `pairs` and `guess`, a result of `uw.effects` of these pairs; `verified` the nodes first in its order (by
-    the mean size over pairs; a node at a position where each is by itself) that count as executed; `subsets`
-    random sets of the rest, each node in one with probability `p`; `alpha` one minus the confidence; `metric` and
-    `source` those of the guess, to be given again where they are a function or a model.
+    Arguments: `pairs` and `guess`, a result of `uw.effects` of these pairs (with the same `bos`); `verified` the nodes
+    first in its order (by the mean size over pairs; a node at a position where each is by itself) that count as
+    executed; `subsets` random sets of the rest, each node in one with probability `p`; `alpha` one minus the
+    confidence; `metric` and `source` those of the guess, to be given again where they are a function or a model.
     Returns a Result with `d`, `se`, `df` and `upper[pair, node, position]` (positions as in the guess; NaN for nodes
     that are verified, and for those whose values are the same in both runs, which do nothing); `n_in` and `n_out`
     [node, position], the sets with and without it; and of each pair `theta` (units of the metric), the node that sets
@@ -121,6 +122,7 @@ def bound(
     """
     _require_numbers(verified, subsets, p, alpha)
     chosen = {"verified": verified, "subsets": subsets, "p": p, "alpha": alpha, "seed": seed, "batch": batch}
+    pairs = admit_pairs(lm, pairs, bos)
     request = _request(lm, pairs, guess, metric, source, chosen)
     size, read = batch_size(lm, pairs.base, batch, held=4), pairs.about()
     asked = {**chosen, "guess": guess.provenance["settings"]}
@@ -151,7 +153,6 @@ def _request(lm: Model, pairs: Pairs, guess: Result, metric: Any, source: Any, c
     if not isinstance(guess, Result) or guess.method != "effects":
         got = guess.method if isinstance(guess, Result) else type(guess).__name__
         raise ResultError("guess is no result of uw.effects", got=got)
-    pairs.check(lm.vocabulary, lm.context)
     settings = guess.provenance["settings"]
     if guess.provenance["tokens"][""]["hash"] != pairs.about()["hash"]:
         raise ResultError("the guess is of other pairs")

@@ -51,6 +51,7 @@ def corpus_dla(
     logit: str = "top two",
     *,
     mask: Any = None,
+    bos: int | bool | None = None,
     batch: int | None = None,
     checkpoint: Job | str | Path | None = None,
     listener: Listener | None = None,
@@ -68,7 +69,7 @@ def corpus_dla(
 
     Example: `uw.corpus_dla(lm, tokens, "L0H2", ["L2H2", "L2H5"])["correlation"]`
     """
-    tokens = admit(lm, tokens, mask, skip)
+    tokens = admit(lm, tokens, mask, skip, bos)
     one_of("logit", logit, LOGITS)
     node = choose([parse_node(writer)], lm.parts)[0]
     named = require_readers(choose(erasers, lm.parts), node, len(lm.layers))

@@ -21,8 +21,9 @@ from torch import Tensor
 from unwrite.errors import TokensError, one_of
 from unwrite.model.load import provenance
 from unwrite.model.view import Model, fold
+from unwrite.prompts.answers import answers
 from unwrite.prompts.positions import rows_at
-from unwrite.prompts.tokens import Tokens, prompts, read_rows, single_tokens, spelled
+from unwrite.prompts.tokens import Tokens, read_rows, spelled
 from unwrite.result import Result, build, quantity
 from unwrite.run.answer.logits import Question, top_two
 from unwrite.run.loop.finite import require_finite
@@ -77,19 +78,21 @@ def dla(
     texts: Any = None,
     *,
     mask: Any = None,
+    bos: int | bool | None = None,
     batch: int | None = None,
     checkpoint: Job | str | Path | None = None,
     listener: Listener | None = None,
 ) -> Result:
     """What every node's write does to a logit or a logit difference: direct, net, relp, gradient, and the truth.
 
-    Arguments: `prompts` a string, a list of strings, Tokens or a LongTensor [prompt, position] (with `mask`); `answer`
-    and `against` a token each (its text or id), or one for every prompt; the logit difference is answer − against, the
-    logit of answer alone without `against`, and without both the model's own highest logit against its second;
+    Arguments: `prompts` a string, a list of strings, or anything else that `uw.scan` takes (a string is always the
+    prompt itself), with `mask` and `bos` as there; `answer` and `against` a token each, or one for every prompt: its
+    id, or the text by which it continues the prompt ("The girl play" + "s"); the logit difference is answer − against,
+    the logit of answer alone without `against`, and without both the model's own highest logit against its second;
     `position` the row that is read, one number or one for every prompt (−1: the last token); `at` "all" replaces a
     node's writes at every row, "position" at the read row only; `replace` "zero", "mean" (at that position, over the
-    prompts or `texts`) or "resample" (another prompt's, or one of `texts`); `texts` Tokens at least as long as the
-    prompts, for means, donors and invariance.
+    prompts or `texts`) or "resample" (another prompt's, or one of `texts`); `texts`, as `uw.scan` takes them, at least
+    as long as the prompts, for means, donors and invariance.
     Returns a Result: by [prompt, node] the readings `direct` (Σ direct + constant + unexplained = logit_diff, zero
     replacement), `net`, `relp`, `gradient`, and `total` = logit_diff − logit_diff with the write replaced, executed;
     `why[prompt, node, part]`, the exact account of total at the read row; `fate` (only at="position"); `invariance`,
@@ -101,7 +104,7 @@ def dla(
 
     Example: `uw.dla(lm, "The capital of France is", " Paris", " London").table()`
     """
-    request = _request(lm, prompts, answer, against, position, at, replace, texts, mask)
+    request = _request(lm, prompts, answer, against, position, at, replace, texts, mask, bos)
     settings = {
         "position": request.row.tolist(), "at": at, "replace": replace, "batch": batch,
         "texts": None if texts is None else request.pool.tokens.about(),
@@ -119,24 +122,32 @@ def dla(
 
 
 def _request(
-    lm: Model, source: Any, answer: Any, against: Any, position: Any, at: str, replace: str, texts: Any, mask: Any
+    lm: Model,
+    source: Any,
+    answer: Any,
+    against: Any,
+    position: Any,
+    at: str,
+    replace: str,
+    texts: Any,
+    mask: Any,
+    bos: int | bool | None,
 ) -> _Request:
     one_of("at", at, AT)
     one_of("replace", replace, REPLACEMENTS)
-    of_text = isinstance(source, str) or (isinstance(source, list) and all(isinstance(part, str) for part in source))
-    tokens = admit(lm, prompts(source, lm.tokenizer) if of_text else source, mask, 0)
+    tokens = admit(lm, source, mask, 0, bos, files=False)
     if (tokens.lengths < 2).any():
         raise TokensError(
             f"prompt {int(tokens.lengths.argmin())} is one token long",
             expected="two or more, so that heads have a choice",
         )
     row = read_rows(position, tokens)
-    pool = Pool(lm, fold(lm), tokens if texts is None else _texts(lm, texts, row), own=texts is None)
+    pool = Pool(lm, fold(lm), tokens if texts is None else _texts(lm, texts, row, bos), own=texts is None)
     if replace != "zero" and len(pool.tokens) < 2:
         raise TokensError(f"replace={replace!r} needs other texts", got="1 prompt", fix="pass texts=, or more prompts")
     rows = min(lm.vocabulary, lm.hf.get_output_embeddings().weight.shape[0])
     chosen, other = (
-        single_tokens(token, len(tokens), name, lm.tokenizer, rows)
+        answers(token, tokens, row, name, lm.tokenizer, rows)
         for token, name in ((answer, "answer"), (against, "against"))
     )
     if chosen is None and other is not None:
@@ -146,8 +157,8 @@ def _request(
     return _Request(tokens, row, chosen, other, at, replace, pool)
 
 
-def _texts(lm: Model, texts: Any, row: np.ndarray) -> Tokens:
-    tokens = admit(lm, texts, None, 0)
+def _texts(lm: Model, texts: Any, row: np.ndarray, bos: int | bool | None) -> Tokens:
+    tokens = admit(lm, texts, None, 0, None if isinstance(texts, Tokens) else bos)
     if int(tokens.lengths.min()) <= int(row.max()):
         raise TokensError(
             "texts are shorter than the prompts", got=f"{int(tokens.lengths.min())} tokens",

@@ -32,7 +32,7 @@ from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.finite import require_finite
 from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.ledger import Ledger
-from unwrite.run.loop.stream import Batch, Listener, Progress, Rows, batch_size, stream
+from unwrite.run.loop.stream import Batch, Listener, Progress, Rows, admit_pairs, batch_size, stream
 from unwrite.run.replay.clean import base_of
 from unwrite.run.replay.sweep import forwards, patched, patches
 from unwrite.run.source.values import Donor, donor
@@ -73,7 +73,7 @@ class _Request:
 @torch.inference_mode(False)  # backward passes are needed, also where the caller has none in mind
 def effects(
     lm: Model,
-    pairs: Pairs,
+    pairs: Any,
     nodes: str | Iterable[str] = "heads",
     at: str = "each",
     method: str | Rules = "exact",
@@ -81,20 +81,22 @@ def effects(
     source: str | Model = "source",
     *,
     steps: int = _STEPS,
+    bos: int | bool | None = None,
     batch: int | None = None,
     checkpoint: Job | str | Path | None = None,
     listener: Listener | None = None,
 ) -> Result:
     """What replacing each node by its value in a source run does to a metric of the base run's logits.
 
-    Arguments: `pairs` from `uw.pairs`; `nodes` a kind ("heads": z, "q", "k", "v", "shared_k", "shared_v", "attn_out",
-    "mlp_out", "neurons", "resid", "embed") or names ("L2H3", "L2H3.k", "L2KV1.k", "L2.attn_out", "MLP2",
+    Arguments: `pairs` from `uw.pairs`, or what it takes as a tuple, a dict, a list of dicts or a file, read by the
+    model's tokenizer with `bos` as in `uw.text`; `nodes` a kind ("heads": z, "q", "k", "v", "shared_k", "shared_v",
+    "attn_out", "mlp_out", "neurons", "resid", "embed") or names ("L2H3", "L2H3.k", "L2KV1.k", "L2.attn_out", "MLP2",
     "MLP2.act[17]", "resid_mid2"); `at` "each" position by itself, "all" positions at once, or the "last", which is the
-    row that is read; `method` "exact" (executed), "atp", "atp*", "relp", "ig", "direct", "net", or `uw.Rules`;
-    `metric` "logit_diff", "log_prob", "prob", "kl", or a function from logits [pair, vocabulary] to a number each;
-    `source` where values come from: the pairs' "source" prompts, their "mean" over pairs, "zero", "resample" (another
-    pair's source prompt), or another model of the same shape, which reads the source prompts; `steps` of "ig";
-    `checkpoint` as in `uw.scan`; an exact sweep keeps what is done inside a batch, too.
+    row that is read; `method` "exact" (executed), "atp", "atp*", "relp", "ig", "direct", "net", or `uw.Rules`; `metric`
+    "logit_diff", "log_prob", "prob", "kl", or a function from logits [pair, vocabulary] to a number each; `source`
+    where values come from: the pairs' "source" prompts, their "mean" over pairs, "zero", "resample" (another pair's
+    source prompt), or another model of the same shape, which reads the source prompts; `steps` of "ig"; `checkpoint` as
+    in `uw.scan`; an exact sweep keeps what is done inside a batch, too.
     Returns a Result with `effect[pair, node, position]` (no position unless at="each"; NaN behind the row that is read)
     in units of the metric; `base[pair]`, the metric of the base run; `row` and `first` (the first position at which the
     prompts differ). "atp*": `effect` is GradDrop's magnitude, `signed` AtP with the QK fix. "ig": `effect` is
@@ -105,6 +107,7 @@ def effects(
 
     Example: `uw.effects(lm, pairs, "heads", method="relp").table()`
     """
+    pairs = admit_pairs(lm, pairs, bos)
     request = _request(lm, pairs, nodes, at, method, metric, source, steps)
     size = batch_size(lm, pairs.base, batch, held=4)
     settings = {
@@ -133,7 +136,6 @@ def _request(
     if not isinstance(pairs, Pairs):
         raise NumericError("effects are those of pairs", got=type(pairs).__name__, expected="what uw.pairs returns")
     _require_settings(at, method, metric, steps)
-    pairs.check(lm.vocabulary, lm.context)
     if isinstance(source, str) and source == "source":
         _require_differences(pairs)
     elif method == "ig":

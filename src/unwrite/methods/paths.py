@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from unwrite.errors import NumericError, one_of
+from unwrite.errors import one_of
 from unwrite.model.load import provenance
 from unwrite.model.view import Model
 from unwrite.prompts.pairs import Pairs
@@ -25,7 +25,7 @@ from unwrite.result import Result, build, quantity
 from unwrite.run.answer.metrics import Custom, known, metric_of, name_of, unless_own
 from unwrite.run.loop.finite import require_finite
 from unwrite.run.loop.job import Job, opened
-from unwrite.run.loop.stream import Batch, Listener, Rows, batch_size, stream
+from unwrite.run.loop.stream import Batch, Listener, Rows, admit_pairs, batch_size, stream
 from unwrite.run.replay.clean import base_of
 from unwrite.run.replay.edges import Ends, ends
 from unwrite.run.replay.paths import MODES, effects_of_edges
@@ -52,13 +52,14 @@ class _Request:
 @torch.no_grad()
 def paths(
     lm: Model,
-    pairs: Pairs,
+    pairs: Any,
     senders: str | Iterable[str] = "heads",
     receivers: str | Iterable[str] = "logits",
     mlps: str = "recompute",
     metric: str | Custom = "logit_diff",
     source: str | Model = "source",
     *,
+    bos: int | bool | None = None,
     batch: int | None = None,
     checkpoint: Job | str | Path | None = None,
     listener: Listener | None = None,
@@ -71,10 +72,10 @@ def paths(
     anew; everything else in between stays, so this is the direct edge, and needs no pass up to the receiver. The two
     are one where no MLP lies between. At all positions at once.
 
-    Arguments: `pairs` from `uw.pairs`; `senders` "heads", "mlp_out", "attn_out", "embed", or names ("L0H1", "MLP0",
-    "L0.attn_out", "embed"); `receivers` "heads", "q", "k", "v", "mlp_out", "logits", or names ("L2H3", "L2H3.q",
-    "L2KV1.k", "MLP2", "logits": the stream that the final norm reads). "L1H0+MLP2" are several nodes set, or reading,
-    at once, as one end. `metric` and `source` as in `uw.effects`.
+    Arguments: `pairs` and `bos` as in `uw.effects`; `senders` "heads", "mlp_out", "attn_out", "embed", or names
+    ("L0H1", "MLP0", "L0.attn_out", "embed"); `receivers` "heads", "q", "k", "v", "mlp_out", "logits", or names ("L2H3",
+    "L2H3.q", "L2KV1.k", "MLP2", "logits": the stream that the final norm reads). "L1H0+MLP2" are several nodes set, or
+    reading, at once, as one end. `metric` and `source` as in `uw.effects`.
     Returns a Result with `effect[pair, sender, receiver]` in units of the metric, and `base[pair]`, the metric of the
     base run. An edge that does not exist, the receiver lying before the sender or beside it (attention and MLP of a
     parallel block), is NaN.
@@ -83,10 +84,8 @@ def paths(
 
     Example: `uw.paths(lm, pairs, "heads", ["L9H9.q", "logits"], mlps="frozen").table()`
     """
-    if not isinstance(pairs, Pairs):
-        raise NumericError("paths are those of pairs", got=type(pairs).__name__, expected="what uw.pairs returns")
+    pairs = admit_pairs(lm, pairs, bos)
     one_of("mlps", mlps, MODES)
-    pairs.check(lm.vocabulary, lm.context)
     named = [[part] if isinstance(part, str) else [str(name) for name in part] for part in (senders, receivers)]
     found = ends(lm, *named)
     request = _Request(lm, pairs, found, mlps, known(metric), donor(lm, pairs, found.sent, source))

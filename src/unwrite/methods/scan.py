@@ -8,7 +8,7 @@ falls or reverses; whether a write was erased only an executed run without it ca
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ import xarray as xr
 from jaxtyping import Bool, Float
 from scipy import stats
 
-from unwrite.errors import NumericError, TokensError, plain
+from unwrite.errors import NumericError, plain
 from unwrite.model.load import provenance
 from unwrite.model.view import Model
 from unwrite.nodes import Node, choose, reads
+from unwrite.prompts.given import by_name
 from unwrite.result import QUANTILES, Result, build, quantity
 from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.stream import Listener, admit, admit_floor, batch_size, stream
@@ -43,19 +44,22 @@ def scan(
     floor: float = 1e-4,
     *,
     mask: Any = None,
+    bos: int | bool | None = None,
     batch: int | None = None,
     checkpoint: Job | str | Path | None = None,
     listener: Listener | None = None,
 ) -> Result:
     """What every node writes, the level along every write at every later location, and who writes against it.
 
-    Arguments: `tokens` from `uw.text`, a mapping from names to them (several texts side by side), or a LongTensor
-    [prompt, position] with `mask` for its padding; `writers` names of nodes, all by default; `skip` positions at the
-    start of each prompt (attention sinks) are reported apart; where a write's norm is below `floor` times the largest
-    norm of the stream at that position its ratios are left out and counted; `batch` prompts at a time; `checkpoint` a
-    folder in which what is done is kept every half minute: however the run was stopped, the same call goes on from
-    there, to the same bits (or a `uw.Job`, which has its own interval, or does a part of the work); `listener` is told
-    the progress.
+    Arguments: `tokens` from `uw.text`, or text as one has it: a list of strings (each one whole prompt), chats
+    (`[{"role": …, "content": …}]`, by the model's template), a file or folder (a Path, or a string that names one),
+    what a tokenizer returned, or a LongTensor [prompt, position] with `mask` for its padding, on either side; a mapping
+    from names to these is several texts side by side; `bos` what begins a text, as in `uw.text`; `writers` names of
+    nodes, all by default; `skip` positions at the start of each prompt (attention sinks) are reported apart; where a
+    write's norm is below `floor` times the largest norm of the stream at that position its ratios are left out and
+    counted; `batch` prompts at a time; `checkpoint` a folder in which what is done is kept every half minute: however
+    the run was stopped, the same call goes on from there, to the same bits (or a `uw.Job`, which has its own interval,
+    or does a part of the work); `listener` is told the progress.
     Returns a Result (axes writer, node, location, quantile; text first where there are several):
     `pr`, `level`, `change`, `norm`, `relative_norm`, `dilution` as quantiles over positions; energy-weighted, with
     standard errors clustered by prompt, `share` (= `share_position` + `share_token`), `share_se`, `level_share`,
@@ -67,10 +71,7 @@ def scan(
 
     Example: `uw.scan(lm, uw.text("book.txt", lm.tokenizer)).table()`
     """
-    texts = tokens if isinstance(tokens, Mapping) else {"": tokens}
-    if not texts:
-        raise TokensError("no text was given", expected="at least one")
-    texts = {plain(name): admit(lm, part, mask, skip) for name, part in texts.items()}
+    texts = {plain(name): admit(lm, part, mask, skip, bos) for name, part in by_name(tokens).items()}
     chosen, floor = choose(writers, lm.parts), admit_floor(floor)
     settings = {"writers": [str(node) for node in chosen], "skip": skip, "floor": floor, "batch": batch}
     with opened(checkpoint) as job:

@@ -46,6 +46,7 @@ def verify(
     floor: float = 1e-4,
     *,
     mask: Any = None,
+    bos: int | bool | None = None,
     batch: int | None = None,
     checkpoint: Job | str | Path | None = None,
     listener: Listener | None = None,
@@ -72,7 +73,7 @@ def verify(
 
     Example: `uw.verify(lm, tokens, "L0H2")["survival"]`
     """
-    tokens = admit(lm, tokens, mask, skip)
+    tokens = admit(lm, tokens, mask, skip, bos)
     node = choose([parse_node(writer)], lm.parts)[0]
     named = None if erasers is None else require_readers(choose(erasers, lm.parts), node, len(lm.layers))
     # The states of two runs are held at a time.

@@ -22,7 +22,7 @@ from unwrite.model.families import FAMILIES, REFUSED, Family
 from unwrite.model.legacy import checkpoint, from_legacy, is_legacy, tokenizer_folder, tokenizer_name
 from unwrite.model.now import state
 from unwrite.model.projections import require_linear
-from unwrite.model.view import CONVENTIONS, Model, embedding_rows
+from unwrite.model.view import CONVENTIONS, Model
 from unwrite.model.weights import DISK, stored
 
 # The model that comes with the package: trained by examples/pretrain, see its own README.
@@ -50,8 +50,8 @@ def load(
     it is), the latter "auto" or {module: device} as in accelerate, with "cpu" and "disk" for what is brought in when it
     is needed; `convention` "paper" (Dao et al. 2023: heads without constant part, LayerNorm streams centred) or "raw".
     Raises ModelError for an unknown architecture, an encoder–decoder, weights that are missing or pickled, remote code
-    (unless `trust_remote_code`), a tokenizer whose ids the embedding does not have, or a decomposition whose
-    certificate fails, with the failing identity.
+    (unless `trust_remote_code`), what is no tokenizer, or a decomposition whose certificate fails, with the failing
+    identity.
 
     Example: `lm = uw.load("gpt2")`; `print(lm.certificate.explain())`
     """
@@ -69,7 +69,7 @@ def load(
             raise ModelError("a model in memory stays as it is", fix="leave revision, dtype, device and device_map out")
     else:
         raise ModelError("cannot load this", got=type(source).__name__, expected="a hub name, a folder or a HF model")
-    _check_tokenizer(tokenizer, hf)
+    _check_tokenizer(tokenizer)
     return view(hf, tokenizer, convention, name=_called(source))
 
 
@@ -299,15 +299,14 @@ def _legacy_tokenizer(folder: Path, config: Any) -> Any:
     if tokenizer is None:
         wanted = f"{tokenizer_name(folder) or 'one that its checkpoint does not name'} cannot be had"
         logging.getLogger("unwrite").warning("%s", plain(f"no tokenizer: {wanted}; pass tokenizer=… or token ids"))
+    elif tokenizer.bos_token is not None:
+        tokenizer.add_bos_token = True  # as such models were trained, and TransformerLens reads text
     return tokenizer
 
 
-def _check_tokenizer(tokenizer: Any, hf: PreTrainedModel) -> None:
-    if tokenizer is None:
-        return
-    rows, highest = embedding_rows(hf), max(tokenizer.get_vocab().values())
-    if highest >= rows:
+def _check_tokenizer(tokenizer: Any) -> None:
+    if tokenizer is not None and not callable(tokenizer):
         raise ModelError(
-            "the tokenizer can emit ids that the model has no embedding for",
-            got=f"ids up to {highest}", expected=f"up to {rows - 1}", fix="use the tokenizer that belongs to the model",
+            "this is no tokenizer of transformers", got=type(tokenizer).__name__,
+            fix="AutoTokenizer.from_pretrained(…), or PreTrainedTokenizerFast(tokenizer_object=…)",
         )  # fmt: skip

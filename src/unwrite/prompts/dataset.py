@@ -172,16 +172,16 @@ class Document:
 
 
 class Reading:
-    """The first `n` windows of a data set, as rows of ids that begin with `prefix`, and where the next one comes from.
+    """The first `n` windows of a data set, as rows of ids, and where the next one comes from.
 
     `cut` makes windows of a document.
     """
 
-    def __init__(self, source: Source, cut: Callable[[str], list[list[int]]], prefix: list[int], n: int):
+    def __init__(self, source: Source, cut: Callable[[str], list[list[int]]], n: int):
         self.source, self.at = source, At()
         self.rows: list[np.ndarray] = []
         self.owner: list[int] = []
-        self._cut, self._prefix, self._n = cut, prefix, n
+        self._cut, self._n = cut, n
 
     def step(self, document: Document | None) -> None:
         """Count a document, or the end; until the last line is done nothing has happened."""
@@ -192,7 +192,7 @@ class Reading:
         digest = _added(at.digest, document.text, self.source.spelled)
         cut = self._cut(document.text)
         taken = cut[: self._n - at.windows]
-        self.rows += [np.array(self._prefix + window, dtype=np.int32) for window in taken]
+        self.rows += [np.array(window, dtype=np.int32) for window in taken]
         self.owner += [at.read] * len(taken)
         windows = at.windows + len(taken)
         self.at = At(

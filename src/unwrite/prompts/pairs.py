@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,10 @@ import numpy as np
 from jaxtyping import Int
 
 from unwrite.errors import TokensError
-from unwrite.prompts.tokens import Tokens, from_ids, prompts, read_rows, read_text, single_tokens, spelled
+from unwrite.prompts.answers import answers
+from unwrite.prompts.given import given
+from unwrite.prompts.texts import read_text
+from unwrite.prompts.tokens import Tokens, read_rows, spelled
 
 _ANY_VOCABULARY = 2**31
 
@@ -74,30 +78,55 @@ def pairs(
 ) -> Pairs:
     """Pairs of prompts for `uw.effects`, `uw.paths` and `uw.bound`.
 
-    Arguments: `base` and `source` strings (one, or a list), or LongTensors [pair, position]; `answer` and `against` a
-    token each (its text, such as " Paris", or its id), or one for every pair; `position` the row that is read, one
-    number or one for every pair (−1: the last token); `tokenizer` as transformers has it (`lm.tokenizer`), for texts;
-    `bos` as in `uw.text`.
+    Arguments: `base` and `source` strings (one, or a list), chats, what a tokenizer returned, or LongTensors
+    [pair, position]; `answer` and `against` a token each, or one for every pair: its id, or the text that continues the
+    base prompt by it, such as " Paris" or "s"; `position` the row that is read, one number or one for every pair (−1:
+    the last token); `tokenizer` as transformers has it (`lm.tokenizer`), for texts; `bos` as in `uw.text`.
     Raises TokensError, naming the pair, for prompts of unequal token counts, a token that is not one token, and a row
     outside the prompt.
 
     Example: `uw.pairs("The Eiffel Tower is in", "The Colosseum is in", " Paris", " Rome", tokenizer=lm.tokenizer)`
     """
-    read, given = (_tokens(part, tokenizer, bos) for part in (base, source))
-    _require_equal(read, given, tokenizer)
+    read, other = (given(part, tokenizer, bos=bos, files=False) for part in (base, source))
+    _require_equal(read, other, tokenizer)
     row = read_rows(position, read)
     ids = [
-        single_tokens(token, len(read), name, tokenizer, _ANY_VOCABULARY)
+        answers(token, read, row, name, tokenizer, _ANY_VOCABULARY)
         for token, name in ((answer, "answer"), (against, "against"))
     ]
     if ids[0] is None:
         raise TokensError("pairs need an answer", expected="a token, or one for every pair")
     if ids[1] is not None and (ids[0] == ids[1]).any():
         raise TokensError("answer and against are the same token", got=f"pair {int((ids[0] == ids[1]).argmax())}")
-    return Pairs(read, given, ids[0], ids[1], row)
+    return Pairs(read, other, ids[0], ids[1], row)
 
 
-def read_pairs(path: str | Path, tokenizer: Any) -> Pairs:
+def pairs_of(source: Any, tokenizer: Any, bos: int | bool | None = None) -> Pairs:
+    """Whatever a method was given, as Pairs.
+
+    Arguments: `source` Pairs; what `pairs` takes, as a dict by name or a tuple in its order; a list of such dicts; a
+    file as `read_pairs` takes it. Raises TokensError for anything else, and as these do.
+    """
+    if isinstance(source, Pairs):
+        if bos is not None:
+            raise TokensError("bos is for text, and these pairs are token ids", fix="pass bos to uw.pairs")
+        return source
+    if isinstance(source, (str, Path)):
+        return read_pairs(source, tokenizer, bos)
+    if isinstance(source, tuple) and 3 <= len(source) <= 5:
+        return pairs(*source, tokenizer=tokenizer, bos=bos)
+    if isinstance(source, Mapping):
+        _require_names(source, [name for name in _NEEDED if name not in source], "this mapping")
+        return pairs(**source, tokenizer=tokenizer, bos=bos)
+    if isinstance(source, list) and source and all(isinstance(part, Mapping) for part in source):
+        return _together([(f"pair {i}", part) for i, part in enumerate(source)], tokenizer, bos)
+    raise TokensError(
+        "these are no pairs of prompts", got=type(source).__name__,
+        expected="what uw.pairs returns, or (base, source, answer)", fix="uw.pairs(…, tokenizer=lm.tokenizer)",
+    )  # fmt: skip
+
+
+def read_pairs(path: str | Path, tokenizer: Any, bos: int | bool | None = None) -> Pairs:
     """Pairs from a CSV file (with a header) or from JSON lines: base, source, answer, and against and position or not.
 
     Raises TokensError, naming the line, for what is missing or unknown, and as `pairs` does.
@@ -107,23 +136,33 @@ def read_pairs(path: str | Path, tokenizer: Any) -> Pairs:
     lines = _csv(text) if file.suffix == ".csv" else _json_lines(text)
     if not lines:
         raise TokensError(f"{file} holds no pair", expected="a line for each")
-    for number, line in lines:
-        missing = [name for name in _NEEDED if not _given(name, line.get(name))]
-        wrong = missing or [name for name in line if name not in (*_NEEDED, *_OPTIONAL)]
-        if wrong:
-            expected = f"{', '.join(_NEEDED)}; and {' or '.join(_OPTIONAL)}"
-            raise TokensError(
-                f"line {number} of {file} is not a pair", got=", ".join(map(str, wrong)), expected=expected
-            )
-    columns = {name: [line.get(name) or None for _, line in lines] for name in (*_NEEDED, "against")}
-    against = None if not any(columns["against"]) else columns["against"]
-    position = [_position(number, line.get("position"), file) for number, line in lines]
-    return pairs(columns["base"], columns["source"], columns["answer"], against, position, tokenizer)
+    return _together([(f"line {number} of {file}", line) for number, line in lines], tokenizer, bos)
 
 
-def _given(name: str, value: Any) -> bool:
-    """A text; an answer may also be an id."""
-    return value is not None and value != "" and (isinstance(value, str) or name == "answer")
+def _together(lines: list[tuple[str, Mapping[str, Any]]], tokenizer: Any, bos: Any) -> Pairs:
+    for place, line in lines:
+        _require_pair(line, place)
+    columns = {name: [line.get(name) for _, line in lines] for name in (*_NEEDED, "against")}
+    against = [None if _missing(token) else token for token in columns["against"]]
+    position = [_position(place, line.get("position")) for place, line in lines]
+    asked = None if all(token is None for token in against) else against
+    return pairs(columns["base"], columns["source"], columns["answer"], asked, position, tokenizer, bos)
+
+
+def _require_pair(line: Mapping[str, Any], place: str) -> None:
+    wrong = [name for name in _NEEDED if _missing(line.get(name))]
+    wrong += [name for name in ("base", "source") if not isinstance(line.get(name, ""), (str, list, tuple))]
+    _require_names(line, wrong, place)
+
+
+def _require_names(line: Mapping[str, Any], missing: list[str], place: str) -> None:
+    if wrong := missing or [name for name in line if name not in (*_NEEDED, *_OPTIONAL)]:
+        expected = f"{', '.join(_NEEDED)}; and {' or '.join(_OPTIONAL)}"
+        raise TokensError(f"{place} is not a pair", got=", ".join(map(str, wrong)), expected=expected)
+
+
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value)
 
 
 _NEEDED, _OPTIONAL = ("base", "source", "answer"), ("against", "position")
@@ -149,21 +188,13 @@ def _json_lines(text: str) -> _Lines:
     return found
 
 
-def _position(number: int, given: Any, file: Path) -> int:
+def _position(place: str, given: Any) -> int:
     if given in (None, ""):
         return -1
     try:
         return int(given)
     except (TypeError, ValueError):
-        raise TokensError(f"line {number} of {file} has no position", got=given, expected="an integer") from None
-
-
-def _tokens(source: Any, tokenizer: Any, bos: Any) -> Tokens:
-    if isinstance(source, Tokens):
-        return source
-    if isinstance(source, str) or (isinstance(source, (list, tuple)) and any(isinstance(s, str) for s in source)):
-        return prompts(source, tokenizer, bos)
-    return from_ids(source)
+        raise TokensError(f"{place} has no position", got=given, expected="an integer") from None
 
 
 def _require_equal(base: Tokens, source: Tokens, tokenizer: Any) -> None:

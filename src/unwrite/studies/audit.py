@@ -23,8 +23,9 @@ from unwrite.methods.scan import scan
 from unwrite.methods.verify import verify
 from unwrite.model.view import Model
 from unwrite.nodes import parse_node, reads
-from unwrite.prompts.tokens import Tokens, windows
-from unwrite.prompts.tokens import prompts as as_prompts
+from unwrite.prompts.given import by_name
+from unwrite.prompts.texts import windows
+from unwrite.prompts.tokens import Tokens
 from unwrite.report.verdict import verdict
 from unwrite.result import Result
 from unwrite.run.loop.job import Job, opened
@@ -49,6 +50,7 @@ def audit(
     out: str | Path | None = None,
     *,
     most: int = MOST,
+    bos: int | bool | None = None,
     checkpoint: Job | str | Path | None = None,
     listener: Listener | None = None,
 ) -> Result:
@@ -58,8 +60,9 @@ def audit(
     are scanned and the first one's other half judges); `prompts` as `uw.dla` takes them, asked about the model's own
     top two logits, by default prompts found by `uw.adversarial` and windows of the text; `out` a folder that gets
     `result.nc`, `table.csv` and `report.html`, and where what is done is kept, so that the same call goes on from there
-    (`checkpoint`, as in `uw.scan`, keeps it elsewhere); `most` writers to verify; `listener` is told how far it is, and
-    of every finished part its Result. The embedding is never verified: without it the stream is empty.
+    (`checkpoint`, as in `uw.scan`, keeps it elsewhere); `most` writers to verify; `bos` as in `uw.scan`; `listener` is
+    told how far it is, and of every finished part its Result. The embedding is never verified: without it the stream is
+    empty.
     Returns the scan's Result with, for each of the `verified` writers, what `uw.verify` returns (`verdict`, `survival`,
     `erased`, …; what has a scan's name is called `verified_…`), `uw.dla`'s variables by `prompt`, `uw.adversarial`'s by
     `hit` (`found_…`), `uw.corpus_dla`'s by `path`; the paragraph is its attribute `verdict`.
@@ -71,30 +74,33 @@ def audit(
     """
     parts = listener if isinstance(listener, Parts) else Parts(listener)
     if out is not None:
-        kept = keep(
-            lambda parts, job: audit(lm, tokens, prompts, most=most, checkpoint=job, listener=parts), out, parts
-        )
+
+        def run(parts: Parts, job: Job) -> Result:
+            return audit(lm, tokens, prompts, most=most, bos=bos, checkpoint=job, listener=parts)
+
+        kept = keep(run, out, parts)
         assert kept is not None  # noqa: S101 (an audit has no parts)
         return kept[0]
-    texts = tokens if isinstance(tokens, Mapping) else {"": tokens}
-    texts = {name: admit(lm, part, None, 1) for name, part in texts.items()}
-    if isinstance(prompts, (str, list)):
-        prompts = as_prompts(prompts, lm.tokenizer)
-    given = None if prompts is None else admit(lm, prompts, None, 0)
+    ready = Tokens if prompts is not None else ()  # where only the prompts are text, bos is theirs
+    texts = {
+        str(name): admit(lm, part, None, 1, None if isinstance(part, ready) else bos)
+        for name, part in by_name(tokens).items()
+    }
+    own = None if isinstance(prompts, Tokens) else bos
+    given = None if prompts is None else admit(lm, prompts, None, 0, own, files=False)
     read = {f"text {name}": part.hash for name, part in texts.items()}
     with opened(checkpoint) as job:
         if done := job.begin("audit", lm, read | ({} if given is None else {"prompts": given.hash}), {"most": most}):
             return done
-        return job.signed(_audit(lm, tokens, given, most, parts, job))
+        return job.signed(_audit(lm, texts, given, most, parts, job))
 
 
-def _audit(lm: Model, tokens: Any, prompts: Tokens | None, most: int, parts: Parts, job: Job) -> Result:
-    texts = tokens if isinstance(tokens, Mapping) else {"": tokens}
-    halves = {name: admit(lm, part, None, 1).halves() for name, part in texts.items()}
+def _audit(lm: Model, texts: dict[str, Tokens], prompts: Tokens | None, most: int, parts: Parts, job: Job) -> Result:
+    halves = {name: part.halves() for name, part in texts.items()}
     choose_by = {name: first for name, (first, _) in halves.items()}
     judge_by = next(second for _, second in halves.values())
     scanned = parts.finish(
-        scan(lm, choose_by if isinstance(tokens, Mapping) else choose_by[""], checkpoint=job, listener=parts)
+        scan(lm, choose_by if list(texts) != [""] else choose_by[""], checkpoint=job, listener=parts)
     )
     proofs = _verified(lm, scanned, judge_by, most, parts, job)
     if not proofs:
@@ -103,8 +109,8 @@ def _audit(lm: Model, tokens: Any, prompts: Tokens | None, most: int, parts: Par
     held_out = choose_by[next(iter(choose_by))]
     search = parts.finish(adversarial(lm, judge_by, worst, held_out, checkpoint=job, listener=parts))
     asked, kinds = _asked(prompts, search, judge_by)
-    texts = _texts(asked, judge_by)
-    believed = parts.finish(dla(lm, asked, at="position", texts=texts, checkpoint=job, listener=parts))
+    others = _texts(asked, judge_by)
+    believed = parts.finish(dla(lm, asked, at="position", texts=others, checkpoint=job, listener=parts))
     merged = _merged(scanned, proofs, search, believed, kinds)
     if erasers := proofs[worst].data.attrs["erasers"].split():
         corpus = parts.finish(corpus_dla(lm, judge_by, worst, erasers, checkpoint=job, listener=parts))
@@ -200,7 +206,7 @@ def _judged(merged: Result, scanned: Result, judged: Tokens, asked: Tokens) -> R
     return Result(found.data.assign_attrs(verdict=verdict(found)))
 
 
-def demonstration(lm: Model, n: int = 300, length: int | None = None) -> Tokens:
+def demonstration(lm: Model, n: int = 300, length: int | None = None, bos: int | bool | None = None) -> Tokens:
     """Text that every Python carries and the bundled model never saw, for `lm`: an audit that needs no file.
 
     The documentation topics and the modules of asyncio in turn, each a document of its own.
@@ -210,5 +216,5 @@ def demonstration(lm: Model, n: int = 300, length: int | None = None) -> Tokens:
     modules = [file for file in resources.files("asyncio").iterdir() if file.name.endswith(".py")]
     code = [file.read_text("utf-8") for file in sorted(modules, key=lambda file: file.name)]
     documents = [text for pair in zip_longest([topics[name] for name in sorted(topics)], code) for text in pair if text]
-    tokens = windows(documents, lm.tokenizer, n=n, length=length or LENGTH)
+    tokens = windows(documents, lm.tokenizer, n=n, length=length or LENGTH, bos=bos)
     return tokens.named("Python's documentation topics and asyncio")

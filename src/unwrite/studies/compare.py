@@ -18,19 +18,20 @@ from unwrite.prompts.pairs import Pairs
 from unwrite.result import Result, build, quantity
 from unwrite.run.answer.metrics import name_of, unless_own
 from unwrite.run.loop.job import Job, opened
-from unwrite.run.loop.stream import Listener
+from unwrite.run.loop.stream import Listener, admit_pairs
 
 SIDE_BY_SIDE = ("direct", "net", "atp", "relp", "exact")
 
 
 def compare(
     lm: Model,
-    pairs: Pairs,
+    pairs: Any,
     nodes: str | Iterable[str] = "heads",
     at: str = "all",
     methods: Sequence[str] = SIDE_BY_SIDE,
     metric: Any = "logit_diff",
     *,
+    bos: int | bool | None = None,
     batch: int | None = None,
     checkpoint: Job | str | Path | None = None,
     listener: Listener | None = None,
@@ -47,6 +48,7 @@ def compare(
     """
     if isinstance(methods, str) or not methods or not set(methods) <= set(METHODS):
         raise NumericError("methods are names of estimators", got=methods, expected=f"some of {', '.join(METHODS)}")
+    pairs = admit_pairs(lm, pairs, bos)
     chosen = nodes if isinstance(nodes, str) else list(nodes)
     asked = {"nodes": chosen, "at": at, "methods": [*dict.fromkeys(methods)], "metric": name_of(metric), "batch": batch}
     with opened(unless_own(checkpoint, metric)) as job:

@@ -79,14 +79,15 @@ def reproduce(
     tokens: Any = None,
     n: int = 300,
     *,
+    bos: int | bool | None = None,
     checkpoint: Job | str | Path | None = None,
     listener: Listener | None = None,
 ) -> Result:
     """All five figures of the paper with its settings: what it says, beside what unwrite measures.
 
     Arguments: `name` "gelu-4l"; `weights` the checkpoint's folder, or a Model (by default the hub's); `tokens` as
-    `uw.text` makes them (by default the paper's own 300 × 1024 tokens, which needs the extra `datasets` and the
-    network); of those at most `n`; `checkpoint` as in `uw.scan`.
+    `uw.scan` takes them, with `bos` as there (by default the paper's own 300 × 1024 tokens, which needs the extra
+    `datasets` and the network); of those at most `n`; `checkpoint` as in `uw.scan`.
     Returns a Result by `claim`: `figure`, `quantity`, `setting`, `paper`, `ours`, `difference`; and what goes beyond
     the paper as attributes: `verdict` (of `uw.verify`).
     Raises ModelError for another name or a model without the paper's heads, TokensError where the text cannot be had.
@@ -99,7 +100,7 @@ def reproduce(
     if missing := {WRITER, *ERASERS, "L3H5"} - set(lm.nodes):
         raise ModelError("this is not a model like gelu-4l", got=f"no {', '.join(sorted(missing))}")
     own = tokens is None
-    read = _paper_tokens(n) if own else admit(lm, tokens, None, 0)
+    read = _paper_tokens(n) if own else admit(lm, tokens, None, 0, None if isinstance(tokens, Tokens) else bos)
     read = read.take(np.arange(min(n, len(read))))
     settings = {"name": name, "n": n, "paper_text": own}
     with opened(checkpoint) as job:
@@ -107,7 +108,12 @@ def reproduce(
             return done
         heard = {"checkpoint": job, "listener": listener}
         proof = verify(lm, read, WRITER, ERASERS, skip=0, **heard)
-        claims = [*_of_scan(lm, read, heard), *_of_proof(proof), *_of_prompts(lm, read), *_of_corpus(lm, read, heard)]
+        claims = [
+            *_of_scan(lm, read, heard),
+            *_of_proof(proof),
+            *_of_prompts(lm, read, bos),
+            *_of_corpus(lm, read, heard),
+        ]
         data = _dataset(claims).assign_attrs(verdict=str(proof.data.attrs["verdict"]))
         return job.signed(build("reproduce", data, settings, provenance(lm), {"": read.about()}))
 
@@ -182,12 +188,13 @@ def _of_proof(proof: Result) -> Iterator[Claim]:
         )
 
 
-def _of_prompts(lm: Model, tokens: Tokens) -> Iterator[Claim]:
+def _of_prompts(lm: Model, tokens: Tokens, bos: int | bool | None) -> Iterator[Claim]:
     """Figure 4: four prompts, clean and with the head's last row reading other text."""
     found = None
     if lm.tokenizer is not None:
         texts, answers, others, _ = zip(*PROMPTS, strict=True)
-        found = dla(lm, list(texts), list(answers), list(others), at="position", texts=tokens)
+        begun = lm.tokenizer.bos_token_id is not None if bos is None else bos  # as the model was trained
+        found = dla(lm, list(texts), list(answers), list(others), at="position", texts=tokens, bos=begun)
     for i, (text, *_, other) in enumerate(PROMPTS):
         words = f"prompt {i + 1}: “…{text[-24:]}”"
         difference = np.nan if found is None else float(found["logit_diff"][i])

@@ -13,12 +13,14 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from unwrite.errors import NumericError, TokensError
+from unwrite.errors import NumericError
 from unwrite.model.capture import run
 from unwrite.model.now import same_now
 from unwrite.model.view import Folded, Model
 from unwrite.model.writes import Writes
-from unwrite.prompts.tokens import Tokens, from_ids
+from unwrite.prompts.given import given
+from unwrite.prompts.pairs import Pairs, pairs_of
+from unwrite.prompts.tokens import Tokens
 from unwrite.result import Result
 from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.finite import not_finite, require_finite
@@ -135,19 +137,24 @@ def batch_size(lm: Model, tokens: Tokens, wanted: int | None = None, held: int =
     return max(1, min(len(tokens), min(_BATCH_TOKENS, _BATCH_BYTES // factors) // (held * tokens.length)))
 
 
-def admit(lm: Model, tokens: Any, mask: Any, skip: int) -> Tokens:
-    """`tokens`, or a matrix of ids with its mask, as Tokens that this model can read with positions left to count.
+def admit(lm: Model, tokens: Any, mask: Any, skip: int, bos: int | bool | None = None, *, files: bool = True) -> Tokens:
+    """`tokens`, or text in any shape that `given` takes, as Tokens that this model can read and count.
 
     Raises TokensError for ids or lengths that the model does not have, NumericError if `skip` leaves nothing.
     """
-    if isinstance(tokens, Tokens) and mask is not None:
-        raise TokensError("these tokens know their padding already", fix="leave mask out")
-    tokens = tokens if isinstance(tokens, Tokens) else from_ids(tokens, mask)
+    tokens = given(tokens, lm.tokenizer, mask, bos, lm.context, files)
     tokens.check(lm.vocabulary, lm.context)
     longest = int(tokens.lengths.max())
     if type(skip) is not int or not 0 <= skip < longest:
         raise NumericError("skip leaves no position to count", got=skip, expected=f"an integer from 0 to {longest - 1}")
     return tokens
+
+
+def admit_pairs(lm: Model, pairs: Any, bos: int | bool | None = None) -> Pairs:
+    """Pairs, in any shape that `pairs_of` takes, that this model can read. Raises TokensError as these do."""
+    pairs = pairs_of(pairs, lm.tokenizer, bos)
+    pairs.check(lm.vocabulary, lm.context)
+    return pairs
 
 
 def admit_floor(floor: float) -> float:

@@ -1,0 +1,140 @@
+"""Which token does an answer mean after this prompt? The one that continues it, found by tokenising both together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from unwrite.errors import TokensError
+from unwrite.prompts.encode import need
+from unwrite.prompts.tokens import Tokens, bare, spelled, spells
+
+# How an answer is tokenised depends on what is near it: so many ids before it are read again as text, and of these the
+# last few must be what they were.
+_NEAR, _SAME = 64, 3
+# What a SentencePiece vocabulary writes for a space.
+_SPACE = "▁"
+
+
+def answers(
+    token: Any, tokens: Tokens, row: np.ndarray, name: str, tokenizer: Any, vocabulary: int
+) -> Int[np.ndarray, " prompt"] | None:
+    """The id of one token after the row that is read of each prompt, given once or for every prompt; None without any.
+
+    Raises TokensError as `token_after` does, and for another number of tokens.
+    """
+    if token is None:
+        return None
+    token = token.tolist() if hasattr(token, "tolist") else token
+    each: list[Any] = list(token) if isinstance(token, (list, tuple)) else [token] * len(tokens)
+    if len(each) != len(tokens):
+        expected = f"1 or {len(tokens)}"
+        raise TokensError(f"{name} is one token for each prompt", got=f"{len(each)} tokens", expected=expected)
+    before = [ids[: end + 1].tolist() for ids, end in zip(tokens.ids, row, strict=True)]
+    found = [token_after(part, ids, tokenizer, vocabulary) for part, ids in zip(each, before, strict=True)]
+    return np.array(found, dtype=np.int64)
+
+
+def token_after(token: Any, before: Sequence[int], tokenizer: Any, vocabulary: int) -> int:
+    """The id of `token` after the ids `before`: an id itself, a text, or a token as the vocabulary spells it ("▁the").
+
+    Raises TokensError, proposing what can be asked, for a text that continues the prompt by another number of tokens
+    than one or joins its last token, one that can mean two tokens, and for an id outside the vocabulary.
+    """
+    if isinstance(token, str):
+        need(tokenizer, "a token's text", "pass its id")
+        context = _text_of(before, tokenizer)
+        return _alone(token, tokenizer) if context is None else _continuing(token, context, tokenizer)
+    if isinstance(token, bool) or not isinstance(token, (int, np.integer)) or not 0 <= token < vocabulary:
+        raise TokensError("not a token", got=repr(token), expected=f"a string of one token, or 0 to {vocabulary - 1}")
+    return int(token)
+
+
+def _text_of(before: Sequence[int], tokenizer: Any) -> str | None:
+    """The end of a prompt as text that is tokenised as it was; None where there is no such text."""
+    special, first = set(tokenizer.all_special_ids), 0
+    while first < len(before) and before[first] in special:
+        first += 1
+    near = list(before[first:][-_NEAR:])
+    text = tokenizer.decode(near, skip_special_tokens=False, clean_up_tokenization_spaces=False) if near else ""
+    return text if bare(text, tokenizer)[-_SAME:] == near[-_SAME:] else None
+
+
+def _continuing(answer: str, context: str, tokenizer: Any) -> int:
+    pieces = _after(context, answer, tokenizer)
+    if pieces is not None and len(pieces) == 1:
+        return pieces[0]
+    if (named := _named(answer, context, tokenizer)) is not None:
+        return named
+    raise TokensError(
+        f"{answer!r} is not one token", got=_shown(pieces, context, answer, tokenizer),
+        expected="one token that continues the prompt", fix=_proposed(answer, context, tokenizer),
+    )  # fmt: skip
+
+
+def _proposed(answer: str, context: str, tokenizer: Any) -> str:
+    """What can be asked instead."""
+    if not answer.strip():
+        return "pass the id of a token"
+    spaced, plainly = f" {answer.lstrip(' ')}", answer.lstrip(" ")
+    if context.endswith(" ") and answer == plainly and _is_one(context.rstrip(" "), spaced, tokenizer):
+        return f"end the prompt before its last space, which is a part of the token, and ask about {spaced!r}"
+    shorter = [answer[:end] for end in range(min(len(answer), _NEAR) - 1, 0, -1)]
+    for way in (spaced, plainly, *shorter):
+        if way != answer and _is_one(context, way, tokenizer):
+            return f"ask about {way!r}"
+    return "pass the id of a token"
+
+
+def _is_one(context: str, answer: str, tokenizer: Any) -> bool:
+    return len(_after(context, answer, tokenizer) or ()) == 1
+
+
+def _after(context: str, answer: str, tokenizer: Any) -> list[int] | None:
+    """The tokens that an answer puts after a text; None where it changes those of the text."""
+    before, both = bare(context, tokenizer), bare(context + answer, tokenizer)
+    return both[len(before) :] if both[: len(before)] == before else None
+
+
+def _shown(pieces: list[int] | None, context: str, answer: str, tokenizer: Any) -> str:
+    if pieces is not None:
+        return _listed(pieces, tokenizer)
+    spaced = _after(context, f" {answer}", tokenizer) or []
+    if len(spaced) > 1:
+        return _listed(spaced, tokenizer)
+    both = bare(context + answer, tokenizer)
+    return f"a text that ends in {_listed(both[-_SAME:], tokenizer)}, which cuts the prompt's end otherwise"
+
+
+def _listed(ids: Sequence[int], tokenizer: Any) -> str:
+    return ", ".join(f"{spelled([i], tokenizer)!r} ({i})" for i in ids) or "none"
+
+
+def _named(answer: str, context: str, tokenizer: Any) -> int | None:
+    """A token as only the vocabulary spells it, or as it spells what comes after a space."""
+    found = spells(answer, tokenizer)
+    if found is None or tokenizer.decode([found]) != answer:
+        return found
+    return found if _after(context, f" {answer}", tokenizer) == [found] else None
+
+
+def _alone(answer: str, tokenizer: Any) -> int:
+    """What an answer means where the prompt is no text that could be tokenised with it."""
+    ids, named = bare(answer, tokenizer), spells(answer, tokenizer)
+    if len(ids) == 1 and named in (None, ids[0]):
+        return ids[0]
+    if len(ids) == 1 and named is not None:
+        raise TokensError(
+            f"{answer!r} can be two tokens", got=f"{_listed(ids, tokenizer)}, and {_listed([named], tokenizer)}",
+            fix=f"ask about {spelled(ids, tokenizer)!r} where a word begins, or pass the id {named}",
+        )  # fmt: skip
+    if named is None and answer.startswith(" "):  # as the vocabulary would spell it
+        named = spells(_SPACE + answer[1:], tokenizer)
+    if named is not None:
+        return named
+    stripped = answer.lstrip(" ")
+    fix = f"ask about {stripped!r}" if len(bare(stripped, tokenizer)) == 1 else "name one token, or pass its id"
+    raise TokensError(f"{answer!r} is not one token", got=_listed(ids, tokenizer), expected="one token", fix=fix)
