@@ -223,6 +223,7 @@ def test_strings_come_in_many_lists(source: Any) -> None:
         ([[4, 5], []], "matrix of integers"),
         ([TALK, "The girl"], "not prompts. Got: list"),
         ("", "is empty"),
+        (["The girl", ""], "prompt 1 has no token"),
     ],
     ids=repr,
 )

@@ -89,10 +89,10 @@ def dla(
     prompt itself), with `mask` and `bos` as there; `answer` and `against` a token each, or one for every prompt: its
     id, or the text by which it continues the prompt ("The girl play" + "s"); the logit difference is answer − against,
     the logit of answer alone without `against`, and without both the model's own highest logit against its second;
-    `position` the row that is read, one number or one for every prompt (−1: the last token); `at` "all" replaces a
-    node's writes at every row, "position" at the read row only; `replace` "zero", "mean" (at that position, over the
-    prompts or `texts`) or "resample" (another prompt's, or one of `texts`); `texts`, as `uw.scan` takes them, at least
-    as long as the prompts, for means, donors and invariance.
+    `position` the row that is read, one number or one for every prompt (without padding; −1: the last token); `at`
+    "all" replaces a node's writes at every row, "position" at the read row only; `replace` "zero", "mean" (at that
+    position, over the prompts or `texts`) or "resample" (another prompt's, or one of `texts`); `texts`, as `uw.scan`
+    takes them, at least as long as the prompts, for means, donors and invariance.
     Returns a Result: by [prompt, node] the readings `direct` (Σ direct + constant + unexplained = logit_diff, zero
     replacement), `net`, `relp`, `gradient`, and `total` = logit_diff − logit_diff with the write replaced, executed;
     `why[prompt, node, part]`, the exact account of total at the read row; `fate` (only at="position"); `invariance`,

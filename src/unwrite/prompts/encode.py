@@ -69,9 +69,11 @@ def prompts(strings: Sequence[Any], tokenizer: Any, bos: int | bool | None = Non
     not_empty("the prompt", strings)
     name = "1 prompt" if len(strings) == 1 else f"{len(strings)} prompts"
     digest = digest_of(name, strings)
-    return from_rows(
-        [_begun(bare(part, tokenizer), begins(tokenizer, bos, part), tokenizer) for part in strings], name, digest
-    )
+    own = [bare(part, tokenizer) for part in strings]
+    if not all(own):
+        raise TokensError(f"prompt {own.index([])} has no token", got=repr(strings[own.index([])]))
+    rows = [_begun(ids, begins(tokenizer, bos, part), tokenizer) for ids, part in zip(own, strings, strict=True)]
+    return from_rows(rows, name, digest)
 
 
 def is_chat(source: Any) -> bool:

@@ -78,10 +78,10 @@ def pairs(
 ) -> Pairs:
     """Pairs of prompts for `uw.effects`, `uw.paths` and `uw.bound`.
 
-    Arguments: `base` and `source` strings (one, or a list), chats, what a tokenizer returned, or LongTensors
-    [pair, position]; `answer` and `against` a token each, or one for every pair: its id, or the text that continues the
-    base prompt by it, such as " Paris" or "s"; `position` the row that is read, one number or one for every pair (−1:
-    the last token); `tokenizer` as transformers has it (`lm.tokenizer`), for texts; `bos` as in `uw.text`.
+    Arguments: `base` and `source` strings (one, or a list), chats, what a tokenizer returned, or LongTensors [pair,
+    position]; `answer` and `against` a token each, or one for every pair: its id, or the text that continues the base
+    prompt by it, such as " Paris" or "s"; `position` the row that is read, one number or one for every pair (without
+    padding; −1: the last token); `tokenizer` as transformers has it (`lm.tokenizer`), for texts; `bos` as in `uw.text`.
     Raises TokensError, naming the pair, for prompts of unequal token counts, a token that is not one token, and a row
     outside the prompt.
 

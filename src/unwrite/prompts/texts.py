@@ -45,7 +45,8 @@ def text(
     from names to any of these; `tokenizer` as transformers has it; at most `n` windows (spread evenly over the
     documents, consecutive in each); `length` in tokens, by default min(1024, the tokenizer's model_max_length); `bos`
     what begins every window: by default what the tokenizer itself puts before a text, for True its BOS in any case (an
-    error if it has none), for False nothing, or an id. It is never put before a text that begins with it.
+    error if it has none), for False nothing, or an id. It is never put before a text that begins with
+    it; what a tokenizer puts behind a text, which ends it, is left out.
     Returns Tokens, or a dict of Tokens for a mapping. A rest that does not fill a window is left out and noted.
     Windows of one document share a cluster where there are several documents; else each window is its own.
     Raises TokensError for an empty text, a text shorter than one window, or a file that is not UTF-8.
