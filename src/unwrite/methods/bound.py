@@ -103,8 +103,7 @@ def bound(
     `θ* = max_n (|d̂_n| + t_{ν,1−α} · se_n)`: d̂_n how much larger the metric's change is over random sets with n than
     over those without it, se and ν those of Welch's test. It says: at confidence 1 − α no node that is left has
     `|d| ≥ θ*`. d is a node's average over random sets of the others being patched too; it is the node's own effect only
-    if effects add up, which is an assumption, and the result says so. A small `p` brings it nearer to that and raises
-    se.
+    if effects add up, which is an assumption, and the result says so. A small `p` brings it nearer, and raises se.
 
     Arguments: `pairs` and `guess`, a result of `uw.effects` of these pairs (with the same `bos`); `verified` the nodes
     first in its order (by the mean size over pairs; a node at a position where each is by itself) that count as
@@ -122,8 +121,7 @@ def bound(
     """
     _require_numbers(verified, subsets, p, alpha)
     chosen = {"verified": verified, "subsets": subsets, "p": p, "alpha": alpha, "seed": seed, "batch": batch}
-    pairs = admit_pairs(lm, pairs, bos)
-    request = _request(lm, pairs, guess, metric, source, chosen)
+    request = _request(lm, pairs := admit_pairs(lm, pairs, bos), guess, metric, source, chosen)
     size, read = batch_size(lm, pairs.base, batch, held=4), pairs.about()
     asked = {**chosen, "guess": guess.provenance["settings"]}
     order = hashlib.sha256(np.ascontiguousarray(guess["effect"].values).tobytes()).hexdigest()

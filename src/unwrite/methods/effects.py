@@ -100,8 +100,7 @@ def effects(
     Returns a Result with `effect[pair, node, position]` (no position unless at="each"; NaN behind the row that is read)
     in units of the metric; `base[pair]`, the metric of the base run; `row` and `first` (the first position at which the
     prompts differ). "atp*": `effect` is GradDrop's magnitude, `signed` AtP with the QK fix. "ig": `effect` is
-    conductance, `inputs` the endpoints' difference times the mean slope. Numbers are those of a naive loop to rounding,
-    whatever the batch.
+    conductance, `inputs` the endpoints' difference times the mean slope. Numbers are a naive loop's, to rounding.
     Raises NodeError for a node that is not there, NumericError for unknown settings, TokensError for pairs that this
     model cannot read.
 
@@ -120,10 +119,9 @@ def effects(
         if done := job.begin("effects", lm, {"": read["hash"], **request.donor.read_by}, asked):
             return done
         tally, cost = _Tally(request, job), _cost(request)
-        stage = f"effects {name_of(method)}"
-        if method == "exact" and listener is not None:
-            # What a sweep will take is said before it starts.
-            stage = f"exact, {cost:,.0f} passes"
+        # What a sweep will take is said before it starts.
+        stage = f"exact, {cost:,.0f} passes" if method == "exact" and listener else f"effects {name_of(method)}"
+        if listener is not None:
             listener(Progress(stage, 0, len(pairs), 0, 0.0))
         stream(lm, pairs.base, tally, size, stage, listener, job)
         data = _dataset(request, tally.whole()).assign_attrs(cost=cost)

@@ -7,7 +7,7 @@ that quantises or otherwise bends what it reads: that is measured, and refused b
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -17,14 +17,14 @@ from transformers.pytorch_utils import Conv1D
 from unwrite.errors import ModelError
 from unwrite.model.weights import weight_of
 
-if TYPE_CHECKING:
-    from unwrite.model.view import Model
-
 # Unit vectors at a time.
 _BLOCK = 1024
 # Above this relative error of its matrix, by dtype, a module is not linear. Quantised activations are at 1e-2.
 _LINEAR = {torch.float64: 1e-9, torch.float32: 1e-4}
 _HALF = 5e-2
+
+
+_KNOWN = ("torch", "transformers")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,10 +43,21 @@ def is_plain(module: nn.Module) -> bool:
     return type(module.weight) in (nn.Parameter, Tensor) and not nn.utils.parametrize.is_parametrized(module)
 
 
-_KNOWN = ("torch", "transformers")
+@runtime_checkable
+class Computing(Protocol):
+    """What must be known of a model: where and in what it computes, and what was measured of its projections."""
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def compute_dtype(self) -> torch.dtype: ...
+    @property
+    def effective(self) -> dict[nn.Module, Effective]: ...
 
 
-def matrix_of(lm: Model, module: nn.Module, detach: bool = True) -> Float[Tensor, "input output"]:
+def matrix_of(lm: Computing, module: nn.Module, detach: bool = True) -> Float[Tensor, "input output"]:
     """A projection's weight as [input, output]: torch's Linear stores the transpose, transformers' Conv1D does not.
 
     Raises ModelError for a module that is not linear.
@@ -58,7 +69,7 @@ def matrix_of(lm: Model, module: nn.Module, detach: bool = True) -> Float[Tensor
     return weight.t() if isinstance(module, nn.Linear) else weight
 
 
-def bias_of(lm: Model, module: nn.Module, detach: bool = True) -> Float[Tensor, " output"] | None:
+def bias_of(lm: Computing, module: nn.Module, detach: bool = True) -> Float[Tensor, " output"] | None:
     """A projection's constant part; None for one without. Raises ModelError as `matrix_of` does."""
     if is_plain(module):
         return weight_of(module, "bias")
@@ -66,7 +77,7 @@ def bias_of(lm: Model, module: nn.Module, detach: bool = True) -> Float[Tensor, 
     return bias if bool(bias.any()) else None
 
 
-def has_bias(lm: Model, module: nn.Module) -> bool:
+def has_bias(lm: Computing, module: nn.Module) -> bool:
     """Has a projection a constant part? Also of a model of which no weight is read."""
     return (getattr(module, "bias", None) if is_plain(module) else bias_of(lm, module)) is not None
 
@@ -81,7 +92,7 @@ def sizes(module: nn.Module) -> tuple[int, int]:
     return (second, first) if isinstance(module, nn.Linear) else (first, second)
 
 
-def _effective(lm: Model, module: nn.Module, detach: bool) -> Effective:
+def _effective(lm: Computing, module: nn.Module, detach: bool) -> Effective:
     """What the module does now: kept with the model as long as two vectors come out of it as they did."""
     if not detach:
         return _measured(module, lm, torch.zeros(0))
@@ -92,7 +103,7 @@ def _effective(lm: Model, module: nn.Module, detach: bool) -> Effective:
     return known
 
 
-def _measured(module: nn.Module, lm: Model, probe: Tensor) -> Effective:
+def _measured(module: nn.Module, lm: Computing, probe: Tensor) -> Effective:
     inputs, units = sizes(module)[0], []
     nothing = _of(module, lm, torch.zeros(1, inputs))[0]
     for rows in torch.arange(inputs).split(_BLOCK):
@@ -103,17 +114,17 @@ def _measured(module: nn.Module, lm: Model, probe: Tensor) -> Effective:
     return found
 
 
-def _of(module: nn.Module, lm: Model, x: Tensor) -> Tensor:
+def _of(module: nn.Module, lm: Computing, x: Tensor) -> Tensor:
     """What a module puts out. `forward`, and not a call: no hook of anyone sees it."""
     place = next((part.device for part in module.parameters() if not part.is_meta), lm.device)
     return module.forward(x[None].to(place, lm.dtype))[0].to(lm.device, lm.compute_dtype)
 
 
-def _probe(lm: Model, module: nn.Module) -> Float[Tensor, "2 input"]:
+def _probe(lm: Computing, module: nn.Module) -> Float[Tensor, "2 input"]:
     return torch.randn(2, sizes(module)[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def _require_linear(lm: Model, module: nn.Module, found: Effective) -> None:
+def _require_linear(lm: Computing, module: nn.Module, found: Effective) -> None:
     x = _probe(lm, module)
     want = x.to(found.matrix) @ found.matrix + found.bias
     got = _of(module, lm, x)
@@ -127,7 +138,7 @@ def _require_linear(lm: Model, module: nn.Module, found: Effective) -> None:
         )  # fmt: skip
 
 
-def require_linear(lm: Model, *modules: Any) -> None:
+def require_linear(lm: Computing, *modules: Any) -> None:
     """Raise ModelError for a module that is neither a plain projection nor linear."""
     for module in modules:
         if not is_plain(module):
