@@ -19,6 +19,7 @@ from transformers.utils.import_utils import is_accelerate_available
 from unwrite.errors import ModelError, UnwriteError, plain
 from unwrite.model.certificate import certify
 from unwrite.model.families import FAMILIES, REFUSED, Family
+from unwrite.model.gguf import configuration, from_gguf, gguf_file, tokenizer_of
 from unwrite.model.legacy import checkpoint, from_legacy, is_legacy, tokenizer_folder, tokenizer_name
 from unwrite.model.now import state
 from unwrite.model.projections import require_linear
@@ -43,8 +44,8 @@ def load(
 ) -> Model:
     """A `Model` from a hub name, a folder, or a Hugging Face causal language model already in memory.
 
-    "default" is the small model that comes with the package. A TransformerLens-era checkpoint, by folder or by hub
-    name, becomes a GPT-2 (see `legacy.from_legacy`).
+    "default" is the small model that comes with the package; a `.gguf` file is dequantised; a TransformerLens-era
+    checkpoint, by folder or by hub name, becomes a GPT-2 (see `legacy.from_legacy`).
     Arguments: `tokenizer`, by default the one that comes with the model; `revision` a hub commit; `dtype` by default
     that of the weights; `device` or `device_map` where to put it (not for a model in memory, which stays as and where
     it is), the latter "auto" or {module: device} as in accelerate, with "cpu" and "disk" for what is brought in when it
@@ -196,6 +197,8 @@ def _row(config: Any) -> Family:
 
 def _from_disk(source: str, options: dict[str, Any]) -> tuple[PreTrainedModel, Callable[[], Any]]:
     """The model, and what finds its own tokenizer."""
+    if (file := gguf_file(source)) is not None:
+        return _from_gguf(file, options)
     if not is_legacy(Path(source)):
         _check_folder(Path(source))
     hub = {key: options[key] for key in ("revision", "trust_remote_code")}
@@ -210,6 +213,22 @@ def _from_disk(source: str, options: dict[str, Any]) -> tuple[PreTrainedModel, C
         raise
     except Exception as error:
         raise ModelError(f"cannot load {source}", got=_first_line(error), fix=_advice(error)) from error
+
+
+def _from_gguf(file: Path, options: dict[str, Any]) -> tuple[PreTrainedModel, Callable[[], Any]]:
+    if options["device_map"] is not None:
+        raise ModelError(
+            "a GGUF file is dequantised in memory", fix="leave device_map out, or save_pretrained() it first"
+        )
+    try:
+        config = configuration(file)
+        _row(config)
+        hf = from_gguf(file, options["dtype"])
+    except UnwriteError:
+        raise
+    except Exception as error:
+        raise ModelError(f"cannot load {file.name}", got=_first_line(error), fix=_advice(error)) from error
+    return hf, partial(tokenizer_of, file, getattr(hf.config, "max_position_embeddings", None))
 
 
 def places(device_map: Any, device: Any = None) -> Any:
@@ -232,11 +251,11 @@ def places(device_map: Any, device: Any = None) -> Any:
 
 
 def _called(source: Any) -> str:
-    """A hub name as it is; of a folder its last part: results travel, and a path tells about a machine."""
+    """A hub name as it is; of a file or folder its last part: results travel, and a path tells about a machine."""
     name = str(getattr(source, "name_or_path", source))
     if name in (DEFAULT, str(BUNDLED)):
         return "unwrite's own model"
-    return Path(name).resolve().name if name and Path(name).is_dir() else name
+    return Path(name).resolve().name if name and Path(name).exists() else name
 
 
 def _check_folder(folder: Path) -> None:
