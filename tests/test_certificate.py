@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +18,15 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, Phi3Config
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from typer.testing import CliRunner
 
 import tiny
 import unwrite as uw
-from unwrite.errors import ModelError
+from unwrite.cli import app
+from unwrite.errors import ModelError, PrecisionError
+from unwrite.model.families import FAMILIES
+from unwrite.model.lengths import switches
+from unwrite.model.single import in_float32
 
 IDS = torch.randint(3, 50, (3, 8), generator=torch.Generator().manual_seed(0))
 Make = Callable[[], Any]
@@ -37,13 +45,13 @@ def seeing_ahead() -> Any:
     return hf
 
 
+def twice(module: Any, query: Tensor, *rest: Any, **settings: Any) -> Any:
+    return sdpa_attention_forward(module, query * 2, *rest, **settings)
+
+
 @contextmanager
-def sharper() -> Iterator[None]:
+def sharper(own: Any = twice) -> Iterator[None]:
     """A user's own attention function, by name: scores are twice the usual ones."""
-
-    def own(module: Any, query: Tensor, *rest: Any, **settings: Any) -> Any:
-        return sdpa_attention_forward(module, query * 2, *rest, **settings)
-
     AttentionInterface.register("sharper", own)
     AttentionMaskInterface.register("sharper", sdpa_mask)
     try:
@@ -82,13 +90,14 @@ def without_a_layer() -> Any:
     return hf
 
 
-def long_rope() -> Any:
-    """Other rotary frequencies for prompts of more than 4 tokens."""
+def long_rope(first: int = 4) -> Any:
+    """Other rotary frequencies for prompts that are longer than the first context."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
     settings = Phi3Config(
         hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=64, max_position_embeddings=64, original_max_position_embeddings=4, eos_token_id=0, pad_token_id=0,
-        initializer_range=0.3, rope_parameters={**rope, "original_max_position_embeddings": 4, "factor": 16.0},
+        vocab_size=64, max_position_embeddings=64, original_max_position_embeddings=first, eos_token_id=0,
+        pad_token_id=0, initializer_range=0.3,
+        rope_parameters={**rope, "original_max_position_embeddings": first, "factor": 16.0},
     )  # fmt: skip
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(settings, dtype=torch.float64).eval()
@@ -233,3 +242,107 @@ def test_what_failed_is_read_in_the_message() -> None:
     with pytest.raises(ModelError) as refused:
         uw.dla(uw.load(beside_its_unembedding()), IDS, 3, 5)
     assert re.search(r"unembedding does not give its logits.*merge_and_unload", str(refused.value))
+
+
+def windowed(window: int) -> Any:
+    return tiny.model("mistral", 3, sliding_window=window, num_hidden_layers=2)
+
+
+@pytest.mark.promise("exact")
+def test_a_prompt_beyond_every_switch_is_tried_or_it_is_said_that_none_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert switches(uw.load(windowed(12))) == (12,)
+    lengths: list[int] = []
+    hf = windowed(12)
+    keep = lambda _, args, named: lengths.append(named["input_ids"].shape[1])  # noqa: E731
+    hf.model.register_forward_pre_hook(keep, with_kwargs=True)
+    certificate = uw.load(hf).certificate
+    assert max(lengths) == 14
+    assert certificate.ok
+    assert certificate.unchecked is None
+    monkeypatch.setattr("unwrite.model.lengths._WORK", 0.0)
+    lm = uw.load(windowed(12))
+    assert lm.certificate.unchecked == 12
+    assert lm.certificate.explain().endswith("not checked beyond 12 tokens, where the model computes otherwise")
+    assert uw.scan(lm, IDS).provenance["model"]["certificate_beyond"] == 12
+    assert uw.load(windowed(4)).certificate.unchecked is None
+
+
+@pytest.mark.promise("exact")
+def test_what_is_false_only_beyond_a_switch_is_found() -> None:
+    assert uw.load(long_rope()).certificate.failing == ("continued",)
+    late = long_rope(12)
+    assert uw.load(late).certificate.failing == ("continued",)
+
+    def own(module: Any, query: Tensor, key: Tensor, *rest: Any, **settings: Any) -> Any:
+        return sdpa_attention_forward(module, query * (2 if key.shape[2] > 12 else 1), key, *rest, **settings)
+
+    with sharper(own):
+        hf = windowed(12)
+        hf.config._attn_implementation = "sharper"
+        assert uw.load(hf).certificate.failing == ("opened", "continued")
+
+
+SCALES = [
+    ("granite", {name: partial(lambda scale, config: 1.04 * scale(config), getattr(FAMILIES["granite"], name))}, {})
+    for name in ("embed_scale", "residual_scale", "logit_scale")
+]
+CAPS = [("gemma2", {"logit_cap": lambda config: None}, {"final_logit_softcapping": cap}) for cap in (5.0, 30.0)]
+
+
+@pytest.mark.promise("exact")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("family", "change", "settings"), [*SCALES, *CAPS])
+def test_rounding_hides_no_false_row(
+    family: str, change: dict[str, Any], settings: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf = tiny.model(family, 3, dtype, **settings)
+    assert uw.load(hf).certificate.ok
+    monkeypatch.setitem(FAMILIES, family, replace(FAMILIES[family], **change))
+    with pytest.raises(ModelError, match=r"not exact.*Expected: at most 1e-04 in float32 of these .*float16 weights"):
+        uw.load(hf)
+
+
+def test_the_limit_of_half_precision_is_the_models_own_rounding() -> None:
+    hf = tiny.model("llama", 3, torch.bfloat16)
+    certificate = uw.load(hf).certificate
+    full = tiny.model("llama", 3, torch.bfloat16).float()
+    with torch.no_grad():
+        own, exact = hf(IDS).logits.float(), full(IDS).logits
+    rounding = float(((own - exact).norm(dim=-1) / exact.norm(dim=-1)).max())
+    assert certificate.rounding == pytest.approx(rounding, rel=0.7)
+    assert certificate.limit == max(2e-2, 3 * certificate.rounding)
+    assert max(certificate.single.values()) < 1e-5
+    assert f"{certificate.rounding:.0e} from those of float32" in certificate.explain()
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_weights_are_lent_in_float32_and_given_back(family: str) -> None:
+    hf = tiny.model(family, 3, torch.bfloat16)
+    before, ids = tiny.snapshot(hf), IDS % hf.config.vocab_size
+    with torch.no_grad(), in_float32(hf):
+        lent = hf(ids).logits
+    assert tiny.snapshot(hf) == before
+    with torch.no_grad():
+        torch.testing.assert_close(lent, copy.deepcopy(hf).float()(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_overflows_is_refused_with_the_next_step(tmp_path: Path) -> None:
+    hf = tiny.model("llama", 3, torch.float16)
+    with torch.no_grad():
+        hf.model.layers[0].mlp.down_proj.weight.mul_(2e5)
+    with pytest.raises(PrecisionError, match=r"overflows float16.*--dtype float32"):
+        uw.load(hf)
+    hf.save_pretrained(tmp_path)
+    shown = CliRunner().invoke(app, ["doctor", str(tmp_path), "--dtype", "float16", "-n", "2", "--length", "8"])
+    assert shown.exit_code == 1
+    assert "✗ precision: " in shown.stdout
+    assert "--dtype float32" in " ".join(shown.stdout.split())
+
+
+def test_half_precision_on_a_cpu_is_computed_in_float32(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny.model("llama", 3, torch.bfloat16).save_pretrained(tmp_path)
+    assert uw.load(tmp_path).dtype == torch.float32
+    assert caplog.text.count("dtype='auto' keeps bfloat16") == 1
+    assert uw.load(tmp_path, dtype="auto").dtype == torch.bfloat16
+    tiny.model("llama", 3, torch.float64).save_pretrained(tmp_path)
+    assert uw.load(tmp_path).dtype == torch.float64

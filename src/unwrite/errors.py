@@ -28,6 +28,10 @@ class ModelError(UnwriteError):
     """A model that cannot be loaded, is not supported, or whose decomposition is not exact."""
 
 
+class PrecisionError(ModelError):
+    """A model whose dtype cannot hold what it computes."""
+
+
 class NodeError(UnwriteError):
     """A node, location or site that cannot be parsed or that this model does not have."""
 

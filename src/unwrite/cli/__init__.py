@@ -33,7 +33,7 @@ from unwrite.cli.options import (
     read_texts,
 )  # fmt: skip
 from unwrite.cli.voice import Voice, diagnose, event, fail, produce
-from unwrite.errors import Stopped, UnwriteError, plain
+from unwrite.errors import PrecisionError, Stopped, UnwriteError, plain
 
 if TYPE_CHECKING:
     from unwrite.prompts.tokens import Tokens
@@ -347,7 +347,11 @@ def doctor(
         diagnose(before, screen, "before loading: ")
         if not before.ok:
             raise typer.Exit(1)
-    lm = load_model(model, device, dtype, convention, device_map)
+    try:
+        lm = load_model(model, device, dtype, convention, device_map)
+    except PrecisionError as error:
+        screen.print(plain(f"✗ precision: {error}"))
+        raise typer.Exit(1) from None
     diagnosis = run(lm, n, length)
     screen.print(plain(repr(lm)))
     diagnose(diagnosis, screen)

@@ -40,7 +40,7 @@ Device = Annotated[str | None, typer.Option("--device", help="Where the model go
 DeviceMap = Annotated[
     str | None, typer.Option("--device-map", help="auto: spread the model over all devices, memory and disk.")
 ]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, …; by default that of the weights.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, …, or auto: that of the weights.")]
 Convention = Annotated[str, typer.Option("--convention", help="paper or raw.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print the verdict alone.")]
 Json = Annotated[bool, typer.Option(JSON, help="Print events for another program, one JSON object per line.")]
@@ -81,8 +81,8 @@ def load_model(
     from unwrite.model.load import load, quieten
 
     quieten()
-    if dtype is not None and dtype not in ("float64", "float32", "float16", "bfloat16"):
-        raise ModelError("unknown dtype", got=dtype, expected="float64, float32, float16 or bfloat16")
+    if dtype is not None and dtype not in ("auto", "float64", "float32", "float16", "bfloat16"):
+        raise ModelError("unknown dtype", got=dtype, expected="float64, float32, float16, bfloat16 or auto")
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     return load(model, device=device, device_map=device_map, dtype=dtype, convention=convention)

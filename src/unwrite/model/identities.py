@@ -22,6 +22,7 @@ from torch import Tensor
 from unwrite.model.attention import Patterns, around_attention, is_called, patterns
 from unwrite.model.capture import Recording, recording
 from unwrite.model.continued import continues, kept_run
+from unwrite.model.lengths import switches
 from unwrite.model.unembedding import before_norm, rows_of, unembedding
 from unwrite.model.values import carry, into_values, value_scale
 from unwrite.model.view import Folded, Layer, Model, norm_scale, value_constant, value_weights
@@ -31,14 +32,19 @@ from unwrite.nodes import Location
 
 # So many of a vocabulary's logits are read from their rows.
 _ROWS = 1024
+# So many rows of a long prompt are compared.
+_LAST = 4
 Ids = Int[Tensor, "prompt position"]
 Mask = Bool[Tensor, "prompt position"]
 _Rows = Float[Tensor, "row vocabulary"]
 Errors = Iterator[tuple[str, float]]
 
 
-def added(lm: Model, folded: tuple[Folded, ...], ids: Ids, mask: Mask) -> Errors:
-    """Do the nodes add up? heads, stream, locations, logits and reading; then what rests on other passes."""
+def added(lm: Model, folded: tuple[Folded, ...], ids: Ids, mask: Mask, dtype: torch.dtype) -> Errors:
+    """Do the nodes add up? heads, stream, locations, logits and reading; then what rests on other passes.
+
+    `dtype` is that in which the model computes now.
+    """
     with recording(lm, folded, truth=True) as record:
         whole = logits_of(lm, ids, mask)
     logits = whole[mask]
@@ -54,11 +60,11 @@ def added(lm: Model, folded: tuple[Folded, ...], ids: Ids, mask: Mask) -> Errors
             if (read := rows.get(Location("mid", layer.index))) is not None:
                 yield "locations", relative(nodes[_earlier(lm, layer)], read)
     stream = nodes.sum(0)
-    yield "logits", relative(unembed(lm, stream)[None], logits)
+    yield "logits", relative(unembed(lm, stream, dtype)[None], logits)
     yield "reading", relative(*_read(lm, stream, logits))
     yield from _opened(lm, folded, ids, mask, logits)
     if mask.all():
-        yield from _of_positions(lm, ids, whole)
+        yield from _of_positions(lm, ids, whole, dtype)
 
 
 def logits_of(lm: Model, ids: Ids, mask: Mask | None = None) -> Float[Tensor, "prompt position vocabulary"]:
@@ -67,9 +73,11 @@ def logits_of(lm: Model, ids: Ids, mask: Mask | None = None) -> Float[Tensor, "p
     return lm.hf(input_ids=ids, use_cache=False, **padded).logits.to(ids.device)
 
 
-def unembed(lm: Model, stream: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocabulary"]:
-    """What the model's own final norm and unembedding make of final streams."""
-    normed = through(lm.final_norm, stream.to(lm.dtype))
+def unembed(
+    lm: Model, stream: Float[Tensor, "*rows d_model"], dtype: torch.dtype | None = None
+) -> Float[Tensor, "*rows vocabulary"]:
+    """What the model's own final norm and unembedding make of final streams, given to them in `dtype`, or its own."""
+    normed = through(lm.final_norm, stream.to(dtype or lm.dtype))
     return _bounded(lm, through(lm.hf.get_output_embeddings(), normed))
 
 
@@ -111,13 +119,16 @@ def _opened(lm: Model, folded: tuple[Folded, ...], ids: Ids, mask: Mask, closed:
     yield "values", _values_error(lm, folded, mask, record, found)
 
 
-def _of_positions(lm: Model, ids: Ids, logits: Float[Tensor, "prompt position vocabulary"]) -> Errors:
+def _of_positions(
+    lm: Model, ids: Ids, logits: Float[Tensor, "prompt position vocabulary"], dtype: torch.dtype
+) -> Errors:
     """The last of the prompts is the first one but for its last token."""
     yield "causal", relative(logits[-1:, :-1], logits[0, :-1])
     inputs, kept = kept_run(lm, ids[:1])
-    yield "continued", relative(unembed(lm, inputs[-1][0])[None], logits[0])
-    middle = ids.shape[1] // 2 + 1
-    yield "continued", continues(lm, ids[:1], inputs, kept, middle, min(2, ids.shape[1] - middle))
+    yield "continued", relative(unembed(lm, inputs[-1][0], dtype)[None], logits[0])
+    # Early rows alone are fewer than the switch of a model that computes otherwise beyond it.
+    for start in {ids.shape[1] // 2 + 1, *([1] if switches(lm) else [])}:
+        yield "continued", continues(lm, ids[:1], inputs, kept, start, min(2, ids.shape[1] - start))
 
 
 def _per_prompt(record: Recording, mask: Tensor) -> Writes:
@@ -131,6 +142,21 @@ def _earlier(lm: Model, layer: Layer) -> list[int]:
 def _attention_nodes(lm: Model, nodes: Tensor, layer: Layer) -> Tensor:
     kept = [i for i, node in enumerate(lm.parts) if node.layer == layer.index and node.kind in ("head", "bias")]
     return nodes[kept]
+
+
+def beyond(lm: Model, folded: tuple[Folded, ...], ids: Int[Tensor, "1 position"]) -> Errors:
+    """The same of the last rows of one long prompt, as far as another length could change it."""
+    last = slice(-_LAST, None)
+    with recording(lm, folded) as record:
+        own = lm.decoder(input_ids=ids, use_cache=False).last_hidden_state[0, last].to(ids.device)
+    stream = expand(lm, folded, record.writes.map(lambda part: part[0, last])).sum(0)
+    yield "stream", relative(through(lm.final_norm, stream.to(lm.dtype))[None], own)
+    with patterns(lm):
+        opened = lm.decoder(input_ids=ids, use_cache=False).last_hidden_state[0, last].to(ids.device)
+    yield "opened", relative(opened[None], own)
+    inputs, kept = kept_run(lm, ids)
+    for start in (1, ids.shape[1] - 2):
+        yield "continued", continues(lm, ids, inputs, kept, start, 2)
 
 
 def _values_error(lm: Model, folded: tuple[Folded, ...], mask: Mask, record: Recording, found: Patterns) -> float:

@@ -23,6 +23,7 @@ from unwrite.model.gguf import configuration, from_gguf, gguf_file, tokenizer_of
 from unwrite.model.legacy import checkpoint, from_legacy, is_legacy, tokenizer_folder, tokenizer_name
 from unwrite.model.now import state
 from unwrite.model.projections import require_linear
+from unwrite.model.single import HALVES
 from unwrite.model.view import CONVENTIONS, Model
 from unwrite.model.weights import DISK, stored
 
@@ -47,9 +48,10 @@ def load(
     "default" is the small model that comes with the package; a `.gguf` file is dequantised; a TransformerLens-era
     checkpoint, by folder or by hub name, becomes a GPT-2 (see `legacy.from_legacy`).
     Arguments: `tokenizer`, by default the one that comes with the model; `revision` a hub commit; `dtype` by default
-    that of the weights; `device` or `device_map` where to put it (not for a model in memory, which stays as and where
-    it is), the latter "auto" or {module: device} as in accelerate, with "cpu" and "disk" for what is brought in when it
-    is needed; `convention` "paper" (Dao et al. 2023: heads without constant part, LayerNorm streams centred) or "raw".
+    that of the weights, but on a CPU float32 for half precision, which "auto" keeps; `device` or `device_map` where to
+    put it (not for a model in memory, which stays as and where it is), the latter "auto" or {module: device} as in
+    accelerate, with "cpu" and "disk" for what is brought in when it is needed; `convention` "paper" (Dao et al. 2023:
+    heads without constant part, LayerNorm streams centred) or "raw".
     Raises ModelError for an unknown architecture, an encoder–decoder, weights that are missing or pickled, remote code
     (unless `trust_remote_code`), what is no tokenizer, or a decomposition whose certificate fails, with the failing
     identity.
@@ -62,7 +64,9 @@ def load(
         device_map = places(device_map, device)
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
         place = str(BUNDLED if source == DEFAULT else source)
-        hf, own = _from_disk(place, {"dtype": dtype or "auto", "device_map": device_map, **options})
+        on_cpu = device_map is None and torch.device(device or "cpu").type == "cpu"
+        kept = dtype or (None if on_cpu else "auto")
+        hf, own = _from_disk(place, {"dtype": kept, "device_map": device_map, **options})
         hf = hf if device is None else hf.to(torch.device(device))  # pyright: ignore[reportArgumentType]
         tokenizer = tokenizer or own()
     elif isinstance(hf := unwrapped(source), PreTrainedModel):
@@ -154,6 +158,8 @@ def provenance(lm: Model) -> dict[str, Any]:
         "centred": lm.centred,
         "certificate": dict(lm.certificate.errors),
         "certificate_limit": lm.certificate.limit,
+        "certificate_rounding": lm.certificate.rounding,
+        "certificate_beyond": lm.certificate.unchecked,
         "certificate_limits": {name: lm.certificate.allowed(name) for name in lm.certificate},
     }
 
@@ -204,15 +210,27 @@ def _from_disk(source: str, options: dict[str, Any]) -> tuple[PreTrainedModel, C
     hub = {key: options[key] for key in ("revision", "trust_remote_code")}
     try:
         if (legacy := checkpoint(source, options["revision"])) is not None:
-            hf = from_legacy(legacy, options["dtype"], device_map=options["device_map"])
+            hf = from_legacy(legacy, options["dtype"] or "auto", device_map=options["device_map"])
             return hf, partial(_legacy_tokenizer, legacy, hf.config)
-        _row(AutoConfig.from_pretrained(source, **hub))
+        config = AutoConfig.from_pretrained(source, **hub)
+        _row(config)
+        options["dtype"] = options["dtype"] or _wide(source, config.dtype)
         hf = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, **options)
         return hf, partial(_tokenizer, source, hf.config, hub)
     except UnwriteError:
         raise
     except Exception as error:
         raise ModelError(f"cannot load {source}", got=_first_line(error), fix=_advice(error)) from error
+
+
+def _wide(source: str, kept: Any) -> Any:
+    """float32 instead of half precision: a CPU gains nothing by that, and every number loses by it."""
+    if kept not in HALVES:
+        return "auto"
+    name = str(kept).removeprefix("torch.")
+    said = f"{_called(source)} is kept in {name} and, on a CPU, computed in float32; dtype='auto' keeps {name}"
+    logging.getLogger("unwrite").warning("%s", plain(said))
+    return torch.float32
 
 
 def _from_gguf(file: Path, options: dict[str, Any]) -> tuple[PreTrainedModel, Callable[[], Any]]:

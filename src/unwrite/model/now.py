@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from unwrite.errors import ModelError
 from unwrite.model.capture import run, uncompiled
 from unwrite.model.identities import relative, unembed
+from unwrite.model.single import HALVES
 from unwrite.model.view import Model, fold
 from unwrite.model.writes import expand
 
@@ -54,7 +55,9 @@ def same_now(lm: Model, prompt: Int[Tensor, "1 position"], length: int) -> None:
     those of the model as its user calls it, on these tokens alone.
     """
     name = str(lm.about.get("name", lm.family))
-    alone, rows = prompt[:, :length].to(lm.device), slice(max(0, length - _ROWS), length)
+    # Of another length, half precision rounds otherwise, and routers may choose other experts.
+    alone = (prompt if lm.dtype in HALVES else prompt[:, :length]).to(lm.device)
+    rows = slice(max(0, length - _ROWS), length)
     with uncompiled(lm.hf):
         own = lm.hf(input_ids=alone, use_cache=False).logits[0, rows].to(lm.device)
     if not own.isfinite().all():

@@ -164,7 +164,11 @@ def certificate(result: Result) -> str:
     """The conservation check in one line."""
     model = result.provenance["model"]
     parts = ", ".join(f"{name} {error:.0e}" for name, error in model["certificate"].items())
-    return f"certificate: {parts} (relative error, limit {model['certificate_limit']:.0e})"
+    said = f"certificate: {parts} (relative error, limit {model['certificate_limit']:.0e})"
+    beyond = model.get("certificate_beyond")
+    return (
+        said if beyond is None else f"{said}; not checked beyond {beyond:,} tokens, where the model computes otherwise"
+    )
 
 
 _PARTS: dict[str, _Shown] = {
