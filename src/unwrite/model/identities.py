@@ -91,6 +91,8 @@ def relative(parts: Float[Tensor, "part row d"], truth: Float[Tensor, "row d"]) 
 
     Rounding is as large as the largest part, which may dwarf a sum that cancels.
     """
+    exact = torch.promote_types(parts.dtype, torch.float32)
+    parts, truth = parts.to(exact), truth.to(exact)
     size = torch.maximum(truth.norm(dim=-1), parts.norm(dim=-1).amax(0)).clamp_min(torch.finfo(parts.dtype).tiny)
     error = (parts.sum(0) - truth).norm(dim=-1) / size
     return float(error.amax()) if error.isfinite().all() else float("nan")

@@ -19,9 +19,12 @@ from filelock import FileLock, Timeout
 
 from unwrite.errors import ResultError
 from unwrite.files import possible, write
+from unwrite.model.identity import LOGITS
 
 _DIGEST = hashlib.sha256().digest_size
 Arrays = dict[str, np.ndarray]
+# Logits of one model are within this of each other, relative to the largest.
+_DIGITS = 2e-3
 # So many names of what differs are said.
 _NAMED = 4
 
@@ -63,7 +66,7 @@ def read(path: Path, key: str) -> Arrays:
         except Exception as error:  # noqa: BLE001 - whatever a damaged archive raises means the same to the user
             damage = error
             continue
-        if own != key:
+        if not alike(own, key):
             raise ResultError(
                 f"{file} is the checkpoint of another run", got=f"another {differing(own, key)}",
                 expected="the same model, input and settings", fix="choose another place, or remove it to begin anew",
@@ -83,7 +86,10 @@ def belongs(file: Path, asked: str) -> bool:
         own, wanted = json.loads(str(_unpacked(file)["key"])), json.loads(asked)
     except Exception:  # noqa: BLE001 - whatever is no checkpoint raises
         return False
-    return isinstance(own, dict) and (own.get("run") == asked or {name: own.get(name) for name in wanted} == wanted)
+    if not isinstance(own, dict):
+        return False
+    run, mine = own.get("run"), json.dumps({name: own.get(name) for name in wanted})
+    return (isinstance(run, str) and alike(run, asked)) or alike(mine, asked)
 
 
 def remove(path: Path) -> None:
@@ -95,15 +101,34 @@ def remove(path: Path) -> None:
             raise ResultError(f"cannot remove {file}", got=error.strerror, fix="ask again: all of it is done") from None
 
 
+def alike(one: str, other: str) -> bool:
+    """Are two keys of one run? Logits may differ in their last digits, as machines round."""
+    return one == other or not _differing(one, other)
+
+
 def differing(one: str, other: str) -> str:
     """The names of what differs between two keys, which are JSON objects."""
+    # Weights are what a reader knows; logits tell only what nothing else does.
+    names = sorted(_differing(one, other), key=lambda name: (name != "model weights", name))
+    names = [name for name in names if not name.endswith(f" {LOGITS}")] or names
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def _differing(one: str, other: str) -> list[str]:
     try:
         first, second = (_flat(json.loads(key)) for key in (one, other))
     except (ValueError, AttributeError):
-        return "key"
-    names = sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+        return ["key"]
+    return sorted(name for name in first.keys() | second.keys() if not _same(name, first.get(name), second.get(name)))
+
+
+def _same(name: str, one: Any, other: Any) -> bool:
+    if not name.endswith(f" {LOGITS}") or not (isinstance(one, list) and isinstance(other, list)):
+        # The key of the run around a part of it is a string.
+        return alike(one, other) if name == "run" and isinstance(one, str) and isinstance(other, str) else one == other
+    size = max((abs(value) for value in one), default=0.0)
+    return np.allclose(one, other, rtol=0, atol=_DIGITS * size)
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

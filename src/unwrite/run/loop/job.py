@@ -26,6 +26,7 @@ from filelock import FileLock
 from unwrite import files
 from unwrite import result as results
 from unwrite.errors import ModelError, ResultError
+from unwrite.model.identity import identity
 from unwrite.model.load import weights_hash
 from unwrite.model.view import Model
 from unwrite.result import Result
@@ -172,6 +173,9 @@ class Job:
             "weights": weights_hash(lm), "dtype": str(lm.dtype), "device": lm.device.type, "convention": lm.convention,
             "attention": lm.config._attn_implementation,
         }  # fmt: skip
+        # What is asked without a folder is compared with nothing.
+        if self.folder is not None or self.of:
+            model |= identity(lm)
         asked = {"method": method, "model": model, "input": dict(read), "settings": dict(settings)}
         self._asked[method] = self._now = json.dumps(asked, sort_keys=True)
         if self.key:
@@ -185,8 +189,8 @@ class Job:
         if not (folder / results.FILE).exists():
             return None
         found = results.read(folder)
-        if found.data.attrs.get(_KEY) != self.key:
-            own = found.data.attrs.get(_KEY)
+        own = found.data.attrs.get(_KEY)
+        if own is None or not checkpoint.alike(str(own), self.key):
             raise ResultError(
                 f"{folder} holds the result of another run",
                 got=f"a {found.method}" if own is None else f"another {checkpoint.differing(str(own), self.key)}",
