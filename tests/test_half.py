@@ -87,9 +87,10 @@ def test_no_statistic_is_summed_in_half_precision(method: str, family: str, dtyp
 
 
 def test_a_sum_of_half_precision_numbers_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = model("llama", torch.bfloat16)
     monkeypatch.setattr(Model, "compute_dtype", property(lambda lm: lm.dtype))
     with Sums() as sums:
-        SINGLE["effects atp"](model("llama", torch.bfloat16))
+        SINGLE["effects atp"](lm)
     assert any("estimates.py" in place for place in sums.found)
 
 
