@@ -20,13 +20,14 @@ from unwrite.model.identities import added, beyond, logits_of, relative
 from unwrite.model.lengths import affordable, switches
 from unwrite.model.single import HALVES, in_float32
 from unwrite.model.view import Folded, Model, fold
+from unwrite.model.weights import offloaded
 
 NEEDED = ("heads", "stream", "locations", "logits", "values", "causal")
 IDENTITIES = (*NEEDED, "opened", "reading", "continued")
 _LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4}
 _FLOAT32_INSIDE = 1e-6
 # Of half precision: errors are of the size of the model's own rounding, or of that of one product.
-_OF_ROUNDING, _ROUNDING = 3.0, 2e-2
+_OF_ROUNDING, _ROUNDING, _UNKNOWN = 3.0, 2e-2, 5e-2
 _LENGTHS = (5, 9)
 _PADDING = 3
 
@@ -151,7 +152,8 @@ def certify(lm: Model) -> Certificate:
 
 def _in_float32(lm: Model, folded: tuple[Folded, ...]) -> tuple[float | None, dict[str, float]]:
     """Of half precision: how far the logits are from those of float32, relative, and the identities' errors there."""
-    if lm.dtype not in HALVES:
+    # Weights that are brought in for each pass cannot be lent; only rounding at a fixed limit is asked for then.
+    if lm.dtype not in HALVES or offloaded(lm.hf):
         return None, {}
     prompts = [*_prompts(lm)]
     ids, mask = prompts[-1]
@@ -176,7 +178,7 @@ def _random(lm: Model, prompts: int, length: int) -> Int[Tensor, "prompt positio
 
 
 def _limit(lm: Model) -> float:
-    limit = _LIMITS[lm.dtype]
+    limit = _LIMITS.get(lm.dtype, _UNKNOWN)
     # Most families' eager attention has its softmax in float32.
     inexact = lm.row.float32_inside or lm.config._attn_implementation != "sdpa"
     return max(limit, _FLOAT32_INSIDE) if inexact else limit
