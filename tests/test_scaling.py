@@ -38,7 +38,7 @@ def scaling() -> ModuleType:
 def _without_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a method costs beside the checks that it begins with, which are a part of one pass whatever the method."""
     monkeypatch.setattr("unwrite.run.loop.stream._require_same", lambda *_: None)
-    monkeypatch.setattr("unwrite.run.replay.sweep.continued", lambda *_: True)
+    monkeypatch.setattr("unwrite.run.replay.clean.continued", lambda *_: True)
 
 
 @pytest.mark.parametrize("changes", [{"kv": 2}, {"gpt2": True, "d": 48, "heads": 3}], ids=str)

@@ -209,7 +209,7 @@ READINGS = [
 @pytest.mark.promise("erased")
 @pytest.mark.parametrize(("numbers", "words"), READINGS)
 def test_a_level_is_read_with_its_interval_and_never_as_erased(numbers: tuple[float, ...], words: str) -> None:
-    assert method._reading(*numbers, 2.0) == words
+    assert method._in_words(*numbers, 2.0) == words
 
 
 @pytest.mark.parametrize("buckets", [1, 3, 9])

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 import tiny
 import unwrite as uw
 from unwrite import cli
+from unwrite.cli import shards
 from unwrite.errors import Stopped
 from unwrite.model.load import view
 from unwrite.model.view import Model
@@ -74,8 +75,9 @@ def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def run(lm: Model, tokens: Tokens, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """The exit code of `unwrite …` with a tiny model and its text, whatever the command line names."""
-    monkeypatch.setattr(cli, "load_model", lambda *_: lm)
-    monkeypatch.setattr(cli, "read_texts", lambda *_: tokens)
+    for module in (cli, shards):
+        monkeypatch.setattr(module, "load_model", lambda *_: lm)
+        monkeypatch.setattr(module, "read_texts", lambda *_: tokens)
     monkeypatch.setattr(cli, "read_text", lambda *_: tokens)
 
     def code(*arguments: object) -> int:

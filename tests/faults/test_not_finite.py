@@ -139,7 +139,7 @@ def test_what_is_no_number_in_one_pass_alone(method: str) -> None:
     for at in sorted({round(1 + i * (count[0] - 1) / 5) for i in range(6)}):
         with spoilt(at, float("nan")):
             said = _said(method)
-        assert said is None or "not finite" in said or "not exact" in said, (at, said)
+        assert said is None or any(words in said for words in ("not finite", "not exact", "as it computes now")), said
 
 
 def _said(method: str) -> str | None:

@@ -17,12 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.import_utils import is_accelerate_available
 
 from unwrite.errors import ModelError, UnwriteError, plain
+from unwrite.model.capture import uncompiled
 from unwrite.model.certificate import certify
 from unwrite.model.families import FAMILIES, REFUSED, Family
 from unwrite.model.gguf import configuration, from_gguf, gguf_file, tokenizer_of
 from unwrite.model.legacy import checkpoint, from_legacy, is_legacy, tokenizer_folder, tokenizer_name
 from unwrite.model.now import state
-from unwrite.model.projections import require_linear
+from unwrite.model.projections import plain_tensor, require_linear
 from unwrite.model.single import HALVES
 from unwrite.model.view import CONVENTIONS, Model
 from unwrite.model.weights import DISK, stored
@@ -104,7 +105,8 @@ def view(hf: PreTrainedModel, tokenizer: Any = None, convention: str = "paper", 
     lm = Model(hf, tokenizer, family, row, convention, about)
     try:
         require_linear(lm, *(part for layer in lm.layers for part in (layer.out_proj, layer.value)))
-        certificate = certify(lm)
+        with uncompiled(hf):
+            certificate = certify(lm)
     except (RuntimeError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ModelError(
             f"{about['name']} ({family}) could not be run on short random prompts",
@@ -176,7 +178,7 @@ def weights_hash(lm: Model) -> str:
         total = hashlib.sha256()
         for one in every:
             total.update(f"{one.name} {tuple(one.shown.shape)} {one.shown.dtype}".encode())
-            flat = one.values().cpu().contiguous().view(-1)
+            flat = plain_tensor(one.values()).cpu().contiguous().view(-1)
             total.update(flat.view(torch.uint8).numpy().data)
         lm.hashes[state] = total.hexdigest()
     return lm.hashes[state]

@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from unwrite.errors import ModelError
-from unwrite.model.capture import run, uncompiled
+from unwrite.model.capture import evaluating, run
 from unwrite.model.identities import relative, unembed
 from unwrite.model.single import HALVES
 from unwrite.model.view import Model, fold
@@ -58,7 +58,7 @@ def same_now(lm: Model, prompt: Int[Tensor, "1 position"], length: int) -> None:
     # Of another length, half precision rounds otherwise, and routers may choose other experts.
     alone = (prompt if lm.dtype in HALVES else prompt[:, :length]).to(lm.device)
     rows = slice(max(0, length - _ROWS), length)
-    with uncompiled(lm.hf):
+    with evaluating(lm.hf):
         own = lm.hf(input_ids=alone, use_cache=False).logits[0, rows].to(lm.device)
     if not own.isfinite().all():
         return  # the method says where

@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
 from unwrite.errors import ModelError
@@ -40,7 +41,13 @@ def is_plain(module: nn.Module) -> bool:
     """Is a module's own weight all that it multiplies by?"""
     if not isinstance(module, (nn.Linear, Conv1D)) or type(module).__module__.split(".")[0] not in _KNOWN:
         return False
-    return type(module.weight) in (nn.Parameter, Tensor) and not nn.utils.parametrize.is_parametrized(module)
+    # A tensor that is made of others holds numbers of its own kind, as quantised weights do.
+    return not (is_traceable_wrapper_subclass(module.weight) or nn.utils.parametrize.is_parametrized(module))
+
+
+def plain_tensor(weight: Tensor) -> Tensor:
+    """The numbers that a weight stands for, where it is made of others."""
+    return weight.dequantize() if is_traceable_wrapper_subclass(weight) else weight
 
 
 @runtime_checkable
