@@ -32,7 +32,7 @@ PROMISES: dict[str, Promise] = {
     # What the numbers mean
     "exact": Promise(
         "A model is decomposed exactly, or refused",
-        "At load `model/certificate.py` measures five identities on random prompts, in the model's own precision, and "
+        "At load `model/certificate.py` measures the identities of `model/identities.py` on random prompts, and "
         "names the one that fails; the worst errors are in every result.",
     ),
     "planted": Promise(
