@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 
 from unwrite.errors import NodeError
-from unwrite.nodes import Location, Node, choose, parse_location, parse_node, reads
+from unwrite.nodes import Location, Node, choose, parse_location, parse_node, parse_site, reads
 
 NUMBER = st.integers(0, 300)
 NODES = st.one_of(
@@ -63,6 +63,8 @@ def test_a_node_is_what_its_name_says(name: str, kind: str, layer: int, head: in
         ((2, 3), "L2H3"),
         ((11, 10), "L11H10"),
         ("(2, 3)", "L2H3"),
+        ("2.3", "L2H3"),
+        ("a2.h3", "L2H3"),
         ("(2,3)", "L2H3"),
         ("blocks.2.hook_mlp_out", "MLP2"),
         ("blocks.31.hook_mlp_out", "MLP31"),
@@ -244,3 +246,16 @@ def test_naming_none_is_an_error(names: object) -> None:
 def test_a_wrong_name_is_refused_even_beside_good_ones() -> None:
     with pytest.raises(NodeError, match="'L1H'"):
         choose(["L0H0", "L1H"], PARTS)
+
+
+@pytest.mark.parametrize(("name", "one"), [("z", "L2H0.z"), ("pattern", "L2H0.pattern"), ("result", "L2H0")])
+def test_what_holds_all_heads_elsewhere_is_refused_with_the_name_of_one(name: str, one: str) -> None:
+    with pytest.raises(NodeError, match=rf"holds all heads of a layer.*such as {re.escape(one)}\.$"):
+        parse_site(f"blocks.2.attn.hook_{name}")
+    assert str(parse_site(one)) == one
+
+
+def test_a_number_is_no_head() -> None:
+    """2.10 would be 2.1."""
+    with pytest.raises(NodeError, match="not a site"):
+        parse_site(2.1)

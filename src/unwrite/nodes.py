@@ -38,7 +38,10 @@ class Kind:
         return tuple(map(re.compile, (printed, *self.also)))
 
 
-_PAIR = r"\(\s*(\d+)\s*,\s*(\d+)\s*\)"
+# (2, 3), as tuples are printed; 2.3 and a2.h3, as papers write it.
+_PAIRS = (r"\(\s*(\d+)\s*,\s*(\d+)\s*\)", r"(\d+)\.(\d+)", r"a(\d+)\.h(\d+)")
+# What holds all heads of a layer elsewhere.
+_ALL_HEADS = re.compile(r"blocks\.(\d+)\.attn\.hook_(q|k|v|z|pattern|result)")
 # In the order in which a forward pass reaches them in a layer, which for nodes is that in which they write. In a
 # parallel block the MLP comes when it likes.
 KINDS: dict[str, Kind] = {
@@ -53,7 +56,7 @@ KINDS: dict[str, Kind] = {
     "v": Kind("L{layer}H{head}.v", "head", "v", receives=True),
     "pattern": Kind("L{layer}H{head}.pattern", "head"),
     "z": Kind("L{layer}H{head}.z", "head"),
-    "head": Kind("L{layer}H{head}", "head", "heads", (_PAIR,), writes=True, sends=True, receives=True),
+    "head": Kind("L{layer}H{head}", "head", "heads", _PAIRS, writes=True, sends=True, receives=True),
     "bias": Kind("L{layer}.bias", writes=True),
     "attn_out": Kind("L{layer}.attn_out", "layer", "attn_out", (r"blocks\.(\d+)\.hook_attn_out",), sends=True),
     "mid": Kind("resid_mid{layer}", "layer", "resid", (r"blocks\.(\d+)\.hook_resid_mid",)),
@@ -170,8 +173,12 @@ def parse_site(name: object) -> Site:
     """
     if isinstance(name, Site) and name.kind != "pre":
         return name
-    found = _found(str(name).removesuffix(".out"), KINDS)
+    found = _found(name.removesuffix(".out") if isinstance(name, str) else name, KINDS)
     if found is None or (str(name).endswith(".out") and not KINDS[found[0]].writes):
+        if (all_heads := _ALL_HEADS.fullmatch(str(name))) is not None:
+            layer, part = all_heads.groups()
+            one = f"L{layer}H0" + ("" if part == "result" else f".{part}")
+            raise NodeError(f"{name} holds all heads of a layer", expected="a site of one head", fix=f"such as {one}")
         raise NodeError(
             "not a site",
             got=repr(name),
@@ -183,9 +190,11 @@ def parse_site(name: object) -> Site:
 
 def _found(name: object, kinds: Iterable[str]) -> tuple[str, *tuple[int, ...]] | None:
     """The kind of a name, and its layer and head; None where it is no name of these kinds."""
+    # A number has lost its zeros: the head 2.10 would be the head 2.1.
+    text = "" if isinstance(name, float) else str(name)
     for kind in kinds:
         for form in KINDS[kind].forms:
-            if found := form.fullmatch(str(name)):
+            if found := form.fullmatch(text):
                 return (kind, *map(int, found.groups()))
     return None
 
