@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +227,16 @@ def test_a_folder_with_a_result_that_names_no_run_is_refused(lm, tmp_path) -> No
         uw.scan(lm, IDS, checkpoint=tmp_path)
 
 
+@pytest.fixture
+def _heard() -> Iterator[None]:
+    """Interrupts are heard, also where the tests run in a background that ignores them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.promise("interrupted")
+@pytest.mark.usefixtures("_heard")
 def test_ctrl_c_waits_for_the_batch_and_keeps_it_and_a_second_one_does_not_wait(lm, tmp_path, monkeypatch) -> None:
     from unwrite.run.tally import gram
 
