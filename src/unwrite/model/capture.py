@@ -51,7 +51,7 @@ def recording(lm: Model, folded: Sequence[Folded], truth: bool = False) -> Itera
 
 def uncompiled(model: nn.Module) -> AbstractContextManager[object]:
     """Inside the `with`, compiled parts run as they are written: compiled code calls no hook that came after it."""
-    compiled = any(part._compiled_call_impl is not None or hasattr(part, "_orig_mod") for part in model.modules())
+    compiled = any(part._compiled_call_impl is not None or "_orig_mod" in part._modules for part in model.modules())
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 

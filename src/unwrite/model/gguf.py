@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from unwrite.errors import ModelError
 
@@ -47,13 +47,3 @@ def from_gguf(file: Path, dtype: Any) -> PreTrainedModel:
     """The model with its weights dequantised, in float32 unless another `dtype` is named."""
     wanted = torch.float32 if dtype in (None, "auto") else dtype
     return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=wanted)
-
-
-def tokenizer_of(file: Path, context: int | None) -> Any:
-    """The tokenizer that comes in the file; None where it cannot be read."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except Exception:  # noqa: BLE001 - a model without a tokenizer is complete: token ids can be given
-        return None
-    tokenizer.model_max_length = min(tokenizer.model_max_length, context or tokenizer.model_max_length)
-    return tokenizer

@@ -20,7 +20,7 @@ from unwrite.errors import ModelError, UnwriteError, plain
 from unwrite.model.capture import uncompiled
 from unwrite.model.certificate import certify
 from unwrite.model.families import FAMILIES, REFUSED, Family
-from unwrite.model.gguf import configuration, from_gguf, gguf_file, tokenizer_of
+from unwrite.model.gguf import configuration, from_gguf, gguf_file
 from unwrite.model.legacy import checkpoint, from_legacy, is_legacy, tokenizer_folder, tokenizer_name
 from unwrite.model.now import state
 from unwrite.model.projections import plain_tensor, require_linear
@@ -248,7 +248,7 @@ def _from_gguf(file: Path, options: dict[str, Any]) -> tuple[PreTrainedModel, Ca
         raise
     except Exception as error:
         raise ModelError(f"cannot load {file.name}", got=_first_line(error), fix=_advice(error)) from error
-    return hf, partial(tokenizer_of, file, getattr(hf.config, "max_position_embeddings", None))
+    return hf, partial(_tokenizer, str(file.parent), hf.config, {"gguf_file": file.name})
 
 
 def places(device_map: Any, device: Any = None) -> Any:
