@@ -1,0 +1,126 @@
+"""What does the model do if one write is changed? Executed for many writes at once, each as a row of one batch.
+
+A run whose write is changed is the clean run up to that write, so it begins where the write is read, and goes up
+together with those that began before it. What happens there is looked at as it goes by, since no machine holds what
+every node writes in every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from unwrite.model.capture import Recording, recording
+from unwrite.model.continued import Calls, block_from, calls_from
+from unwrite.model.hooks import Handle, Visit, after, before, hooked
+from unwrite.model.view import Layer, Model, centre
+from unwrite.nodes import Location, Node
+from unwrite.run.replay.clean import Clean
+from unwrite.run.replay.walk import ROWS
+
+
+@dataclass(frozen=True, eq=False)
+class Changed:
+    """Runs of prompts `prompt[i]` of a clean run in which `change[i]` is added right after `node[i]` has written."""
+
+    node: Sequence[Node]
+    prompt: Int[Tensor, " run"]
+    change: Float[Tensor, "run position d_model"]
+
+
+# Told of every block that runs 0 … n went through: what the nodes of that layer wrote, and its states of the stream.
+Seen = Callable[[int, int, Recording], object]
+
+
+def begins(lm: Model, node: Node) -> int:
+    """The first block that a run goes through in which this node's write is changed."""
+    return node.layer + int(node.kind == "mlp" or node.layer < 0 or lm.parallel)
+
+
+def in_order(lm: Model, nodes: Sequence[Node]) -> list[int]:
+    """Where the nodes are, in the order in which their runs begin: of a block before those inside of it."""
+    return sorted(range(len(nodes)), key=lambda i: (begins(lm, nodes[i]), nodes[i].layer))
+
+
+def at_once(length: int) -> int:
+    """How many runs of prompts of this length go up together."""
+    return max(1, ROWS // length)
+
+
+def alone(lm: Model, ids: Int[Tensor, "prompt position"]) -> Calls:
+    """How the model calls its blocks for one prompt of this length: so it can be called for any number of them."""
+    return calls_from(lm, ids[:1].to(lm.device), (), 0, ids.shape[1])
+
+
+@torch.no_grad()
+def changed(run: Clean, calls: Calls, runs: Changed, seen: Seen) -> Float[Tensor, "run position d_model"]:
+    """The final stream of every run. `runs` are in the order in which they begin (`in_order`), `calls` are `alone`'s.
+
+    `seen(layer, n, record)` is told of every block that the first `n` runs went through; `record` holds what that
+    block's nodes write there, and its states of the stream: mid (none in a parallel block) and post.
+    """
+    lm = run.lm
+    start = [begins(lm, node) for node in runs.node]
+    x = runs.change[:0]
+    with ExitStack() as stack:
+        record = stack.enter_context(recording(lm, run.folded))
+        stack.enter_context(hooked(_mids(lm, record)))
+        for index in range(min(start), len(lm.layers) + 1):
+            n = sum(first <= index for first in start)
+            x = torch.cat([x, _begun(run, runs, slice(len(x), n), index)])
+            if index == len(lm.layers):
+                break
+            # Edits come last, so what nodes hand on after one is not what is recorded of them.
+            with hooked(_edits(run, runs, slice(0, n), lm.layers[index])):
+                x = block_from(lm, (), index, x, runs.prompt[:n], 0, calls)
+            record.stream[Location("post", index)] = centre(x.to(lm.device, lm.compute_dtype), lm)
+            seen(index, n, record)
+            for store in (record.z, record.gain, record.vectors, record.stream):
+                store.clear()
+    return centre(x.to(lm.device, lm.compute_dtype), lm)
+
+
+def _mids(lm: Model, record: Recording) -> Iterator[Handle]:
+    for layer in lm.layers:
+        if layer.mid is not None and not lm.parallel:
+            yield before(layer.mid, _mid(lm, layer, record))
+
+
+def _mid(lm: Model, layer: Layer, record: Recording) -> Visit:
+    def visit(x: Tensor) -> None:
+        # OPT flattens prompts and positions before its MLP.
+        x = x.detach().reshape(*record.z[layer.index].shape[:2], -1).to(lm.device, lm.compute_dtype)
+        record.stream[Location("mid", layer.index)] = centre(x, lm)
+
+    return visit
+
+
+def _begun(run: Clean, runs: Changed, rows: slice, index: int) -> Float[Tensor, "run position d_model"]:
+    """What a block reads in the runs that begin there; the change is in it, or is yet to come inside the block."""
+    lm, last = run.lm, index == len(run.lm.layers)
+    x = run.record.stream[lm.states[-1]] if last else run.input(index)
+    x, change = x.to(lm.device)[runs.prompt[rows]], runs.change[rows]
+    read = torch.tensor([node.layer < index for node in runs.node[rows]], dtype=torch.bool, device=x.device)
+    return torch.where(read[:, None, None], x + change.to(x), x)
+
+
+def _edits(run: Clean, runs: Changed, rows: slice, layer: Layer) -> Iterator[Handle]:
+    """Where runs begin inside a block: its attention writes something else, its MLP reads that."""
+    lm = run.lm
+    inside = [i for i in range(rows.stop) if begins(lm, runs.node[i]) == layer.index == runs.node[i].layer]
+    if inside:
+        part = slice(inside[0], inside[-1] + 1)
+        yield after(layer.attention_end, partial(_plus, lm, part, runs.change[part]))
+
+
+def _plus(lm: Model, part: slice, change: Tensor, written: Tensor) -> Tensor:
+    """What a module writes with something added in some runs, in units of the stream, which it reaches scaled."""
+    whole = written.clone()
+    whole.view(-1, *change.shape[1:])[part] += (change / lm.residual_scale).to(written)
+    return whole
