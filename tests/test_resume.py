@@ -17,7 +17,9 @@ import unwrite as uw
 from unwrite.errors import ResultError
 from unwrite.model.capture import run
 from unwrite.model.load import view
+from unwrite.run.loop import stream
 from unwrite.run.loop.job import Stage
+from unwrite.run.loop.stream import Progress
 from unwrite.run.tally import gram
 
 IDS = torch.randint(3, 50, (40, 9), generator=torch.Generator().manual_seed(0))
@@ -98,6 +100,17 @@ lm = view(tiny.model("gpt2", 0))
     assert kills(setup, work, 0.1) >= 2
     assert same(uw.read(out), uw.scan(lm, IDS, batch=1))
     assert list(place.iterdir()) == []
+
+
+def test_a_step_that_takes_long_is_told_of_between_whiles(lm, monkeypatch) -> None:
+    monkeypatch.setattr(stream, "_BETWEEN", 0.0)
+    heard: list[Progress] = []
+    pairs = uw.pairs(IDS[:3, :4], IDS[3:6, :4], 5, 9)
+    uw.effects(lm, pairs, "heads", batch=2, listener=heard.append)
+    steps = [(step.done, step.begun, step.doing, step.tokens) for step in heard]
+    assert (0, 1.0, "2/4 positions", 4) in steps
+    assert (2, 0.5, "2/4 positions", 10) in steps
+    assert [step for step in steps if not step[2]] == [(0, 0.0, "", 0), (2, 0.0, "", 8), (3, 0.0, "", 12)]
 
 
 @pytest.mark.promise("resumed")

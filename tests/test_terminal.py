@@ -277,6 +277,23 @@ def test_a_stage_that_runs_says_how_long_it_will(monkeypatch) -> None:
     assert re.search(r"scan +█+·+ +30/120 prompts +50 tok/s +left 3 min", shown)
 
 
+def test_a_batch_that_takes_long_says_how_far_it_is() -> None:
+    parts = ((0.5, "75/301 nodes", 30.0), (1.5, "226/301 nodes", 90.0))
+    steps = [Progress("dla", 0, 2, 30, after, begun=begun, doing=doing) for begun, doing, after in parts]
+    assert [step.left for step in steps] == [90.0, 30.0]
+    assert Progress("dla", 0, 2, 30, 9.0).left == float("inf")
+    assert re.search(r"dla +█+·+ +75/301 nodes +1 tok/s +left 90.0 s", read_off(watched(steps[:1])))
+    # All of it is one stage, of which one line stays.
+    shown = read_off(watched([*steps, Progress("dla", 2, 2, 60, 120.0)]))
+    assert re.search(r"dla +█+ +2/2 prompts +0 tok/s +in 2 min", shown)
+    assert "226/301 nodes" not in shown
+    screen = Console(file=io.StringIO(), width=160)
+    with live.listening(screen, lambda: 0) as hear:
+        for step in [steps[0], steps[0], steps[1]]:
+            hear(step)
+    assert len(screen.file.getvalue().splitlines()) == 2
+
+
 def test_the_table_stays_after_an_interrupt_and_goes_after_the_end(told) -> None:
     heard, found = told
     part = heard[: next(i for i, step in enumerate(heard) if step.result and step.result.method == "verify") + 1]

@@ -201,7 +201,8 @@ class _Tally:
                 found[part.pair, place, part.unit + int(offset[part.slot])] = change
             self._begun.clear()
             self._begun |= {_name(rows): found.cpu().numpy(), f"{_name(rows)} done": np.array(start + 1)}
-            self._job.tick(self.kept)
+            length = found.shape[1]
+            self._job.tick(self.kept, (start + 1) / length, f"{start + 1}/{length} positions")
         self._begun.clear()
         return {"base": clean, "effect": _shaped(request, found if request.at == "each" else found[:, :1], row)}
 

@@ -29,7 +29,10 @@ _AGAIN = ", hidden"
 
 @runtime_checkable
 class Heard(Protocol):
-    """What a listener hears: `done` of `total` prompts of a stage, or with a `result` that a part is finished."""
+    """What a listener hears: `done` of `total` prompts of a stage, or with a `result` that a part is finished.
+
+    `begun` is how many more are done in part, and `doing` says so in what is counted there.
+    """
 
     @property
     def stage(self) -> str: ...
@@ -39,6 +42,10 @@ class Heard(Protocol):
     def total(self) -> int: ...
     @property
     def before(self) -> int: ...
+    @property
+    def begun(self) -> float: ...
+    @property
+    def doing(self) -> str: ...
     @property
     def tokens(self) -> int: ...
     @property
@@ -83,7 +90,7 @@ def _lines(screen: Console) -> Callable[[Heard], None]:
             if words := _words(step.result):
                 screen.print(Text(words))
             return
-        tenth = 10 * step.done // step.total
+        tenth = int(10 * _reached(step) / step.total)
         if tenths.get(step.stage) != tenth:
             screen.print(Text(line(step, screen.width)))
         tenths[step.stage] = tenth
@@ -113,7 +120,7 @@ class _Shown:
             return
         if self.now is not None and step.stage == self.now.stage + _AGAIN:
             self.before = self.now
-        elif self.now is not None and (step.stage != self.now.stage or step.done <= self.now.done):
+        elif self.now is not None and (step.stage != self.now.stage or _reached(step) <= _reached(self.now)):
             self.settle()
         self.now = step
 
@@ -137,18 +144,23 @@ class _Shown:
 def line(step: Heard, width: int, before: Heard | None = None) -> str:
     """A stage in one line that fits `width`; `before` is the end of an earlier pass over it, which counts."""
     bar = max(_NARROWEST, min(_WIDEST, width - _FIXED))
-    filled = bar * step.done // step.total
+    filled = int(bar * _reached(step) / step.total)
     name, rate, seconds = step.stage, step.rate, step.seconds
     if before is not None:
         name, seconds = before.stage, before.seconds + step.seconds
         rate = (before.tokens + step.tokens) / seconds if seconds else 0.0
-    left = f"left {duration(step.left)}" if step.done else ""
+    left = f"left {duration(step.left)}" if _reached(step) > step.before else ""
     left = f"in {duration(seconds)}" if step.done == step.total else left
     left = "done before" if step.before == step.total else left
     return (
         f"{set_cell_size(plain(name), _STAGE)} {'█' * filled}{'·' * (bar - filled)} "
-        f"{f'{step.done}/{step.total} prompts':>15}  {f'{rate:,.0f} tok/s':>12}  {left}"
+        f"{plain(step.doing) or f'{step.done}/{step.total} prompts':>15}  {f'{rate:,.0f} tok/s':>12}  {left}"
     )
+
+
+def _reached(step: Heard) -> float:
+    """How many prompts are done, of those that are begun a part."""
+    return step.done + step.begun
 
 
 def _words(part: Result) -> str:

@@ -13,7 +13,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -113,6 +113,8 @@ class Job:
     _lock: FileLock | None = field(init=False, default=None)
     _open: bool = field(init=False, default=False)
     _came: list[int] = field(init=False, default_factory=list)
+    # Who wants to know how far a step is: which part of its batch is done, and that in words.
+    heard: Callable[[float, str], object] = field(init=False, default=lambda *_: None)
     _began: float = field(init=False, default_factory=time.monotonic)
     # In earlier starts of the same run, and elsewhere.
     _before: Spent = field(init=False, default=Spent())
@@ -240,9 +242,10 @@ class Job:
         self._stages.append(stage)
         return stage
 
-    def tick(self, lasting: Lasting) -> None:
-        """Where a step takes long: what lasts is whole here, and an interrupt need not wait any longer."""
+    def tick(self, lasting: Lasting, done: float = 0.0, doing: str = "") -> None:
+        """Where a step takes long: what lasts is whole here, `done` of its batch, and an interrupt need not wait."""
         self._stages[-1].tick(lasting, now=self.interrupted)
+        self.heard(done, doing)
         if self.interrupted:
             raise KeyboardInterrupt
 

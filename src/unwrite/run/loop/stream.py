@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -29,6 +30,8 @@ from unwrite.run.loop.ledger import Lasting, Ledger
 
 _BATCH_TOKENS = 4096
 _BATCH_BYTES = 2**28
+# Seconds between two words of one step.
+_BETWEEN = 0.5
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ class Progress:
     """How far a method is: `done` of `total` prompts, tokens so far, seconds since the start.
 
     `before` of them were done before this start of a run. `result` is there where a part of a longer run is finished:
-    what it found.
+    what it found. Where a batch takes long, `begun` is how much of its prompts is done, and `doing` says that in what
+    the method counts there ("87/301 nodes").
     """
 
     stage: str
@@ -93,6 +97,8 @@ class Progress:
     seconds: float
     result: Result | None = None
     before: int = 0
+    begun: float = 0.0
+    doing: str = ""
 
     @property
     def rate(self) -> float:
@@ -102,8 +108,9 @@ class Progress:
     @property
     def left(self) -> float:
         """Seconds to go at the rate so far."""
-        now = self.done - self.before
-        return self.seconds * (self.total - self.done) / now if now else float("inf")
+        done = self.done + self.begun
+        now = done - self.before
+        return self.seconds * (self.total - done) / now if now else float("inf")
 
 
 Listener = Callable[[Progress], None]
@@ -179,16 +186,23 @@ def batches(tokens: Tokens, size: int, which: range | None = None) -> Iterator[B
 def stream(lm: Model, tokens: Tokens, tally: Tally, size: int, stage: str, listener: Listener | None, job: Job) -> None:
     """Give the tally every batch that is this job's and not done yet, in order, and tell the listener how far it is.
 
-    Afterwards the tally holds the whole, or in a job that does a part of the work that part.
+    Afterwards the tally holds the whole, or in a job that does a part of the work that part. A step that takes long
+    says between whiles how far it is, by `job.tick(kept, 0.29, "87/301 nodes")`, which also keeps what is done.
     """
     done = job.stage(stage, -(-len(tokens) // size), [tokens.hash, size])
     left = done.resume(tally.kept)
     first, end = (min(index * size, len(tokens)) for index in (done.span.start, done.span.stop))
     start, seen, before = time.monotonic(), 0, min(left.start * size, end) - first
+    told = start
 
-    def tell(prompts: int) -> None:
-        if listener is not None and end > first:
-            listener(Progress(stage, prompts, end - first, seen, time.monotonic() - start, before=before))
+    def tell(prompts: int, part: float = 0.0, doing: str = "", of: Batch | None = None) -> None:
+        nonlocal told
+        if listener is None or end <= first or (of is not None and time.monotonic() < told + _BETWEEN):
+            return
+        told = time.monotonic()
+        tokens, begun = (0, 0.0) if of is None else (int(part * int(of.counted.sum())), part * of.real)
+        step = Progress(stage, prompts, end - first, seen + tokens, told - start, before=before)
+        listener(replace(step, begun=begun, doing=doing))
 
     if not left:
         tell(end - first)
@@ -196,6 +210,7 @@ def stream(lm: Model, tokens: Tokens, tally: Tally, size: int, stage: str, liste
         if not job.checked:
             _require_same(lm, batch)
             job.checked = True
+        job.heard = partial(tell, batch.first - first, of=batch)
         with job.unbroken():
             tally.step(batch)
             done.done(tally.kept, batch.index, now=job.interrupted)
