@@ -44,6 +44,7 @@ def _estimated(method: str) -> Method:
 # The first word is the public name.
 METHODS: dict[str, Method] = {
     "scan": lambda lm, **kept: uw.scan(lm, IDS, **kept),
+    "survival": lambda lm, **kept: uw.survival(lm, IDS, ["embed", "L0H1", "MLP0"], decoys=2, **kept),
     "verify": lambda lm, **kept: uw.verify(lm, IDS, "L0H0", **kept),
     "verify erasers": lambda lm, **kept: uw.verify(lm, IDS, "L0H0", ["L1H0"], **kept),
     "dla texts": lambda lm, **kept: uw.dla(lm, IDS[:2], texts=IDS[2:], **kept),
@@ -66,6 +67,7 @@ METHODS: dict[str, Method] = {
 VARIANTS: dict[str, Method] = {
     "dla mean": lambda lm, **kept: uw.dla(lm, IDS[:3], 5, 9, replace="mean", **kept),
     "dla position": lambda lm, **kept: uw.dla(lm, IDS[:3], replace="resample", at="position", **kept),
+    "survival raw": lambda lm, **kept: uw.survival(lm, IDS, ["L0H0"], "raw", ["rotated"], 1, **kept),
     "effects states": lambda lm, **kept: uw.effects(lm, PAIRS, ["embed", "L1.attn_out", "L1H0.k"], **kept),
     "effects kl": lambda lm, **kept: uw.effects(lm, PAIRS, HEADS, "all", metric="kl", source="mean", **kept),
     "effects atp prob": lambda lm, **kept: uw.effects(lm, PAIRS, method="atp", metric="prob", **kept),

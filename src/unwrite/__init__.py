@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from unwrite.methods.effects import effects as effects
     from unwrite.methods.paths import paths as paths
     from unwrite.methods.scan import scan as scan
+    from unwrite.methods.survival import survival as survival
     from unwrite.methods.verify import verify as verify
     from unwrite.model.load import load as load
     from unwrite.model.planted import planted as planted
@@ -57,6 +58,7 @@ _PUBLIC = {
     "read": "unwrite.result",
     "reproduce": "unwrite.studies.reproduce",
     "scan": "unwrite.methods.scan",
+    "survival": "unwrite.methods.survival",
     "text": "unwrite.prompts.texts",
     "trace": "unwrite.run.edit.trace",
     "verify": "unwrite.methods.verify",

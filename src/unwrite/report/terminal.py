@@ -12,7 +12,7 @@ from rich.text import Text
 from xarray import Dataset
 
 from unwrite.errors import plain
-from unwrite.report import audited, believed, found, patched
+from unwrite.report import audited, believed, found, patched, survived
 from unwrite.report.columns import Column, listed
 from unwrite.report.scanned import HEADER, disagreements, folded_line, rows, soundness, texts
 from unwrite.report.verdict import verdict
@@ -173,6 +173,7 @@ def certificate(result: Result) -> str:
 
 _PARTS: dict[str, _Shown] = {
     "scan": _scan,
+    "survival": _listed(survived.HEADER, survived.rows),
     "verify": _verify,
     "dla": _dla,
     "audit": _audit,
@@ -183,6 +184,7 @@ _PARTS: dict[str, _Shown] = {
     "reproduce": _listed(found.CLAIMS_HEADER, found.claims),
 }
 _WORDS: dict[str, Callable[[Result], str]] = {
+    "survival": survived.sentence,
     "verify": sentence,
     "dla": believed.sentence,
     "effects": patched.sentence,

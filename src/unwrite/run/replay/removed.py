@@ -67,7 +67,7 @@ def changed(run: Clean, calls: Calls, runs: Changed, seen: Seen) -> Float[Tensor
     """
     lm = run.lm
     start = [begins(lm, node) for node in runs.node]
-    x = runs.change[:0]
+    x = run.input(0).to(lm.device)[:0]
     with ExitStack() as stack:
         record = stack.enter_context(recording(lm, run.folded))
         stack.enter_context(hooked(_mids(lm, record)))

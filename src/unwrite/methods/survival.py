@@ -1,0 +1,278 @@
+"""What survives of every write, compared with what becomes of ordinary writes at the same place? By executed runs.
+
+survival_k = Σ⟨x_k − x_k^{−w}, o_w⟩_m / Σ⟨o_w, o_w⟩_m, x^{−w} the run in which o_w was taken out right after it was
+written (Dao, Lau, Rager and Janiak 2023, arXiv 2310.07325, Fig. 3, for all writers at once); ⟨a, b⟩_m = Σ m_i a_i b_i
+weighs channels as those read them that come after the write, since a few dimensions that hardly anybody reads hold most
+of the energy of some models. What a survival means is said by decoys, which are run exactly as writes are.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
+
+from unwrite.errors import NumericError, one_of
+from unwrite.model import readers
+from unwrite.model.load import provenance
+from unwrite.model.view import Model, fold
+from unwrite.nodes import Node, choose
+from unwrite.prompts.tokens import Tokens
+from unwrite.result import Result, build, quantity
+from unwrite.run.loop.checkpoint import Arrays
+from unwrite.run.loop.job import Job, opened
+from unwrite.run.loop.stream import Listener, admit, batch_size, stream
+from unwrite.run.source.standins import CONTROLS
+from unwrite.run.tally.survives import Removals, SurvivalTally
+from unwrite.run.tally.written import Written
+from unwrite.stats.verdicts import (
+    CRITERIA,
+    Interval,
+    Judged,
+    Sums,
+    by_document,
+    cuts,
+    estimate,
+    judge,
+    left_out,
+    ratio,
+    together,
+)
+
+WEIGHTS = ("readers", "raw", "unembed")
+BOUNDS = ("low", "median", "high")
+CUTS = ("nodes", "blocks")
+# A write is material if its norm is at least this fraction of the stream's, right after it, in the median.
+MATERIAL = 0.05
+
+
+@torch.no_grad()
+def survival(
+    lm: Model,
+    tokens: Any,
+    writers: Iterable[object] | None = None,
+    weigh: Any = "readers",
+    controls: Sequence[str] = ("typical", "signs"),
+    decoys: int = 4,
+    skip: int = 1,
+    *,
+    mask: Any = None,
+    bos: int | bool | None = None,
+    batch: int | None = None,
+    checkpoint: Job | str | Path | None = None,
+    listener: Listener | None = None,
+) -> Result:
+    """What survives of each write at every later location, who acts on it, and whether that is out of the ordinary.
+
+    Arguments: `tokens`, `mask`, `bos`, `skip` and `checkpoint` as in `uw.scan`; `writers` names of nodes, by default
+    all whose write is material (at least 5 % of the stream right after it, in the median); `weigh` how channels count:
+    "readers" (as later readers read them), "unembed" (as the unembedding alone does), "raw" (all alike, as in the
+    paper), or d_model numbers; `controls` what stands in for a write, the first of them being the decoys: "typical" (a
+    mix of what other nodes write there in another prompt), "signs" (a random sign for each channel), "rotated";
+    `decoys` of these for each writer, and half as many of the other controls.
+    Returns a Result: `survival[writer, location, weigh]` with `survival_low` and `survival_high` (95 % t interval over
+    documents), `end` the same at the end of the stream and `median_survival` its median over positions;
+    `ordinary[writer, control, bound]`, what becomes of stand-ins (5 %, median, 95 %), `gap` = `end` − that median with
+    its interval; `q` and `q_above` by target–decoy competition over all writers: which part of those that are at least
+    as low, or high, would be so by chance; `verdict`. `acts[writer, node]` = what a later node writes along the write
+    because it is there, with interval, and its parts `erased` and `filled_in`; `erased_by[writer, cut]` and
+    `filled_in_by` sum these over nodes and over whole blocks. `energy_top3` and `participation` of each write's
+    channels; `without_sinks`, survival without rows at which the stream is ten times as long as usual; `rescaled`, the
+    mean of log(‖x‖ / ‖x^{−w}‖), by which norms scale everything else otherwise.
+    Raises NodeError for an unknown writer; NumericError where no write is material, for an unknown weight or control;
+    TokensError as `uw.scan`.
+
+    Example: `uw.survival(lm, uw.text("books/", lm.tokenizer, n=8, length=64)).table()`
+    """
+    read = admit(lm, tokens, mask, skip, bos)
+    _require(controls, decoys)
+    named = choose(writers, lm.parts) if writers is not None else None
+    settings = {
+        "writers": None if named is None else [*map(str, named)], "weigh": _named(lm, weigh), "controls": [*controls],
+        "decoys": decoys, "skip": skip, "batch": batch,
+    }  # fmt: skip
+    with opened(checkpoint) as job:
+        if done := job.begin("survival", lm, {"": read.hash}, settings):
+            return done
+        chosen = _material(lm, read, skip, listener, job) if named is None else named
+        # What the decoys are has a median and a spread, of the others only the median is asked for.
+        draws = {control: decoys if control == controls[0] else max(1, decoys // 2) for control in controls}
+        question = Removals(lm, fold(lm), read, skip, chosen, _weights(lm, chosen, weigh), draws)
+        tally = SurvivalTally(question, job)
+        stream(lm, read, tally, _size(lm, read, batch), f"survival of {len(chosen)}", listener, job)
+        data = _Found(question, tally.whole()).dataset()
+        return job.signed(build("survival", data, settings, provenance(lm), {"": read.about()}))
+
+
+def _size(lm: Model, tokens: Tokens, batch: int | None) -> int:
+    """Prompts at a time: so many that their runs fill the rows that go up together."""
+    return batch_size(lm, tokens, batch, held=2) if batch is not None else 1
+
+
+def _require(controls: Sequence[str], decoys: Any) -> None:
+    if not controls or isinstance(controls, str):
+        raise NumericError("controls are names", got=repr(controls), expected=f"some of {', '.join(CONTROLS)}")
+    for control in controls:
+        one_of("a control", control, tuple(CONTROLS))
+    if type(decoys) is not int or decoys < 1:
+        raise NumericError("decoys is a number of stand-ins", got=repr(decoys), expected="a positive integer")
+
+
+def _named(lm: Model, weigh: Any) -> str | list[float]:
+    if isinstance(weigh, str):
+        one_of("weigh", weigh, WEIGHTS, also=f"{lm.d_model} numbers")
+        return weigh
+    numbers = np.asarray(weigh.detach().cpu() if isinstance(weigh, Tensor) else weigh)
+    right = numbers.dtype.kind in "fiu" and numbers.shape == (lm.d_model,)
+    if not right or not (np.isfinite(numbers) & (numbers >= 0)).all() or not numbers.any():
+        raise NumericError(
+            "weigh is a weight for every channel", got=f"{numbers.dtype} {numbers.shape}",
+            expected=f"{lm.d_model} finite numbers, none below 0 and not all 0, or one of {', '.join(WEIGHTS)}",
+        )  # fmt: skip
+    return [float(number) for number in numbers]
+
+
+def _weights(lm: Model, writers: Sequence[Node], weigh: Any) -> dict[str, Float[Tensor, "writer d_model"]]:
+    """The weights asked for, by their name, and the paper's own beside them."""
+    even = torch.ones(len(writers), lm.d_model, dtype=lm.compute_dtype, device=lm.device)
+    if isinstance(weigh, str) and weigh == "raw":
+        return {"raw": even}
+    if not isinstance(weigh, str):
+        own = torch.as_tensor(np.asarray(_named(lm, weigh)), dtype=even.dtype, device=lm.device)
+        return {"own": own.expand_as(even).contiguous(), "raw": even}
+    found = readers.readers(lm)
+    found = found if weigh == "readers" else found[-1:]
+    return {weigh: torch.stack([readers.weights(lm, found, writer) for writer in writers]), "raw": even}
+
+
+def _material(lm: Model, tokens: Tokens, skip: int, listener: Listener | None, job: Job) -> tuple[Node, ...]:
+    """Writers whose write is not tiny beside the stream; a bias is no writer that one could ask about."""
+    tally = Written(lm, tokens, skip)
+    stream(lm, tokens, tally, batch_size(lm, tokens), "what is written", listener, job)
+    relative = tally.relative_norm()
+    found = tuple(
+        node for node, part in zip(lm.parts, relative, strict=True) if part >= MATERIAL and node.kind != "bias"
+    )
+    if not found:
+        raise NumericError(
+            "no node writes anything material on this text", got=f"at most {np.nanmax(relative):.3f} of the stream",
+            expected=f"at least {MATERIAL}", fix="name writers=, or give other text",
+        )  # fmt: skip
+    return found
+
+
+class _Found:
+    """What was summed up, as a result has it."""
+
+    def __init__(self, asked: Removals, whole: Arrays):
+        self.asked, self.lm = asked, asked.lm
+        cluster = asked.tokens.cluster
+        self.of = {name: by_document(part, cluster) for name, part in whole.items() if name not in ("rows", "channels")}
+        self.rows, self.channels = whole["rows"], whole["channels"].sum(0)
+        self.sums = Sums(
+            self.of["y"][..., -1, 0], self.of["x"][..., 0], asked.columns,
+            np.array([node.layer for node in asked.writers]), self.of["share"], self.of["acts"],
+            np.array([node.layer for node in asked.lm.parts]),
+        )  # fmt: skip
+
+    def dataset(self) -> xr.Dataset:
+        """Everything, named."""
+        found = judge(self.sums)
+        data = xr.Dataset({**self._survival(), **self._judged(found), **self._nodes(), **self._shape()}, self._axes())
+        return data.assign_attrs(
+            n_prompts=len(self.asked.tokens), documents=self.sums.documents, rows=int(self.of["counted"].sum()),
+            sinks=int(self.of["sinks"].sum()), n_nodes=len(self.lm.parts), weigh=next(iter(self.asked.weights)),
+        )  # fmt: skip
+
+    def _axes(self) -> dict[str, Any]:
+        asked, lm = self.asked, self.lm
+        return {
+            "writer": [*map(str, asked.writers)], "location": list(lm.locations), "weigh": list(asked.weights),
+            "control": list(asked.draws), "bound": list(BOUNDS), "node": list(lm.nodes), "cut": list(CUTS),
+        }  # fmt: skip
+
+    def _survival(self) -> dict[str, xr.Variable]:
+        axes, alone = ("writer", "location", "weigh"), ("writer",)
+        y, x = (left_out(self.of[name][:, :, 0]) for name in ("y", "x"))
+        plain = left_out(self.of["without_sinks"][:, :, 0])[0]
+        rows = self.rows.swapaxes(0, 1).reshape(len(self.asked.writers), -1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a writer that never writes has no rows
+            median = np.nanmedian(rows, 1)
+        each = "median over positions of ⟨x − x^{−w}, o_w⟩_m / ⟨o_w, o_w⟩_m"
+        return {
+            **_three(axes, "survival", estimate(ratio(y, x[:, :, None])), _EQUATION),
+            **_three(alone, "end", estimate(self.sums.survival()[..., 0]), f"{_EQUATION} at the end of the stream"),
+            "median_survival": quantity(alone, median, "1", each),
+            "without_sinks": quantity(alone, ratio(plain[:, 0], plain[:, 1]), "1", "`end` without rows that are sinks"),
+        }
+
+    def _judged(self, found: Judged) -> dict[str, Any]:
+        first, alone = next(iter(self.asked.draws)), ("writer",)
+        places = [np.stack([part.low, part.level[0], part.high], -1) for part in found.ordinary.values()]
+        text = f"of a writer's decoys the median, and 5 % to 95 % of decoys within {CRITERIA.depth} layers about theirs"
+        return {
+            "ordinary": quantity(("writer", "control", "bound"), np.stack(places, 1), "1", text),
+            **_three(alone, "gap", found.gap[first], f"end − median of the writer's {first} decoys"),
+            **{name: quantity(alone, getattr(found, name), "1", text) for name, text in _JUDGED.items()},
+            "verdict": ("writer", np.array(found.verdict, dtype=object)),
+        }
+
+    def _nodes(self) -> dict[str, xr.Variable]:
+        along, acts, x = (left_out(part) for part in (self.sums.along, self.sums.acts, self.sums.x[..., 0]))
+        by, energy, a, b = ("writer", "node"), x[0][:, None], along[0], along[0] - acts[0]
+        low, high = (bound(a, 0) - bound(b, 0) for bound in (np.minimum, np.maximum))
+        found = {
+            **_three(
+                by, "acts", estimate(ratio(acts, x[..., None])), "a − b = Σ⟨o_e − o_e^{−w}, o_w⟩_m / Σ⟨o_w, o_w⟩_m"
+            ),
+            "share": quantity(by, ratio(a, energy), "1", "a = Σ⟨o_e, o_w⟩_m / Σ⟨o_w, o_w⟩_m of nodes after the write"),
+            "erased": quantity(by, ratio(low, energy), "1", "min(a, 0) − min(b, 0)"),
+            "filled_in": quantity(by, ratio(high, energy), "1", "max(a, 0) − max(b, 0)"),
+        }
+        block = self.sums.block
+        pair = [cuts(along, acts, x), cuts(together(along, block), together(acts, block), x)]
+        for name, i in (("erased_by", 0), ("filled_in_by", 1)):
+            sets = np.stack([cut[i] for cut in pair], -1)
+            found |= _three(("writer", "cut"), name, estimate(sets), "summed over nodes, and over whole blocks")
+        return found
+
+    def _shape(self) -> dict[str, xr.Variable]:
+        axes = ("writer", "weigh")
+        e = np.stack([self.channels * weights.cpu().numpy() for weights in self.asked.weights.values()], 1)
+        total, three = e.sum(-1), np.sort(e, -1)[..., -3:].sum(-1)
+        counted = self.of["counted"].sum()
+        rescaled = (self.of["rescaled"] / counted).sum(0)
+        return {
+            "energy_top3": quantity(
+                axes, ratio(three, total), "1", "part of Σ e_i in the three largest, e_i = m_i Σ o_w,i²"
+            ),
+            "participation": quantity(axes, ratio(total**2, (e**2).sum(-1)), "channels", "(Σ e_i)² / Σ e_i²"),
+            "rescaled": quantity(("writer", "location"), rescaled, "1", "mean of log(‖x‖ / ‖x^{−w}‖)"),
+        }
+
+
+_EQUATION = "Σ⟨x − x^{−w}, o_w⟩_m / Σ⟨o_w, o_w⟩_m"
+_JUDGED = {
+    "z": "gap / scaled median absolute deviation of decoys about theirs, within two layers",
+    "q": "of the writers at least as low, the part that would be so by chance: target–decoy competition over all",
+    "q_above": "the same of those at least as high",
+    "cause": "−1: later nodes write against it because it is there; 1: they fill in when it is gone; 0: undecided",
+}
+
+
+def _three(axes: tuple[str, ...], name: str, found: Interval, equation: str) -> dict[str, xr.Variable]:
+    """A number with its interval."""
+    interval = "95 % t interval over documents (jackknife)"
+    return {
+        name: quantity(axes, found.value, "1", equation),
+        f"{name}_low": quantity(axes, found.low, "1", interval),
+        f"{name}_high": quantity(axes, found.high, "1", interval),
+    }

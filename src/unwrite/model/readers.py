@@ -1,0 +1,131 @@
+"""Who reads the stream, and how much of each channel? The matrices of all readers, found in one pass of the model.
+
+A reader is a projection whose input is the stream as a norm leaves it (or the bare stream, where no norm is before it):
+queries, keys, values, the first matrices of an MLP; and the unembedding. Which modules these are is seen, not
+listed: what they are given is what the norm put out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from unwrite.model.capture import evaluating
+from unwrite.model.hooks import Handle, after, before, hooked, kept
+from unwrite.model.projections import matrix_of
+from unwrite.model.unembedding import unembedding
+from unwrite.model.view import Layer, Model, gain_of, is_norm
+from unwrite.nodes import Location, Node
+
+# The experts of a mixture are one stack [expert, output, input], which no module is called with.
+_STACK = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """A projection: which state of the stream it reads, and the part of its squared weights on each channel (Σ = 1)."""
+
+    name: str
+    reads: Location
+    energy: Float[Tensor, " d_model"]
+
+
+@torch.no_grad()
+def readers(lm: Model) -> tuple[Reader, ...]:
+    """All readers of the stream, in the order of their blocks, the unembedding last."""
+    norms: dict[nn.Module, Tensor] = {}
+    inputs: dict[nn.Module, Tensor] = {}
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(lm.hf))
+        stack.enter_context(hooked(_watching(lm, norms, inputs)))
+        lm.decoder(input_ids=lm.vocabulary // 2 + torch.arange(2, device=lm.device)[None], use_cache=False)
+    found = [reader for layer in lm.layers for reader in _of_layer(lm, layer, norms, inputs)]
+    weight, _ = unembedding(lm)
+    return (*found, Reader("unembedding", lm.states[-1], _energy(lm, weight.t(), lm.final_norm)))
+
+
+def weights(lm: Model, found: tuple[Reader, ...], writer: Node) -> Float[Tensor, " d_model"]:
+    """m, by which ⟨a, b⟩_m = Σ m_i a_i b_i weighs channels as those read them that can read this write; Σ m = d_model.
+
+    m_i = d · mean over readers of Σ_j (γ_i R_ij)² / Σ_ij (γ_i R_ij)², γ the gain of the norm before the matrix R.
+    """
+    after_it = lm.after(writer).order
+    behind = [reader.energy for reader in found if reader.reads.order >= after_it]
+    return lm.d_model * torch.stack(behind).mean(0)
+
+
+def _watching(lm: Model, norms: dict[nn.Module, Tensor], inputs: dict[nn.Module, Tensor]) -> Iterator[Handle]:
+    for layer in lm.layers:
+        for source, _ in _sources(lm, layer):
+            keep = kept(norms, source, copied=True)
+            yield after(source, keep) if is_norm(source) else before(source, keep)
+        for _, module in _projections(lm, layer):
+            yield before(module, kept(inputs, module))
+
+
+def _sources(lm: Model, layer: Layer) -> Iterator[tuple[nn.Module, Location]]:
+    """What stands between the stream and its readers in a block: its norms, or what is given the bare stream."""
+    mid = layer.reads if lm.parallel else Location("mid", layer.index)
+    norms = [module for module in layer.block.children() if is_norm(module)]
+    for norm in norms:
+        yield norm, mid if norm is layer.mid else layer.reads
+    if layer.input_norm is None:
+        yield layer.block, layer.reads
+    if layer.mid is not None and not is_norm(layer.mid):
+        yield layer.mid, mid
+
+
+def _projections(lm: Model, layer: Layer) -> Iterator[tuple[str, nn.Module]]:
+    """Modules of a block that take vectors of the stream's width through a matrix; an adapter is one with its parts."""
+    found: list[str] = []
+    for name, module in layer.block.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if not inside and _width(module) == lm.d_model:
+            found.append(name)
+            yield name, module
+
+
+def _width(module: nn.Module) -> int | None:
+    if isinstance(width := getattr(module, "in_features", None), int):
+        return width
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        return None
+    return weight.shape[1] if isinstance(module, nn.Linear) else weight.shape[0]
+
+
+def _of_layer(
+    lm: Model, layer: Layer, norms: dict[nn.Module, Tensor], inputs: dict[nn.Module, Tensor]
+) -> Iterator[Reader]:
+    projections = [(name, module) for name, module in _projections(lm, layer) if module in inputs]
+    for source, reads in _sources(lm, layer):
+        norm = source if is_norm(source) else None
+        for name, module in projections:
+            if torch.equal(inputs[module].flatten(0, -2).to(lm.device), norms[source].flatten(0, -2).to(lm.device)):
+                yield Reader(f"{layer.index}.{name}", reads, _energy(lm, matrix_of(lm, module), norm))
+    for name, stack in _stacks(lm, layer):
+        norm = layer.input_norm if layer.mid is None else layer.mid if is_norm(layer.mid) else None
+        reads = layer.reads if lm.parallel else Location("mid", layer.index)
+        yield Reader(f"{layer.index}.{name}", reads, _energy(lm, stack.flatten(0, 1).t(), norm))
+
+
+def _stacks(lm: Model, layer: Layer) -> Iterator[tuple[str, Tensor]]:
+    for name, weight in layer.mlp.named_parameters():
+        if weight.dim() == _STACK and weight.shape[-1] == lm.d_model and "down" not in name:
+            yield name, weight
+
+
+def _energy(lm: Model, matrix: Float[Tensor, "input output"], norm: nn.Module | None) -> Float[Tensor, " d_model"]:
+    """How a matrix's squared entries are spread over what it reads, through the gain of a norm and its centring."""
+    read, gain = matrix.to(lm.device, lm.compute_dtype), gain_of(norm, lm)
+    if lm.row.layer_norm:
+        read = read if gain is None else read * gain[:, None]
+        energy = torch.linalg.vector_norm(read - read.mean(0), dim=1).pow(2)
+    else:
+        energy = (torch.linalg.vector_norm(read, dim=1) * (1.0 if gain is None else gain)).pow(2)
+    return energy / energy.sum()

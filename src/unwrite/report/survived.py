@@ -1,0 +1,133 @@
+"""What does a survival say about all writers, in rows and in one paragraph?"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import xarray as xr
+
+from unwrite.report.columns import Column
+from unwrite.result import Result
+
+# Of many names so many are said, and how many more there are.
+_NAMED = 3
+# What a node does to a write is named from this on.
+_ACTS = 0.02
+# What is out of the ordinary, in the order in which it is told.
+SPECIAL = ("erased", "filled in", "reduced", "amplified", "kept")
+HEADER = (
+    Column("writer", holds="word"),
+    Column("survives [95 %]", "{end}: [{end_low}, {end_high}]"),
+    Column("ordinary writes [5 % to 95 %]", "{ordinary}"),
+    Column("gap [95 %]", "{gap}"),
+    Column("q", "{q}; above ordinary: {q_above}"),
+    Column("verdict", "size, interval, controls, q and blocks, by the rules of unwrite.stats.verdicts", "word"),
+    Column("who acts on it", "the strongest of {acts}", "words", least=30),
+)
+
+
+def rows(data: xr.Dataset) -> list[tuple[str, ...]]:
+    """One line for every writer: what is out of the ordinary first, then in write order."""
+    verdict = [str(word) for word in data["verdict"].values]
+    order = sorted(range(len(verdict)), key=lambda i: (*SPECIAL, verdict[i]).index(verdict[i]))
+    return [_row(data.isel(writer=i)) for i in order]
+
+
+def _row(one: xr.Dataset) -> tuple[str, ...]:
+    low, middle, high = (float(one["ordinary"].isel(control=0).sel(bound=name)) for name in ("low", "median", "high"))
+    gap = float(one["gap"])
+    q = float(one["q"] if gap <= 0 else one["q_above"])
+    return (
+        str(one["writer"].item()), between(one, "end", ""), f"{number(middle)} [{number(low)}, {number(high)}]",
+        between(one, "gap", "+"), f"{q:.2f}", str(one["verdict"].item()), actors(one),
+    )  # fmt: skip
+
+
+def number(value: float, sign: str = "") -> str:
+    """A number with two digits; what is beyond a hundred is said to be so."""
+    if value != value:
+        return "–"
+    return f"{value:{sign}.2f}" if abs(value) <= 100 else ("beyond 100" if value > 0 else "beyond −100")
+
+
+def between(one: xr.Dataset, name: str, sign: str) -> str:
+    """A number with its interval, where it has one."""
+    value, low, high = (float(one[f"{name}{end}"]) for end in ("", "_low", "_high"))
+    interval = f" [{number(low, sign)}, {number(high, sign)}]" if low == low else " (no interval)"
+    return f"{number(value, sign)}{interval}"
+
+
+def actors(one: xr.Dataset) -> str:
+    """Who writes along it because it is there, the strongest first, where the interval leaves no doubt of that."""
+    acts, low, high = (one[f"acts{end}"].values for end in ("", "_low", "_high"))
+    sure = (np.abs(acts) >= _ACTS) & ((low > 0) | (high < 0))
+    order = [i for i in np.argsort(-np.abs(acts), kind="stable") if sure[i]]
+    named = [f"{one['node'].values[i]} {acts[i]:+.2f}" for i in order[:_NAMED]]
+    rest = order[_NAMED:]
+    more = [f"{len(rest)} more {acts[rest].sum():+.2f} in all"] if rest else []
+    return ", ".join([*named, *more]) or "–"
+
+
+def sentence(result: Result) -> str:
+    """What is out of the ordinary, with its numbers; how many are undecided; what that rests on."""
+    data = result.data
+    verdict = [str(word) for word in data["verdict"].values]
+    count = Counter(verdict)
+    documents, writers = int(data.attrs["documents"]), len(verdict)
+    of = f"{_plural(writers, 'writer')} on {_plural(documents, 'document')}"
+    lines = [_found(data, verdict, of), _rest(count, documents), _sound(data)]
+    return " ".join(line for line in lines if line)
+
+
+def _found(data: xr.Dataset, verdict: list[str], of: str) -> str:
+    parts = []
+    for word in SPECIAL:
+        chosen = [i for i, own in enumerate(verdict) if own == word]
+        chosen.sort(key=lambda i: -abs(float(data["gap"][i])))
+        if chosen:
+            parts.append(f"{len(chosen)} {word} ({_named(data, chosen)})")
+    if parts:
+        return f"Of {of}: {'; '.join(parts)}."
+    lowest = int(np.nanargmin(np.where(np.isnan(data["gap"]), np.inf, data["gap"])))
+    one = data.isel(writer=lowest)
+    level = float(one["ordinary"].isel(control=0).sel(bound="median"))
+    return (
+        f"None of {of} ends out of the ordinary. The lowest beside ordinary writes is {one['writer'].item()}: "
+        f"{between(one, 'end', '')} of it survives, of such writes {number(level)} (q {float(one['q']):.2f})."
+    )
+
+
+def _named(data: xr.Dataset, chosen: list[int]) -> str:
+    said = []
+    for i in chosen[:_NAMED]:
+        one = data.isel(writer=i)
+        level = float(one["ordinary"].isel(control=0).sel(bound="median"))
+        said.append(
+            f"{one['writer'].item()}: {between(one, 'end', '')} survives, of ordinary writes there {number(level)}"
+        )
+    more = len(chosen) - _NAMED
+    return "; ".join(said) + (f"; and {more} more" if more > 0 else "")
+
+
+def _rest(count: Counter[str], documents: int) -> str:
+    undecided, others = count["undecided"], count["like others"]
+    if documents < 5:
+        return f"All are undecided: {_plural(documents, 'document')} give no interval worth the name, five would."
+    return (
+        f"{_plural(others, 'writer')} end like others, {undecided} are undecided."
+        if others != 1
+        else (f"1 writer ends like others, {undecided} are undecided.")
+    )
+
+
+def _sound(data: xr.Dataset) -> str:
+    sinks, rows = int(data.attrs["sinks"]), int(data.attrs["rows"])
+    return (
+        f"Channels are weighed by {data.attrs['weigh']}; {rows:,} rows, of which {sinks} "
+        f"{'is a sink' if sinks == 1 else 'are sinks'}."
+    )
+
+
+def _plural(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"

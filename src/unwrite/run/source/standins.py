@@ -1,0 +1,76 @@
+"""What is put in the place of a write, to see what would have become of another one? Same place, same size, other way.
+
+`typical`  a random mix of what the other nodes of the layers around it write, at the same position of another prompt
+`signs`    the write itself with a random sign for every channel
+`rotated`  the write itself, turned at random
+
+Each is as large as the write at every position, as the weights of the question measure it. (facts: erasure on real
+models, §2: a random direction is no ordinary write, so rotations alone are the wrong control)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unwrite.model.view import Folded, Model, centre
+from unwrite.model.writes import Writes, write_of
+from unwrite.nodes import Node
+
+_Write = Float[Tensor, "prompt position d_model"]
+
+
+@dataclass(frozen=True, eq=False)
+class Stead:
+    """Where a stand-in is needed: for the write of a node, beside what nodes write in another prompt."""
+
+    lm: Model
+    folded: Sequence[Folded]
+    node: Node
+    write: _Write
+    other: Writes
+
+
+def stand_in(place: Stead, control: str, draw: int, weight: Float[Tensor, " d_model"]) -> _Write:
+    """Draw number `draw` of a control: the same whenever it is asked for, and for every prompt."""
+    seed = [place.lm.parts.index(place.node), list(CONTROLS).index(control), draw]
+    generator = torch.Generator().manual_seed(sum(part * 1_000_003**i for i, part in enumerate(seed)) % 2**63)
+    found = centre(CONTROLS[control](place, generator), place.lm)
+    return found * _ratio((place.write.pow(2) * weight).sum(-1), (found.pow(2) * weight).sum(-1))[..., None]
+
+
+def _ratio(energy: Tensor, own: Tensor) -> Tensor:
+    return torch.where(own > 0, (energy / own.clamp_min(torch.finfo(own.dtype).tiny)).sqrt(), 0.0)
+
+
+def _typical(place: Stead, generator: torch.Generator) -> _Write:
+    """Each node's part is as large as any other's: a mix of writes as they are would be that of the largest MLP, which
+    may be the very write whose place it takes."""
+    lm, found = place.lm, torch.zeros_like(place.write)
+    around = range(place.node.layer - 1, place.node.layer + 2)
+    for node in lm.parts:
+        if node.layer in around and node.kind != "bias":
+            times = torch.randn((), generator=generator, dtype=torch.float64)
+            if node != place.node:
+                written = write_of(lm, place.folded, place.other, node)
+                found += times.to(found) * written / written.norm().clamp_min(torch.finfo(written.dtype).tiny)
+    return found
+
+
+def _signs(place: Stead, generator: torch.Generator) -> _Write:
+    return place.write * (1 - 2 * torch.randint(0, 2, (place.lm.d_model,), generator=generator)).to(place.write)
+
+
+def _rotated(place: Stead, generator: torch.Generator) -> _Write:
+    d = place.lm.d_model
+    turn, triangle = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
+    return place.write @ (turn * triangle.diagonal().sign()).to(place.write)
+
+
+CONTROLS: Mapping[str, Callable[[Stead, torch.Generator], _Write]] = {
+    "typical": _typical, "signs": _signs, "rotated": _rotated,
+}  # fmt: skip

@@ -1,0 +1,255 @@
+"""What survives of many writes, of stand-ins for each, and who acts on them? Sums of every prompt, from executed runs.
+
+survival = Σ⟨x − x^{−w}, o_w⟩_m / Σ⟨o_w, o_w⟩_m over positions, x^{−w} the stream of the run in which w's write was
+taken out right after it was written, ⟨a, b⟩_m = Σ m_i a_i b_i. A node acts on a write by what it writes along it
+because it is there: acts = Σ⟨o_e − o_e^{−w}, o_w⟩_m / Σ⟨o_w, o_w⟩_m. (Dao et al. 2023, Fig. 3; facts: erasure on real
+models)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from unwrite.model.capture import Recording
+from unwrite.model.capture import run as writes_of
+from unwrite.model.view import Folded, Model
+from unwrite.nodes import Node
+from unwrite.prompts.tokens import Tokens
+from unwrite.run.loop.checkpoint import Arrays
+from unwrite.run.loop.job import Job
+from unwrite.run.loop.ledger import Ledger
+from unwrite.run.loop.stream import Batch, Rows
+from unwrite.run.replay.clean import clean
+from unwrite.run.replay.removed import Changed, alone, at_once, changed, in_order
+from unwrite.run.source.standins import Stead, stand_in
+
+# A row is a sink if the stream there is so many times as long as it is in the median of its prompt.
+SINK = 10.0
+# Who the write itself is, among what is put in its place.
+OWN = ("own", 0)
+_DONE = "runs done"
+
+
+@dataclass(frozen=True, eq=False)
+class Removals:
+    """Which writes are taken out of which tokens, what is put in their place, and how channels are weighed.
+
+    `weights` by name [writer, d_model]; of the first name also stand-ins are as large as the write, and nodes are asked
+    how they act.
+    """
+
+    lm: Model
+    folded: tuple[Folded, ...]
+    tokens: Tokens
+    skip: int
+    writers: Sequence[Node]
+    weights: Mapping[str, Float[Tensor, "writer d_model"]]
+    draws: Mapping[str, int]
+
+    @property
+    def puts_in(self) -> list[tuple[str, int]]:
+        """The write itself and every draw of every control."""
+        return [OWN, *((control, draw) for control, draws in self.draws.items() for draw in range(draws))]
+
+    @property
+    def columns(self) -> dict[str, slice]:
+        """Where the draws of each control are among these."""
+        ends = np.cumsum([1, *self.draws.values()]).tolist()
+        return {control: slice(*pair) for control, pair in zip(self.draws, pairwise(ends), strict=True)}
+
+
+class SurvivalTally:
+    """Sums of every prompt, filled in batch by batch; of the batch that is not done those of the runs that are."""
+
+    def __init__(self, asked: Removals, job: Job):
+        self._asked, self._job = asked, job
+        self._rows = Rows(self._measured)
+        self._begun: Arrays = {}
+        self.kept = Ledger({"done": self._rows.kept, "begun": self._begun})
+        self.step, self.whole = self._rows.step, self._rows.whole
+
+    def _measured(self, batch: Batch) -> Arrays:
+        of = _Measuring(self._asked, batch)
+        name, writers = f"prompts {batch.first} to {batch.first + batch.real}", len(self._asked.writers)
+        held = {
+            path.removeprefix(f"{name}/"): part for path, part in self._begun.items() if path.startswith(f"{name}/")
+        }
+        for done, total in of.all(held):
+            self._begun.clear()
+            self._begun |= {f"{name}/{key}": part for key, part in of.found(done).items()}
+            self._job.tick(self.kept, done / total, f"{done * writers // total}/{writers} writers")
+        self._begun.clear()
+        return of.found()
+
+
+class _Measuring:
+    """One batch of prompts, one clean run of it, and every run in which something is taken out of it."""
+
+    def __init__(self, asked: Removals, batch: Batch):
+        lm = self.lm = asked.lm
+        self.asked, self.real = asked, batch.real
+        self.kept = batch.beyond(asked.skip).to(lm.device)
+        self.run = clean(lm, batch.ids, asked.folded)
+        self.calls = alone(lm, batch.ids)
+        self.other = writes_of(lm, _others(asked, batch), asked.folded)
+        self.state = {state: i for i, state in enumerate(lm.states)}
+        self.sinks = self._sinks()
+        shape = (batch.real, len(asked.writers), len(asked.puts_in))
+        self.length = batch.ids.shape[1]
+        exact = {"dtype": torch.float64, "device": lm.device}
+        self.y = torch.full((*shape, len(lm.states), len(asked.weights)), torch.nan, **exact)
+        self.x = torch.zeros(*shape, len(asked.weights), **exact)
+        self.without_sinks = torch.zeros(*shape, 2, **exact)
+        self.share, self.acts = (torch.zeros(*shape[:2], len(lm.parts), **exact) for _ in range(2))
+        self.rescaled = torch.full((*shape[:2], len(lm.states)), torch.nan, **exact)
+        self.rows = torch.full((*shape[:2], self.length), torch.nan, device=lm.device, dtype=torch.float32)
+        self.channels = torch.zeros(*shape[:2], lm.d_model, **exact)
+
+    def all(self, held: Arrays) -> Iterator[tuple[int, int]]:
+        """Every run, in as many batches as it takes, some of them `held`; says how many are done, of how many."""
+        writers, put_in = range(len(self.asked.writers)), range(self.x.shape[2])
+        runs = [(p, w, s) for w in writers for s in put_in for p in range(self.real)]
+        order = in_order(self.lm, [self.asked.writers[w] for _, w, _ in runs])
+        for name, part in self._sums().items() if held else ():
+            part.copy_(torch.from_numpy(held[name]))
+        size = at_once(self.length)
+        for start in range(int(held.get(_DONE, 0)), len(order), size):
+            _Chunk(self, [runs[i] for i in order[start : start + size]]).go()
+            yield min(start + size, len(order)), len(order)
+
+    def _sums(self) -> dict[str, Tensor]:
+        return {
+            "y": self.y, "x": self.x, "without_sinks": self.without_sinks, "share": self.share, "acts": self.acts,
+            "rescaled": self.rescaled, "rows": self.rows, "channels": self.channels,
+        }  # fmt: skip
+
+    def found(self, done: int | None = None) -> Arrays:
+        """What is summed up, as arrays by name; with how many runs are done, if not all."""
+        counts = {"sinks": self.sinks & self.kept, "counted": self.kept}
+        whole = {**self._sums(), **{name: part[: self.real].sum(1) for name, part in counts.items()}}
+        found = {name: part.cpu().numpy().copy() for name, part in whole.items()}
+        return found if done is None else {**found, _DONE: np.array(done)}
+
+    def _sinks(self) -> Bool[Tensor, "prompt position"]:
+        """Rows at which the stream of the clean run is far longer than elsewhere in the prompt, at some location."""
+        found = torch.zeros_like(self.kept)
+        for state in self.lm.states:
+            x = self.run.record.stream[state]
+            length = x.expand(len(self.kept), *x.shape[1:]).norm(dim=-1)
+            middle = length.masked_fill(~self.kept, torch.nan).nanmedian(1, keepdim=True).values
+            found |= length > SINK * middle
+        return found
+
+    def write(self, w: int, s: int) -> Float[Tensor, "prompt position d_model"]:
+        """What is taken out: the write itself, or what stands in for it."""
+        node, weights = self.asked.writers[w], next(iter(self.asked.weights.values()))[w]
+        own = self.run.write(node) * self.kept[..., None]
+        control, draw = self.asked.puts_in[s]
+        if (control, draw) == OWN:
+            return own
+        other = self.other
+        return stand_in(Stead(self.lm, self.asked.folded, node, own, other), control, draw, weights)
+
+
+class _Chunk:
+    """Some runs, each (prompt, writer, what is put in), that go up the layers together."""
+
+    def __init__(self, of: _Measuring, runs: Sequence[tuple[int, int, int]]):
+        self.of, lm = of, of.lm
+        self.prompt, self.w, self.s = (torch.tensor(part, device=lm.device) for part in zip(*runs, strict=True))
+        self.nodes = [of.asked.writers[w] for _, w, _ in runs]
+        made: dict[tuple[int, int], Tensor] = {}
+        for _, w, s in runs:
+            if (w, s) not in made:
+                made[w, s] = of.write(w, s)
+        self.write = torch.stack([made[w, s][p] for p, w, s in runs])
+        # Along what products are taken, by the name of the weights.
+        self.along = [self.write * weights[self.w][:, None] for weights in of.asked.weights.values()]
+        # Only of the write itself it is asked who acts on it.
+        self.own = [i for i, (_, _, s) in enumerate(runs) if s == 0]
+
+    def go(self) -> None:
+        of = self.of
+        for k, along in enumerate(self.along):
+            energy = _summed((self.write * along).sum(-1))
+            of.x[self.prompt, self.w, self.s, k] = energy
+            after = torch.tensor([of.state[of.lm.after(node)] for node in self.nodes], device=of.lm.device)
+            of.y[self.prompt, self.w, self.s, after, k] = energy
+        if self.own:
+            own = self._own()
+            of.channels[self.prompt[own], self.w[own]] = self.write[own].pow(2).sum(1, dtype=torch.float64)
+        final = changed(of.run, of.calls, Changed(self.nodes, self.prompt, -self.write), self._seen)
+        self._end(final)
+
+    def _own(self, n: int | None = None) -> Int[Tensor, " own"]:
+        return torch.tensor([i for i in self.own if n is None or i < n], dtype=torch.long, device=self.of.lm.device)
+
+    def _seen(self, layer: int, n: int, record: Recording) -> None:
+        of, own = self.of, self._own(n)
+        for state, x in record.stream.items():
+            base = of.run.record.stream[state][self.prompt[:n]]
+            change, at = base - x, of.state[state]
+            for k, along in enumerate(self.along):
+                of.y[self.prompt[:n], self.w[:n], self.s[:n], at, k] = _summed((change * along[:n]).sum(-1))
+            if len(own):
+                kept = of.kept[self.prompt[own]]
+                grew = (base[own].norm(dim=-1) / x[own].norm(dim=-1)).log().double() * kept
+                of.rescaled[self.prompt[own], self.w[own], at] = grew.nansum(1)
+        if len(own):
+            self._nodes(layer, own, record)
+
+    def _nodes(self, layer: int, own: Tensor, record: Recording) -> None:
+        """What each node of a layer writes along the write, and how much of that because it is there."""
+        of, lm, along = self.of, self.of.lm, self.along[0][own]
+        prompt, w, folds = self.prompt[own], self.w[own], self.of.asked.folded[layer]
+        first = lm.parts.index(Node("head", layer, 0))
+        heads = slice(first, first + lm.n_heads)
+        read = (along @ folds.w_o.flatten(0, 1).t()).unflatten(-1, (lm.n_heads, lm.head_dim))
+        z = of.run.record.z[layer][prompt]
+        of.share[prompt, w, heads] = _summed((z * read).sum(-1).transpose(1, 2))
+        of.acts[prompt, w, heads] = _summed(((z - record.z[layer][own]) * read).sum(-1).transpose(1, 2))
+        mlp = Node("mlp", layer)
+        written = of.run.record.vectors[mlp][prompt]
+        of.share[prompt, w, lm.parts.index(mlp)] = _summed((written * along).sum(-1))
+        of.acts[prompt, w, lm.parts.index(mlp)] = _summed(((written - record.vectors[mlp][own]) * along).sum(-1))
+        if (bias := Node("bias", layer)) in lm.parts:
+            onto, gain = along @ folds.bias, of.run.record.gain.get(layer)
+            at = lm.parts.index(bias)
+            of.share[prompt, w, at] = _summed(onto if gain is None else onto * gain[prompt])
+            if gain is not None:
+                of.acts[prompt, w, at] = _summed(onto * (gain[prompt] - record.gain[layer][own]))
+
+    def _end(self, final: Float[Tensor, "run position d_model"]) -> None:
+        of = self.of
+        change = of.run.record.stream[of.lm.states[-1]][self.prompt] - final
+        products, energy = (change * self.along[0]).sum(-1), (self.write * self.along[0]).sum(-1)
+        plain = ~of.sinks[self.prompt]
+        of.without_sinks[self.prompt, self.w, self.s, 0] = _summed(products * plain)
+        of.without_sinks[self.prompt, self.w, self.s, 1] = _summed(energy * plain)
+        own = self._own()
+        ratio = torch.where(energy > 0, products / energy, torch.nan)[own]
+        of.rows[self.prompt[own], self.w[own]] = ratio.float()
+
+
+def _summed(products: Float[Tensor, "*run position"]) -> Float[Tensor, "*run"]:
+    return products.sum(-1, dtype=torch.float64)
+
+
+def _others(asked: Removals, batch: Batch) -> Int[Tensor, "prompt position"]:
+    """Another prompt for each of a batch: the next one; where that is shorter, its tokens once more."""
+    tokens, rows = asked.tokens, []
+    for i in range(len(batch.ids)):
+        donor = (batch.first + min(i, batch.real - 1) + 1) % len(tokens)
+        length = int(tokens.lengths[donor])
+        at = np.arange(batch.ids.shape[1])
+        rows.append(
+            tokens.ids[donor][np.where(at < length, at, asked.skip + (at - length) % max(length - asked.skip, 1))]
+        )
+    return torch.from_numpy(np.stack(rows))

@@ -1,0 +1,147 @@
+"""Is what survives of many writes at once what verify executes for each, and do the rules say no more than that?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import tiny
+import unwrite as uw
+from methods import few_draws
+from unwrite.errors import NumericError, TokensError
+from unwrite.model.readers import readers, weights
+from unwrite.model.view import Model
+from unwrite.nodes import parse_node
+
+PINNED: dict[str, dict[str, Any]] = {"opt": {"word_embed_proj_dim": None}}
+IDS = torch.randint(3, 50, (4, 6), generator=torch.Generator().manual_seed(0))
+
+
+def build(family: str, dtype: torch.dtype = torch.float64) -> Model:
+    return uw.load(tiny.model(family, 0, dtype, **PINNED.get(family, {})))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_write_is_taken_out_as_verify_takes_it_out(family: str) -> None:
+    lm = build(family)
+    last = len(lm.layers) - 1
+    writers = ["embed", "L0H1", f"MLP{last - 1}"]
+    # Under the paper's product, who acts is what verify says as well.
+    found = uw.survival(lm, IDS, writers, "raw", ["signs"], 1)
+    with few_draws():
+        for name in writers:
+            want, own = uw.verify(lm, IDS, name), found.data.sel(writer=name)
+            np.testing.assert_allclose(own["survival"].sel(weigh="raw"), want["survival"], rtol=0, atol=1e-12)
+            for part in ("acts", "erased", "filled_in"):
+                np.testing.assert_allclose(own[part], want[part], rtol=0, atol=1e-12)
+
+
+def weight_by_hand(hf: Any, writer: str) -> Tensor:
+    """m of a Llama of two layers, matrix by matrix."""
+    blocks, found = hf.model.layers, []
+    behind = {"embed": 0, "L0H0": 1, "MLP0": 2, "L1H0": 3, "MLP1": 4}[writer]
+    sides = [
+        (blocks[0].input_layernorm, [getattr(blocks[0].self_attn, f"{x}_proj") for x in "qkv"]),
+        (blocks[0].post_attention_layernorm, [blocks[0].mlp.gate_proj, blocks[0].mlp.up_proj]),
+        (blocks[1].input_layernorm, [getattr(blocks[1].self_attn, f"{x}_proj") for x in "qkv"]),
+        (blocks[1].post_attention_layernorm, [blocks[1].mlp.gate_proj, blocks[1].mlp.up_proj]),
+        (hf.model.norm, [hf.lm_head]),
+    ]
+    for norm, projections in sides[behind:]:
+        for projection in projections:
+            read = (projection.weight * norm.weight) ** 2  # [output, input]
+            found.append(read.sum(0) / read.sum())
+    return len(found[0]) * torch.stack(found).mean(0)
+
+
+@pytest.mark.parametrize("writer", ["embed", "L0H0", "MLP0", "L1H0", "MLP1"])
+def test_channels_are_weighed_as_those_behind_the_write_read_them(writer: str) -> None:
+    hf = tiny.model("llama", 0, torch.float64, num_hidden_layers=2)
+    lm = uw.load(hf)
+    got = weights(lm, readers(lm), parse_node(writer))
+    torch.testing.assert_close(got, weight_by_hand(hf, writer), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_attention_and_mlp_of_every_block_read_and_the_unembedding_does(family: str) -> None:
+    lm = build(family)
+    found = readers(lm)
+    assert found[-1].name == "unembedding"
+    for layer in lm.layers:
+        names = [reader.name for reader in found if reader.name.startswith(f"{layer.index}.")]
+        assert any("mlp" in name or "fc1" in name or "experts" in name for name in names), names
+        assert any("attn" in name or "attention" in name for name in names), names
+        assert not any(part in name for name in names for part in ("o_proj", "down_proj", "4h_to_h", "c_proj", "fc2"))
+    for reader in found:
+        assert float(reader.energy.sum()) == pytest.approx(1.0, abs=1e-12)
+
+
+def test_a_weight_of_ones_is_the_paper_s_product() -> None:
+    lm = build("llama")
+    own = uw.survival(lm, IDS, ["L0H0", "MLP0"], np.ones(lm.d_model))
+    paper = uw.survival(lm, IDS, ["L0H0", "MLP0"], "raw")
+    for name in ("end", "gap", "acts", "ordinary"):
+        np.testing.assert_array_equal(own[name], paper[name])
+
+
+def test_a_channel_that_nobody_weighs_changes_nothing() -> None:
+    lm = build("llama")
+    weigh = np.ones(lm.d_model)
+    weigh[3] = 0.0
+    found = uw.survival(lm, IDS, ["L0H0"], weigh, ["signs"], 1)
+    want = executed_without(lm, "L0H0", torch.from_numpy(weigh))
+    assert float(found["end"][0]) == pytest.approx(want, abs=1e-12)
+
+
+def executed_without(lm: Model, writer: str, weigh: Tensor) -> float:
+    """Survival at the end by a trace that takes the write out at all positions but the first."""
+    final = f"resid_post{len(lm.layers) - 1}"
+    with torch.no_grad(), uw.trace(lm, writer, final) as clean:
+        lm.hf(IDS)
+    write, whole = clean[writer].clone(), clean[final].clone()
+    write[:, 0] = 0.0
+    with torch.no_grad(), uw.trace(lm, final, edits=uw.Edit.add(writer, -write)) as without:
+        lm.hf(IDS)
+    change = whole - without[final]
+    return float((change * write * weigh).sum() / (write * write * weigh).sum())
+
+
+def test_documents_make_the_interval_and_few_make_none() -> None:
+    lm = build("llama")
+    one = uw.survival(lm, IDS[:1], ["L0H0", "MLP0"], decoys=2)
+    assert set(one["verdict"].values) == {"undecided"}
+    assert np.isnan(one["end_low"]).all()
+    four = uw.survival(lm, IDS, ["L0H0", "MLP0"], decoys=2)
+    assert set(four["verdict"].values) == {"undecided"}  # fewer than five
+    assert (four["end_low"] <= four["end"]).all()
+    assert (four["end"] <= four["end_high"]).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "says"),
+    [
+        ({"weigh": "energy"}, NumericError, "weigh is unknown"),
+        ({"weigh": [1.0, 2.0]}, NumericError, "a weight for every channel"),
+        ({"weigh": -np.ones(16)}, NumericError, "a weight for every channel"),
+        ({"controls": []}, NumericError, "controls are names"),
+        ({"controls": ["typical", "none"]}, NumericError, "a control is unknown"),
+        ({"decoys": 0}, NumericError, "decoys is a number"),
+        ({"tokens": torch.zeros(0, 4, dtype=torch.long)}, TokensError, "(?i)token|prompt"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(given: dict[str, Any], error: type[Exception], says: str) -> None:
+    lm = build("llama")
+    with pytest.raises(error, match=says):
+        uw.survival(lm, given.pop("tokens", IDS), ["L0H0"], **given)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "phi"])
+def test_a_writer_is_material_where_a_scan_says_so(family: str) -> None:
+    lm = build(family, torch.float32)
+    scan = uw.scan(lm, IDS)
+    material = {str(name) for name in scan["writer"].values[scan["material"].values] if ".bias" not in str(name)}
+    assert {*map(str, uw.survival(lm, IDS, controls=["signs"], decoys=1)["writer"].values)} == material
