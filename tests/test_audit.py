@@ -156,7 +156,9 @@ def known() -> dict[Any, uw.Result]:
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, known: dict[Any, uw.Result]) -> dict[str, list[Any]]:
     """Name of a method -> its arguments, in audits. Of one text it is run once, but for scans and given prompts."""
-    seen: dict[str, list[Any]] = {name: [] for name in ("scan", "verify", "adversarial", "dla", "corpus_dla")}
+    seen: dict[str, list[Any]] = {
+        name: [] for name in ("scan", "survival", "verify", "adversarial", "dla", "corpus_dla")
+    }
 
     def ask(name: str, real: Any, *args: Any, **settings: Any) -> uw.Result:
         seen[name].append((args, settings))
@@ -187,7 +189,7 @@ def test_prompts_that_chose_a_writer_never_judge_it(asked) -> None:
     uw.audit(lm, tokens)
     choose, judge = tokens.take(range(5)), tokens.take(range(5, 12))
     assert [args[1].hash for args, _ in asked["scan"]] == [choose.hash]
-    assert len(asked["verify"]) >= 3
+    assert [args[1].hash for args, _ in asked["survival"]] == [judge.hash]
     assert {args[1].hash for args, _ in asked["verify"]} == {judge.hash}
     assert [(args[1].hash, args[3].hash) for args, _ in asked["adversarial"]] == [(judge.hash, choose.hash)]
     assert [settings["texts"].hash for _, settings in asked["dla"]] == [judge.hash]
@@ -209,23 +211,23 @@ def test_fewer_than_four_independent_prompts_are_not_enough(document, tmp_path) 
 @pytest.mark.promise("causal")
 def test_an_audit_names_the_erased_writers_and_nobody_else(audited) -> None:
     result, _, _ = audited
-    said = dict(zip(result["verified"].values.tolist(), result["verdict"].values.tolist(), strict=True))
-    assert {writer for writer, word in said.items() if word == "erased"} == {"L0H0", "L0H1", "L0H2"}
-    lead = result.data.attrs["verdict"].partition("Erased: ")[2].partition(", judged")[0]
-    named, _, others = lead.partition(" (")
-    assert sorted(named.split(", ")) == ["L0H0", "L0H1", "L0H2"]
-    assert "kept: L0H4" in others  # a decoy writes against it, so it was verified
-    assert "on 8 prompts that did not choose them" in result.data.attrs["verdict"]
-    assert {"L1H0", "L1H1", "L1H2", "L1H3", "L1H4"} <= {
-        eraser for names in result["erasers"].sel(verified=["L0H0", "L0H1"]).values for eraser in names.split()
-    }
-    assert result.data.attrs["searched"] in named
+    said = dict(zip(result["removed"].values.tolist(), result["removed_gap"].values.tolist(), strict=True))
+    assert sorted(sorted(said, key=said.__getitem__)[:4]) == ["L0H0", "L0H1", "L0H2", "L0H3"]
+    closely = dict(zip(result["verified"].values.tolist(), result["verdict"].values.tolist(), strict=True))
+    assert set(closely.values()) <= {"erased", "filled in"}
+    assert all((word == "filled in") == (writer == "L0H3") for writer, word in closely.items())
+    assert len(closely) == 2
+    assert "8 documents" in result.data.attrs["verdict"]
+    for writer, erasers in (("L0H0", {"L1H0"}), ("L0H1", {"L1H1", "L1H2", "L1H3", "L1H4"}), ("L0H2", {"MLP1"})):
+        acts = result["removed_acts"].sel(removed=writer).to_series()
+        assert set(acts.index[acts < -0.1]) == erasers
 
 
 def test_a_verification_in_an_audit_is_that_of_the_method(audited) -> None:
     result, lm, tokens = audited
-    taken, alone = set(result.data.data_vars), uw.verify(lm, tokens.take(range(8, 16)), "L0H4").data
-    one = result.data.sel(verified="L0H4")
+    writer = str(result["verified"].values[0])
+    taken, alone = set(result.data.data_vars), uw.verify(lm, tokens.take(range(8, 16)), writer).data
+    one = result.data.sel(verified=writer)
     for name, part in alone.data_vars.items():
         mine = one[f"verified_{name}" if f"verified_{name}" in taken else name]
         np.testing.assert_array_equal(mine.values, part.values, err_msg=str(name))
@@ -248,6 +250,10 @@ def may_be_missing(data: xr.Dataset, lm: Model, name: str) -> xr.DataArray:
     """Cells of a variable of an audit that have no number, for a reason."""
     verified, silent = data["verified"], (data["change_share"].isnull()).drop_vars("writer")
     nodes = [parse_node(writer) for writer in verified.values]
+    if name.startswith(("removed_survival", "removed_rescaled")):
+        writers = [parse_node(writer) for writer in data["removed"].values]
+        early = [[not state.holds(node, lm.parallel) for state in lm.states] for node in writers]
+        return xr.DataArray(early, dims=("removed", "location"))
     if name in BEFORE_THE_WRITE:
         early = [[not state.holds(node, lm.parallel) for state in lm.states] for node in nodes]
         return xr.DataArray(early, dims=("verified", "location"))
@@ -310,19 +316,20 @@ def strange() -> tuple[uw.Result, Model, Tokens]:
     return uw.audit(lm, tokens), lm, tokens
 
 
-def test_where_nothing_is_erased_the_lowest_ends_are_verified(strange, tmp_path) -> None:
+def test_where_nothing_is_out_of_the_ordinary_the_lowest_is_looked_at(strange, tmp_path) -> None:
     result, lm, tokens = strange
-    assert not result["eraser"].any()
     scanned = uw.scan(lm, tokens.take(range(8))).data
-    end = scanned["level_end"].sel(quantile=0.5).to_series()[scanned["material"].values.astype(bool)]
+    material = set(scanned["writer"].values[scanned["material"].values])
     # Without the embedding nothing is left; what the last MLP writes nobody reads.
-    end = end.drop(["embed", f"MLP{len(lm.layers) - 1}"], errors="ignore")
-    assert result["verified"].values.tolist() == end.sort_values().index[:3].tolist()
-    assert "erased" not in result["verdict"].values
-    assert "No writer is erased (" in result.data.attrs["verdict"]
+    assert set(result["removed"].values) == {
+        name for name in material if name not in ("embed", f"MLP{len(lm.layers) - 1}") and ".bias" not in name
+    }
+    assert set(result["removed_verdict"].values) == {"undecided"}  # two documents judge
+    gap = result["removed_gap"].to_series()
+    assert result["verified"].values[0] == gap.idxmin()
+    assert "All are undecided: 2 documents give no interval" in result.data.attrs["verdict"]
     assert holes(result, lm) == []
     assert uw.read(result.save(tmp_path)).data.identical(result.data)
-    assert "Nowriteriserased(" in shown(result)
 
 
 @pytest.mark.promise("hostile")
@@ -398,7 +405,7 @@ def test_several_texts_are_scanned_the_first_judges_and_everything_is_written(as
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["report.html", "result.nc", "table.csv"]
     data = uw.read(tmp_path / "out").data
     xr.testing.assert_identical(data, result.data)
-    assert "L0H0 reverses" in data.attrs["verdict"]
+    assert "L0H0" in data.attrs["verdict"]
     assert list(data["text"].values) == ["Python's documentation topics", "digits"]
     assert data["share"].dims == ("text", "writer", "node")
     first = {topics.source: topics.take(range(5)), "digits": texts["digits"].take(range(4))}

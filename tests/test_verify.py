@@ -228,11 +228,11 @@ def test_rotations_keep_length_and_stay_where_readers_look() -> None:
 
 
 @pytest.mark.promise("erased")
-def test_a_rotated_write_decays_like_anything(monkeypatch) -> None:
+def test_a_rotated_write_is_not_called_erased(monkeypatch) -> None:
     """A direction drawn like the generic ones is not told from them, but for a few in a hundred by chance."""
     truth = planted("gpt2", dtype=torch.float64)
     lm = view(truth.hf, truth.tokenizer)
-    tokens = windows(PROSE, truth.tokenizer, n=4, length=48)
+    tokens = windows(PROSE, truth.tokenizer, n=6, length=48)
     generator = torch.Generator().manual_seed(7)
     basis = torch.linalg.qr(torch.cat([torch.ones(48, 1), torch.eye(48)[:, 1:]], 1).double()).Q[:, 1:]
     drawn = torch.linalg.qr(torch.randn(47, 47, generator=generator, dtype=torch.float64)).Q
@@ -240,7 +240,9 @@ def test_a_rotated_write_decays_like_anything(monkeypatch) -> None:
     original = replay.Clean.write
     monkeypatch.setattr(replay.Clean, "write", lambda self, node: original(self, node) @ own)
     result = uw.verify(lm, tokens, lm.nodes[2])
-    assert result.data.attrs["verdict"] == "decays like anything"
+    low, _, high = result["generic"].isel(location=-1).values
+    assert low <= float(result["survival"][-1]) <= high
+    assert result.data.attrs["verdict"] in ("like others", "undecided", "kept")
     assert result.data.attrs["readers"] == ""
 
 

@@ -46,7 +46,7 @@ def survival(
     controls: Annotated[
         str, typer.Option("--controls", help="What stands in for a write: typical, signs, rotated.")
     ] = "typical,signs",
-    decoys: Annotated[int, typer.Option("--decoys", min=1, help="Stand-ins of each kind for each writer.")] = 4,
+    decoys: Annotated[int | None, typer.Option("--decoys", min=1, help="Stand-ins for each writer.")] = None,
     n: Prompts = 8,
     length: Length = 64,
     bos: Bos = None,

@@ -36,7 +36,6 @@ from unwrite.stats.verdicts import (
     CRITERIA,
     Interval,
     Judged,
-    Sums,
     by_document,
     cuts,
     estimate,
@@ -51,6 +50,8 @@ BOUNDS = ("low", "median", "high")
 CUTS = ("nodes", "blocks")
 # A write is material if its norm is at least this fraction of the stream's, right after it, in the median.
 MATERIAL = 0.05
+# Decoys of each writer; and of all together so many that a q of a tenth can be reached by a few writers.
+_FEWEST, _MOST, _ALL = 4, 16, 200
 
 
 @torch.no_grad()
@@ -60,7 +61,7 @@ def survival(
     writers: Iterable[object] | None = None,
     weigh: Any = "readers",
     controls: Sequence[str] = ("typical", "signs"),
-    decoys: int = 4,
+    decoys: int | None = None,
     skip: int = 1,
     *,
     mask: Any = None,
@@ -76,7 +77,8 @@ def survival(
     "readers" (as later readers read them), "unembed" (as the unembedding alone does), "raw" (all alike, as in the
     paper), or d_model numbers; `controls` what stands in for a write, the first of them being the decoys: "typical" (a
     mix of what other nodes write there in another prompt), "signs" (a random sign for each channel), "rotated";
-    `decoys` of these for each writer, and half as many of the other controls.
+    `decoys` of these for each writer (by default 4, or up to 16 until there are 200 in all), and half as many of the
+    other controls.
     Returns a Result: `survival[writer, location, weigh]` with `survival_low` and `survival_high` (95 % t interval over
     documents), `end` the same at the end of the stream and `median_survival` its median over positions;
     `ordinary[writer, control, bound]`, what becomes of stand-ins (5 %, median, 95 %), `gap` = `end` − that median with
@@ -102,8 +104,9 @@ def survival(
         if done := job.begin("survival", lm, {"": read.hash}, settings):
             return done
         chosen = _material(lm, read, skip, listener, job) if named is None else named
-        # What the decoys are has a median and a spread, of the others only the median is asked for.
-        draws = {control: decoys if control == controls[0] else max(1, decoys // 2) for control in controls}
+        each = decoys or min(max(_FEWEST, -(-_ALL // len(chosen))), _MOST)
+        # Of the first control a median and a spread are asked for, of the others only the median.
+        draws = {control: each if control == controls[0] else max(1, each // 2) for control in controls}
         question = Removals(lm, fold(lm), read, skip, chosen, _weights(lm, chosen, weigh), draws)
         tally = SurvivalTally(question, job)
         stream(lm, read, tally, _size(lm, read, batch), f"survival of {len(chosen)}", listener, job)
@@ -121,7 +124,7 @@ def _require(controls: Sequence[str], decoys: Any) -> None:
         raise NumericError("controls are names", got=repr(controls), expected=f"some of {', '.join(CONTROLS)}")
     for control in controls:
         one_of("a control", control, tuple(CONTROLS))
-    if type(decoys) is not int or decoys < 1:
+    if decoys is not None and (type(decoys) is not int or decoys < 1):
         raise NumericError("decoys is a number of stand-ins", got=repr(decoys), expected="a positive integer")
 
 
@@ -147,9 +150,7 @@ def _weights(lm: Model, writers: Sequence[Node], weigh: Any) -> dict[str, Float[
     if not isinstance(weigh, str):
         own = torch.as_tensor(np.asarray(_named(lm, weigh)), dtype=even.dtype, device=lm.device)
         return {"own": own.expand_as(even).contiguous(), "raw": even}
-    found = readers.readers(lm)
-    found = found if weigh == "readers" else found[-1:]
-    return {weigh: torch.stack([readers.weights(lm, found, writer) for writer in writers]), "raw": even}
+    return {weigh: readers.weights(lm, writers, unembedding_only=weigh == "unembed"), "raw": even}
 
 
 def _material(lm: Model, tokens: Tokens, skip: int, listener: Listener | None, job: Job) -> tuple[Node, ...]:
@@ -176,11 +177,7 @@ class _Found:
         cluster = asked.tokens.cluster
         self.of = {name: by_document(part, cluster) for name, part in whole.items() if name not in ("rows", "channels")}
         self.rows, self.channels = whole["rows"], whole["channels"].sum(0)
-        self.sums = Sums(
-            self.of["y"][..., -1, 0], self.of["x"][..., 0], asked.columns,
-            np.array([node.layer for node in asked.writers]), self.of["share"], self.of["acts"],
-            np.array([node.layer for node in asked.lm.parts]),
-        )  # fmt: skip
+        self.sums = asked.sums(whole)
 
     def dataset(self) -> xr.Dataset:
         """Everything, named."""

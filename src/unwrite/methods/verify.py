@@ -10,6 +10,7 @@ with and without the write; they sum to survival − 1. Beside it the algebra of
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from scipy import stats
 
 from unwrite.errors import NumericError
 from unwrite.model.load import provenance
+from unwrite.model.readers import weights
 from unwrite.model.view import Model
 from unwrite.nodes import Node, choose, parse_node, require_readers
 from unwrite.prompts.tokens import spelled
@@ -27,9 +29,12 @@ from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.stream import Listener, admit, admit_floor, batch_size, stream
 from unwrite.run.tally.by_position import EXAMPLES, SHOWN, first_of_groups
 from unwrite.run.tally.decodable import RIDGE
+from unwrite.run.tally.survives import ALONE, Removals, SurvivalTally
 from unwrite.run.tally.without import CONDITIONS, READ_ROTATIONS, ROTATIONS, WithoutTally
+from unwrite.stats.verdicts import CRITERIA, Judged, judge
 
 BOUNDS = ("low", "mean", "high")
+RANGE = ("low", "median", "high")
 # The paper's erasers: later nodes whose median PR is at most this.
 OPPOSES = -0.05
 _FEWEST = 3
@@ -58,7 +63,9 @@ def verify(
     were not used to choose the writer.
     Returns a Result: `survival`, `background`, `generic` (low, mean, high over rotations) and `gap` = survival −
     generic, by location; `erased`, `filled_in`, `share`, `share_without`, `class` by later node; `verdict`: erased,
-    filled in, kept, decays like anything or amplified; through values (pattern and norm frozen) `v_pr`, `v_share`,
+    reduced, filled in, kept, amplified, like others or undecided, by the rules of `uw.survival` but for q; `weighed`,
+    survival at the end as later readers weigh channels, with interval, and `ordinary`, that of stand-ins in its place
+    (5 %, median, 95 %); through values (pattern and norm frozen) `v_pr`, `v_share`,
     `v_survival`, `causal_share` = `caused` / `opposed` and `opposed_pr`, quantiles of the erasers' summed ratio; the
     paper's view `pr`, `level`, clean and patched; `space`,
     the stream's energy in the head's own output space, `into_space` that of every node's write; `read`, the energy
@@ -89,7 +96,11 @@ def verify(
         chosen = named or _default(tally)
         if named is None:
             stream(lm, tokens, tally.hiding(chosen), size, f"verify {node}, hidden", listener, job)
+        beside = Removals(lm, tally.folded, tokens, skip, [node], {"readers": weights(lm, [node])}, ALONE)
+        among = SurvivalTally(beside, job)
+        stream(lm, tokens, among, 1, f"verify {node}, beside others", listener, job)
         data = _judged(_dataset(tally), tally, chosen)
+        data = _beside_others(data, judge(beside.sums(among.whole()), replace(CRITERIA, q=1.0)))
         settings = {**asked, "erasers": [str(e) for e in chosen]}
         return job.signed(build("verify", data, settings, provenance(lm), {"": tokens.about()}))
 
@@ -243,7 +254,6 @@ def _judged(data: xr.Dataset, tally: WithoutTally, erasers: tuple[Node, ...]) ->
     ).assign_attrs(
         writer=str(tally.writer),
         erasers=" ".join(names),
-        verdict=_verdict(data, tally.n_clusters),
         readers=_readers(data),
         decodable_note=tally.decoding.note,
         n_positions=tally.n_positions,
@@ -261,19 +271,21 @@ def _readers(data: xr.Dataset) -> str:
     return " ".join(str(names[i]) for i in np.argsort(-read) if above[i])
 
 
-def _verdict(data: xr.Dataset, clusters: int) -> str:
-    """One word about the whole write at the end of the stream."""
-    end = data.isel(location=-1)
-    if clusters < 2:
-        return "undecided: one prompt has no interval"
-    prompts, draws = stats.t.ppf(0.975, clusters - 1), stats.t.ppf(0.975, min(clusters, ROTATIONS) - 1)
-    gap, reach = float(end["gap"]), draws * float(end["gap_se"])
-    if gap + reach < 0:
-        # A dormant backup also keeps a removed write's place taken: no negative was ever written.
-        return "erased" if float(data["erased"].sum()) <= float(data["filled_in"].sum()) else "filled in"
-    if float(end["survival"]) - prompts * float(end["survival_se"]) > 1 + MATERIAL_SHARE and gap - reach > 0:
-        return "amplified"
-    return "kept" if gap - reach > 0 else "decays like anything"
+def _beside_others(data: xr.Dataset, found: Judged) -> xr.Dataset:
+    """The verdict by the rules that hold for all writers; of one alone there is no q."""
+    places = [np.array([part.low[0], part.level[0, 0], part.high[0]]) for part in found.ordinary.values()]
+    interval, own = "95 % t interval over documents", found.survival
+    weighed = {
+        "weighed": quantity((), own.value.reshape(()), "1", "survival at the end as later readers weigh channels"),
+        "weighed_low": quantity((), own.low.reshape(()), "1", interval),
+        "weighed_high": quantity((), own.high.reshape(()), "1", interval),
+        "ordinary": quantity(("control", "range"), np.stack(places), "1", "of stand-ins: 5 %, median, 95 %"),
+    }
+    return (
+        data.assign(weighed)
+        .assign_coords(control=list(found.ordinary), range=list(RANGE))
+        .assign_attrs(verdict=found.verdict[0])
+    )
 
 
 def _classes(data: xr.Dataset, tally: WithoutTally, t: float) -> Iterator[str]:

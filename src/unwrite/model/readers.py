@@ -7,7 +7,7 @@ listed: what they are given is what the norm put out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -49,14 +49,16 @@ def readers(lm: Model) -> tuple[Reader, ...]:
     return (*found, Reader("unembedding", lm.states[-1], _energy(lm, weight.t(), lm.final_norm)))
 
 
-def weights(lm: Model, found: tuple[Reader, ...], writer: Node) -> Float[Tensor, " d_model"]:
-    """m, by which ⟨a, b⟩_m = Σ m_i a_i b_i weighs channels as those read them that can read this write; Σ m = d_model.
+def weights(lm: Model, writers: Sequence[Node], unembedding_only: bool = False) -> Float[Tensor, "writer d_model"]:
+    """m, by which ⟨a, b⟩_m = Σ m_i a_i b_i weighs channels as those read them that can read a write; Σ m = d_model.
 
-    m_i = d · mean over readers of Σ_j (γ_i R_ij)² / Σ_ij (γ_i R_ij)², γ the gain of the norm before the matrix R.
+    m_i = d · mean over readers of Σ_j (γ_i R_ij)² / Σ_ij (γ_i R_ij)², γ the gain of the norm before the matrix R. With
+    `unembedding_only` as if it were the only reader.
     """
-    after_it = lm.after(writer).order
-    behind = [reader.energy for reader in found if reader.reads.order >= after_it]
-    return lm.d_model * torch.stack(behind).mean(0)
+    found = readers(lm)
+    found = found[-1:] if unembedding_only else found
+    behind = [[one.energy for one in found if one.reads.order >= lm.after(node).order] for node in writers]
+    return lm.d_model * torch.stack([torch.stack(part).mean(0) for part in behind])
 
 
 def _watching(lm: Model, norms: dict[nn.Module, Tensor], inputs: dict[nn.Module, Tensor]) -> Iterator[Handle]:

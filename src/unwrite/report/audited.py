@@ -25,6 +25,7 @@ HEADER = (
     Column("erasers", holds="words"),
 )
 _WORDS = ("verdict", "erasers", "causal_share_note", "readers", "decodable_note")
+_NAMED = 3
 
 
 def verified(result: Result) -> Iterator[xr.Dataset]:
@@ -49,6 +50,16 @@ def alone(result: Result, data: xr.Dataset) -> Result:
     return Result(data.assign_attrs(schema=result.data.attrs["schema"], provenance=json.dumps(record)))
 
 
+def removed(result: Result) -> xr.Dataset:
+    """What `uw.survival` says of every material writer, under the names it gives."""
+    data = result.data
+    own = [name for name, part in data.variables.items() if "removed" in part.dims and name != "removed"]
+    names = {str(name): str(name).removeprefix("removed_") for name in own}
+    found = data[own].rename({**names, "removed": "writer", "removed_bound": "bound"})
+    told = ("documents", "rows", "sinks", "weigh")
+    return found.assign_attrs({name: data.attrs[f"removed_{name}"] for name in told})
+
+
 def row(data: xr.Dataset) -> tuple[str, ...]:
     """One verified writer in one line."""
     end = data.isel(location=-1)
@@ -68,18 +79,6 @@ def row(data: xr.Dataset) -> tuple[str, ...]:
         values,
         data.attrs["erasers"] or "–",
     )
-
-
-def summary(result: Result) -> str:
-    """Which verified writers were erased, and what became of the others."""
-    by: dict[str, list[str]] = {}
-    for data in verified(result):
-        by.setdefault(data.attrs["verdict"], []).append(data.attrs["writer"])
-    judged = result.provenance["settings"]["judged"]
-    lead = "No writer is erased" if "erased" not in by else f"Erased: {', '.join(by.pop('erased'))}"
-    rest = "; ".join(f"{verdict}: {', '.join(writers)}" for verdict, writers in by.items())
-    tail = f" ({rest})" if rest else ""
-    return f"{lead}{tail}, judged by executed runs on {judged['prompts']} prompts that did not choose them."
 
 
 def search(result: Result) -> str:

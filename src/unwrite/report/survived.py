@@ -71,13 +71,16 @@ def actors(one: xr.Dataset) -> str:
 
 def sentence(result: Result) -> str:
     """What is out of the ordinary, with its numbers; how many are undecided; what that rests on."""
-    data = result.data
+    return paragraph(result.data)
+
+
+def paragraph(data: xr.Dataset) -> str:
+    """The same of what a survival found, or an audit's part of it."""
     verdict = [str(word) for word in data["verdict"].values]
     count = Counter(verdict)
     documents, writers = int(data.attrs["documents"]), len(verdict)
     of = f"{_plural(writers, 'writer')} on {_plural(documents, 'document')}"
-    lines = [_found(data, verdict, of), _rest(count, documents), _sound(data)]
-    return " ".join(line for line in lines if line)
+    return " ".join([_found(data, verdict, of), _rest(count, documents), _sound(data)])
 
 
 def _found(data: xr.Dataset, verdict: list[str], of: str) -> str:

@@ -69,7 +69,11 @@ def _attribution(result: Result) -> Iterator[RenderableType]:
 
 
 def _audit(result: Result) -> Iterator[RenderableType]:
-    yield from _scanned(result)
+    for name, data, read in texts(result):
+        yield Text(plain(f"{name or read['source']}: {read['prompts']} × {read['length']} tokens"))
+        yield Text(soundness(data, result.provenance["settings"]), "dim")
+    left = audited.removed(result)
+    yield grid("what survives of every material write, by runs without it", survived.HEADER, survived.rows(left))
     yield Text("")
     yield grid("writers verified, by runs without them", audited.HEADER, map(audited.row, audited.verified(result)))
     yield Text("")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from unwrite.report.audited import summary
+from unwrite.report.audited import removed
 from unwrite.report.believed import belief
 from unwrite.report.scanned import Row, rows, texts
+from unwrite.report.survived import paragraph
 from unwrite.result import Result
 
 _NAMED = 3
@@ -18,17 +19,16 @@ ADDED = ("heads", "stream", "locations", "logits", "values")
 def verdict(result: Result) -> str:
     """The finding in words, text by text, with what it does not say."""
     model = result.provenance["model"]
-    found = levels(result)
     worst = max(model["certificate"][name] for name in ADDED if name in model["certificate"])
     exact = f"The decomposition is exact to {worst:.0e}."
     if result.method == "audit":
         believed = belief(result.data)
-        return " ".join([found, summary(result), f"{believed[0].upper()}{believed[1:]}.", exact])
+        return " ".join([paragraph(removed(result)), f"{believed[0].upper()}{believed[1:]}.", exact])
     caveat = (
         "These are levels: all that lies along a write, whoever wrote it. Whether a write was erased, and by whom, "
         f"only an executed run without it can say (unwrite verify). {exact}"
     )
-    return f"{found} {caveat}"
+    return f"{levels(result)} {caveat}"
 
 
 def levels(result: Result) -> str:
@@ -51,6 +51,7 @@ def _of_text(model: str, name: str, shown: Sequence[Row], folded: Sequence[str],
         sentence += f" (most energy: {'; '.join(f'{row.writer} {row.says}' for row in losing[:_NAMED])})"
     sentence += f"; nodes write against {len(opposed)}"
     if opposed:
-        strongest = min(opposed, key=lambda row: row.opponents[0].share)
-        sentence += f", the strongest pair being {strongest.opponents[0]} along {strongest.writer}"
+        # Most energy moved: a write that is tiny beside the stream has large shares, and says little.
+        most = max(opposed, key=lambda row: row.moved)
+        sentence += f", with most energy {most.opponents[0]} along {most.writer}"
     return sentence + "."

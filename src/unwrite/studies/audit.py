@@ -1,10 +1,12 @@
-"""Does this model manage its memory, and which attributions can be believed? scan → verify → dla, and a verdict.
+"""Does this model manage its memory, and which attributions can be believed? scan → survival → verify → dla.
 
-Writers are chosen by a scan of one half of the prompts and verified on the other half.
+What is material is said by a scan of one half of the prompts; what survives of every such write, and all that follows,
+by runs on the other half.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from importlib import resources
 from itertools import zip_longest
@@ -20,6 +22,7 @@ from unwrite.methods.adversarial import adversarial
 from unwrite.methods.corpus import corpus_dla
 from unwrite.methods.dla import dla
 from unwrite.methods.scan import scan
+from unwrite.methods.survival import survival
 from unwrite.methods.verify import verify
 from unwrite.model.view import Model
 from unwrite.nodes import parse_node, reads
@@ -32,10 +35,11 @@ from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.stream import Listener, admit
 from unwrite.studies.keep import Parts, keep
 
-# Verified: so many writers that nodes write against, most energy moved first; if none is erased, also so many whose
-# level ends lowest.
-MOST = 6
-LOWEST = 3
+# Writes are taken out of so many prompts, of as many documents as there are: how far a survival varies over documents
+# is soon known, and every prompt costs a run of each.
+REMOVED_FROM = 8
+# So many writers are looked at closely, one of each layer and group of heads that share keys and values.
+MOST = 2
 # What attribution is asked about: so many prompts, found ones among them, beside means over so many texts.
 ASKED = 20
 TEXTS = 100
@@ -54,18 +58,19 @@ def audit(
     checkpoint: Job | str | Path | None = None,
     listener: Listener | None = None,
 ) -> Result:
-    """Who writes and is written against, what survives of it, and which attributions can be believed, with a verdict.
+    """Who writes, what survives of every write and who acts on it, and which attributions can be believed.
 
-    Arguments: `tokens` as `uw.scan` takes them: the first half of the prompts chooses writers (of several texts, all
-    are scanned and the first one's other half judges); `prompts` as `uw.dla` takes them, asked about the model's own
-    top two logits, by default prompts found by `uw.adversarial` and windows of the text; `out` a folder that gets
+    Arguments: `tokens` as `uw.scan` takes them: the first half of the prompts says what is material (of several texts,
+    all are scanned and the first one's other half judges); `prompts` as `uw.dla` takes them, asked about the model's
+    own top two logits, by default prompts found by `uw.adversarial` and windows of the text; `out` a folder that gets
     `result.nc`, `table.csv` and `report.html`, and where what is done is kept, so that the same call goes on from there
-    (`checkpoint`, as in `uw.scan`, keeps it elsewhere); `most` writers to verify; `bos` as in `uw.scan`; `listener` is
-    told how far it is, and of every finished part its Result. The embedding is never verified: without it the stream is
-    empty.
-    Returns the scan's Result with, for each of the `verified` writers, what `uw.verify` returns (`verdict`, `survival`,
-    `erased`, …; what has a scan's name is called `verified_…`), `uw.dla`'s variables by `prompt`, `uw.adversarial`'s by
-    `hit` (`found_…`), `uw.corpus_dla`'s by `path`; the paragraph is its attribute `verdict`.
+    (`checkpoint`, as in `uw.scan`, keeps it elsewhere); `most` writers to verify, one of each layer and group of heads;
+    `bos` as in `uw.scan`; `listener` is told how far it is, and of every finished part its Result. The embedding is
+    never taken out: without it the stream is empty.
+    Returns the scan's Result with `uw.survival`'s variables of every material writer on the axis `removed`
+    (`removed_…`), for each of the `verified` writers what `uw.verify` returns (`verdict`, `survival`, `erased`, …; what
+    has a scan's name is called `verified_…`) and `verified_because`, `uw.dla`'s variables by `prompt`,
+    `uw.adversarial`'s by `hit` (`found_…`), `uw.corpus_dla`'s by `path`; the paragraph is its attribute `verdict`.
     Raises what these raise; TokensError for fewer than four independent prompts; ResultError where `out` cannot be
     written (found before anything runs); Stopped, a KeyboardInterrupt, after it saved in `out` what an interrupt found
     finished: the scan as the folder's result, other parts beside it.
@@ -102,52 +107,72 @@ def _audit(lm: Model, texts: dict[str, Tokens], prompts: Tokens | None, most: in
     scanned = parts.finish(
         scan(lm, choose_by if list(texts) != [""] else choose_by[""], checkpoint=job, listener=parts)
     )
-    proofs = _verified(lm, scanned, judge_by, most, parts, job)
-    if not proofs:
-        raise ModelError(f"no node of {scanned.provenance['model']['name']} could read what another wrote")
+    removed = _removed(lm, scanned, judge_by, parts, job)
+    chosen = _chosen(lm, removed.data, most)
+    proofs = {writer: parts.finish(verify(lm, judge_by, writer, checkpoint=job, listener=parts)) for writer in chosen}
     worst = min(proofs, key=lambda writer: _gap(proofs[writer]))
     held_out = choose_by[next(iter(choose_by))]
     search = parts.finish(adversarial(lm, judge_by, worst, held_out, checkpoint=job, listener=parts))
     asked, kinds = _asked(prompts, search, judge_by)
     others = _texts(asked, judge_by)
     believed = parts.finish(dla(lm, asked, at="position", texts=others, checkpoint=job, listener=parts))
-    merged = _merged(scanned, proofs, search, believed, kinds)
+    merged = _merged(scanned, proofs, search, believed, kinds).merge(_beside(removed.data))
+    merged = merged.assign(verified_because=("verified", np.array([*chosen.values()], dtype=object)))
     if erasers := proofs[worst].data.attrs["erasers"].split():
         corpus = parts.finish(corpus_dla(lm, judge_by, worst, erasers, checkpoint=job, listener=parts))
         merged = merged.merge(_renamed(corpus.data, "corpus"))
+    merged = merged.assign_attrs(_beside(removed.data).attrs)
     merged = merged.assign_attrs(scanned.data.attrs, method="audit", searched=worst, judged=judge_by.source)
     return _judged(Result(merged), scanned, judge_by, asked)
 
 
-def _verified(lm: Model, scanned: Result, tokens: Tokens, most: int, parts: Parts, job: Job) -> dict[str, Result]:
-    """Verifications of the writers that a scan found, and of those whose level ends lowest if none was erased."""
-
-    def proof(writer: str) -> Result:
-        return parts.finish(verify(lm, tokens, writer, checkpoint=job, listener=parts))
-
+def _removed(lm: Model, scanned: Result, tokens: Tokens, parts: Parts, job: Job) -> Result:
+    """What survives of every write that a scan found material and that some later node could read."""
     first = scanned.data.isel(text=0) if "text" in scanned.data.dims else scanned.data
-    able = first["material"].values & _answered(lm, first["writer"].values)
-    order = [str(w) for w in first["writer"].values[np.argsort(-first["moved"].fillna(-1).values, kind="stable")]]
-    opposed = set(first["writer"].values[able & first["eraser"].any("node").values])
-    chosen = [writer for writer in order if writer in opposed][:most]
-    proofs = {writer: proof(writer) for writer in chosen}
-    if not any(proof.data.attrs["verdict"] == "erased" for proof in proofs.values()):
-        end = first["level_end"].sel(quantile=0.5).values
-        # Where nothing is material, anything that writes has to do.
-        able = able if able.any() else np.isfinite(end) & _answered(lm, first["writer"].values)
-        lowest = first["writer"].values[np.argsort(np.where(able, end, np.inf), kind="stable")][
-            : min(LOWEST, able.sum())
-        ]
-        for writer in map(str, lowest):
-            if writer not in proofs:
-                proofs[writer] = proof(writer)
-    return proofs
+    able = _answered(lm, first["writer"].values)
+    if not able.any():
+        raise ModelError(f"no node of {scanned.provenance['model']['name']} could read what another wrote")
+    material = able & first["material"].values
+    # Where nothing is material, anything that writes has to do.
+    writes = material if material.any() else able & (first["n_positions"].values > 0)
+    writers = [str(writer) for writer in first["writer"].values[writes]]
+    few = tokens.take(_spread(tokens, REMOVED_FROM))
+    return parts.finish(survival(lm, few, writers, checkpoint=job, listener=parts))
+
+
+def _spread(tokens: Tokens, n: int) -> list[int]:
+    """So many prompts of as many documents as there are, in their order: of each document one, then another."""
+    seen: Counter[int] = Counter()
+    turn = []
+    for cluster in tokens.cluster.tolist():
+        turn.append(seen[cluster])
+        seen[cluster] += 1
+    return sorted(np.argsort(turn, kind="stable")[:n].tolist())
+
+
+def _chosen(lm: Model, removed: xr.Dataset, most: int) -> dict[str, str]:
+    """The writers to look at closely, and why: what is lost out of the ordinary, then what ends lowest beside it."""
+    verdict, gap = removed["verdict"].values, removed["gap"].fillna(0).values
+    lost = np.isin(verdict, ("erased", "filled in", "reduced"))
+    chosen: dict[str, str] = {}
+    groups = set()
+    for i in sorted(range(len(gap)), key=lambda i: (not lost[i], gap[i])):
+        node = parse_node(str(removed["writer"].values[i]))
+        # Heads that share keys and values tend to tell the same story.
+        group = (node.layer, node.kind, node.head * lm.kv_heads // lm.n_heads if node.kind == "head" else 0)
+        if group not in groups and len(chosen) < most:
+            groups.add(group)
+            what = str(verdict[i]) if lost[i] else "among the lowest beside ordinary writes"
+            chosen[str(node)] = f"{what} (gap {gap[i]:+.2f}), the first of its layer and group"
+    return chosen
 
 
 def _answered(lm: Model, writers: np.ndarray) -> np.ndarray:
-    """Which writers can be verified: not the embedding, and only those that some later node could read."""
+    """Which writes can be taken out: not the embedding's, and only those that some later node could read."""
     nodes = [parse_node(writer) for writer in writers]
-    return np.array([w.kind != "embed" and any(reads(e, w, lm.parallel) for e in lm.parts) for w in nodes])
+    return np.array(
+        [w.kind not in ("embed", "bias") and any(reads(e, w, lm.parallel) for e in lm.parts) for w in nodes]
+    )
 
 
 def _gap(proof: Result) -> float:
@@ -190,6 +215,14 @@ def _plain(proof: xr.Dataset) -> xr.Dataset:
     named = ("verdict", "erasers", "causal_share_note", "readers", "decodable_note")
     words = {name: ((), np.array(str(proof.attrs[name]), dtype=object)) for name in named}
     return proof.assign(words).drop_attrs(deep=False)
+
+
+def _beside(removed: xr.Dataset) -> xr.Dataset:
+    """What survives of every write, on axes of its own beside those of a scan and of verifications."""
+    named = {name: f"removed_{name}" for name in (*removed.data_vars, "bound")}
+    counts = {f"removed_{name}": int(removed.attrs[name]) for name in ("documents", "rows", "sinks")}
+    data = removed.rename({**named, "writer": "removed"}).drop_attrs(deep=False)
+    return data.assign_attrs(counts, removed_weigh=removed.attrs["weigh"])
 
 
 def _renamed(data: xr.Dataset, prefix: str, beside: xr.Dataset | None = None) -> xr.Dataset:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,10 @@ from unwrite.run.loop.stream import Batch, Rows
 from unwrite.run.replay.clean import clean
 from unwrite.run.replay.removed import Changed, alone, at_once, changed, in_order
 from unwrite.run.source.standins import Stead, stand_in
+from unwrite.stats.verdicts import Sums, by_document
 
+# Stand-ins of each kind for a writer that is asked about alone.
+ALONE: Mapping[str, int] = {"typical": 8, "signs": 4}
 # A row is a sink if the stream there is so many times as long as it is in the median of its prompt.
 SINK = 10.0
 # Who the write itself is, among what is put in its place.
@@ -63,6 +67,12 @@ class Removals:
         """Where the draws of each control are among these."""
         ends = np.cumsum([1, *self.draws.values()]).tolist()
         return {control: slice(*pair) for control, pair in zip(self.draws, pairwise(ends), strict=True)}
+
+    def sums(self, whole: Arrays) -> Sums:
+        """What was summed up of all prompts, by document, in the first of the weights: what a verdict rests on."""
+        y, x, along, acts = (by_document(whole[name], self.tokens.cluster) for name in ("y", "x", "share", "acts"))
+        depth, block = (np.array([node.layer for node in nodes]) for nodes in (self.writers, self.lm.parts))
+        return Sums(y[..., -1, 0], x[..., 0], self.columns, depth, along, acts, block)
 
 
 class SurvivalTally:
@@ -184,6 +194,10 @@ class _Chunk:
             of.y[self.prompt, self.w, self.s, after, k] = energy
         if self.own:
             own = self._own()
+            # Right after the write nothing has been run yet.
+            for i in self.own:
+                x = of.run.record.stream[of.lm.after(self.nodes[i])][self.prompt[i : i + 1]]
+                self._rescaled(own.new_tensor([i]), after[i], x, x - self.write[i : i + 1])
             of.channels[self.prompt[own], self.w[own]] = self.write[own].pow(2).sum(1, dtype=torch.float64)
         final = changed(of.run, of.calls, Changed(self.nodes, self.prompt, -self.write), self._seen)
         self._end(final)
@@ -199,11 +213,14 @@ class _Chunk:
             for k, along in enumerate(self.along):
                 of.y[self.prompt[:n], self.w[:n], self.s[:n], at, k] = _summed((change * along[:n]).sum(-1))
             if len(own):
-                kept = of.kept[self.prompt[own]]
-                grew = (base[own].norm(dim=-1) / x[own].norm(dim=-1)).log().double() * kept
-                of.rescaled[self.prompt[own], self.w[own], at] = grew.nansum(1)
+                self._rescaled(own, at, base[own], x[own])
         if len(own):
             self._nodes(layer, own, record)
+
+    def _rescaled(self, own: Tensor, at: Any, x: Tensor, without: Tensor) -> None:
+        """Sums of log(‖x‖ / ‖x^{−w}‖): by how much norms scale everything else otherwise."""
+        grew = (x.norm(dim=-1) / without.norm(dim=-1)).log().double() * self.of.kept[self.prompt[own]]
+        self.of.rescaled[self.prompt[own], self.w[own], at] = grew.nansum(1)
 
     def _nodes(self, layer: int, own: Tensor, record: Recording) -> None:
         """What each node of a layer writes along the write, and how much of that because it is there."""
