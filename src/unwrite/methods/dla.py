@@ -109,12 +109,12 @@ def dla(
         "position": request.row.tolist(), "at": at, "replace": replace, "batch": batch,
         "texts": None if texts is None else request.pool.tokens.about(),
     }  # fmt: skip
+    # Beside a run's own factors, four sets of cotangents and the writes of one node are held.
+    size = batch_size(lm, request.tokens, batch, held=4)
     asked = {name: None if ids is None else ids.tolist() for name, ids in request.questions.items()}
-    with opened(checkpoint) as job:
+    with opened(checkpoint, listener) as job:
         if done := job.begin("dla", lm, {"": request.tokens.hash}, {**settings, **asked}):
             return done
-        # Beside a run's own factors, four sets of cotangents and the writes of one node are held.
-        size = batch_size(lm, request.tokens, batch, held=4)
         rows = Rows(partial(_measured, lm, request))
         stream(lm, request.tokens, rows, size, "dla", listener, job)
         data = _Found(lm, request, rows.whole()).dataset()

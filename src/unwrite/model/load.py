@@ -16,16 +16,18 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.import_utils import is_accelerate_available
 
-from unwrite.errors import ModelError, UnwriteError, plain
+from unwrite.errors import ModelError, UnwriteError, plain, shown
+from unwrite.files import possible
 from unwrite.model.capture import uncompiled
 from unwrite.model.certificate import certify
 from unwrite.model.families import FAMILIES, REFUSED, Family
 from unwrite.model.gguf import configuration, from_gguf, gguf_file
 from unwrite.model.legacy import checkpoint, from_legacy, is_legacy, tokenizer_folder, tokenizer_name
 from unwrite.model.now import state
+from unwrite.model.options import require_options
 from unwrite.model.projections import plain_tensor, require_linear
 from unwrite.model.single import HALVES
-from unwrite.model.view import CONVENTIONS, Model
+from unwrite.model.view import Model
 from unwrite.model.weights import DISK, stored
 
 # The model that comes with the package: trained by examples/pretrain, see its own README.
@@ -59,12 +61,11 @@ def load(
 
     Example: `lm = uw.load("gpt2")`; `print(lm.certificate.explain())`
     """
-    if convention not in CONVENTIONS:
-        raise ModelError("unknown convention", got=repr(convention), expected=" or ".join(map(repr, CONVENTIONS)))
-    if isinstance(source, (str, Path)):
+    require_options(tokenizer, revision, dtype, device, trust_remote_code, convention)
+    if isinstance(source, (str, Path)) and str(source):
         device_map = places(device_map, device)
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
-        place = str(BUNDLED if source == DEFAULT else source)
+        place = str(BUNDLED if source == DEFAULT else possible(source, ModelError))
         on_cpu = device_map is None and torch.device(device or "cpu").type == "cpu"
         kept = dtype or (None if on_cpu else "auto")
         hf, own = _from_disk(place, {"dtype": kept, "device_map": device_map, **options})
@@ -74,8 +75,7 @@ def load(
         if any(option is not None for option in (revision, dtype, device, device_map)):
             raise ModelError("a model in memory stays as it is", fix="leave revision, dtype, device and device_map out")
     else:
-        raise ModelError("cannot load this", got=type(source).__name__, expected="a hub name, a folder or a HF model")
-    _check_tokenizer(tokenizer)
+        raise ModelError("cannot load this", got=shown(source), expected="a hub name, a folder or a HF model")
     return view(hf, tokenizer, convention, name=_called(source))
 
 
@@ -85,7 +85,7 @@ def unwrapped(source: Any) -> Any:
     Raises ModelError for a model that is given virtual tokens.
     """
     source = getattr(source, "_orig_mod", source)
-    if not hasattr(source, "get_base_model"):
+    if not hasattr(type(source), "get_base_model"):
         return source
     for name, adapter in source.peft_config.items():
         if getattr(adapter, "num_virtual_tokens", None):
@@ -110,7 +110,7 @@ def view(hf: PreTrainedModel, tokenizer: Any = None, convention: str = "paper", 
     except (RuntimeError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ModelError(
             f"{about['name']} ({family}) could not be run on short random prompts",
-            got=f"{type(error).__name__}: {error}",
+            got=error,
         ) from error
     certificate.require(str(about["name"]))
     weights_hash(lm)
@@ -222,7 +222,7 @@ def _from_disk(source: str, options: dict[str, Any]) -> tuple[PreTrainedModel, C
     except UnwriteError:
         raise
     except Exception as error:
-        raise ModelError(f"cannot load {source}", got=_first_line(error), fix=_advice(error)) from error
+        raise ModelError(f"cannot load {source}", got=error, fix=_advice(error)) from error
 
 
 def _wide(source: str, kept: Any) -> Any:
@@ -247,7 +247,7 @@ def _from_gguf(file: Path, options: dict[str, Any]) -> tuple[PreTrainedModel, Ca
     except UnwriteError:
         raise
     except Exception as error:
-        raise ModelError(f"cannot load {file.name}", got=_first_line(error), fix=_advice(error)) from error
+        raise ModelError(f"cannot load {file.name}", got=error, fix=_advice(error)) from error
     return hf, partial(_tokenizer, str(file.parent), hf.config, {"gguf_file": file.name})
 
 
@@ -266,7 +266,7 @@ def places(device_map: Any, device: Any = None) -> Any:
                 torch.device(place)
             except (RuntimeError, TypeError):
                 expected = f"{', '.join(_SPREADS)}, a device, {DISK}, or {{part of the model: device}}"
-                raise ModelError("device_map names no device", got=repr(place), expected=expected) from None
+                raise ModelError("device_map names no device", got=shown(place), expected=expected) from None
     return named if device_map == DISK else device_map
 
 
@@ -316,10 +316,6 @@ def _advice(error: Exception) -> str | None:
     return "check the name, the folder and the network"
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-
-
 def _tokenizer(source: str, config: Any, options: dict[str, Any]) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -341,11 +337,3 @@ def _legacy_tokenizer(folder: Path, config: Any) -> Any:
     elif tokenizer.bos_token is not None:
         tokenizer.add_bos_token = True  # as such models were trained, and TransformerLens reads text
     return tokenizer
-
-
-def _check_tokenizer(tokenizer: Any) -> None:
-    if tokenizer is not None and not callable(tokenizer):
-        raise ModelError(
-            "this is no tokenizer of transformers", got=type(tokenizer).__name__,
-            fix="AutoTokenizer.from_pretrained(…), or PreTrainedTokenizerFast(tokenizer_object=…)",
-        )  # fmt: skip

@@ -15,7 +15,7 @@ import numpy as np
 import xarray as xr
 
 from unwrite import result as results
-from unwrite.errors import ModelError
+from unwrite.errors import ModelError, function, whole
 from unwrite.methods.adversarial import adversarial
 from unwrite.methods.corpus import corpus_dla
 from unwrite.methods.dla import dla
@@ -72,6 +72,8 @@ def audit(
 
     Example: `uw.audit(uw.load("gpt2"), uw.text("book.txt", lm.tokenizer), out="audit")`
     """
+    whole("most is a number of writers", most, 1)
+    function("listener", listener)
     parts = listener if isinstance(listener, Parts) else Parts(listener)
     if out is not None:
 
@@ -89,7 +91,7 @@ def audit(
     own = None if isinstance(prompts, Tokens) else bos
     given = None if prompts is None else admit(lm, prompts, None, 0, own, files=False)
     read = {f"text {name}": part.hash for name, part in texts.items()}
-    with opened(checkpoint) as job:
+    with opened(checkpoint, listener) as job:
         if done := job.begin("audit", lm, read | ({} if given is None else {"prompts": given.hash}), {"most": most}):
             return done
         return job.signed(_audit(lm, texts, given, most, parts, job))

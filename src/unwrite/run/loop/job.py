@@ -25,7 +25,7 @@ from filelock import FileLock
 
 from unwrite import files
 from unwrite import result as results
-from unwrite.errors import ModelError, ResultError
+from unwrite.errors import ModelError, ResultError, function, number, several, shown
 from unwrite.model.identity import identity
 from unwrite.model.load import weights_hash
 from unwrite.model.view import Model
@@ -120,10 +120,14 @@ class Job:
     _before: Spent = field(init=False, default=Spent())
 
     def __post_init__(self) -> None:
-        part, of = self.shard
+        self.folder = None if self.folder is None else files.possible(self.folder)
+        number("every is a number of seconds", self.every, "0 or more", lambda every: every >= 0)
+        part, of = self.shard if isinstance(self.shard, tuple) and len(self.shard) == 2 else (0, 0)
         if not (type(part) is type(of) is int and 1 <= part <= of):
-            raise ResultError("a shard is a part of a run", got=f"{part}/{of}", expected="i/n with 1 ≤ i ≤ n")
-        self.of = tuple(self.of)
+            raise ResultError("a shard is a part of a run", got=shown(self.shard), expected="(i, n) with 1 ≤ i ≤ n")
+        self.of = tuple(map(files.possible, several("these are no shards", self.of, "their folders", ResultError)))
+        if not isinstance(self.peers, Peers | None):
+            raise ResultError("these are no peers", got=shown(self.peers), expected="what gathers what they kept")
 
     def __enter__(self) -> Job:
         if self.folder is not None:
@@ -179,7 +183,7 @@ class Job:
         if self.folder is not None or self.of:
             model |= identity(lm)
         asked = {"method": method, "model": model, "input": dict(read), "settings": dict(settings)}
-        self._asked[method] = self._now = json.dumps(asked, sort_keys=True)
+        self._asked[method] = self._now = results.record(asked)
         if self.key:
             return None
         self.key = self._now
@@ -290,8 +294,9 @@ class Job:
 
 
 @contextmanager
-def opened(place: Job | str | Path | None) -> Iterator[Job]:
-    """A method's `checkpoint` as a Job: one that is open already stays open for whoever opened it."""
+def opened(place: Job | str | Path | None, listener: object = None) -> Iterator[Job]:
+    """A method's `checkpoint` as a Job, one that is open already staying so. Raises NumericError for no `listener`."""
+    function("listener", listener)
     job = place if isinstance(place, Job) else Job(place)
     if job._open:
         yield job
