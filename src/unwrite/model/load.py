@@ -24,7 +24,7 @@ from unwrite.model.families import FAMILIES, REFUSED, Family
 from unwrite.model.gguf import configuration, from_gguf, gguf_file
 from unwrite.model.legacy import checkpoint, from_legacy, is_legacy, tokenizer_folder, tokenizer_name
 from unwrite.model.now import state
-from unwrite.model.options import require_options
+from unwrite.model.options import require_numbers, require_options, require_whole
 from unwrite.model.projections import plain_tensor, require_linear
 from unwrite.model.single import HALVES
 from unwrite.model.view import Model
@@ -32,6 +32,7 @@ from unwrite.model.weights import DISK, stored
 
 # The model that comes with the package: trained by examples/pretrain, see its own README.
 DEFAULT, BUNDLED = "default", Path(__file__).parents[1] / "bundled"
+_KNOWN = f"one of {', '.join(FAMILIES)}"
 _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -107,11 +108,14 @@ def view(hf: PreTrainedModel, tokenizer: Any = None, convention: str = "paper", 
         require_linear(lm, *(part for layer in lm.layers for part in (layer.out_proj, layer.value)))
         with uncompiled(hf):
             certificate = certify(lm)
-    except (RuntimeError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except UnwriteError:
+        raise
+    except Exception as error:  # the forward pass is the model's own
         raise ModelError(
-            f"{about['name']} ({family}) could not be run on short random prompts",
-            got=error,
-        ) from error
+            f"{about['name']} ({family}) could not be run on short random prompts", got=error,
+            fix="see that it runs by itself: model(input_ids=ids).logits",
+        ) from error  # fmt: skip
+    require_numbers(str(about["name"]), hf, certificate.errors)
     certificate.require(str(about["name"]))
     weights_hash(lm)
     return replace(lm, certificate=certificate, state=state(hf))
@@ -189,17 +193,19 @@ def _row(config: Any) -> Family:
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{family} is an encoder–decoder", expected="a decoder with one residual stream")
     if family in REFUSED:
-        raise ModelError(f"{family} cannot be decomposed exactly: {REFUSED[family]}")
+        raise ModelError(f"{family} cannot be decomposed exactly: {REFUSED[family]}", expected=_KNOWN)
     if family not in FAMILIES:
         near = ", ".join(difflib.get_close_matches(family, FAMILIES, n=3, cutoff=0.3))
         raise ModelError(
             f"unknown architecture {family}",
-            expected=f"one of {', '.join(FAMILIES)}",
+            expected=_KNOWN,
             fix=f"see 'How to add a family' in CONTRIBUTING.md{f'; nearest: {near}' if near else ''}",
         )
     row = FAMILIES[family]
     if why := row.refuse(config):
-        raise ModelError(f"this {family} configuration cannot be decomposed exactly: {why}")
+        raise ModelError(
+            f"this {family} configuration cannot be decomposed exactly: {why}", expected=f"a {family} without that"
+        )
     return row
 
 
@@ -217,7 +223,10 @@ def _from_disk(source: str, options: dict[str, Any]) -> tuple[PreTrainedModel, C
         config = AutoConfig.from_pretrained(source, **hub)
         _row(config)
         options["dtype"] = options["dtype"] or _wide(source, config.dtype)
-        hf = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, **options)
+        hf, told = AutoModelForCausalLM.from_pretrained(
+            source, use_safetensors=True, output_loading_info=True, **options
+        )
+        require_whole(_called(source), told)
         return hf, partial(_tokenizer, source, hf.config, hub)
     except UnwriteError:
         raise
@@ -279,12 +288,15 @@ def _called(source: Any) -> str:
 
 
 def _check_folder(folder: Path) -> None:
+    if folder.is_file():
+        raise ModelError(f"{folder} is a file", expected="a folder as save_pretrained writes it, or a GGUF file")
     if not folder.is_dir():
         # A hub name is "name" or "owner/name"; anything longer or anchored was meant as a path.
         if folder.is_absolute() or len(folder.parts) > 2 or folder.parts[:1] in (("..",), ("~",)):
             raise ModelError(
-                f"cannot load {folder}: there is no such folder", expected="a folder as save_pretrained writes it"
-            )
+                f"cannot load {folder}: there is no such folder", expected="a folder as save_pretrained writes it",
+                fix="check the path; on the hub a model is called name or owner/name",
+            )  # fmt: skip
         return
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json", expected="a folder as save_pretrained writes it")
@@ -312,7 +324,9 @@ def _advice(error: Exception) -> str | None:
     if "meta device" in str(error) or "device_map" in str(error):
         return "name every part of the model in device_map, without a part that holds another one (such as '')"
     if any(sign in str(error) for sign in ("model_type", "Unrecognized", "does not recognize this architecture")):
-        return f"this is not an architecture of transformers {transformers.__version__}"
+        return f"check model_type in its config.json, or update transformers, which is {transformers.__version__}"
+    if "ignore_mismatched_sizes" in str(error):
+        return "take config.json and weights from one place: they are of different shapes"
     return "check the name, the folder and the network"
 
 
