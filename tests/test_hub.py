@@ -164,7 +164,7 @@ def test_windows_are_those_of_a_slow_cut(opened, n, tokenizer) -> None:
     tokens = uw.text(opens(), tokenizer, n=n, length=LENGTH)
     assert tokens.ids.tolist() == rows
     assert tokens.cluster.tolist() == (owner if read > 1 else list(range(len(rows))))
-    assert f"{read} document(s) read in order" in tokens.notes[0]
+    assert f"{read} document{'s' * (read != 1)} read in order" in tokens.notes[0]
 
 
 @given(documents=st.lists(st.text("abc", max_size=40), min_size=1, max_size=9), n=st.integers(1, 9))
@@ -178,7 +178,10 @@ def test_any_documents(documents: list[str], n: int) -> None:
     tokens = uw.text(source, build(), n=n, length=LENGTH)
     assert tokens.ids.tolist() == rows
     short = sum(len(text) < LENGTH - 1 for text in documents[:read])
-    assert tokens.notes[0] == f"{read} document(s) read in order, {short} of them shorter than a window of 12 tokens"
+    assert (
+        tokens.notes[0]
+        == f"{read} document{'s' * (read != 1)} read in order, {short} of them shorter than a window of 12 tokens"
+    )
 
 
 def test_only_what_is_needed_is_pulled_of_a_million(tokenizer) -> None:

@@ -88,9 +88,10 @@ def one_of(setting: str, value: object, known: Sequence[str], also: str = "") ->
 
 def whole(what: str, value: object, least: int, most: int = _MOST) -> int:
     """A whole number from `least` to `most`. Raises NumericError, which says `what` it is, for anything else."""
-    if isinstance(value, Integral) and not isinstance(value, bool) and least <= value <= most:
-        return int(value)
-    large = most < _MOST or (isinstance(value, Integral) and value > most)
+    found = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+    if found is not None and least <= found <= most:
+        return found
+    large = most < _MOST or (found is not None and found > most)
     span = f"an integer from {least} to {most}" if large else f"an integer, at least {least}"
     raise NumericError(what, got=shown(value), expected="a positive integer" if not large and least == 1 else span)
 
@@ -123,10 +124,17 @@ def several(what: str, values: Any, expected: str, error: type[UnwriteError]) ->
         raise error(what, got=wrong, expected=expected) from None
 
 
+def counted(number: int, thing: str) -> str:
+    """So many of a thing: "1 token", "2 tokens"."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
 def shown(value: object) -> str:
     """`value` in a few words: a number or name as one would type it, an error by its own words, else kind and shape."""
-    if isinstance(value, (str, bytes)):
-        return _short((str if isinstance(value, str) else bytes).__repr__(value), _WIDE)
+    if isinstance(value, str):
+        return _short(str.__repr__(value), _WIDE)
+    if isinstance(value, bytes):
+        return _short(bytes.__repr__(value), _WIDE)
     if isinstance(value, BaseException):
         return _words(value)
     if value is None or isinstance(value, (bool, int, float, complex)) or value is ...:

@@ -218,7 +218,7 @@ def _spelled(name: object) -> str:
 def nearest(name: object, available: Iterable[object]) -> str | None:
     """The few names most like `name`, as a hint to the user; None where nothing is."""
     near = difflib.get_close_matches(_spelled(name)[:_LONGEST], map(str, available), n=4, cutoff=0.3)
-    return f"nearest: {', '.join(near)}" if near else None
+    return f"choose from the nearest: {', '.join(near)}" if near else None
 
 
 def reads(reader: Node, writer: Node, parallel: bool) -> bool:

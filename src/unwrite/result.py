@@ -59,7 +59,7 @@ class Result:
     def __post_init__(self) -> None:
         if not isinstance(self.data, xr.Dataset) or "provenance" not in self.data.attrs:
             raise ResultError(
-                "this is no data of a result", got=shown(self.data), expected="a Dataset with its provenance",
+                "this is not the data of a result", got=shown(self.data), expected="a Dataset with its provenance",
                 fix="found.data of a result, or uw.read(path)",
             )  # fmt: skip
 

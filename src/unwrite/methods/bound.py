@@ -149,9 +149,11 @@ def _request(lm: Model, pairs: Pairs, guess: Result, metric: Any, source: Any, c
     require_result("guess", guess, "effects")
     settings = guess.provenance["settings"]
     if guess.provenance["tokens"][""]["hash"] != pairs.about()["hash"]:
-        raise ResultError("the guess is of other pairs")
+        raise ResultError("the guess is of other pairs", fix="give the pairs and bos that uw.effects was given")
     if guess.provenance["model"]["weights"] != weights_hash(lm):
-        raise ResultError("the guess is of another model", got=guess.provenance["model"].get("name"))
+        raise ResultError(
+            "the guess is of another model", expected="one of this model", got=guess.provenance["model"].get("name")
+        )
     for name, value, names in (("metric", metric, METRICS), ("source", source, DONORS)):
         if value is None and settings[name] not in names:
             raise NumericError(f"the guess has a {name} of its own", got=settings[name], fix=f"give {name} again")

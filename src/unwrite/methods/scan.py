@@ -243,7 +243,8 @@ def _in_words(
 def _require_writes(data: xr.Dataset) -> None:
     silent = [str(name) for name in data["writer"].values[data["n_positions"].values == 0]]
     if silent:
+        verb = "writes" if len(silent) == 1 else "write"
         raise NumericError(
-            f"{', '.join(silent)} never writes on this text: no position is above the floor",
-            fix="leave it out of writers, or lower floor",
+            f"{', '.join(silent)} never {verb} on this text: no position is above the floor",
+            fix="leave what never writes out of writers, or lower floor",
         )

@@ -76,7 +76,9 @@ def load(
         if any(option is not None for option in (revision, dtype, device, device_map)):
             raise ModelError("a model in memory stays as it is", fix="leave revision, dtype, device and device_map out")
     else:
-        raise ModelError("cannot load this", got=shown(source), expected="a hub name, a folder or a HF model")
+        raise ModelError(
+            "cannot load this", got=shown(source), expected="a hub name, a folder, or a model of transformers"
+        )
     return view(hf, tokenizer, convention, name=_called(source))
 
 
@@ -225,7 +227,7 @@ def _from_disk(source: str, options: dict[str, Any]) -> tuple[PreTrainedModel, C
         options["dtype"] = options["dtype"] or _wide(source, config.dtype)
         hf, told = AutoModelForCausalLM.from_pretrained(
             source, use_safetensors=True, output_loading_info=True, **options
-        )
+        )  # pyright: ignore[reportGeneralTypeIssues]
         require_whole(_called(source), told)
         return hf, partial(_tokenizer, source, hf.config, hub)
     except UnwriteError:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from unwrite.errors import TokensError, shown
+from unwrite.errors import TokensError, counted, shown
 from unwrite.prompts.encode import need
 from unwrite.prompts.tokens import Tokens, array_of, bare, spelled, spells
 
@@ -34,7 +34,7 @@ def answers(
     each: list[Any] = list(token) if isinstance(token, (list, tuple)) else [token] * len(tokens)
     if len(each) != len(tokens):
         expected = f"1 or {len(tokens)}"
-        raise TokensError(f"{name} is one token for each prompt", got=f"{len(each)} tokens", expected=expected)
+        raise TokensError(f"{name} is one token for each prompt", got=counted(len(each), "token"), expected=expected)
     before = [ids[: end + 1].tolist() for ids, end in zip(tokens.ids, row, strict=True)]
     found = [token_after(part, ids, tokenizer, vocabulary) for part, ids in zip(each, before, strict=True)]
     return np.array(found, dtype=np.int64)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from unwrite.errors import TokensError, shown
+from unwrite.errors import TokensError, counted, shown
 from unwrite.prompts.answers import answers
 from unwrite.prompts.encode import need
 from unwrite.prompts.given import given
@@ -49,7 +49,7 @@ class Pairs:
             fits = fits if ids else isinstance(part, Tokens)
             if not fits or len(part) != len(self.base):
                 expected = "one integer for each pair" if ids else "Tokens, a prompt for each pair"
-                raise TokensError(f"{name} of pairs is something else", got=shown(part), expected=expected, fix=_MADE)
+                raise TokensError(f"pairs need {name} of another kind", got=shown(part), expected=expected, fix=_MADE)
 
     def __len__(self) -> int:
         return len(self.base)
@@ -216,7 +216,9 @@ def _position(place: str, given: Any) -> int:
 
 def _require_equal(base: Tokens, source: Tokens, tokenizer: Any) -> None:
     if len(base) != len(source):
-        raise TokensError("every base prompt needs one source prompt", got=f"{len(base)} and {len(source)} prompts")
+        raise TokensError(
+            "every base prompt needs one source prompt", got=f"{len(base)} and {counted(len(source), 'prompt')}"
+        )
     for i in np.flatnonzero(base.lengths != source.lengths):
         texts = [spelled(part.ids[i, : part.lengths[i]], tokenizer) for part in (base, source)]
         raise TokensError(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from unwrite.errors import TokensError, plain, several, shown, whole
+from unwrite.errors import TokensError, counted, plain, several, shown, whole
 from unwrite.prompts.dataset import Keeper, Reading, Source, fill, identity, source_of
 from unwrite.prompts.encode import begins, digest_of, need, not_empty, says
 from unwrite.prompts.tokens import Tokens, bare, name_of
@@ -70,7 +70,9 @@ def text(
         if "input_ids" in source:
             raise TokensError("these are token ids, and no text", got="input_ids", fix="give them to the method itself")
         if not source or len({name_of(name) for name in source}) < len(source):
-            raise TokensError("texts need names that differ", got=f"{len(source)} texts", expected="one name for each")
+            raise TokensError(
+                "texts need names that differ", got=counted(len(source), "text"), expected="one name for each"
+            )
         return {name_of(name): windows(part, tokenizer, n, length, bos, checkpoint) for name, part in source.items()}
     return windows(source, tokenizer, n, length, bos, checkpoint)
 
@@ -98,7 +100,7 @@ def windows(
         longest = max(map(len, documents))
         raise TokensError(
             f"{name}: shorter than one window of {length} tokens",
-            got=f"{len(documents)} document(s), the longest of {longest} characters",
+            got=f"{counted(len(documents), 'document')}, the longest of {counted(longest, 'character')}",
             fix="pass a smaller length, or give short texts to the method itself, each of them a prompt",
         )  # fmt: skip
     ids = np.array([window for windows, k in zip(cut, taken, strict=True) for window in windows[:k]], dtype=np.int64)
@@ -126,11 +128,11 @@ def _streamed(
     if not at.windows:
         raise TokensError(
             f"{name} has no document as long as one window of {length} tokens" if at.read else f"{name} is empty",
-            got=f"{at.read} document(s)", fix="pass a smaller length" if at.read else "choose another data set",
+            got=counted(at.read, "document"), fix="pass a smaller length" if at.read else "choose another data set",
         )  # fmt: skip
     # As above: of one document alone, each window is its own.
     cluster = np.array(reading.owner) if at.read > 1 else np.arange(at.windows)
-    read = f"{at.read} document(s) read in order, {at.short} of them shorter than a window of {length} tokens"
+    read = f"{counted(at.read, 'document')} read in order, {at.short} of them shorter than a window of {length} tokens"
     notes = (read, f"column {plain(at.column)[:80]}", *([f"revision {at.commit}"] if at.commit else []))
     return Tokens(np.stack(reading.rows, dtype=np.int64), np.full(at.windows, length), cluster, name, at.digest, notes)
 

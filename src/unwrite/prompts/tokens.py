@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from unwrite.errors import TokensError, plain, shown, whole
+from unwrite.errors import TokensError, counted, plain, shown, whole
 
 _FEWEST_TO_HALVE = 4
 
@@ -40,7 +40,7 @@ class Tokens:
             fits = isinstance(part, np.ndarray) and part.dtype.kind in "iu" and part.ndim == axes
             if not fits or not part.size or len(part) != len(self.ids):
                 raise TokensError(
-                    f"{name} of tokens is another array", got=shown(part),
+                    f"tokens need an array of {name}", got=shown(part),
                     expected="integers [prompt, position]" if axes == 2 else "one integer for each prompt",
                     fix="a method reads ids, with their mask, by itself",
                 )  # fmt: skip
@@ -98,7 +98,7 @@ class Tokens:
         if len(clusters) < _FEWEST_TO_HALVE:
             raise TokensError(
                 f"{self.source} cannot be split into prompts to choose by and prompts to judge by",
-                got=f"{len(clusters)} independent prompts", expected=f"at least {_FEWEST_TO_HALVE}",
+                got=counted(len(clusters), "independent prompt"), expected=f"at least {_FEWEST_TO_HALVE}",
                 fix="give more text, or shorter prompts",
             )  # fmt: skip
         first = np.isin(self.cluster, clusters[: len(clusters) // 2])
@@ -128,7 +128,7 @@ class Tokens:
         if context is not None and self.length > context:
             raise TokensError(
                 f"prompts of {self.source} are longer than the model's context",
-                got=f"{self.length} tokens", expected=f"at most {context}",
+                got=counted(self.length, "token"), expected=f"at most {context}",
                 fix=f"pass length={context} or less to uw.text, which cuts a text into windows",
             )  # fmt: skip
 

@@ -106,7 +106,10 @@ def _audit(lm: Model, texts: dict[str, Tokens], prompts: Tokens | None, most: in
     )
     proofs = _verified(lm, scanned, judge_by, most, parts, job)
     if not proofs:
-        raise ModelError(f"no node of {scanned.provenance['model']['name']} could read what another wrote")
+        raise ModelError(
+            f"no node of {scanned.provenance['model']['name']} could read what another wrote",
+            expected="a model of two layers or more",
+        )
     worst = min(proofs, key=lambda writer: _gap(proofs[writer]))
     held_out = choose_by[next(iter(choose_by))]
     search = parts.finish(adversarial(lm, judge_by, worst, held_out, checkpoint=job, listener=parts))

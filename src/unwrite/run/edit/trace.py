@@ -164,7 +164,10 @@ class _Run:
             return tensor
         if point in now.seen:
             what = ", ".join(map(str, self.at[point])) or "a site"
-            raise ModelError(f"the module that shows {what} ran twice in one forward pass, so there is no one value")
+            raise ModelError(
+                f"the module that shows {what} ran twice in one forward pass, so there is no one value",
+                expected="each module once in a pass",
+            )
         now.seen.add(point)
         for site in self.at[point]:
             tensor = self._visit(site, tensor, now)

@@ -125,9 +125,9 @@ class Job:
         part, of = self.shard if isinstance(self.shard, tuple) and len(self.shard) == 2 else (0, 0)
         if not (type(part) is type(of) is int and 1 <= part <= of):
             raise ResultError("a shard is a part of a run", got=shown(self.shard), expected="(i, n) with 1 ≤ i ≤ n")
-        self.of = tuple(map(files.possible, several("these are no shards", self.of, "their folders", ResultError)))
+        self.of = tuple(map(files.possible, several("of says where shards are", self.of, "their folders", ResultError)))
         if not isinstance(self.peers, Peers | None):
-            raise ResultError("these are no peers", got=shown(self.peers), expected="what gathers what they kept")
+            raise ResultError("peers are other processes", got=shown(self.peers), expected="what has a method gather")
 
     def __enter__(self) -> Job:
         if self.folder is not None:

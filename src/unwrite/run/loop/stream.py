@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from unwrite.errors import NumericError, number, whole
+from unwrite.errors import NumericError, counted, number, whole
 from unwrite.model.capture import run
 from unwrite.model.now import same_now
 from unwrite.model.view import Folded, Model, require_model
@@ -260,7 +260,7 @@ def parts(batch: Batch, measure: Callable[[Batch], V]) -> Iterator[tuple[slice, 
             if cleared and size == 1:
                 raise NumericError(
                     f"prompt {batch.first + at} does not fit into memory",
-                    got=f"{batch.ids.shape[1]} tokens", fix="use a smaller length, or a device with more memory",
+                    got=counted(batch.ids.shape[1], "token"), fix="use a smaller length, or a device with more memory",
                 ) from error  # fmt: skip
         else:
             yield rows, found
