@@ -131,6 +131,9 @@ def calls() -> dict[str, Call]:
         "read": Call(uw.read, {"path": "saved"}, {"path": ""}),
         "scan": Call(uw.scan, {**text, "writers": ["L0H0"]}, {"tokens": f"{TAKES['tokens']} Dataset"}),
         "verify": Call(uw.verify, {**text, "writer": "L0H0", "erasers": ["L1H0"]}, {"writer": ""}, long=True),
+        "survival": Call(
+            uw.survival, {**text, "writers": ["L0H0"], "decoys": 1}, {"decoys": _COUNTS}, long=True
+        ),
         "dla": Call(uw.dla, {"lm": lm(), "prompts": IDS[:2], "answer": 5, "against": 9, "texts": IDS[2:]}, long=True),
         "adversarial": Call(uw.adversarial, {**text, "writer": "L0H0"}, {"writer": ""}, long=True),
         "corpus_dla": Call(
@@ -176,10 +179,10 @@ def calls() -> dict[str, Call]:
 
 
 NAMES = (
-    "load", "planted", "text", "pairs", "read", "scan", "verify", "dla", "adversarial", "corpus_dla", "effects",
-    "paths", "bound", "compare", "agree", "audit", "reproduce", "doctor", "trace", "trace[]", "Edit", "Edit.set",
-    "Edit.add", "Edit.scale", "Edit.project_out", "Job", "Rules", "Result", "Result[]", "Result.figure", "Result.save",
-    "Result.save_table", "Tokens", "Tokens.named", "Tokens.take", "Tokens.check", "Pairs", "Pairs.check", "Pairs.words",
+    "load", "planted", "text", "pairs", "read", "scan", "verify", "survival", "dla", "adversarial", "corpus_dla",
+    "effects", "paths", "bound", "compare", "agree", "audit", "reproduce", "doctor", "trace", "trace[]", "Edit",
+    "Edit.set", "Edit.add", "Edit.scale", "Edit.project_out", "Job", "Rules", "Result", "Result[]", "Result.figure",
+    "Result.save", "Result.save_table", "Tokens", "Tokens.named", "Tokens.take", "Tokens.check", "Pairs", "Pairs.check", "Pairs.words",
 )  # fmt: skip
 # What the methods of the library ask of a job; people hand it over.
 NOT_ASKED = {

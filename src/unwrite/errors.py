@@ -113,6 +113,12 @@ def function(setting: str, value: object) -> None:
         raise NumericError(f"{setting} is a function", got=shown(value), expected="what can be called, or None")
 
 
+def require(fits: bool, error: type[UnwriteError], what: str, got: object, expected: str) -> None:
+    """Raise `error`, which says `what` it is, unless it fits."""
+    if not fits:
+        raise error(what, got=shown(got), expected=expected)
+
+
 def several(what: str, values: Any, expected: str, error: type[UnwriteError]) -> list[Any]:
     """Everything in a list, or what is like one. Raises `error`, which says `what` they are, for anything else."""
     listed = isinstance(values, (Sequence, Set, Iterator)) or getattr(values, "ndim", None) == 1
