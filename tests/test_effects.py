@@ -393,7 +393,7 @@ BAD_PAIRS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: uw.pairs(["w1 w2", "w1"], ["w2 w1", "w2 w3"], 5, tokenizer=spelling()), "pair 1 .* 1 .w1. and 2"
     ),
     "unequal numbers": (lambda: uw.pairs(B, S[:1], 5), "one source prompt. Got: 2 and 1"),
-    "floats": (lambda: uw.pairs(B.double(), S, 5), "matrix of integers. Got: float64"),
+    "floats": (lambda: uw.pairs(B.double(), S, 5), "matrix of integers. Got: .*float64"),
     "NaN": (lambda: uw.pairs(B * NAN, S, 5), "matrix of integers"),
     "no prompts": (lambda: uw.pairs(B[:0], S[:0], 5), "matrix of integers"),
     "no tokens": (lambda: uw.pairs(B[:, :0], S[:, :0], 5), "matrix of integers"),
@@ -444,7 +444,7 @@ def _other(**settings: Any) -> Model:
 
 
 BAD_EFFECTS: dict[str, tuple[dict[str, Any], type[UnwriteError], str]] = {
-    "no pairs": ({"pairs": (B, S)}, TokensError, "Got: tuple. Expected: what uw.pairs returns"),
+    "no pairs": ({"pairs": (B, S)}, TokensError, "Got: tuple of 2. Expected: what uw.pairs returns"),
     "same prompts": ({"pairs": lambda: uw.pairs(B, B, 5)}, TokensError, "pair 0 are the same"),
     "same up to the row": ({"pairs": lambda: uw.pairs(B, S, 5, position=[1, 0])}, TokensError, "pair 1 are the same"),
     "base outside": ({"pairs": lambda: uw.pairs(_ids(1, 4, value=999), _ids(1, 4), 5)}, TokensError, "vocabulary"),
@@ -514,7 +514,7 @@ def test_what_cannot_be_honoured_is_refused(wrong: str, unchecked: None) -> None
 
 @pytest.mark.parametrize("rule", ["norm", "mlp", "attention"])
 def test_a_rule_that_there_is_not_is_refused(rule: str) -> None:
-    with pytest.raises(NumericError, match=f"no rule for {rule} is called so. Got: 'frozen'. Expected: free"):
+    with pytest.raises(NumericError, match=f"the rule for {rule} is unknown. Got: 'frozen'. Expected: 'free'"):
         uw.Rules(**{rule: "frozen"})
 
 

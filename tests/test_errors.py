@@ -42,7 +42,7 @@ def test_a_sentence_keeps_a_single_full_stop() -> None:
     [
         ("c", ("a", "b"), "", "at is unknown. Got: 'c'. Expected: 'a' or 'b'."),
         ("", ("a", "b", "c"), "", "at is unknown. Got: ''. Expected: 'a', 'b', 'c'."),
-        (["a"], ("a", "b", "c"), "a function", "at is unknown. Got: list. Expected: 'a', 'b', 'c', or a function."),
+        (["a"], ("a", "b", "c"), "a function", "at is unknown. Got: ['a']. Expected: 'a', 'b', 'c', or a function."),
     ],
 )
 def test_a_setting_is_one_of_its_names(value: object, known: tuple[str, ...], also: str, message: str) -> None:

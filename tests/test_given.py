@@ -215,13 +215,13 @@ def test_strings_come_in_many_lists(source: Any) -> None:
         ({"attention_mask": [[1]]}, "one text at a time"),
         ({"a": "The girl", "b": "The boy"}, "one text at a time"),
         ({"input_ids": [[1, 4]], "position_ids": [[0, 1]]}, "more than ids and their mask. Got: position_ids"),
-        (["The girl", 3], "not prompts. Got: int"),
+        (["The girl", 3], "not prompts. Got: 3"),
         ([], "is empty"),
         (None, "matrix of integers"),
         (3.5, "matrix of integers"),
         ([[4, 5], ["The"]], "matrix of integers"),
         ([[4, 5], []], "matrix of integers"),
-        ([TALK, "The girl"], "not prompts. Got: list"),
+        ([TALK, "The girl"], "not prompts. Got: list of 1"),
         ("", "is empty"),
         (["The girl", ""], "prompt 1 has no token"),
     ],
@@ -355,6 +355,8 @@ def test_after_ids_that_are_no_text_an_answer_means_what_only_it_can() -> None:
         token_after("s", before, tokenizer, 64)
     for answer, piece in ((" was", "▁was"), ("was", "▁was"), ("▁s", "▁s"), ("ing", "ing")):
         assert token_after(answer, before, tokenizer, 64) == id_of(piece)
+    with pytest.raises(TokensError, match=r"' ing' is not one token\. Got: .* Next: ask about 'ing'"):
+        token_after(" ing", before, pieces("never"), 64)
 
 
 @pytest.mark.promise("tokens")
@@ -374,6 +376,8 @@ def test_the_token_after_a_prompt_of_a_real_model(shared: Path) -> None:
     )
     assert all(ids[:-1] == start for ids in (ends[0], ends[2]))
     found = uw.dla(lm, prompt, "s", " was")
+    with pytest.raises(TokensError, match=r"'was' is not one token\. Got: .* Next: ask about ' was'"):
+        uw.dla(lm, "The girl", "was")
     assert [int(found[name][0]) for name in ("answer_id", "against_id")] == [ends[0][-1], ends[2][-1]]
     with torch.no_grad():
         logits = lm.hf(torch.tensor([[tokenizer.bos_token_id, *start]])).logits[0, -1]

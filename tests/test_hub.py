@@ -164,7 +164,7 @@ def test_windows_are_those_of_a_slow_cut(opened, n, tokenizer) -> None:
     tokens = uw.text(opens(), tokenizer, n=n, length=LENGTH)
     assert tokens.ids.tolist() == rows
     assert tokens.cluster.tolist() == (owner if read > 1 else list(range(len(rows))))
-    assert f"{read} document(s) read in order" in tokens.notes[0]
+    assert f"{read} document{'s' * (read != 1)} read in order" in tokens.notes[0]
 
 
 @given(documents=st.lists(st.text("abc", max_size=40), min_size=1, max_size=9), n=st.integers(1, 9))
@@ -178,7 +178,10 @@ def test_any_documents(documents: list[str], n: int) -> None:
     tokens = uw.text(source, build(), n=n, length=LENGTH)
     assert tokens.ids.tolist() == rows
     short = sum(len(text) < LENGTH - 1 for text in documents[:read])
-    assert tokens.notes[0] == f"{read} document(s) read in order, {short} of them shorter than a window of 12 tokens"
+    assert (
+        tokens.notes[0]
+        == f"{read} document{'s' * (read != 1)} read in order, {short} of them shorter than a window of 12 tokens"
+    )
 
 
 def test_only_what_is_needed_is_pulled_of_a_million(tokenizer) -> None:
@@ -343,14 +346,12 @@ def test_what_the_hub_is_asked(monkeypatch, tokenizer) -> None:
 
 def test_a_hub_that_cannot_be_reached(monkeypatch, tokenizer) -> None:
     Hub(monkeypatch, lambda: None).down = True
-    with pytest.raises(
-        TokensError, match=r"cannot read hub:o/n\. Got: ConnectionError: no network.*check its name and"
-    ):
+    with pytest.raises(TokensError, match=r"cannot read hub:o/n\. Got: no network.*check its name and"):
         uw.text("hub:o/n", tokenizer)
 
 
 def test_the_real_library_without_a_network(tokenizer) -> None:
-    with pytest.raises(TokensError, match=r"cannot read hub:o/n\. Got: OfflineModeIsEnabled"):
+    with pytest.raises(TokensError, match=r"cannot read hub:o/n\. Got: .*offline"):
         uw.text("hub:o/n", tokenizer)
 
 
@@ -419,7 +420,7 @@ def test_a_network_that_fails_in_the_middle(tokenizer, tmp_path) -> None:
             yield {"text": document}
 
     data = datasets.IterableDataset.from_generator(make)
-    with pytest.raises(TokensError, match=r"ConnectionError: gone.*goes on where it was"):
+    with pytest.raises(TokensError, match=r"Got: gone.*goes on where it was"):
         read(tmp_path, data, tokenizer, n=1000)
     assert list(tmp_path.glob("*.npz"))
     fails.append(False)
@@ -530,7 +531,7 @@ def test_every_command_reads_the_hub(command, model, monkeypatch, tmp_path) -> N
 def test_a_command_without_a_network(model, monkeypatch, capsys, tmp_path) -> None:
     Hub(monkeypatch, lambda: None).down = True
     assert run(monkeypatch, "scan", model, *ASK, "--out", tmp_path / "run") == 1
-    assert "error: cannot read hub:o/n. Got: ConnectionError" in capsys.readouterr().err
+    assert "error: cannot read hub:o/n. Got: no network" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

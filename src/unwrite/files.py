@@ -11,7 +11,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from unwrite.errors import ResultError
+from unwrite.errors import ResultError, UnwriteError, shown
 
 
 @contextmanager
@@ -60,13 +60,16 @@ def _beside(file: Path) -> Iterator[Path]:
         place.unlink(missing_ok=True)
 
 
-def possible(path: str | Path) -> Path:
-    """A path again. Raises ResultError where no file can be called so."""
+def possible(path: str | Path, wrong: type[UnwriteError] = ResultError) -> Path:
+    """A path again. Raises `wrong` for what is none, and where no file can be called so."""
+    if not isinstance(path, (str, Path)) or path == "":
+        raise wrong("this is no path", got=shown(path), expected="the name of a file or folder")
     try:
         os.lstat(path)
     except (ValueError, OSError) as error:
         if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
-            raise ResultError(f"no file can be called {path}", got=error, fix="choose another place") from None
+            what = f"no file can be called {shown(str(path))}"
+            raise wrong(what, got=error, fix="choose another place") from None
     return Path(path)
 
 

@@ -10,8 +10,12 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 
-from unwrite.errors import NodeError
+from unwrite.errors import NodeError, several, shown
+
+# No name is longer.
+_LONGEST = 60
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ def parse_node(name: object) -> Node:
         return name
     if (found := _found(name, (kind for kind in KINDS if KINDS[kind].writes))) is not None:
         return Node(*found)
-    raise NodeError("not a node name", got=repr(name), expected="L2H3, L2.bias, MLP2, embed or pos_embed")
+    raise NodeError("not a node name", got=shown(name), expected="L2H3, L2.bias, MLP2, embed or pos_embed")
 
 
 def parse_location(name: object) -> Location:
@@ -162,7 +166,7 @@ def parse_location(name: object) -> Location:
         return name
     if (found := _found(name, _STATES)) is not None:
         return Location(*found)
-    raise NodeError("not a location", got=repr(name), expected="resid_pre0, resid_mid2 or resid_post2")
+    raise NodeError("not a location", got=shown(name), expected="resid_pre0, resid_mid2 or resid_post2")
 
 
 def parse_site(name: object) -> Site:
@@ -174,14 +178,14 @@ def parse_site(name: object) -> Site:
     if isinstance(name, Site) and name.kind != "pre":
         return name
     found = _found(name.removesuffix(".out") if isinstance(name, str) else name, KINDS)
-    if found is None or (str(name).endswith(".out") and not KINDS[found[0]].writes):
-        if (all_heads := _ALL_HEADS.fullmatch(str(name))) is not None:
+    if found is None or (_spelled(name).endswith(".out") and not KINDS[found[0]].writes):
+        if (all_heads := _ALL_HEADS.fullmatch(_spelled(name))) is not None:
             layer, part = all_heads.groups()
             one = f"L{layer}H0" + ("" if part == "result" else f".{part}")
             raise NodeError(f"{name} holds all heads of a layer", expected="a site of one head", fix=f"such as {one}")
         raise NodeError(
             "not a site",
-            got=repr(name),
+            got=shown(name),
             expected="a node, a location, L2H3.q, .k, .v, .z or .pattern, L2KV1.k or .v, L2.v_input or MLP2.act",
         )
     kind, *numbers = found
@@ -190,19 +194,31 @@ def parse_site(name: object) -> Site:
 
 def _found(name: object, kinds: Iterable[str]) -> tuple[str, *tuple[int, ...]] | None:
     """The kind of a name, and its layer and head; None where it is no name of these kinds."""
-    # A number has lost its zeros: the head 2.10 would be the head 2.1.
-    text = "" if isinstance(name, float) else str(name)
-    for kind in kinds:
+    text = _spelled(name)
+    for kind in kinds if len(text) <= _LONGEST else ():
         for form in KINDS[kind].forms:
             if found := form.fullmatch(text):
                 return (kind, *map(int, found.groups()))
     return None
 
 
+def names_of(what: str, sites: object) -> list[str]:
+    """Several sites by their names. Raises NodeError, which says `what` they are, for no list, and as `parse_site`."""
+    listed = several(f"{what} are names", sites, "names such as L2H3, or a kind such as heads", NodeError)
+    return [name if isinstance(name, str) else str(parse_site(name)) for name in listed]
+
+
+def _spelled(name: object) -> str:
+    """What may be a name, as text. A number is none: it has lost its zeros, and the head 2.10 would be the head 2.1."""
+    if isinstance(name, tuple) and len(name) == 2 and all(isinstance(part, Integral) for part in name):
+        return f"({name[0]:d}, {name[1]:d})"
+    return str(name) if isinstance(name, (str, Node, Location, Site)) else ""
+
+
 def nearest(name: object, available: Iterable[object]) -> str | None:
     """The few names most like `name`, as a hint to the user; None where nothing is."""
-    near = difflib.get_close_matches(str(name), map(str, available), n=4, cutoff=0.3)
-    return f"nearest: {', '.join(near)}" if near else None
+    near = difflib.get_close_matches(_spelled(name)[:_LONGEST], map(str, available), n=4, cutoff=0.3)
+    return f"choose from the nearest: {', '.join(near)}" if near else None
 
 
 def reads(reader: Node, writer: Node, parallel: bool) -> bool:
@@ -224,7 +240,8 @@ def choose(names: Iterable[object] | Node | None, available: Sequence[Node]) -> 
     """
     if names is None:
         return tuple(available)
-    chosen = {parse_node(name) for name in ([names] if isinstance(names, (str, Node)) else names)}
+    listed = [names] if isinstance(names, (str, Node)) else [*names] if isinstance(names, dict) else names
+    chosen = {parse_node(name) for name in several("nodes are names", listed, "names such as L2H3", NodeError)}
     if not chosen:
         raise NodeError("no node was named", expected="at least one node name", fix="leave the argument out for all")
     for node in sorted(chosen - set(available), key=lambda node: node.order):

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from unwrite.errors import ResultError, plain
+from unwrite.errors import ResultError, plain, shown
 from unwrite.files import possible, version, write
 from unwrite.nodes import parse_location, parse_node, parse_site
 
@@ -56,6 +56,13 @@ class Result:
 
     data: xr.Dataset
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.data, xr.Dataset) or "provenance" not in self.data.attrs:
+            raise ResultError(
+                "this is not the data of a result", got=shown(self.data), expected="a Dataset with its provenance",
+                fix="found.data of a result, or uw.read(path)",
+            )  # fmt: skip
+
     @property
     def method(self) -> str:
         """Name of the method that made this result."""
@@ -67,6 +74,9 @@ class Result:
         return json.loads(self.data.attrs["provenance"])
 
     def __getitem__(self, name: str) -> xr.DataArray:
+        if not isinstance(name, str) or name not in self.data:
+            known = ", ".join(map(str, self.data.data_vars))
+            raise ResultError(f"a {self.method} has no such variable", got=shown(name), expected=known)
         return self.data[name]
 
     def table(self) -> pd.DataFrame:
@@ -120,7 +130,7 @@ class Result:
         for name in frame.columns:
             if not pd.api.types.is_numeric_dtype(frame[name]):
                 frame[name] = [_cell(value) for value in frame[name]]
-        return write(Path(path), lambda place: frame.to_csv(place, index=False))
+        return write(possible(path), lambda place: frame.to_csv(place, index=False))
 
 
 def read(path: str | Path) -> Result:
@@ -147,9 +157,7 @@ def read(path: str | Path) -> Result:
     except ResultError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever HDF5 raises on a damaged file means the same to the user
-        raise ResultError(
-            f"{file} is not a readable result of unwrite", got=f"{type(error).__name__}: {error}"
-        ) from None
+        raise ResultError(f"{file} is not a readable result of unwrite", got=error) from None
     return Result(data)
 
 
@@ -171,6 +179,13 @@ def _opened(file: Path) -> xr.Dataset:
     return data
 
 
+def require_result(name: str, found: object, method: str) -> None:
+    """Raise ResultError unless `found` is what a method returns."""
+    if not isinstance(found, Result) or found.method != method:
+        got = f"a result of uw.{found.method}" if isinstance(found, Result) else shown(found)
+        raise ResultError(f"{name} is no result of uw.{method}", got=got, fix=f"pass what uw.{method} returns")
+
+
 def build(
     method: str, data: xr.Dataset, settings: Mapping[str, Any], model: Mapping[str, Any], tokens: Mapping[str, Any]
 ) -> Result:
@@ -182,7 +197,12 @@ def build(
         "tokens": dict(tokens),
         "versions": {name: version(name) for name in VERSIONS},
     }
-    return Result(data.assign_attrs(schema=SCHEMA, provenance=json.dumps(provenance, sort_keys=True)))
+    return Result(data.assign_attrs(schema=SCHEMA, provenance=record(provenance)))
+
+
+def record(values: Mapping[str, Any]) -> str:
+    """Settings as one text, the same for equal ones; a number of numpy is a number."""
+    return json.dumps(values, sort_keys=True, default=np.generic.item)
 
 
 def _file(path: str | Path) -> Path:

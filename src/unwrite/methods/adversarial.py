@@ -19,6 +19,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from unwrite.errors import whole
 from unwrite.model.capture import Recording
 from unwrite.model.load import provenance
 from unwrite.model.view import Model, fold
@@ -68,18 +69,21 @@ def adversarial(
 
     Example: `uw.adversarial(lm, tokens, "L0H2").data[["direct", "total"]]`
     """
+    whole("n is a number of prompts", n, 0)
+    texts = [admit(lm, tokens, None, skip, bos)]
+    texts += [] if held_out is None else [admit(lm, held_out, None, skip, bos)]
     node = choose([parse_node(writer)], lm.parts)[0]
-    texts = [admit(lm, part, None, skip, bos) for part in (tokens, held_out) if part is not None]
+    sizes = [batch_size(lm, part, batch, held=4) for part in texts]
     settings = {"writer": str(node), "n": n, "skip": skip, "batch": batch}
     about = {name: part.about() for name, part in zip(TEXTS, texts, strict=False)}
-    with opened(checkpoint) as job:
+    with opened(checkpoint, listener) as job:
         if done := job.begin("adversarial", lm, {name: part["hash"] for name, part in about.items()}, settings):
             return done
         tallies = []
-        for name, part in zip(TEXTS, texts, strict=False):
+        for name, part, size in zip(TEXTS, texts, sizes, strict=False):
             tallies.append(_Search(lm, part, node, skip, n))
             stage = f"search {node} ({name.replace('_', ' ')})"
-            stream(lm, part, tallies[-1], batch_size(lm, part, batch, held=4), stage, listener, job)
+            stream(lm, part, tallies[-1], size, stage, listener, job)
         return job.signed(build("adversarial", _dataset(lm, tallies, node), settings, provenance(lm), about))
 
 

@@ -18,9 +18,9 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.stats import rankdata
 
-from unwrite.errors import NumericError, ResultError
+from unwrite.errors import ResultError, whole
 from unwrite.nodes import KINDS, parse_site
-from unwrite.result import Result, build, quantity
+from unwrite.result import Result, build, quantity, require_result
 from unwrite.stats.bootstrap import interval, moments
 from unwrite.stats.ranks import by_size, pearson, same_sign, spearman, spearman_interval, standard
 
@@ -58,8 +58,7 @@ def agree(guess: Result, exact: Result, k: int = 10) -> Result:
 
     Example: `uw.agree(uw.effects(lm, pairs, method="relp"), uw.effects(lm, pairs)).table()`
     """
-    if type(k) is not int or k < 1:
-        raise NumericError("k is a number of nodes", got=k, expected="a positive integer")
+    whole("k is a number of nodes", k, 1)
     _require_alike(guess, exact)
     both = _Both(guess, exact)
     data = xr.Dataset({**both.correlations(), **both.misses(k), **both.recall(k)}, both.coordinates(k))
@@ -70,12 +69,10 @@ def agree(guess: Result, exact: Result, k: int = 10) -> Result:
 
 def _require_alike(guess: Result, exact: Result) -> None:
     for name, part in (("guess", guess), ("exact", exact)):
-        if not isinstance(part, Result) or part.method != "effects":
-            got = part.method if isinstance(part, Result) else type(part).__name__
-            raise ResultError(f"{name} is no result of uw.effects", got=got)
+        require_result(name, part, "effects")
     given = {name: part.provenance for name, part in (("guess", guess), ("exact", exact))}
     if (method := given["exact"]["settings"]["method"]) != "exact":
-        raise ResultError("the second result is not executed", got=method, expected="uw.effects(…, method='exact')")
+        raise ResultError("exact is an estimate", got=method, expected="uw.effects(…, method='exact')")
     asked = {
         "pairs": lambda part: part["tokens"][""]["hash"],
         "weights": lambda part: part["model"]["weights"],

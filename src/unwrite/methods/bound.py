@@ -19,12 +19,12 @@ import xarray as xr
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from unwrite.errors import NumericError, ResultError
+from unwrite.errors import NumericError, ResultError, number, whole
 from unwrite.model.load import provenance, weights_hash
 from unwrite.model.view import Model
 from unwrite.prompts.pairs import Pairs
 from unwrite.prompts.positions import rows_at
-from unwrite.result import Result, build, quantity
+from unwrite.result import Result, build, quantity, require_result
 from unwrite.run.answer.metrics import METRICS, Custom, known, metric_of, name_of, unless_own
 from unwrite.run.edit.slots import Slot, Values, slots
 from unwrite.run.loop.finite import require_finite
@@ -119,13 +119,13 @@ def bound(
 
     Example: `uw.bound(lm, pairs, uw.effects(lm, pairs, method="atp*"), verified=20).table()`
     """
-    _require_numbers(verified, subsets, p, alpha)
+    _require_numbers(verified, subsets, seed, p, alpha)
     chosen = {"verified": verified, "subsets": subsets, "p": p, "alpha": alpha, "seed": seed, "batch": batch}
     request = _request(lm, pairs := admit_pairs(lm, pairs, bos), guess, metric, source, chosen)
     size, read = batch_size(lm, pairs.base, batch, held=4), pairs.about()
     asked = {**chosen, "guess": guess.provenance["settings"]}
     order = hashlib.sha256(np.ascontiguousarray(guess["effect"].values).tobytes()).hexdigest()
-    with opened(unless_own(checkpoint, request.metric)) as job:
+    with opened(unless_own(checkpoint, request.metric), listener) as job:
         if done := job.begin("bound", lm, {"": read["hash"], "guess": order, **request.donor.read_by}, asked):
             return done
         differs = Rows(lambda part: {"moves": _moves(request, part)})
@@ -138,24 +138,22 @@ def bound(
         return job.signed(build("bound", data, asked, provenance(lm), {"": read}))
 
 
-def _require_numbers(verified: Any, subsets: Any, p: Any, alpha: Any) -> None:
-    for name, value, least in (("verified", verified, 0), ("subsets", subsets, 4)):
-        if type(value) is not int or value < least:
-            raise NumericError(f"{name} is a number", got=value, expected=f"an integer, at least {least}")
+def _require_numbers(verified: Any, subsets: Any, seed: Any, p: Any, alpha: Any) -> None:
+    for name, value, least in (("verified", verified, 0), ("subsets", subsets, 4), ("seed", seed, 0)):
+        whole(f"{name} is a number", value, least)
     for name, value in (("p", p), ("alpha", alpha)):
-        if not 0 < value < 1:
-            raise NumericError(f"{name} is a probability", got=value, expected="above 0 and below 1")
+        number(f"{name} is a probability", value, "above 0 and below 1", lambda value: 0 < value < 1)
 
 
 def _request(lm: Model, pairs: Pairs, guess: Result, metric: Any, source: Any, chosen: dict[str, Any]) -> _Request:
-    if not isinstance(guess, Result) or guess.method != "effects":
-        got = guess.method if isinstance(guess, Result) else type(guess).__name__
-        raise ResultError("guess is no result of uw.effects", got=got)
+    require_result("guess", guess, "effects")
     settings = guess.provenance["settings"]
     if guess.provenance["tokens"][""]["hash"] != pairs.about()["hash"]:
-        raise ResultError("the guess is of other pairs")
+        raise ResultError("the guess is of other pairs", fix="give the pairs and bos that uw.effects was given")
     if guess.provenance["model"]["weights"] != weights_hash(lm):
-        raise ResultError("the guess is of another model", got=guess.provenance["model"].get("name"))
+        raise ResultError(
+            "the guess is of another model", expected="one of this model", got=guess.provenance["model"].get("name")
+        )
     for name, value, names in (("metric", metric, METRICS), ("source", source, DONORS)):
         if value is None and settings[name] not in names:
             raise NumericError(f"the guess has a {name} of its own", got=settings[name], fix=f"give {name} again")
@@ -207,7 +205,10 @@ def _sets(request: _Request, moves: np.ndarray) -> _Sets:
     left[by_size(effect)[1][: settings["verified"]]] = False
     index = np.flatnonzero(left)
     if not len(index):
-        raise NumericError("no node is left: all are verified, or have the same value in both runs")
+        raise NumericError(
+            "no node is left: all are verified, or have the same value in both runs",
+            fix="verify fewer, or ask about more nodes",
+        )
     counts = np.zeros(len(index), dtype=np.int64)
     for i in range(settings["subsets"]):
         counts += subset(settings["seed"], i, len(index), settings["p"])

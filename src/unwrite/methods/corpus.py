@@ -73,12 +73,13 @@ def corpus_dla(
     one_of("logit", logit, LOGITS)
     node = choose([parse_node(writer)], lm.parts)[0]
     named = require_readers(choose(erasers, lm.parts), node, len(lm.layers))
+    size = batch_size(lm, tokens, batch, held=4)
     settings = {"writer": str(node), "erasers": [str(e) for e in named], "skip": skip, "logit": logit, "batch": batch}
-    with opened(checkpoint) as job:
+    with opened(checkpoint, listener) as job:
         if done := job.begin("corpus_dla", lm, {"": tokens.hash}, settings):
             return done
         tally = _Tally(lm, tokens, node, named, skip, logit)
-        stream(lm, tokens, tally, batch_size(lm, tokens, batch, held=4), f"corpus {node}", listener, job)
+        stream(lm, tokens, tally, size, f"corpus {node}", listener, job)
         return job.signed(build("corpus_dla", tally.dataset(), settings, provenance(lm), {"": tokens.about()}))
 
 

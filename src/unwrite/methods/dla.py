@@ -18,7 +18,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from unwrite.errors import TokensError, one_of
+from unwrite.errors import TokensError, counted, one_of
 from unwrite.model.load import provenance
 from unwrite.model.view import Model, fold
 from unwrite.prompts.answers import answers
@@ -109,12 +109,12 @@ def dla(
         "position": request.row.tolist(), "at": at, "replace": replace, "batch": batch,
         "texts": None if texts is None else request.pool.tokens.about(),
     }  # fmt: skip
+    # Beside a run's own factors, four sets of cotangents and the writes of one node are held.
+    size = batch_size(lm, request.tokens, batch, held=4)
     asked = {name: None if ids is None else ids.tolist() for name, ids in request.questions.items()}
-    with opened(checkpoint) as job:
+    with opened(checkpoint, listener) as job:
         if done := job.begin("dla", lm, {"": request.tokens.hash}, {**settings, **asked}):
             return done
-        # Beside a run's own factors, four sets of cotangents and the writes of one node are held.
-        size = batch_size(lm, request.tokens, batch, held=4)
         rows = Rows(partial(_measured, lm, request))
         stream(lm, request.tokens, rows, size, "dla", listener, job)
         data = _Found(lm, request, rows.whole()).dataset()
@@ -161,8 +161,8 @@ def _texts(lm: Model, texts: Any, row: np.ndarray, bos: int | bool | None) -> To
     tokens = admit(lm, texts, None, 0, None if isinstance(texts, Tokens) else bos)
     if int(tokens.lengths.min()) <= int(row.max()):
         raise TokensError(
-            "texts are shorter than the prompts", got=f"{int(tokens.lengths.min())} tokens",
-            expected=f"at least {int(row.max()) + 1}", fix="cut them longer with uw.text(..., length=...)",
+            "texts are shorter than the prompts", got=counted(int(tokens.lengths.min()), "token"),
+            expected=f"at least {int(row.max()) + 1}", fix="cut them longer with uw.text(…, length=…)",
         )  # fmt: skip
     return tokens
 

@@ -19,9 +19,10 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from unwrite.errors import NumericError, TokensError, one_of
+from unwrite.errors import NumericError, TokensError, one_of, whole
 from unwrite.model.load import provenance
 from unwrite.model.view import Model
+from unwrite.nodes import names_of
 from unwrite.prompts.pairs import Pairs
 from unwrite.result import Result, build, quantity
 from unwrite.run.answer.metrics import Custom, known, metric_of, name_of, unless_own
@@ -107,15 +108,15 @@ def effects(
     Example: `uw.effects(lm, pairs, "heads", method="relp").table()`
     """
     pairs = admit_pairs(lm, pairs, bos)
+    nodes = nodes if isinstance(nodes, str) else names_of("nodes", nodes)
     request = _request(lm, pairs, nodes, at, method, metric, source, steps)
-    size = batch_size(lm, pairs.base, batch, held=4)
+    size, model, read = batch_size(lm, pairs.base, batch, held=4), provenance(lm), pairs.about()
     settings = {
-        "nodes": nodes if isinstance(nodes, str) else [*nodes], "at": at, "method": name_of(method),
+        "nodes": nodes, "at": at, "method": name_of(method),
         "metric": name_of(metric), "source": request.donor.name, "steps": steps, "batch": batch,
     }  # fmt: skip
-    model, read = provenance(lm), pairs.about()
     asked = {**settings, "nodes": request.names}
-    with opened(unless_own(checkpoint, metric)) as job:
+    with opened(unless_own(checkpoint, metric), listener) as job:
         if done := job.begin("effects", lm, {"": read["hash"], **request.donor.read_by}, asked):
             return done
         tally, cost = _Tally(request, job), _cost(request)
@@ -131,8 +132,6 @@ def effects(
 def _request(
     lm: Model, pairs: Pairs, nodes: Any, at: str, method: Any, metric: Any, source: Any, steps: int
 ) -> _Request:
-    if not isinstance(pairs, Pairs):
-        raise NumericError("effects are those of pairs", got=type(pairs).__name__, expected="what uw.pairs returns")
     _require_settings(at, method, metric, steps)
     if isinstance(source, str) and source == "source":
         _require_differences(pairs)
@@ -146,8 +145,7 @@ def _require_settings(at: Any, method: Any, metric: Any, steps: Any) -> None:
     one_of("at", at, AT)
     if not isinstance(method, Rules):
         one_of("method", method, METHODS, also="uw.Rules")
-    if type(steps) is not int or steps < 1:
-        raise NumericError("steps is a number of steps", got=repr(steps), expected="a positive integer")
+    whole("steps is a number of steps", steps, 1)
     if isinstance(metric, str) and metric == "kl" and method not in ("exact", "ig"):
         raise NumericError(
             f"{name_of(method)} says 0 for every node: kl has no slope at the base run, which it is measured against",
@@ -271,7 +269,8 @@ def _guessed(request: _Request, rows: slice) -> dict[str, Tensor]:
     lm, pairs = request.lm, request.pairs
     row = torch.from_numpy(pairs.row[rows]).to(lm.device)
     ids = torch.from_numpy(pairs.base.ids[rows])
-    clean = base_of(lm, pairs, rows, ()).final if request.metric == "kl" else None
+    against_clean = isinstance(request.metric, str) and request.metric == "kl"
+    clean = base_of(lm, pairs, rows, ()).final if against_clean else None
     metric = metric_of(lm, pairs, request.metric, rows, clean)
     place = torch.arange(len(row), device=row.device)
     seen: list[Tensor] = []

@@ -20,6 +20,7 @@ import xarray as xr
 from unwrite.errors import one_of
 from unwrite.model.load import provenance
 from unwrite.model.view import Model
+from unwrite.nodes import names_of
 from unwrite.prompts.pairs import Pairs
 from unwrite.result import Result, build, quantity
 from unwrite.run.answer.metrics import Custom, known, metric_of, name_of, unless_own
@@ -86,19 +87,22 @@ def paths(
     """
     pairs = admit_pairs(lm, pairs, bos)
     one_of("mlps", mlps, MODES)
-    named = [[part] if isinstance(part, str) else [str(name) for name in part] for part in (senders, receivers)]
+    named = [
+        [part] if isinstance(part, str) else names_of(what, part)
+        for what, part in (("senders", senders), ("receivers", receivers))
+    ]
     found = ends(lm, *named)
     request = _Request(lm, pairs, found, mlps, known(metric), donor(lm, pairs, found.sent, source))
     settings = {
         "senders": named[0], "receivers": named[1], "mlps": mlps, "metric": name_of(metric),
         "source": request.donor.name, "batch": batch,
     }  # fmt: skip
-    read = pairs.about()
-    with opened(unless_own(checkpoint, metric)) as job:
+    size, read = batch_size(lm, pairs.base, batch, held=4), pairs.about()
+    with opened(unless_own(checkpoint, metric), listener) as job:
         if done := job.begin("paths", lm, {"": read["hash"], **request.donor.read_by}, settings):
             return done
         rows = Rows(partial(_measured, request))
-        stream(lm, pairs.base, rows, batch_size(lm, pairs.base, batch, held=4), f"paths {mlps}", listener, job)
+        stream(lm, pairs.base, rows, size, f"paths {mlps}", listener, job)
         data = _dataset(request, rows.whole(), name_of(metric))
         return job.signed(build("paths", data, settings, provenance(lm), {"": read}))
 

@@ -73,13 +73,13 @@ def scan(
     """
     texts = {plain(name): admit(lm, part, mask, skip, bos) for name, part in by_name(tokens).items()}
     chosen, floor = choose(writers, lm.parts), admit_floor(floor)
+    sizes = [batch_size(lm, part, batch) for part in texts.values()]
     settings = {"writers": [str(node) for node in chosen], "skip": skip, "floor": floor, "batch": batch}
-    with opened(checkpoint) as job:
+    with opened(checkpoint, listener) as job:
         if done := job.begin("scan", lm, {name: part.hash for name, part in texts.items()}, settings):
             return done
         tallies: list[GramTally] = []
-        for name, part in texts.items():
-            size = batch_size(lm, part, batch)
+        for (name, part), size in zip(texts.items(), sizes, strict=True):
             tallies.append(GramTally(lm, part, chosen, skip, floor, n_batches=-(-len(part) // size)))
             stream(lm, part, tallies[-1], size, f"scan {name}".strip(), listener, job)
         job.together()
@@ -243,7 +243,8 @@ def _in_words(
 def _require_writes(data: xr.Dataset) -> None:
     silent = [str(name) for name in data["writer"].values[data["n_positions"].values == 0]]
     if silent:
+        verb = "writes" if len(silent) == 1 else "write"
         raise NumericError(
-            f"{', '.join(silent)} never writes on this text: no position is above the floor",
-            fix="leave it out of writers, or lower floor",
+            f"{', '.join(silent)} never {verb} on this text: no position is above the floor",
+            fix="leave what never writes out of writers, or lower floor",
         )

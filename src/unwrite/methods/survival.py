@@ -19,12 +19,12 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from unwrite.errors import NumericError, one_of
+from unwrite.errors import NumericError, one_of, require, several, shown, whole
 from unwrite.model import readers
 from unwrite.model.load import provenance
 from unwrite.model.view import Model, fold
 from unwrite.nodes import Node, choose
-from unwrite.prompts.tokens import Tokens
+from unwrite.prompts.tokens import Tokens, array_of
 from unwrite.result import Result, build, quantity
 from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.job import Job, opened
@@ -94,13 +94,13 @@ def survival(
     Example: `uw.survival(lm, uw.text("books/", lm.tokenizer, n=8, length=64)).table()`
     """
     read = admit(lm, tokens, mask, skip, bos)
-    _require(controls, decoys)
-    named = choose(writers, lm.parts) if writers is not None else None
+    controls = _require(controls, decoys)
+    named, size = choose(writers, lm.parts) if writers is not None else None, _size(lm, read, batch)
     settings = {
         "writers": None if named is None else [*map(str, named)], "weigh": _named(lm, weigh), "controls": [*controls],
         "decoys": decoys, "skip": skip, "batch": batch,
     }  # fmt: skip
-    with opened(checkpoint) as job:
+    with opened(checkpoint, listener) as job:
         if done := job.begin("survival", lm, {"": read.hash}, settings):
             return done
         chosen = _material(lm, read, skip, listener, job) if named is None else named
@@ -109,7 +109,7 @@ def survival(
         draws = {control: each if control == controls[0] else max(1, each // 2) for control in controls}
         question = Removals(lm, fold(lm), read, skip, chosen, _weights(lm, chosen, weigh), draws)
         tally = SurvivalTally(question, job)
-        stream(lm, read, tally, _size(lm, read, batch), f"survival of {len(chosen)}", listener, job)
+        stream(lm, read, tally, size, f"survival of {len(chosen)}", listener, job)
         data = _Found(question, tally.whole()).dataset()
         return job.signed(build("survival", data, settings, provenance(lm), {"": read.about()}))
 
@@ -119,24 +119,26 @@ def _size(lm: Model, tokens: Tokens, batch: int | None) -> int:
     return batch_size(lm, tokens, batch, held=2) if batch is not None else 1
 
 
-def _require(controls: Sequence[str], decoys: Any) -> None:
-    if not controls or isinstance(controls, str):
-        raise NumericError("controls are names", got=repr(controls), expected=f"some of {', '.join(CONTROLS)}")
-    for control in controls:
+def _require(controls: Any, decoys: Any) -> list[str]:
+    known = f"some of {', '.join(CONTROLS)}"
+    listed = several("controls are names", controls, known, NumericError)
+    require(bool(listed), NumericError, "controls are names", listed, known)
+    for control in listed:
         one_of("a control", control, tuple(CONTROLS))
-    if decoys is not None and (type(decoys) is not int or decoys < 1):
-        raise NumericError("decoys is a number of stand-ins", got=repr(decoys), expected="a positive integer")
+    if decoys is not None:
+        whole("decoys is a number of stand-ins", decoys, 1)
+    return listed
 
 
 def _named(lm: Model, weigh: Any) -> str | list[float]:
     if isinstance(weigh, str):
         one_of("weigh", weigh, WEIGHTS, also=f"{lm.d_model} numbers")
         return weigh
-    numbers = np.asarray(weigh.detach().cpu() if isinstance(weigh, Tensor) else weigh)
-    right = numbers.dtype.kind in "fiu" and numbers.shape == (lm.d_model,)
-    if not right or not (np.isfinite(numbers) & (numbers >= 0)).all() or not numbers.any():
+    numbers = array_of(weigh)
+    right = numbers is not None and numbers.dtype.kind in "fiu" and numbers.shape == (lm.d_model,)
+    if numbers is None or not right or not (np.isfinite(numbers) & (numbers >= 0)).all() or not numbers.any():
         raise NumericError(
-            "weigh is a weight for every channel", got=f"{numbers.dtype} {numbers.shape}",
+            "weigh is a weight for every channel", got=shown(weigh if numbers is None else numbers),
             expected=f"{lm.d_model} finite numbers, none below 0 and not all 0, or one of {', '.join(WEIGHTS)}",
         )  # fmt: skip
     return [float(number) for number in numbers]

@@ -38,6 +38,7 @@ RANGE = ("low", "median", "high")
 # The paper's erasers: later nodes whose median PR is at most this.
 OPPOSES = -0.05
 _FEWEST = 3
+_LOWER = "give more text, or a lower floor"
 # A share below this is no finding, however significant.
 MATERIAL_SHARE = 0.02
 
@@ -84,15 +85,15 @@ def verify(
     node = choose([parse_node(writer)], lm.parts)[0]
     named = None if erasers is None else require_readers(choose(erasers, lm.parts), node, len(lm.layers))
     # The states of two runs are held at a time.
-    size = batch_size(lm, tokens, batch, held=2)
+    size, floor = batch_size(lm, tokens, batch, held=2), admit_floor(floor)
     asked = {"writer": str(node), "skip": skip, "floor": floor, "batch": batch}
-    with opened(checkpoint) as job:
+    with opened(checkpoint, listener) as job:
         if done := job.begin("verify", lm, {"": tokens.hash}, {**asked, "erasers": named and [*map(str, named)]}):
             return done
-        tally = WithoutTally(lm, tokens, node, skip, admit_floor(floor))
+        tally = WithoutTally(lm, tokens, node, skip, floor)
         stream(lm, tokens, tally.executed(named or ()), size, f"verify {node}", listener, job)
         if not tally.n_positions:
-            raise NumericError(f"{node} never writes on this text: no position is above the floor")
+            raise NumericError(f"{node} never writes on this text: no position is above the floor", fix=_LOWER)
         chosen = named or _default(tally)
         if named is None:
             stream(lm, tokens, tally.hiding(chosen), size, f"verify {node}, hidden", listener, job)

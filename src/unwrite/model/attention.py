@@ -283,7 +283,10 @@ def _eager(module: nn.Module) -> Callable[..., Attended]:
     for kind in type(module).__mro__:
         if function := getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None):
             return function
-    raise ModelError(f"no eager attention function is known for {type(module).__name__}")
+    raise ModelError(
+        f"no eager attention function is known for {type(module).__name__}",
+        expected="an eager_attention_forward beside it in transformers",
+    )
 
 
 @contextmanager
@@ -310,7 +313,10 @@ def _pattern(
     query: Tensor, key: Tensor, mask: Tensor | None, **settings: Any
 ) -> Float[Tensor, "prompt head query key"]:
     if settings.get("s_aux") is not None:
-        raise ModelError("attention has learned sinks: rows of its pattern sum below 1, so heads have no constant part")
+        raise ModelError(
+            "attention has learned sinks: rows of its pattern sum below 1, so heads have no constant part",
+            expected="patterns whose rows sum to 1",
+        )
     scores = _scores(query, key, **settings)
     return torch.softmax(scores if mask is None else scores + mask[..., : key.shape[-2]], dim=-1)
 

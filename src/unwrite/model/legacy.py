@@ -219,7 +219,7 @@ def _read(file: Path, shape: Shape) -> dict[str, Tensor]:
         found = torch.load(file, weights_only=True, map_location="cpu")
     except Exception as error:
         raise ModelError(
-            f"{file.name} cannot be opened as a state dict", got=f"{type(error).__name__}: {error}".splitlines()[0],
+            f"{file.name} cannot be opened as a state dict", got=error,
             expected="nothing but tensors: whatever else a pickle holds is never run",
         ) from error  # fmt: skip
     if not isinstance(found, dict):

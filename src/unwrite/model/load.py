@@ -16,20 +16,23 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.import_utils import is_accelerate_available
 
-from unwrite.errors import ModelError, UnwriteError, plain
+from unwrite.errors import ModelError, UnwriteError, plain, shown
+from unwrite.files import possible
 from unwrite.model.capture import uncompiled
 from unwrite.model.certificate import certify
 from unwrite.model.families import FAMILIES, REFUSED, Family
 from unwrite.model.gguf import configuration, from_gguf, gguf_file
 from unwrite.model.legacy import checkpoint, from_legacy, is_legacy, tokenizer_folder, tokenizer_name
 from unwrite.model.now import state
+from unwrite.model.options import require_numbers, require_options, require_whole
 from unwrite.model.projections import plain_tensor, require_linear
 from unwrite.model.single import HALVES
-from unwrite.model.view import CONVENTIONS, Model
+from unwrite.model.view import Model
 from unwrite.model.weights import DISK, stored
 
 # The model that comes with the package: trained by examples/pretrain, see its own README.
 DEFAULT, BUNDLED = "default", Path(__file__).parents[1] / "bundled"
+_KNOWN = f"one of {', '.join(FAMILIES)}"
 _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -59,12 +62,11 @@ def load(
 
     Example: `lm = uw.load("gpt2")`; `print(lm.certificate.explain())`
     """
-    if convention not in CONVENTIONS:
-        raise ModelError("unknown convention", got=repr(convention), expected=" or ".join(map(repr, CONVENTIONS)))
-    if isinstance(source, (str, Path)):
+    require_options(tokenizer, revision, dtype, device, trust_remote_code, convention)
+    if isinstance(source, (str, Path)) and str(source):
         device_map = places(device_map, device)
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
-        place = str(BUNDLED if source == DEFAULT else source)
+        place = str(BUNDLED if source == DEFAULT else possible(source, ModelError))
         on_cpu = device_map is None and torch.device(device or "cpu").type == "cpu"
         kept = dtype or (None if on_cpu else "auto")
         hf, own = _from_disk(place, {"dtype": kept, "device_map": device_map, **options})
@@ -74,8 +76,9 @@ def load(
         if any(option is not None for option in (revision, dtype, device, device_map)):
             raise ModelError("a model in memory stays as it is", fix="leave revision, dtype, device and device_map out")
     else:
-        raise ModelError("cannot load this", got=type(source).__name__, expected="a hub name, a folder or a HF model")
-    _check_tokenizer(tokenizer)
+        raise ModelError(
+            "cannot load this", got=shown(source), expected="a hub name, a folder, or a model of transformers"
+        )
     return view(hf, tokenizer, convention, name=_called(source))
 
 
@@ -85,7 +88,7 @@ def unwrapped(source: Any) -> Any:
     Raises ModelError for a model that is given virtual tokens.
     """
     source = getattr(source, "_orig_mod", source)
-    if not hasattr(source, "get_base_model"):
+    if not hasattr(type(source), "get_base_model"):
         return source
     for name, adapter in source.peft_config.items():
         if getattr(adapter, "num_virtual_tokens", None):
@@ -107,11 +110,14 @@ def view(hf: PreTrainedModel, tokenizer: Any = None, convention: str = "paper", 
         require_linear(lm, *(part for layer in lm.layers for part in (layer.out_proj, layer.value)))
         with uncompiled(hf):
             certificate = certify(lm)
-    except (RuntimeError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except UnwriteError:
+        raise
+    except Exception as error:  # the forward pass is the model's own
         raise ModelError(
-            f"{about['name']} ({family}) could not be run on short random prompts",
-            got=f"{type(error).__name__}: {error}",
-        ) from error
+            f"{about['name']} ({family}) could not be run on short random prompts", got=error,
+            fix="see that it runs by itself: model(input_ids=ids).logits",
+        ) from error  # fmt: skip
+    require_numbers(str(about["name"]), hf, certificate.errors)
     certificate.require(str(about["name"]))
     weights_hash(lm)
     return replace(lm, certificate=certificate, state=state(hf))
@@ -189,17 +195,19 @@ def _row(config: Any) -> Family:
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{family} is an encoder–decoder", expected="a decoder with one residual stream")
     if family in REFUSED:
-        raise ModelError(f"{family} cannot be decomposed exactly: {REFUSED[family]}")
+        raise ModelError(f"{family} cannot be decomposed exactly: {REFUSED[family]}", expected=_KNOWN)
     if family not in FAMILIES:
         near = ", ".join(difflib.get_close_matches(family, FAMILIES, n=3, cutoff=0.3))
         raise ModelError(
             f"unknown architecture {family}",
-            expected=f"one of {', '.join(FAMILIES)}",
+            expected=_KNOWN,
             fix=f"see 'How to add a family' in CONTRIBUTING.md{f'; nearest: {near}' if near else ''}",
         )
     row = FAMILIES[family]
     if why := row.refuse(config):
-        raise ModelError(f"this {family} configuration cannot be decomposed exactly: {why}")
+        raise ModelError(
+            f"this {family} configuration cannot be decomposed exactly: {why}", expected=f"a {family} without that"
+        )
     return row
 
 
@@ -217,12 +225,15 @@ def _from_disk(source: str, options: dict[str, Any]) -> tuple[PreTrainedModel, C
         config = AutoConfig.from_pretrained(source, **hub)
         _row(config)
         options["dtype"] = options["dtype"] or _wide(source, config.dtype)
-        hf = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, **options)
+        hf, told = AutoModelForCausalLM.from_pretrained(
+            source, use_safetensors=True, output_loading_info=True, **options
+        )  # pyright: ignore[reportGeneralTypeIssues]
+        require_whole(_called(source), told)
         return hf, partial(_tokenizer, source, hf.config, hub)
     except UnwriteError:
         raise
     except Exception as error:
-        raise ModelError(f"cannot load {source}", got=_first_line(error), fix=_advice(error)) from error
+        raise ModelError(f"cannot load {source}", got=error, fix=_advice(error)) from error
 
 
 def _wide(source: str, kept: Any) -> Any:
@@ -247,7 +258,7 @@ def _from_gguf(file: Path, options: dict[str, Any]) -> tuple[PreTrainedModel, Ca
     except UnwriteError:
         raise
     except Exception as error:
-        raise ModelError(f"cannot load {file.name}", got=_first_line(error), fix=_advice(error)) from error
+        raise ModelError(f"cannot load {file.name}", got=error, fix=_advice(error)) from error
     return hf, partial(_tokenizer, str(file.parent), hf.config, {"gguf_file": file.name})
 
 
@@ -266,7 +277,7 @@ def places(device_map: Any, device: Any = None) -> Any:
                 torch.device(place)
             except (RuntimeError, TypeError):
                 expected = f"{', '.join(_SPREADS)}, a device, {DISK}, or {{part of the model: device}}"
-                raise ModelError("device_map names no device", got=repr(place), expected=expected) from None
+                raise ModelError("device_map names no device", got=shown(place), expected=expected) from None
     return named if device_map == DISK else device_map
 
 
@@ -279,12 +290,15 @@ def _called(source: Any) -> str:
 
 
 def _check_folder(folder: Path) -> None:
+    if folder.is_file():
+        raise ModelError(f"{folder} is a file", expected="a folder as save_pretrained writes it, or a GGUF file")
     if not folder.is_dir():
         # A hub name is "name" or "owner/name"; anything longer or anchored was meant as a path.
         if folder.is_absolute() or len(folder.parts) > 2 or folder.parts[:1] in (("..",), ("~",)):
             raise ModelError(
-                f"cannot load {folder}: there is no such folder", expected="a folder as save_pretrained writes it"
-            )
+                f"cannot load {folder}: there is no such folder", expected="a folder as save_pretrained writes it",
+                fix="check the path; on the hub a model is called name or owner/name",
+            )  # fmt: skip
         return
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json", expected="a folder as save_pretrained writes it")
@@ -312,12 +326,10 @@ def _advice(error: Exception) -> str | None:
     if "meta device" in str(error) or "device_map" in str(error):
         return "name every part of the model in device_map, without a part that holds another one (such as '')"
     if any(sign in str(error) for sign in ("model_type", "Unrecognized", "does not recognize this architecture")):
-        return f"this is not an architecture of transformers {transformers.__version__}"
+        return f"check model_type in its config.json, or update transformers, which is {transformers.__version__}"
+    if "ignore_mismatched_sizes" in str(error):
+        return "take config.json and weights from one place: they are of different shapes"
     return "check the name, the folder and the network"
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
 
 def _tokenizer(source: str, config: Any, options: dict[str, Any]) -> Any:
@@ -341,11 +353,3 @@ def _legacy_tokenizer(folder: Path, config: Any) -> Any:
     elif tokenizer.bos_token is not None:
         tokenizer.add_bos_token = True  # as such models were trained, and TransformerLens reads text
     return tokenizer
-
-
-def _check_tokenizer(tokenizer: Any) -> None:
-    if tokenizer is not None and not callable(tokenizer):
-        raise ModelError(
-            "this is no tokenizer of transformers", got=type(tokenizer).__name__,
-            fix="AutoTokenizer.from_pretrained(…), or PreTrainedTokenizerFast(tokenizer_object=…)",
-        )  # fmt: skip

@@ -22,7 +22,7 @@ from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerFast as TokenizerFast
 
-from unwrite.errors import ModelError
+from unwrite.errors import ModelError, shown, whole
 from unwrite.model.planted_weights import (
     BALLAST,
     CONTEXT,
@@ -98,8 +98,11 @@ def planted(family: Literal["gpt2", "llama"] = "gpt2", seed: int = 0, dtype: tor
 
     Example: `weight = planted("llama"); lm = uw.load(weight.hf, weight.tokenizer)`
     """
-    if family not in WEIGHTS:
-        raise ModelError("there is no planted model of this family", got=family, expected=" or ".join(WEIGHTS))
+    if not isinstance(family, str) or family not in WEIGHTS:
+        raise ModelError("there is no planted model of this family", got=shown(family), expected=" or ".join(WEIGHTS))
+    seed = whole("seed is a number", seed, 0)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ModelError("dtype is what parameters are kept in", got=shown(dtype), expected="such as torch.float32")
     parts = _parts(family)
     roles = {role: circuits for part in parts for role, circuits in part.roles.items()}
     config = AutoConfig.for_model(family, **_SHAPE, **_OWN_SHAPE[family])

@@ -153,7 +153,7 @@ def require_linear(lm: Computing, *modules: Any) -> None:
                 _effective(lm, module, detach=True)
             except (RuntimeError, AttributeError, TypeError, ValueError, NotImplementedError) as error:
                 raise ModelError(
-                    f"a {type(module).__name__} cannot be read as a matrix", got=f"{type(error).__name__}: {error}",
+                    f"a {type(module).__name__} cannot be read as a matrix", got=error,
                     expected="a projection that is linear in what it reads",
                     fix="merge adapters (merge_and_unload), or dequantise the weights",
                 ) from None  # fmt: skip

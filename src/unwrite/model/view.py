@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from unwrite.errors import ModelError, shown
 from unwrite.model.families import Family
 from unwrite.model.projections import Effective, bias_of, has_bias, matrix_of, sizes
 from unwrite.model.weights import home, weight_of
@@ -206,6 +207,14 @@ class Model:
         return (
             f"Model({self.about.get('name', self.family)!r}: {self.family}, {len(self.layers)} layers × "
             f"{self.n_heads} heads, d_model {self.d_model}, {len(self.parts)} nodes, convention {self.convention!r})"
+        )
+
+
+def require_model(lm: object) -> None:
+    """Raise ModelError for anything but a `Model`."""
+    if not isinstance(lm, Model):
+        raise ModelError(
+            "this is no model of unwrite", got=shown(lm), expected="what uw.load returns", fix="lm = uw.load(…)"
         )
 
 

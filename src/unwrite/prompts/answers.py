@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from unwrite.errors import TokensError
+from unwrite.errors import TokensError, counted, shown
 from unwrite.prompts.encode import need
-from unwrite.prompts.tokens import Tokens, bare, spelled, spells
+from unwrite.prompts.tokens import Tokens, array_of, bare, spelled, spells
 
 # How an answer is tokenised depends on what is near it: so many ids before it are read again as text, and of these the
 # last few must be what they were.
 _NEAR, _SAME = 64, 3
+_LISTED = 12
 # What a SentencePiece vocabulary writes for a space.
 _SPACE = "▁"
 
@@ -28,11 +29,12 @@ def answers(
     """
     if token is None:
         return None
-    token = token.tolist() if hasattr(token, "tolist") else token
+    if hasattr(token, "tolist") and (array := array_of(token)) is not None:
+        token = array.tolist()
     each: list[Any] = list(token) if isinstance(token, (list, tuple)) else [token] * len(tokens)
     if len(each) != len(tokens):
         expected = f"1 or {len(tokens)}"
-        raise TokensError(f"{name} is one token for each prompt", got=f"{len(each)} tokens", expected=expected)
+        raise TokensError(f"{name} is one token for each prompt", got=counted(len(each), "token"), expected=expected)
     before = [ids[: end + 1].tolist() for ids, end in zip(tokens.ids, row, strict=True)]
     found = [token_after(part, ids, tokenizer, vocabulary) for part, ids in zip(each, before, strict=True)]
     return np.array(found, dtype=np.int64)
@@ -49,7 +51,7 @@ def token_after(token: Any, before: Sequence[int], tokenizer: Any, vocabulary: i
         context = _text_of(before, tokenizer)
         return _alone(token, tokenizer) if context is None else _continuing(token, context, tokenizer)
     if isinstance(token, bool) or not isinstance(token, (int, np.integer)) or not 0 <= token < vocabulary:
-        raise TokensError("not a token", got=repr(token), expected=f"a string of one token, or 0 to {vocabulary - 1}")
+        raise TokensError("not a token", got=shown(token), expected=f"a string of one token, or 0 to {vocabulary - 1}")
     return int(token)
 
 
@@ -70,7 +72,7 @@ def _continuing(answer: str, context: str, tokenizer: Any) -> int:
     if (named := _named(answer, context, tokenizer)) is not None:
         return named
     raise TokensError(
-        f"{answer!r} is not one token", got=_shown(pieces, context, answer, tokenizer),
+        f"{shown(answer)} is not one token", got=_shown(pieces, context, answer, tokenizer),
         expected="one token that continues the prompt", fix=_proposed(answer, context, tokenizer),
     )  # fmt: skip
 
@@ -110,7 +112,8 @@ def _shown(pieces: list[int] | None, context: str, answer: str, tokenizer: Any) 
 
 
 def _listed(ids: Sequence[int], tokenizer: Any) -> str:
-    return ", ".join(f"{spelled([i], tokenizer)!r} ({i})" for i in ids) or "none"
+    more = f" and {len(ids) - _LISTED} more" if len(ids) > _LISTED else ""
+    return (", ".join(f"{spelled([i], tokenizer)!r} ({i})" for i in ids[:_LISTED]) or "none") + more
 
 
 def _named(answer: str, context: str, tokenizer: Any) -> int | None:
@@ -128,7 +131,7 @@ def _alone(answer: str, tokenizer: Any) -> int:
         return ids[0]
     if len(ids) == 1 and named is not None:
         raise TokensError(
-            f"{answer!r} can be two tokens", got=f"{_listed(ids, tokenizer)}, and {_listed([named], tokenizer)}",
+            f"{shown(answer)} can be two tokens", got=f"{_listed(ids, tokenizer)}, and {_listed([named], tokenizer)}",
             fix=f"ask about {spelled(ids, tokenizer)!r} where a word begins, or pass the id {named}",
         )  # fmt: skip
     if named is None and answer.startswith(" "):  # as the vocabulary would spell it
@@ -137,4 +140,4 @@ def _alone(answer: str, tokenizer: Any) -> int:
         return named
     stripped = answer.lstrip(" ")
     fix = f"ask about {stripped!r}" if len(bare(stripped, tokenizer)) == 1 else "name one token, or pass its id"
-    raise TokensError(f"{answer!r} is not one token", got=_listed(ids, tokenizer), expected="one token", fix=fix)
+    raise TokensError(f"{shown(answer)} is not one token", got=_listed(ids, tokenizer), expected="one token", fix=fix)

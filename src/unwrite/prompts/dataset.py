@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from unwrite.errors import TokensError, plain
+from unwrite.prompts.tokens import require_unicode
 
 PREFIX = "hub:"
 _SPELLED = f"{PREFIX}owner/name[@revision][:configuration[:split[:column]]]"
@@ -111,8 +112,8 @@ def source_of(source: Any) -> Source | None:
     """The data set that `source` is or names; None for any other text. Raises TokensError for a name that is wrong."""
     if isinstance(source, str):
         return _parsed(source) if source.startswith(PREFIX) and not any(map(str.isspace, source[4:5])) else None
-    stream = hasattr(source, "load_state_dict") and hasattr(source, "column_names")
-    return Given(source) if stream or hasattr(source, "to_iterable_dataset") else None
+    stream = all(hasattr(type(source), name) for name in ("load_state_dict", "column_names"))
+    return Given(source) if stream or hasattr(type(source), "to_iterable_dataset") else None
 
 
 def _parsed(spelled: str) -> Named:
@@ -138,7 +139,7 @@ class _explained:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if isinstance(error, Exception):
             raise TokensError(
-                f"cannot read {self.name[:_WIDE]}", got=f"{type(error).__name__}: {error}",
+                f"cannot read {self.name[:_WIDE]}", got=error,
                 fix="check its name and the network; with --out, or a checkpoint, the same call goes on where it was",
             ) from error  # fmt: skip
 
@@ -262,11 +263,6 @@ def fill(reading: Reading, job: Keeper | None, asked: Mapping[str, object]) -> N
 
     However it ends, the job keeps what is done. Raises TokensError as `Reading.rest` does, and for what is no text.
     """
-    if not isinstance(job, Keeper | None):
-        raise TokensError(
-            "the checkpoint of a text is an open job", got=type(job).__name__,
-            fix="with uw.Job(…) as job: uw.text(…, checkpoint=job)",
-        )  # fmt: skip
     kept = None if job is None else job.stage(f"reading {reading.source.spelled}", 1, dict(asked))
     if kept is not None:
         kept.resume(reading)
@@ -354,9 +350,4 @@ def _buffered(part: Any) -> bool:
 
 
 def _added(digest: str, text: str, name: str) -> str:
-    try:
-        return hashlib.sha256(f"{digest}\0".encode() + text.encode()).hexdigest()
-    except UnicodeEncodeError as error:
-        raise TokensError(
-            f"{plain(name)[:_WIDE]} is not Unicode text", got=error.reason, expected="no lone surrogates"
-        ) from None
+    return hashlib.sha256(f"{digest}\0".encode() + require_unicode(plain(name)[:_WIDE], text)).hexdigest()

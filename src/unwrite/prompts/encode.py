@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
-from unwrite.errors import TokensError
-from unwrite.prompts.tokens import Tokens, bare, from_rows
+from unwrite.errors import TokensError, shown
+from unwrite.prompts.tokens import Tokens, bare, from_rows, require_unicode
 
 Message = Mapping[str, Any]
+# What else than being called is asked of a tokenizer.
+_MOST_IDS = 2**31
+_ABLE = ("decode", "convert_ids_to_tokens", "convert_tokens_to_ids")
+
+
+def is_tokenizer(tokenizer: Any) -> bool:
+    """Can this read text as a tokenizer of transformers does?"""
+    return callable(tokenizer) and all(hasattr(type(tokenizer), name) for name in _ABLE)
 
 
 def need(tokenizer: Any, what: str, instead: str = "pass token ids") -> None:
-    """Raise TokensError where there is no tokenizer."""
+    """Raise TokensError where there is no tokenizer, or what is none."""
     if tokenizer is None:
         raise TokensError(
             f"{what} needs a tokenizer, and this model came without one",
             fix=f"{instead}, or load the model with uw.load(…, tokenizer=…)",
+        )
+    if not is_tokenizer(tokenizer):
+        raise TokensError(
+            f"{what} needs a tokenizer", got=shown(tokenizer), expected="one of transformers", fix="pass lm.tokenizer"
         )
 
 
@@ -35,9 +48,9 @@ def begins(tokenizer: Any, bos: int | bool | None, sample: str) -> list[int]:
         if tokenizer.bos_token_id is None:
             raise TokensError("the tokenizer has no token that begins a text", fix="pass its id as bos, or bos=False")
         return [tokenizer.bos_token_id]
-    if not isinstance(bos, int) or bos < 0:
-        raise TokensError("bos is what begins a text", got=repr(bos), expected="True, False, or the id of a token")
-    return [bos]
+    if not isinstance(bos, Integral) or not 0 <= bos < _MOST_IDS:
+        raise TokensError("bos is what begins a text", got=shown(bos), expected="True, False, or the id of a token")
+    return [int(bos)]
 
 
 def _put_before(tokenizer: Any, sample: str) -> list[int]:
@@ -65,13 +78,13 @@ def prompts(strings: Sequence[Any], tokenizer: Any, bos: int | bool | None = Non
     """
     need(tokenizer, "a prompt")
     if wrong := [part for part in strings if not isinstance(part, str)]:
-        raise TokensError("not prompts", got=type(wrong[0]).__name__, expected="a string or a list of strings")
+        raise TokensError("not prompts", got=shown(wrong[0]), expected="a string or a list of strings")
     not_empty("the prompt", strings)
     name = "1 prompt" if len(strings) == 1 else f"{len(strings)} prompts"
     digest = digest_of(name, strings)
     own = [bare(part, tokenizer) for part in strings]
     if not all(own):
-        raise TokensError(f"prompt {own.index([])} has no token", got=repr(strings[own.index([])]))
+        raise TokensError(f"prompt {own.index([])} has no token", got=shown(strings[own.index([])]))
     rows = [_begun(ids, begins(tokenizer, bos, part), tokenizer) for ids, part in zip(own, strings, strict=True)]
     return from_rows(rows, name, digest)
 
@@ -109,7 +122,7 @@ def _templated(messages: Sequence[Message], tokenizer: Any) -> list[int]:
         )  # fmt: skip
     except Exception as error:  # a template is a program of the model's makers, and may raise anything
         raise TokensError(
-            "the chat template refuses these messages", got=f"{type(error).__name__}: {error}",
+            "the chat template refuses these messages", got=error,
             expected="messages with role and content, as the model's card shows them",
         ) from error  # fmt: skip
     return list(told)
@@ -117,10 +130,7 @@ def _templated(messages: Sequence[Message], tokenizer: Any) -> list[int]:
 
 def digest_of(name: str, documents: Sequence[str]) -> str:
     """A hash of documents. Raises TokensError for half a character."""
-    try:
-        return hashlib.sha256("\0".join(documents).encode()).hexdigest()
-    except UnicodeEncodeError as error:
-        raise TokensError(f"{name} is not Unicode text", got=error.reason, expected="no lone surrogates") from None
+    return hashlib.sha256(require_unicode(name, "\0".join(documents))).hexdigest()
 
 
 def not_empty(name: str, documents: Sequence[str]) -> list[str]:

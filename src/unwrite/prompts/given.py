@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from unwrite.errors import TokensError
+from unwrite.errors import TokensError, said, several, shown
 from unwrite.prompts.dataset import source_of
 from unwrite.prompts.encode import chats, is_chat, need, prompts
 from unwrite.prompts.texts import names_a_file, windows
-from unwrite.prompts.tokens import Tokens, from_ids, from_rows
+from unwrite.prompts.tokens import Tokens, array_of, from_ids, from_rows
 
 _IDS, _MASK = "input_ids", "attention_mask"
 # What else a tokenizer may return beside ids, and no decoder is changed by.
@@ -63,7 +63,7 @@ def _listed(source: Any) -> Any:
     if getattr(getattr(source, "dtype", None), "kind", "") in ("U", "O", "T"):
         return source.tolist()
     if isinstance(source, Iterator):
-        return list(source)
+        return several("these are no prompts", source, "text or token ids", TokensError)
     return [source] if isinstance(source, Mapping) and "role" in source else source
 
 
@@ -89,7 +89,7 @@ def _read(source: Any, tokenizer: Any, bos: Any, length: int | None, files: bool
 
 def _no_bos(bos: Any) -> None:
     if bos is not None:
-        raise TokensError("bos is for text, and these are token ids", got=f"bos={bos!r}", fix="leave bos out")
+        raise TokensError("bos is for text, and these are token ids", got=f"bos={shown(bos)}", fix="leave bos out")
 
 
 def _unpacked(source: Any, mask: Any) -> tuple[Any, Any]:
@@ -101,7 +101,7 @@ def _unpacked(source: Any, mask: Any) -> tuple[Any, Any]:
         return [part[0] for part in parts], whole if mask is None else mask
     if not isinstance(source, Mapping):
         return source, mask
-    names = [str(name) for name in source]
+    names = [said(name) for name in source]
     if not _is_encoding(source) or _IDS not in source:
         raise TokensError("one text at a time is read here", got=", ".join(names)[:80], expected="a text or token ids")
     if unknown := [name for name in names if name not in {_IDS, _MASK, *_ASIDE}]:
@@ -133,8 +133,8 @@ def _numbers(ids: Any, mask: Any, tokenizer: Any) -> Tokens:
 
 def _rows(part: Any) -> Any:
     """One row alone is a list of one row; rows that are arrays become lists."""
-    if getattr(part, "ndim", 2) == 1 and len(part):
-        return part[None]
+    if getattr(part, "ndim", 2) == 1 and (array := array_of(part)) is not None and len(array):
+        return array[None]
     if not isinstance(part, (list, tuple)) or not part:
         return part
     part = [row.tolist() if hasattr(row, "tolist") else row for row in part]

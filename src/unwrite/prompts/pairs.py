@@ -19,13 +19,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from unwrite.errors import TokensError
+from unwrite.errors import TokensError, counted, shown
 from unwrite.prompts.answers import answers
+from unwrite.prompts.encode import need
 from unwrite.prompts.given import given
 from unwrite.prompts.texts import read_text
 from unwrite.prompts.tokens import Tokens, read_rows, spelled
 
 _ANY_VOCABULARY = 2**31
+_MADE = "uw.pairs(…, tokenizer=lm.tokenizer)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +39,17 @@ class Pairs:
     answer: Int[np.ndarray, " pair"]
     against: Int[np.ndarray, " pair"] | None
     row: Int[np.ndarray, " pair"]
+
+    def __post_init__(self) -> None:
+        for name in ("base", "source", "answer", "against", "row"):
+            part, ids = getattr(self, name), name not in ("base", "source")
+            if name == "against" and part is None:
+                continue
+            fits = isinstance(part, np.ndarray) and part.dtype.kind in "iu" and part.ndim == 1
+            fits = fits if ids else isinstance(part, Tokens)
+            if not fits or len(part) != len(self.base):
+                expected = "one integer for each pair" if ids else "Tokens, a prompt for each pair"
+                raise TokensError(f"pairs need {name} of another kind", got=shown(part), expected=expected, fix=_MADE)
 
     def __len__(self) -> int:
         return len(self.base)
@@ -57,6 +70,8 @@ class Pairs:
 
     def words(self, tokenizer: Any) -> dict[str, list[str]]:
         """The prompts up to the row that is read, and the tokens that are asked for, as texts, pair by pair."""
+        if tokenizer is not None:
+            need(tokenizer, "what tokens say")
         asked = {"answer": self.answer} | ({} if self.against is None else {"against": self.against})
         words = {name: [spelled([i], tokenizer) for i in ids] for name, ids in asked.items()}
         for name, tokens in (("base_text", self.base), ("source_text", self.source)):
@@ -87,6 +102,8 @@ def pairs(
 
     Example: `uw.pairs("The Eiffel Tower is in", "The Colosseum is in", " Paris", " Rome", tokenizer=lm.tokenizer)`
     """
+    if tokenizer is not None:
+        need(tokenizer, "text")
     read, other = (given(part, tokenizer, bos=bos, files=False) for part in (base, source))
     _require_equal(read, other, tokenizer)
     row = read_rows(position, read)
@@ -121,8 +138,8 @@ def pairs_of(source: Any, tokenizer: Any, bos: int | bool | None = None) -> Pair
     if isinstance(source, list) and source and all(isinstance(part, Mapping) for part in source):
         return _together([(f"pair {i}", part) for i, part in enumerate(source)], tokenizer, bos)
     raise TokensError(
-        "these are no pairs of prompts", got=type(source).__name__,
-        expected="what uw.pairs returns, or (base, source, answer)", fix="uw.pairs(…, tokenizer=lm.tokenizer)",
+        "these are no pairs of prompts", got=shown(source),
+        expected="what uw.pairs returns, or (base, source, answer)", fix=_MADE,
     )  # fmt: skip
 
 
@@ -193,13 +210,15 @@ def _position(place: str, given: Any) -> int:
         return -1
     try:
         return int(given)
-    except (TypeError, ValueError):
-        raise TokensError(f"{place} has no position", got=given, expected="an integer") from None
+    except (TypeError, ValueError, OverflowError):
+        raise TokensError(f"{place} has no position", got=shown(given), expected="an integer") from None
 
 
 def _require_equal(base: Tokens, source: Tokens, tokenizer: Any) -> None:
     if len(base) != len(source):
-        raise TokensError("every base prompt needs one source prompt", got=f"{len(base)} and {len(source)} prompts")
+        raise TokensError(
+            "every base prompt needs one source prompt", got=f"{len(base)} and {counted(len(source), 'prompt')}"
+        )
     for i in np.flatnonzero(base.lengths != source.lengths):
         texts = [spelled(part.ids[i, : part.lengths[i]], tokenizer) for part in (base, source)]
         raise TokensError(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from unwrite.errors import TokensError, plain
+from unwrite.errors import TokensError, counted, plain, several, shown, whole
 from unwrite.prompts.dataset import Keeper, Reading, Source, fill, identity, source_of
 from unwrite.prompts.encode import begins, digest_of, need, not_empty, says
 from unwrite.prompts.tokens import Tokens, bare, name_of
@@ -28,6 +28,7 @@ _SKIPPED = {"__pycache__", "node_modules"}
 _LISTED = 20
 # Of a document so many characters are enough to see what the tokenizer puts before it.
 _SAMPLE = 64
+_TEXTS = "a string, file, folder, list of strings, data set, or a dict of these"
 
 
 def text(
@@ -60,11 +61,18 @@ def text(
     Example: `uw.text("book.txt", lm.tokenizer, n=100, length=256)`
     """
     need(tokenizer, "text")
+    if checkpoint is not None and not isinstance(checkpoint, Keeper):
+        raise TokensError(
+            "the checkpoint of a text is an open job", got=shown(checkpoint),
+            fix="with uw.Job(…) as job: uw.text(…, checkpoint=job)",
+        )  # fmt: skip
     if isinstance(source, Mapping):
         if "input_ids" in source:
             raise TokensError("these are token ids, and no text", got="input_ids", fix="give them to the method itself")
         if not source or len({name_of(name) for name in source}) < len(source):
-            raise TokensError("texts need names that differ", got=f"{len(source)} texts", expected="one name for each")
+            raise TokensError(
+                "texts need names that differ", got=counted(len(source), "text"), expected="one name for each"
+            )
         return {name_of(name): windows(part, tokenizer, n, length, bos, checkpoint) for name, part in source.items()}
     return windows(source, tokenizer, n, length, bos, checkpoint)
 
@@ -79,18 +87,20 @@ def windows(
 ) -> Tokens:
     """`text` for one source that is not a mapping."""
     length = min(_LONGEST_DEFAULT, tokenizer.model_max_length) if length is None else length
+    for name, count in (("n", n), ("length", length)):
+        whole(f"{name} is a number of {'windows' if name == 'n' else 'tokens'}", count, 1)
     if (data := source_of(source)) is not None:
-        return _streamed(data, tokenizer, n, length, _begun(tokenizer, bos, "a", n, length), checkpoint)
+        return _streamed(data, tokenizer, n, length, _begun(tokenizer, bos, "a", length), checkpoint)
     name, documents, files = _documents(source)
     sample = next(document for document in documents if document.strip())[:_SAMPLE]
-    digest, prefix = digest_of(name, documents), _begun(tokenizer, bos, sample, n, length)
+    digest, prefix = digest_of(name, documents), _begun(tokenizer, bos, sample, length)
     cut = [_cut(document, tokenizer, length, prefix) for document in documents]
     taken = _spread([len(windows) for windows in cut], n)
     if not sum(taken):
         longest = max(map(len, documents))
         raise TokensError(
             f"{name}: shorter than one window of {length} tokens",
-            got=f"{len(documents)} document(s), the longest of {longest} characters",
+            got=f"{counted(len(documents), 'document')}, the longest of {counted(longest, 'character')}",
             fix="pass a smaller length, or give short texts to the method itself, each of them a prompt",
         )  # fmt: skip
     ids = np.array([window for windows, k in zip(cut, taken, strict=True) for window in windows[:k]], dtype=np.int64)
@@ -99,11 +109,11 @@ def windows(
     return Tokens(ids, np.full(len(ids), length), cluster, name, digest, notes)
 
 
-def _begun(tokenizer: Any, bos: int | bool | None, sample: str, n: int, length: int) -> list[int]:
+def _begun(tokenizer: Any, bos: int | bool | None, sample: str, length: int) -> list[int]:
     """What begins every window. Raises TokensError where that leaves no room for text."""
     prefix = begins(tokenizer, bos, sample)
-    if n < 1 or length <= len(prefix):
-        raise TokensError("no window can be cut", got=f"n={n}, length={length}", expected="both large enough for text")
+    if length <= len(prefix):
+        raise TokensError("no window can be cut", got=f"length={length}", expected=f"at least {len(prefix) + 1}")
     return prefix
 
 
@@ -118,11 +128,11 @@ def _streamed(
     if not at.windows:
         raise TokensError(
             f"{name} has no document as long as one window of {length} tokens" if at.read else f"{name} is empty",
-            got=f"{at.read} document(s)", fix="pass a smaller length" if at.read else "choose another data set",
+            got=counted(at.read, "document"), fix="pass a smaller length" if at.read else "choose another data set",
         )  # fmt: skip
     # As above: of one document alone, each window is its own.
     cluster = np.array(reading.owner) if at.read > 1 else np.arange(at.windows)
-    read = f"{at.read} document(s) read in order, {at.short} of them shorter than a window of {length} tokens"
+    read = f"{counted(at.read, 'document')} read in order, {at.short} of them shorter than a window of {length} tokens"
     notes = (read, f"column {plain(at.column)[:80]}", *([f"revision {at.commit}"] if at.commit else []))
     return Tokens(np.stack(reading.rows, dtype=np.int64), np.full(at.windows, length), cluster, name, at.digest, notes)
 
@@ -158,12 +168,11 @@ def _documents(source: Any) -> tuple[str, list[str], tuple[str, ...]]:
         path = Path(source)
         files, said = _of_folder(path) if path.is_dir() else ([path], ())
         return name_of(path.absolute().name), not_empty(str(path), [read_text(file) for file in files]), said
-    if isinstance(source, Iterable) and not isinstance(source, Mapping):
-        documents = list(source)
-        if all(isinstance(document, str) for document in documents):
-            return f"{len(documents)} texts", not_empty("the list of texts", documents), ()
+    documents = several("not a text", source, _TEXTS, TokensError)
+    if all(isinstance(document, str) for document in documents):
+        return f"{len(documents)} texts", not_empty("the list of texts", documents), ()
     raise TokensError(
-        "not a text", got=type(source).__name__, expected="a string, file, folder, list of strings, data set, dict",
+        "not a text", got=shown(source), expected=_TEXTS,
         fix="chats and token ids are given to the method itself",
     )  # fmt: skip
 

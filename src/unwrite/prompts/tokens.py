@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from unwrite.errors import TokensError, plain
+from unwrite.errors import TokensError, counted, plain, shown, whole
 
 _FEWEST_TO_HALVE = 4
 
@@ -31,6 +31,23 @@ class Tokens:
     digest: str = ""
     notes: tuple[str, ...] = field(default=())
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.source, str) or not isinstance(self.digest, str) or not isinstance(self.notes, tuple):
+            got = ", ".join(shown(part) for part in (self.source, self.digest, self.notes))
+            raise TokensError("source, digest and notes of tokens are words", got=got, expected="text, text, a tuple")
+        for name, axes in (("ids", 2), ("lengths", 1), ("cluster", 1)):
+            part = getattr(self, name)
+            fits = isinstance(part, np.ndarray) and part.dtype.kind in "iu" and part.ndim == axes
+            if not fits or not part.size or len(part) != len(self.ids):
+                raise TokensError(
+                    f"tokens need an array of {name}", got=shown(part),
+                    expected="integers [prompt, position]" if axes == 2 else "one integer for each prompt",
+                    fix="a method reads ids, with their mask, by itself",
+                )  # fmt: skip
+        if self.lengths.min() < 1 or self.lengths.max() > self.length:
+            got = f"{self.lengths.min()} to {self.lengths.max()}"
+            raise TokensError("lengths of prompts do not fit their ids", got=got, expected=f"1 to {self.length}")
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -49,6 +66,8 @@ class Tokens:
 
     def named(self, source: str) -> Tokens:
         """The same tokens, called `source` in results."""
+        if not isinstance(source, str):
+            raise TokensError("tokens are called by a name", got=shown(source), expected="text")
         return replace(self, source=name_of(source))
 
     def about(self) -> dict[str, Any]:
@@ -60,7 +79,12 @@ class Tokens:
 
     def take(self, prompts: Sequence[int] | np.ndarray, name: str | None = None) -> Tokens:
         """Some of the prompts, in the order given, called `name` in results."""
-        kept = np.asarray(prompts, dtype=np.int64)
+        kept = array_of(prompts)
+        if kept is None or kept.ndim != 1 or not kept.size or kept.dtype.kind not in "iu":
+            raise TokensError("prompts are taken by their numbers", got=shown(prompts), expected="a list of integers")
+        if kept.min() < -len(self) or kept.max() >= len(self):
+            got = f"{kept.min()} to {kept.max()}"
+            raise TokensError("there are no such prompts", got=got, expected=f"0 to {len(self) - 1}")
         width = int(self.lengths[kept].max())
         part = replace(self, ids=self.ids[kept, :width], lengths=self.lengths[kept], cluster=self.cluster[kept])
         return part if name is None else part.named(name)
@@ -74,7 +98,7 @@ class Tokens:
         if len(clusters) < _FEWEST_TO_HALVE:
             raise TokensError(
                 f"{self.source} cannot be split into prompts to choose by and prompts to judge by",
-                got=f"{len(clusters)} independent prompts", expected=f"at least {_FEWEST_TO_HALVE}",
+                got=counted(len(clusters), "independent prompt"), expected=f"at least {_FEWEST_TO_HALVE}",
                 fix="give more text, or shorter prompts",
             )  # fmt: skip
         first = np.isin(self.cluster, clusters[: len(clusters) // 2])
@@ -85,6 +109,9 @@ class Tokens:
 
         Prompts of one cluster must be neighbours: sums over a cluster are closed when the next one begins.
         """
+        whole("vocabulary is a number of tokens", vocabulary, 1)
+        if context is not None:
+            whole("context is a number of tokens", context, 1)
         borders = self.cluster[np.flatnonzero(np.diff(self.cluster, prepend=self.cluster[0] - 1))]
         if len(np.unique(borders)) < len(borders):
             raise TokensError(
@@ -101,7 +128,7 @@ class Tokens:
         if context is not None and self.length > context:
             raise TokensError(
                 f"prompts of {self.source} are longer than the model's context",
-                got=f"{self.length} tokens", expected=f"at most {context}",
+                got=counted(self.length, "token"), expected=f"at most {context}",
                 fix=f"pass length={context} or less to uw.text, which cuts a text into windows",
             )  # fmt: skip
 
@@ -138,15 +165,23 @@ def from_rows(rows: Sequence[Sequence[int] | np.ndarray], source: str = "token i
 
 
 def _matrix(values: Any, name: str, kinds: str) -> np.ndarray:
-    try:
-        array = np.asarray(values.cpu() if hasattr(values, "cpu") else values)
-    except (ValueError, TypeError, RuntimeError) as error:  # rows of unequal length, bfloat16, a tensor with a gradient
-        raise TokensError(f"{name} must be a matrix of integers", got=error, expected="[prompt, position]") from None
-    if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in kinds:
-        raise TokensError(
-            f"{name} must be a matrix of integers", got=f"{array.dtype} {array.shape}", expected="[prompt, position]"
-        )
+    array = array_of(values)
+    if array is None or array.ndim != 2 or 0 in array.shape or array.dtype.kind not in kinds:
+        what = f"{name} must be a matrix of integers"
+        raise TokensError(what, got=shown(values if array is None else array), expected="[prompt, position]")
     return array.astype(np.int64)
+
+
+def array_of(values: Any) -> np.ndarray | None:
+    """As an array; None for what is none, also for truths among numbers, which would count as 1 and 0."""
+    try:
+        array = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+    except Exception:  # noqa: BLE001 - rows of unequal length, bfloat16, the meta device, or a stranger's object
+        return None
+    if isinstance(values, (list, tuple)) and array.dtype.kind in "iu":
+        flat = [part for row in values for part in (row if isinstance(row, (list, tuple)) else [row])]
+        return None if any(isinstance(part, (bool, np.bool_)) for part in flat) else array
+    return array
 
 
 def read_rows(position: Any, tokens: Tokens) -> Int[np.ndarray, " prompt"]:
@@ -154,12 +189,9 @@ def read_rows(position: Any, tokens: Tokens) -> Int[np.ndarray, " prompt"]:
 
     Raises TokensError for anything else, and for a row outside its prompt.
     """
-    try:
-        wanted = np.asarray(position.cpu() if hasattr(position, "cpu") else position)
-    except ValueError:  # rows of unequal length
-        wanted = np.asarray(None)
-    if wanted.dtype.kind not in "iu" or wanted.shape not in ((), (len(tokens),)):
-        raise TokensError("position is a row of each prompt", got=plain(position), expected="an integer, or one each")
+    wanted = array_of(position)
+    if wanted is None or wanted.dtype.kind not in "iu" or wanted.shape not in ((), (len(tokens),)):
+        raise TokensError("position is a row of each prompt", got=shown(position), expected="an integer, or one each")
     row = np.where(wanted < 0, tokens.lengths + wanted, wanted)
     outside = np.flatnonzero((row < 0) | (row >= tokens.lengths))
     if len(outside):
@@ -191,7 +223,16 @@ def _means(text: str, token: int, tokenizer: Any) -> bool:
 
 def bare(text: str, tokenizer: Any) -> list[int]:
     """The ids of a text, with nothing put around it."""
+    require_unicode("the text", text)
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def require_unicode(name: str, text: str) -> bytes:
+    """The text in UTF-8. Raises TokensError for half a character."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise TokensError(f"{name} is not Unicode text", got=error.reason, expected="no lone surrogates") from None
 
 
 def spells(token: str, tokenizer: Any) -> int | None:

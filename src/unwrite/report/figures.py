@@ -8,7 +8,7 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-from unwrite.errors import ResultError, plain
+from unwrite.errors import ResultError, shown
 from unwrite.files import write
 from unwrite.report.paper import FIGURES, SAYS, finish, harmless, of_verified, series
 from unwrite.report.scanned import rows, texts
@@ -25,9 +25,11 @@ def draw(result: Result, name: str | None = None, writer: str | None = None) -> 
 
     Raises ResultError for an unknown name, or what a result does not hold.
     """
-    name = name or _MAIN.get(result.method, "levels")
-    if name not in _NAMED:
-        raise ResultError("no such figure", got=plain(name), expected=", ".join(_NAMED))
+    name = _MAIN.get(result.method, "levels") if name is None else name
+    if not isinstance(name, str) or name not in _NAMED:
+        raise ResultError("no such figure", got=shown(name), expected=", ".join(_NAMED))
+    if writer is not None and not isinstance(writer, str):
+        raise ResultError("a writer is named", got=shown(writer), expected="one of the result's, such as L0H2")
     return _NAMED[name](result, writer)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import xarray as xr
 
 from unwrite import result as results
-from unwrite.errors import ModelError
+from unwrite.errors import ModelError, function, whole
 from unwrite.methods.adversarial import adversarial
 from unwrite.methods.corpus import corpus_dla
 from unwrite.methods.dla import dla
@@ -77,6 +77,8 @@ def audit(
 
     Example: `uw.audit(uw.load("gpt2"), uw.text("book.txt", lm.tokenizer), out="audit")`
     """
+    whole("most is a number of writers", most, 1)
+    function("listener", listener)
     parts = listener if isinstance(listener, Parts) else Parts(listener)
     if out is not None:
 
@@ -94,7 +96,7 @@ def audit(
     own = None if isinstance(prompts, Tokens) else bos
     given = None if prompts is None else admit(lm, prompts, None, 0, own, files=False)
     read = {f"text {name}": part.hash for name, part in texts.items()}
-    with opened(checkpoint) as job:
+    with opened(checkpoint, listener) as job:
         if done := job.begin("audit", lm, read | ({} if given is None else {"prompts": given.hash}), {"most": most}):
             return done
         return job.signed(_audit(lm, texts, given, most, parts, job))
@@ -131,7 +133,10 @@ def _removed(lm: Model, scanned: Result, tokens: Tokens, parts: Parts, job: Job)
     first = scanned.data.isel(text=0) if "text" in scanned.data.dims else scanned.data
     able = _answered(lm, first["writer"].values)
     if not able.any():
-        raise ModelError(f"no node of {scanned.provenance['model']['name']} could read what another wrote")
+        raise ModelError(
+            f"no node of {scanned.provenance['model']['name']} could read what another wrote",
+            expected="a model of two layers or more",
+        )
     material = able & first["material"].values
     # Where nothing is material, anything that writes has to do.
     writes = material if material.any() else able & (first["n_positions"].values > 0)

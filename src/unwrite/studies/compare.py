@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from unwrite.errors import NumericError
+from unwrite.errors import NumericError, one_of, several, shown
 from unwrite.methods.agree import agree
-from unwrite.methods.effects import METHODS, effects
+from unwrite.methods.effects import AT, METHODS, effects
 from unwrite.model.load import provenance
 from unwrite.model.view import Model
+from unwrite.nodes import names_of
 from unwrite.prompts.pairs import Pairs
 from unwrite.result import Result, build, quantity
-from unwrite.run.answer.metrics import name_of, unless_own
+from unwrite.run.answer.metrics import known, name_of, unless_own
 from unwrite.run.loop.job import Job, opened
-from unwrite.run.loop.stream import Listener, admit_pairs
+from unwrite.run.loop.stream import Listener, admit_pairs, batch_size
 
 SIDE_BY_SIDE = ("direct", "net", "atp", "relp", "exact")
 
@@ -46,12 +47,16 @@ def compare(
 
     Example: `uw.compare(lm, pairs, "mlp_out").table()`
     """
-    if isinstance(methods, str) or not methods or not set(methods) <= set(METHODS):
-        raise NumericError("methods are names of estimators", got=methods, expected=f"some of {', '.join(METHODS)}")
-    pairs = admit_pairs(lm, pairs, bos)
-    chosen = nodes if isinstance(nodes, str) else list(nodes)
+    expected = f"some of {', '.join(METHODS)}"
+    methods = several("methods are names of estimators", methods, expected, NumericError)
+    if not methods or not all(isinstance(name, str) and name in METHODS for name in methods):
+        raise NumericError("methods are names of estimators", got=shown(methods), expected=expected)
+    one_of("at", at, AT)
+    pairs, metric = admit_pairs(lm, pairs, bos), known(metric)
+    batch_size(lm, pairs.base, batch)
+    chosen = nodes if isinstance(nodes, str) else names_of("nodes", nodes)
     asked = {"nodes": chosen, "at": at, "methods": [*dict.fromkeys(methods)], "metric": name_of(metric), "batch": batch}
-    with opened(unless_own(checkpoint, metric)) as job:
+    with opened(unless_own(checkpoint, metric), listener) as job:
         if done := job.begin("compare", lm, {"": pairs.about()["hash"]}, asked):
             return done
         found = {

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from unwrite.errors import whole
 from unwrite.methods.scan import scan
 from unwrite.model.devices import Region, foreseen, placed, size
 from unwrite.model.load import outline, places
-from unwrite.model.view import Model
+from unwrite.model.view import Model, require_model
 from unwrite.model.weights import DISK
 from unwrite.prompts.tokens import from_ids
 from unwrite.run.loop.stream import batch_size
@@ -70,7 +71,8 @@ def doctor(lm: Model, n: int = 300, length: int | None = None) -> Diagnosis:
     Memory: weights, the factors of one batch, the histograms of all pairs, and the sums over positions. The trial is a
     scan of this very model: where weights are read from disk, so are they there.
     """
-    length = min(length or 1024, lm.context or 1024)
+    require_model(lm)
+    n, length = _size(n, length, lm)
     checks = [
         Check(f"identity {name}", lm.certificate.holds(name), f"relative error {error:.1e}")
         for name, error in lm.certificate.items()
@@ -91,11 +93,18 @@ def foresee(
     device_map = places(device_map)
     if (lm := outline(source, dtype)) is None:
         return None
-    length = min(length or 1024, lm.context or 1024)
+    n, length = _size(n, length, lm)
     regions, here = foreseen(lm, device_map)
     need = _memory(lm, n, length)
     checks = _fits(regions, here, need, loaded=False)
     return Diagnosis(tuple(checks), n, length, _needed(regions, here, need), float("nan"), regions)
+
+
+def _size(n: int, length: int | None, lm: Model) -> tuple[int, int]:
+    """How many prompts of which length the scan has that is asked about."""
+    longest = lm.context or 1024
+    wanted = longest if length is None else whole("length is a number of tokens", length, 1)
+    return whole("n is a number of prompts", n, 1), min(wanted, longest)
 
 
 def _needed(regions: Sequence[Region], here: str, scan: int) -> int:

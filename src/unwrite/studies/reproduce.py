@@ -17,7 +17,7 @@ import torch
 import xarray as xr
 from torch.nn.functional import cross_entropy
 
-from unwrite.errors import ModelError, TokensError
+from unwrite.errors import ModelError, TokensError, shown, whole
 from unwrite.methods.corpus import corpus_dla
 from unwrite.methods.dla import dla
 from unwrite.methods.scan import scan
@@ -94,16 +94,17 @@ def reproduce(
 
     Example: `uw.reproduce("gelu-4l", weights="GELU_4L512W_C4_Code").table()`
     """
-    if name != "gelu-4l":
-        raise ModelError("nothing to reproduce by this name", got=repr(name), expected="'gelu-4l'")
-    lm = weights if isinstance(weights, Model) else load(weights or WEIGHTS)
+    if not isinstance(name, str) or name != "gelu-4l":
+        raise ModelError("nothing to reproduce by this name", got=shown(name), expected="'gelu-4l'")
+    whole("n is a number of prompts", n, 1)
+    lm = weights if isinstance(weights, Model) else load(WEIGHTS if weights is None else weights)
     if missing := {WRITER, *ERASERS, "L3H5"} - set(lm.nodes):
         raise ModelError("this is not a model like gelu-4l", got=f"no {', '.join(sorted(missing))}")
     own = tokens is None
     read = _paper_tokens(n) if own else admit(lm, tokens, None, 0, None if isinstance(tokens, Tokens) else bos)
     read = read.take(np.arange(min(n, len(read))))
     settings = {"name": name, "n": n, "paper_text": own}
-    with opened(checkpoint) as job:
+    with opened(checkpoint, listener) as job:
         if done := job.begin("reproduce", lm, {"": read.hash}, settings):
             return done
         heard = {"checkpoint": job, "listener": listener}

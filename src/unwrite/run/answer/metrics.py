@@ -52,12 +52,12 @@ class Metric:
     ) -> Float[Tensor, " run"]:
         """The same of what the final norm gives."""
         pair = torch.arange(len(normed), device=self.answer.device) if pair is None else pair
-        if self.name == "logit_diff":
+        if isinstance(self.name, str) and self.name == "logit_diff":
             value = self._logit(normed, self.answer[pair])
             return value if self.against is None else value - self._logit(normed, self.against[pair])
         logits = self._bounded(self._logits(normed))
         if callable(self.name):
-            return _numbers(self.name(logits), logits)
+            return _numbers(_asked(self.name, logits), logits)
         log_p = logits.log_softmax(-1)
         if self.name == "kl":
             clean = self._reference()[pair]
@@ -109,7 +109,9 @@ def known(metric: Any) -> str | Custom:
 
 def name_of(setting: Any) -> str:
     """What a result calls a setting: its own name, or that of the function or rules."""
-    return setting if isinstance(setting, str) else getattr(setting, "__name__", repr(setting))
+    if isinstance(setting, str) or not callable(setting):
+        return str(setting)
+    return str(getattr(setting, "__name__", type(setting).__name__))
 
 
 def unless_own(place: P, *settings: Any) -> P:
@@ -121,6 +123,15 @@ def unless_own(place: P, *settings: Any) -> P:
     if own and getattr(place, "folder", place) is not None:
         raise NumericError("no checkpoint is kept of this", got=", ".join(own), expected="a metric that has a name")
     return place
+
+
+def _asked(metric: Custom, logits: Float[Tensor, "run vocabulary"]) -> Any:
+    """What a function of the caller's says; what it raises is kept beside the words."""
+    try:
+        return metric(logits)
+    except Exception as error:
+        what = f"the metric {name_of(metric)} cannot be computed of logits {list(logits.shape)}"
+        raise NumericError(what, got=error, expected="a function from logits to a number for each pair") from error
 
 
 def _numbers(value: Any, logits: Float[Tensor, "run vocabulary"]) -> Tensor:

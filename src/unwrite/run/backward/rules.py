@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unwrite.errors import NumericError
+from unwrite.errors import one_of
 from unwrite.model.hooks import Handle, after, before, between
 from unwrite.model.view import Layer, Model, gain_of, is_norm, norm_scale, value_columns
 from unwrite.run.edit.sites import last_projection
@@ -47,8 +47,7 @@ class Rules:
 
     def __post_init__(self) -> None:
         for name, known in _SETTINGS.items():
-            if (got := getattr(self, name)) not in known:
-                raise NumericError(f"no rule for {name} is called so", got=repr(got), expected=", ".join(known))
+            one_of(f"the rule for {name}", getattr(self, name), known)
 
 
 RULES: Mapping[str, Rules] = {

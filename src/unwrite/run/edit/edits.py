@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unwrite.errors import NodeError
+from unwrite.errors import NodeError, finite, several, shown
 from unwrite.nodes import Site, parse_site
 
 Number = float | int
@@ -50,6 +50,10 @@ class Edit:
 
     def __post_init__(self) -> None:
         parse_site(self.site)
+        for name in ("alpha", "beta"):
+            finite(f"{name} is a factor", getattr(self, name))
+        for name in ("source", "gain"):
+            _check_value(name, getattr(self, name))
         if self.alpha != 0 and self.source is None:
             raise NodeError(f"the edit of {self.site} has no source", fix="give `source`, or leave `alpha` at 0")
         if self.basis is not None:
@@ -73,6 +77,7 @@ class Edit:
     @classmethod
     def scale(cls, site: Any, factor: Number, **rest: Any) -> Edit:
         """Multiply what is there by `factor`: (α, β) = (0, factor − 1). Example: `uw.Edit.scale("L2H3", 0.5)`."""
+        finite("factor is what a value is multiplied by", factor)
         return cls(site, None, 0.0, factor - 1.0, **rest)
 
     @classmethod
@@ -81,14 +86,26 @@ class Edit:
 
         Example: `uw.Edit.project_out("resid_mid2", directions)`.
         """
+        _orthonormal(basis)
         return cls(site, None, 0.0, -1.0, basis, **rest)
+
+
+def _check_value(name: str, value: Any) -> None:
+    if isinstance(value, Tensor):
+        plain = value.layout is torch.strided and not (value.is_meta or value.is_complex() or value.dtype == torch.bool)
+        if not plain:
+            got = f"{shown(value)} on {value.device.type}"
+            raise NodeError(f"{name} is no value", got=got, expected="a tensor of real numbers, or one number")
+    elif not (name == "source" and value is None):
+        finite(f"{name} is neither a number nor a tensor", value)
 
 
 def _orthonormal(basis: Tensor) -> Float[Tensor, "d direction"]:
     """An orthonormal basis as columns, by QR: unlike that of an SVD, its gradient exists for orthonormal directions."""
-    columns = torch.atleast_2d(basis).mT
-    if basis.dim() > 2 or not basis.is_floating_point() or columns.shape[1] > columns.shape[0]:
-        raise NodeError("not a basis", got=f"{basis.dtype} {list(basis.shape)}", expected="[d] or [direction, d]")
+    fits = isinstance(basis, Tensor) and basis.is_floating_point() and basis.layout is torch.strided
+    columns = torch.atleast_2d(basis).mT if fits and not basis.is_meta and 0 < basis.dim() <= 2 else None
+    if columns is None or not 0 < columns.shape[1] <= columns.shape[0]:
+        raise NodeError("not a basis", got=shown(basis), expected="a tensor [d] or [direction, d]")
     exact = torch.promote_types(basis.dtype, torch.float32)
     kept, sizes = torch.linalg.qr(columns.to(exact))
     size = sizes.diagonal().abs()
@@ -100,14 +117,20 @@ def _orthonormal(basis: Tensor) -> Float[Tensor, "d direction"]:
 def _check_rows(edit: Edit) -> None:
     at, wrong = edit.at, f"the edit of {edit.site} chooses no rows"
     if isinstance(at, Tensor):
-        if at.dtype != torch.bool or at.dim() != 2 or not bool(at.any()):
-            got = f"{at.dtype} {list(at.shape)}, {int(at.count_nonzero())} of them not 0"
-            raise NodeError(wrong, got=got, expected="a mask [prompt, position], true somewhere")
+        if at.dtype != torch.bool or at.dim() != 2 or at.is_meta or not bool(at.any()):
+            raise NodeError(wrong, got=shown(at), expected="a mask [prompt, position], true somewhere")
     elif isinstance(at, slice):
-        if at.step is not None and at.step < 1:
-            raise NodeError(wrong, got=at, expected="a slice that goes forward")
-    elif at is not None and not _listed(at):
-        raise NodeError(wrong, got=at, expected="at least one position")
+        parts = [part for part in (at.start, at.stop, at.step) if part is not None]
+        if not all(map(_is_position, parts)) or (at.step is not None and at.step < 1):
+            raise NodeError(wrong, got=shown(at), expected="a slice that goes forward")
+    elif at is not None and not _is_position(at):
+        listed = several(wrong, at, "positions, a slice, or a mask", NodeError)
+        if not listed or not all(map(_is_position, listed)):
+            raise NodeError(wrong, got=shown(at), expected="at least one position")
+
+
+def _is_position(at: Any) -> bool:
+    return isinstance(at, Integral) and not isinstance(at, bool)
 
 
 def _listed(at: Any) -> tuple[int, ...]:
@@ -163,7 +186,7 @@ class Pending:
         if not self.reached:
             raise NodeError(what, got="no forward pass inside the `with` that reached it")
         if not self.touched:
-            raise NodeError(what, got=f"at={self.edit.at}", expected="positions that the text has")
+            raise NodeError(what, got=f"at={shown(self.edit.at)}", expected="positions that the text has")
         if self.missing:
             what = f"the edit of {self.site} did not touch all of its positions"
             raise NodeError(what, got=sorted(self.missing), expected="positions that the text has")
@@ -181,7 +204,7 @@ class Pending:
         self.missing -= {names[i] for i in picked}
         rows = [places[i] - offset for i in picked]
         if any(first >= second for first, second in pairwise(rows)):
-            raise NodeError(f"positions of the edit of {self.site} are not in increasing order", got=f"at={at}")
+            raise NodeError(f"positions of the edit of {self.site} are not in increasing order", got=f"at={shown(at)}")
         return _Rows((slice(None), rows), offset, len(names), picked) if rows else None
 
     def _mask(self, mask: Tensor, x: Tensor, offset: int, total: int) -> Tensor:

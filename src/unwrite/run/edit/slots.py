@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from unwrite.errors import NodeError
+from unwrite.errors import NodeError, several
 from unwrite.model.attention import Attend, Attended, around_attention, per_query_head
 from unwrite.model.capture import evaluating
 from unwrite.model.hooks import Point, Visit, before, hooked, kept, visited
@@ -100,16 +100,16 @@ def slots(lm: Model, nodes: str | Iterable[str]) -> tuple[Slot, ...]:
 
     Raises NodeError, with the nearest names, for what this model does not have or what cannot be patched in it.
     """
-    if not isinstance(nodes, Iterable):
-        raise NodeError("nodes are names", got=repr(nodes), expected=f"names, or a kind: {', '.join(GROUPS)}")
+    expected = f"names, or a kind: {', '.join(GROUPS)}"
     if isinstance(nodes, str) and nodes in GROUPS:
         sites = [site for kind in GROUPS[nodes] for site in every(lm, kind)]
         if not sites:
             raise NodeError(f"this model ({lm.family}) has no {nodes} that can be patched", got="a mixture of experts")
     else:
-        sites = [named(lm, name) for name in ([nodes] if isinstance(nodes, str) else nodes)]
+        listed = [nodes] if isinstance(nodes, str) else several("nodes are names", nodes, expected, NodeError)
+        sites = [named(lm, name) for name in listed]
         if not sites:
-            raise NodeError("no node was named", expected=f"names, or a kind: {', '.join(GROUPS)}")
+            raise NodeError("no node was named", expected=expected)
     return tuple(
         _slot(lm, kind, layer, tuple(group)) for (layer, kind), group in groupby(_ordered(sites), key=_slot_of)
     )

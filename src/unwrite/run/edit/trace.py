@@ -14,14 +14,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from unwrite.errors import ModelError, NodeError
+from unwrite.errors import ModelError, NodeError, several, shown
 from unwrite.model.attention import Attend, Attended, around_attention, implementation, per_query_head
 from unwrite.model.capture import uncompiled
 from unwrite.model.hooks import Call, Handle, Point, called, ended, hooked, listeners, visited
-from unwrite.model.view import Model
+from unwrite.model.view import Model, require_model
 from unwrite.nodes import Site, nearest, parse_site
 from unwrite.run.edit.edits import Edit, Pending
 from unwrite.run.edit.sites import Inner, Pass, Place, named, place
+
+_EDITS = "uw.Edit, or several"
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +82,10 @@ def trace(lm: Model, *sites: object, edits: Sequence[Edit] | Edit = ()) -> Itera
 
     Example: `with uw.trace(lm, "resid_post3", edits=[uw.Edit.set("L2H3", 0.0)]) as t: lm.hf(ids)`; `t["resid_post3"]`
     """
+    require_model(lm)
     _require_free(lm)
-    run = _Run(lm, _wanted(lm, sites), _grouped(lm, [edits] if isinstance(edits, Edit) else edits))
+    edits = [edits] if isinstance(edits, Edit) else several("these are no edits", edits, _EDITS, NodeError)
+    run = _Run(lm, _wanted(lm, sites), _grouped(lm, edits))
     with ExitStack() as stack:
         stack.enter_context(uncompiled(lm.hf))
         stack.callback(run.end)
@@ -101,6 +105,8 @@ def _wanted(lm: Model, sites: Sequence[object]) -> dict[Site, Place]:
 def _grouped(lm: Model, edits: Sequence[Edit]) -> dict[Site, list[Pending]]:
     grouped: dict[Site, list[Pending]] = {}
     for edit in edits:
+        if not isinstance(edit, Edit):
+            raise NodeError("this is no edit", got=shown(edit), expected=_EDITS)
         site = parse_site(edit.site)
         place(lm, site, edited=True)
         grouped.setdefault(site, []).append(Pending(edit, site))
@@ -158,7 +164,10 @@ class _Run:
             return tensor
         if point in now.seen:
             what = ", ".join(map(str, self.at[point])) or "a site"
-            raise ModelError(f"the module that shows {what} ran twice in one forward pass, so there is no one value")
+            raise ModelError(
+                f"the module that shows {what} ran twice in one forward pass, so there is no one value",
+                expected="each module once in a pass",
+            )
         now.seen.add(point)
         for site in self.at[point]:
             tensor = self._visit(site, tensor, now)

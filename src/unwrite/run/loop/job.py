@@ -8,7 +8,6 @@ scheduler, each with a folder of its own, or the ranks of torchrun, which tell e
 from __future__ import annotations
 
 import json
-import platform
 import re
 import signal
 import threading
@@ -20,12 +19,11 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from filelock import FileLock
 
 from unwrite import files
 from unwrite import result as results
-from unwrite.errors import ModelError, ResultError
+from unwrite.errors import ModelError, ResultError, function, number, require, several
 from unwrite.model.identity import identity
 from unwrite.model.load import weights_hash
 from unwrite.model.view import Model
@@ -33,13 +31,12 @@ from unwrite.result import Result
 from unwrite.run.loop import checkpoint
 from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.ledger import Lasting
+from unwrite.run.loop.spent import HOSTS, Spent
 
 SECONDS = 30.0
 _KEY, _UNFINISHED = "key", "unfinished"
 # The array of a stage that says which batch comes next.
 _NEXT = "next"
-# How often the run was started until then, for how many seconds it ran, and where.
-_SPENT, _HOSTS = "spent", "hosts"
 _LOCK = "unwrite.lock"
 
 
@@ -50,34 +47,6 @@ class Peers(Protocol):
     def gather(self, state: Arrays) -> Iterator[Arrays]:
         """What all others kept, at the first of them; nothing elsewhere."""
         ...
-
-
-@dataclass(frozen=True)
-class Spent:
-    """How often a run was started, for how many seconds it ran, and where: bits may depend on the kind of machine."""
-
-    starts: int = 0
-    seconds: float = 0.0
-    hosts: frozenset[str] = frozenset()
-
-    def and_now(self, seconds: float) -> Spent:
-        """With this start, which began so many seconds ago."""
-        here = f"{platform.node()} ({platform.machine()}, {torch.get_num_threads()} threads)"
-        return Spent(self.starts + 1, self.seconds + seconds, self.hosts | {here})
-
-    def beside(self, other: Spent) -> Spent:
-        """What two parts of a run that went side by side spent."""
-        return Spent(max(self.starts, other.starts), max(self.seconds, other.seconds), self.hosts | other.hosts)
-
-    def state(self) -> Arrays:
-        """As arrays by name, which `taken` reads."""
-        return {_SPENT: np.array([self.starts, self.seconds]), _HOSTS: np.array(sorted(self.hosts))}
-
-    @classmethod
-    def taken(cls, state: Arrays) -> Spent:
-        """Out of arrays by name, from which it is removed."""
-        starts, seconds = state.pop(_SPENT)
-        return cls(int(starts), float(seconds), frozenset(map(str, state.pop(_HOSTS))))
 
 
 class _PartDone(Exception):
@@ -120,10 +89,14 @@ class Job:
     _before: Spent = field(init=False, default=Spent())
 
     def __post_init__(self) -> None:
-        part, of = self.shard
-        if not (type(part) is type(of) is int and 1 <= part <= of):
-            raise ResultError("a shard is a part of a run", got=f"{part}/{of}", expected="i/n with 1 ≤ i ≤ n")
-        self.of = tuple(self.of)
+        self.folder = None if self.folder is None else files.possible(self.folder)
+        number("every is a number of seconds", self.every, "0 or more", lambda every: every >= 0)
+        part, of = self.shard if isinstance(self.shard, tuple) and len(self.shard) == 2 else (0, 0)
+        fits = type(part) is type(of) is int and 1 <= part <= of
+        require(fits, ResultError, "a shard is a part of a run", self.shard, "(i, n) with 1 ≤ i ≤ n")
+        self.of = tuple(map(files.possible, several("of says where shards are", self.of, "their folders", ResultError)))
+        fits = isinstance(self.peers, Peers | None)
+        require(fits, ResultError, "peers are other processes", self.peers, "what has a method gather")
 
     def __enter__(self) -> Job:
         if self.folder is not None:
@@ -179,7 +152,7 @@ class Job:
         if self.folder is not None or self.of:
             model |= identity(lm)
         asked = {"method": method, "model": model, "input": dict(read), "settings": dict(settings)}
-        self._asked[method] = self._now = json.dumps(asked, sort_keys=True)
+        self._asked[method] = self._now = results.record(asked)
         if self.key:
             return None
         self.key = self._now
@@ -208,7 +181,7 @@ class Job:
         """
         spent = self.spent
         key = self._asked.get(found.method, self.key) if finished else self.key
-        marks = {_KEY: key, **asdict(spent), _HOSTS: "; ".join(sorted(spent.hosts))}
+        marks = {_KEY: key, **asdict(spent), HOSTS: "; ".join(sorted(spent.hosts))}
         marks |= {} if finished else {_UNFINISHED: 1}
         return found if self.folder is None else Result(found.data.assign_attrs(marks))
 
@@ -290,8 +263,9 @@ class Job:
 
 
 @contextmanager
-def opened(place: Job | str | Path | None) -> Iterator[Job]:
-    """A method's `checkpoint` as a Job: one that is open already stays open for whoever opened it."""
+def opened(place: Job | str | Path | None, listener: object = None) -> Iterator[Job]:
+    """A method's `checkpoint` as a Job, one that is open already staying so. Raises NumericError for no `listener`."""
+    function("listener", listener)
     job = place if isinstance(place, Job) else Job(place)
     if job._open:
         yield job

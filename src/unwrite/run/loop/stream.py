@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from unwrite.errors import NumericError
+from unwrite.errors import NumericError, counted, number, whole
 from unwrite.model.capture import run
 from unwrite.model.now import same_now
-from unwrite.model.view import Folded, Model
+from unwrite.model.view import Folded, Model, require_model
 from unwrite.model.writes import Writes
 from unwrite.prompts.given import given
 from unwrite.prompts.pairs import Pairs, pairs_of
@@ -137,9 +137,7 @@ def batch_size(lm: Model, tokens: Tokens, wanted: int | None = None, held: int =
     Raises NumericError unless `wanted` is a positive integer.
     """
     if wanted is not None:
-        if type(wanted) is not int or wanted < 1:
-            raise NumericError("batch is a number of prompts", got=wanted, expected="a positive integer")
-        return min(wanted, len(tokens))
+        return min(whole("batch is a number of prompts", wanted, 1), len(tokens))
     factors = (2 * len(lm.layers) + 2) * lm.d_model * torch.finfo(lm.compute_dtype).bits // 8
     return max(1, min(len(tokens), min(_BATCH_TOKENS, _BATCH_BYTES // factors) // (held * tokens.length)))
 
@@ -147,18 +145,20 @@ def batch_size(lm: Model, tokens: Tokens, wanted: int | None = None, held: int =
 def admit(lm: Model, tokens: Any, mask: Any, skip: int, bos: int | bool | None = None, *, files: bool = True) -> Tokens:
     """`tokens`, or text in any shape that `given` takes, as Tokens that this model can read and count.
 
-    Raises TokensError for ids or lengths that the model does not have, NumericError if `skip` leaves nothing.
+    Raises TokensError for ids or lengths that the model does not have, NumericError if `skip` leaves nothing, and
+    ModelError for what is no model.
     """
+    require_model(lm)
     tokens = given(tokens, lm.tokenizer, mask, bos, lm.context, files)
     tokens.check(lm.vocabulary, lm.context)
     longest = int(tokens.lengths.max())
-    if type(skip) is not int or not 0 <= skip < longest:
-        raise NumericError("skip leaves no position to count", got=skip, expected=f"an integer from 0 to {longest - 1}")
+    whole("skip leaves no position to count", skip, 0, longest - 1)
     return tokens
 
 
 def admit_pairs(lm: Model, pairs: Any, bos: int | bool | None = None) -> Pairs:
     """Pairs, in any shape that `pairs_of` takes, that this model can read. Raises TokensError as these do."""
+    require_model(lm)
     pairs = pairs_of(pairs, lm.tokenizer, bos)
     pairs.check(lm.vocabulary, lm.context)
     return pairs
@@ -166,8 +166,7 @@ def admit_pairs(lm: Model, pairs: Any, bos: int | bool | None = None) -> Pairs:
 
 def admit_floor(floor: float) -> float:
     """`floor` as a fraction of the stream's norm. Raises NumericError for anything but a number in [0, 1)."""
-    if not 0 <= floor < 1:
-        raise NumericError("floor is a fraction of the stream's norm", got=floor, expected="at least 0, below 1")
+    number("floor is a fraction of the stream's norm", floor, "at least 0, below 1", lambda floor: 0 <= floor < 1)
     return floor
 
 
@@ -261,7 +260,7 @@ def parts(batch: Batch, measure: Callable[[Batch], V]) -> Iterator[tuple[slice, 
             if cleared and size == 1:
                 raise NumericError(
                     f"prompt {batch.first + at} does not fit into memory",
-                    got=f"{batch.ids.shape[1]} tokens", fix="use a smaller length, or a device with more memory",
+                    got=counted(batch.ids.shape[1], "token"), fix="use a smaller length, or a device with more memory",
                 ) from error  # fmt: skip
         else:
             yield rows, found

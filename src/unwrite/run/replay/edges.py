@@ -122,7 +122,7 @@ def _sites(lm: Model, name: str, what: str) -> tuple[Site, ...]:
             raise NodeError(f"{site} cannot {what}", expected=known)
         found.append(site)
     if len(set(found)) < len(found):
-        raise NodeError(f"{name} names a node twice")
+        raise NodeError(f"{name} names a node twice", fix="name each once")
     return tuple(found)
 
 
@@ -133,6 +133,8 @@ def _writes(name: str, sites: Sequence[Site]) -> tuple[Write, ...]:
         if site.kind == "head":
             heads.setdefault(site.layer, []).append(site.head)
     if twice := [site for site in sites if site.kind == "attn_out" and site.layer in heads]:
-        raise NodeError(f"{name} names heads twice", got=f"{twice[0]} and heads of its layer")
+        raise NodeError(
+            f"{name} names heads twice", got=f"{twice[0]} and heads of its layer", fix="name one or the other"
+        )
     whole = [Write(site.kind, site.layer) for site in sites if site.kind != "head"]
     return (*whole, *(Write("head", layer, tuple(sorted(own))) for layer, own in heads.items()))

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from unwrite.errors import ModelError, NumericError, TokensError, one_of
+from unwrite.errors import ModelError, NumericError, TokensError, counted, one_of
 from unwrite.model.load import weights_hash
 from unwrite.model.view import Model
 from unwrite.prompts.pairs import Pairs
@@ -111,7 +111,9 @@ def _others(pairs: Pairs) -> Int[np.ndarray, " pair"]:
         same = np.flatnonzero(pairs.source.lengths == length)
         if len(same) == 1:
             raise TokensError(
-                f"pair {same[0]} has no other pair of its length to take values from", got=f"{length} tokens"
+                f"pair {same[0]} has no other pair of its length to take values from",
+                got=counted(int(length), "token"),
+                fix="add one, or choose another source",
             )
         order[same] = np.roll(same, -1)
     return order
