@@ -187,10 +187,10 @@ class _Chunk:
 
     def go(self) -> None:
         of = self.of
+        after = torch.tensor([of.state[of.lm.after(node)] for node in self.nodes], device=of.lm.device)
         for k, along in enumerate(self.along):
             energy = _summed((self.write * along).sum(-1))
             of.x[self.prompt, self.w, self.s, k] = energy
-            after = torch.tensor([of.state[of.lm.after(node)] for node in self.nodes], device=of.lm.device)
             of.y[self.prompt, self.w, self.s, after, k] = energy
         if self.own:
             own = self._own()
