@@ -125,12 +125,12 @@ class Model:
         """The state of the stream right after a node has written."""
         return next(state for state in self.states if state.holds(node, self.parallel))
 
-    @property
+    @cached_property
     def nodes(self) -> tuple[str, ...]:
         """Node names in write order. Their writes sum to the stream."""
         return tuple(map(str, self.parts))
 
-    @property
+    @cached_property
     def locations(self) -> tuple[str, ...]:
         """Names of the states of the stream, first to last."""
         return tuple(map(str, self.states))

@@ -20,6 +20,7 @@ from unwrite.model.weights import DISK
 from unwrite.prompts.tokens import from_ids
 from unwrite.run.loop.stream import batch_size
 from unwrite.stats.mergeable import RATIO
+from unwrite.studies.foreseen import trial_ids
 
 _TRIAL_TOKENS = 512
 
@@ -177,7 +178,7 @@ def _seconds(lm: Model, n: int, length: int) -> float:
 
 
 def _timed(lm: Model, prompts: int, length: int) -> float:
-    ids = torch.randint(lm.vocabulary, (prompts, length), generator=torch.Generator().manual_seed(0))
+    ids = trial_ids(lm, prompts, length)
     start = time.monotonic()
     scan(lm, ids)
     return time.monotonic() - start

@@ -1,0 +1,159 @@
+"""How long will each stage take on so many prompts? From one short trial of the model itself, before anything is run.
+
+A scan and a survival are tried on a few random tokens: one batch more costs so much, all else is spent once. What
+verify and dla consist of is known in passes of blocks, and a pass is timed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unwrite.methods.scan import scan
+from unwrite.methods.survival import survival
+from unwrite.model.view import Model
+from unwrite.nodes import Node, choose
+from unwrite.run.loop.stream import Listener, Progress
+from unwrite.run.replay.removed import begins
+from unwrite.run.tally.without import READ_ROTATIONS, ROTATIONS
+
+# Tokens of one trial, and of the shortest pass that is timed, whose cost is that of a call.
+TRIED, FEW = 256, 8
+# A prompt's readings in `uw.dla`, in passes; and what a changed run costs beside its blocks, there and in `uw.verify`.
+_READINGS, _SWEPT, _RECORDED = 10, 1.3, 1.6
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Seconds that a stage takes once, and for each prompt."""
+
+    once: float
+    each: float
+
+    def seconds(self, n: float) -> float:
+        """For so many prompts."""
+        return self.once + n * self.each
+
+
+@dataclass(frozen=True)
+class BlockTime:
+    """Seconds of one block: for calling it, and for each row that goes through it."""
+
+    call: float
+    row: float
+
+    def seconds(self, rows: float, blocks: float) -> float:
+        """Of so many blocks that so many rows go through at once."""
+        return blocks * (self.call + rows * self.row)
+
+
+def foreseen(lm: Model, n: int, length: int, writers: int | Iterable[object] | None = None) -> dict[str, float]:
+    """Seconds by stage for n prompts of `length` tokens: scan, survival of all writers, verify of one, dla of a prompt.
+
+    `writers` as in `stages`.
+    """
+    return {name: stage.seconds(1 if name == "dla" else n) for name, stage in stages(lm, length, writers).items()}
+
+
+def stages(
+    lm: Model, length: int, writers: int | Iterable[object] | None = None, clock: Callable[[], float] = time.monotonic
+) -> Mapping[str, Taken]:
+    """What each stage takes once and for each prompt of `length` tokens, so that a number of prompts can be chosen.
+
+    `writers`: names, or how many, spread over all layers; None: all that are no bias, as if all were material. A stage
+    of several writers is all of them in survival, and one of them, in the middle, in verify.
+    """
+    chosen = _chosen(lm, writers)
+    short = max(1, min(length, TRIED))
+    scale = length / short
+    ids = trial_ids(lm, 2 * max(1, TRIED // short), short)
+    with torch.no_grad():
+        one = _pass(lm, ids[: len(ids) // 2], clock)
+    scanned = _tried(lambda tell: scan(lm, ids, batch=len(ids) // 2, listener=tell), len(ids) // 2, clock)
+    return {
+        "scan": Taken(scanned.once, scale * scanned.each),
+        "survival": _survival(lm, ids[:2], scale, chosen, one, clock),
+        "verify": _verify(lm, length, chosen, one),
+        "dla": _dla(lm, length, one),
+    }
+
+
+def behind(lm: Model, nodes: Iterable[Node]) -> int:
+    """Blocks that runs go through in which the write of one of these nodes is changed, in all."""
+    return sum(len(lm.layers) - begins(lm, node) for node in nodes)
+
+
+def _chosen(lm: Model, writers: int | Iterable[object] | None) -> list[Node]:
+    able = [node for node in lm.parts if node.kind != "bias"]
+    if writers is None:
+        return able
+    if isinstance(writers, int):
+        return [able[i * len(able) // writers] for i in range(min(writers, len(able)))]
+    return list(choose(writers, lm.parts))
+
+
+def _pass(lm: Model, ids: Tensor, clock: Callable[[], float]) -> BlockTime:
+    """From a pass over many rows and one over few."""
+    few, many = ids[:1, :FEW], ids
+    short, long = (min(_passed(lm, part, clock) for _ in range(2)) for part in (few, many))
+    rows = many.numel() - few.numel()
+    row = max(long - short, 0.0) / max(rows, 1) if rows else short / few.numel()
+    blocks = len(lm.layers)
+    return BlockTime(max(short - row * few.numel(), 0.0) / blocks, row / blocks)
+
+
+def _passed(lm: Model, ids: Tensor, clock: Callable[[], float]) -> float:
+    start = clock()
+    lm.decoder(input_ids=ids.to(lm.device), use_cache=False)[0].sum().item()
+    return clock() - start
+
+
+def _tried(work: Callable[[Listener], Any], prompts: int, clock: Callable[[], float]) -> Taken:
+    """Of a method that is told of two batches of so many prompts: the second shows what a prompt costs."""
+    told: list[float] = []
+
+    def tell(progress: Progress) -> None:
+        if not progress.begun:
+            told.append(clock())
+
+    start = clock()
+    work(tell)
+    took, second = clock() - start, told[-1] - told[-2]
+    return Taken(max(took - 2 * second, 0.0), second / prompts)
+
+
+def _survival(
+    lm: Model, ids: Tensor, scale: float, writers: list[Node], one: BlockTime, clock: Callable[[], float]
+) -> Taken:
+    """A few late writers are tried; of a prompt's runs each block costs what it costs there."""
+    first = max(0, len(lm.layers) - 6)
+    late = [Node("head", first, head) for head in range(min(3, lm.n_heads))]
+    tried = _tried(lambda tell: survival(lm, ids, late, listener=tell), 1, clock)
+    prepared = 3 * one.seconds(ids.shape[1], len(lm.layers))
+    run = max(tried.each - prepared, 0.2 * tried.each) / behind(lm, late)
+    # Which writers are material is found by one pass more.
+    return Taken(tried.once, scale * (prepared * 4 / 3 + run * behind(lm, writers)))
+
+
+def _verify(lm: Model, length: int, writers: list[Node], one: BlockTime) -> Taken:
+    """Four clean runs, one without the write, one for every rotation, and MLPs that alone read it, or a turned one."""
+    blocks, part = len(lm.layers), behind(lm, writers) / max(len(writers), 1)
+    runs = 4 * blocks + (1 + ROTATIONS + (1 + READ_ROTATIONS) * 2 / 3) * part
+    shown = 5 * one.seconds(length, blocks + part)
+    return Taken(_RECORDED * shown, _RECORDED * length * one.row * runs)
+
+
+def _dla(lm: Model, length: int, one: BlockTime) -> Taken:
+    """Every node replaced, by nothing and by its mean, beside the readings."""
+    swept = 2 * behind(lm, lm.parts) * length * one.row
+    return Taken(0.0, _SWEPT * swept + _READINGS * one.seconds(length, len(lm.layers)))
+
+
+def trial_ids(lm: Model, prompts: int, length: int) -> Tensor:
+    """Random tokens for a trial."""
+    return torch.randint(lm.vocabulary, (prompts, length), generator=torch.Generator().manual_seed(0))
