@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ParamSpec
 
 import typer
 
+from unwrite.cli.audit import audit
 from unwrite.cli.doctor import doctor
 from unwrite.cli.options import (
     Bos,
@@ -31,7 +32,6 @@ from unwrite.cli.options import (
     listed,
     load_model,
     read_text,
-    read_texts,
 )  # fmt: skip
 from unwrite.cli.survival import survival
 from unwrite.cli.voice import Voice, event, fail, produce
@@ -76,44 +76,7 @@ def _app(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback
     """Options of every command."""
 
 
-@_command
-def audit(
-    model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Hub name or folder, by default the bundled model.")
-    ] = None,
-    text: TextPath = [],  # noqa: B006 - typer copies it
-    prompt: Annotated[
-        list[str], typer.Option("--prompt", metavar="TEXT", help="Ask about this prompt; by default found ones.")
-    ] = [],  # noqa: B006
-    n: Prompts = 300,
-    length: Length = None,
-    bos: Bos = None,
-    out: Out = None,
-    every: Every = 30.0,
-    device: Device = None,
-    device_map: DeviceMap = None,
-    dtype: Dtype = None,
-    convention: Convention = "paper",
-    quiet: Quiet = False,
-    as_json: Json = False,
-) -> None:
-    """Who writes, what survives, which attributions can be believed: scan, verify, dla and a verdict in words."""
-    from unwrite.model.load import DEFAULT
-    from unwrite.studies.audit import audit as run
-    from unwrite.studies.audit import demonstration
-
-    if model is None and text:
-        raise typer.BadParameter("a text needs a MODEL to read it", param_hint="--text")
-    lm = load_model(model or DEFAULT, device, dtype, convention, device_map)
-    voice = Voice(quiet, as_json, "" if out is None else " · Ctrl-C stops and keeps what is done")
-
-    def read(job: Job) -> Texts:
-        return read_texts(lm, text, n, length, bos, job) if model else demonstration(lm, n, length, bos)
-
-    def method(tokens: Texts, listener: Listener, job: Job) -> Result:
-        return run(lm, tokens, prompt or None, bos=bos if prompt else None, checkpoint=job, listener=listener)
-
-    produce(lm, read, method, out, voice, job_in(out, every))
+_command(audit)
 
 
 @_command

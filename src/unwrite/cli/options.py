@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,10 @@ TextPath = Annotated[
     typer.Option("--text", metavar="[NAME=]PATH", help="A text file, folder or hub:owner/name; several are compared."),
 ]
 Prompts = Annotated[int, typer.Option("-n", min=1, help="At most this many prompts of each text.")]
+Budget = Annotated[
+    str,
+    typer.Option("--budget", metavar="TIME", help="How long it may take: 90s, 5m, 2h. Not with -n."),
+]
 Length = Annotated[
     int | None, typer.Option("--length", min=2, help="Tokens of a prompt, by default min(1024, context).")
 ]
@@ -122,3 +127,11 @@ def read_text(lm: Model, paths: list[str], n: int, length: int | None, bos: bool
 def listed(names: str | None) -> list[str] | None:
     """Names between commas; None where none is given."""
     return names.split(",") if names else None
+
+
+def seconds_of(budget: str) -> float:
+    """A time as a person writes it."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", budget)
+    if found is None or not float(found[1]) > 0:
+        raise typer.BadParameter(f"not a time: {budget}; write 90s, 5m or 2h", param_hint="--budget")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from unwrite.run.loop.job import Job
     from unwrite.run.loop.stream import Listener
     from unwrite.studies.doctor import Diagnosis
+    from unwrite.studies.plan import Plan
 
 JSON = "--json"
 _WIDE = 120
@@ -44,6 +45,20 @@ class Voice:
             events.say("start", model=provenance(lm), tokens=read, certificate=lm.certificate.explain())
         elif not self.quiet:
             terminal.console(stderr=True).print(plain(f"certificate: {lm.certificate.explain()}"))
+
+    def plan(self, plan: Plan, budget: float) -> None:
+        """Say what an audit consists of and how long it will take, before it is begun."""
+        from unwrite.report import events, terminal
+        from unwrite.report.live import duration
+
+        if self.as_json:
+            events.say("plan", n=plan.n, length=plan.length, seconds=dict(plan.seconds), total=plan.total)
+        elif not self.quiet:
+            stages = " · ".join(f"{name} {duration(seconds)}" for name, seconds in plan.seconds.items())
+            terminal.console(stderr=True).print(plain(
+                f"plan: {plan.n} prompts of {plan.length} tokens; {stages}; about {duration(plan.total)} in all "
+                f"(--budget {duration(budget)}; -n and --length say otherwise)"
+            ))  # fmt: skip
 
     @contextmanager
     def listening(self) -> Iterator[Listener | None]:

@@ -26,12 +26,11 @@ from unwrite.result import QUANTILES, Result, build, quantity
 from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.stream import Listener, admit, admit_floor, batch_size, stream
 from unwrite.run.tally.gram import GramTally
+from unwrite.run.tally.written import MATERIAL
 
 # A candidate eraser's share is below −ERASES with a false discovery rate of FDR over all pairs that can read.
 ERASES = 0.02
 FDR = 0.05
-# A write is material if its norm is at least this fraction of the stream's, right after it, in the median.
-MATERIAL = 0.05
 # A level has changed if the 95 % interval of its energy-weighted change lies beyond this.
 CHANGES = 0.1
 

@@ -31,7 +31,7 @@ from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.stream import Listener, admit, batch_size, stream
 from unwrite.run.source.standins import CONTROLS
 from unwrite.run.tally.survives import Removals, SurvivalTally
-from unwrite.run.tally.written import Written
+from unwrite.run.tally.written import MATERIAL, Written
 from unwrite.stats.verdicts import (
     CRITERIA,
     Interval,
@@ -46,10 +46,9 @@ from unwrite.stats.verdicts import (
 )
 
 WEIGHTS = ("readers", "raw", "unembed")
+CONTROLLED = ("typical", "signs")
 BOUNDS = ("low", "median", "high")
 CUTS = ("nodes", "blocks")
-# A write is material if its norm is at least this fraction of the stream's, right after it, in the median.
-MATERIAL = 0.05
 # Decoys of each writer; and of all together so many that a q of a tenth can be reached by a few writers.
 _FEWEST, _MOST, _ALL = 4, 16, 200
 
@@ -60,7 +59,7 @@ def survival(
     tokens: Any,
     writers: Iterable[object] | None = None,
     weigh: Any = "readers",
-    controls: Sequence[str] = ("typical", "signs"),
+    controls: Sequence[str] = CONTROLLED,
     decoys: int | None = None,
     skip: int = 1,
     *,
@@ -104,14 +103,19 @@ def survival(
         if done := job.begin("survival", lm, {"": read.hash}, settings):
             return done
         chosen = _material(lm, read, skip, listener, job) if named is None else named
-        each = decoys or min(max(_FEWEST, -(-_ALL // len(chosen))), _MOST)
-        # Of the first control a median and a spread are asked for, of the others only the median.
-        draws = {control: each if control == controls[0] else max(1, each // 2) for control in controls}
+        draws = stand_ins(len(chosen), controls, decoys)
         question = Removals(lm, fold(lm), read, skip, chosen, _weights(lm, chosen, weigh), draws)
         tally = SurvivalTally(question, job)
         stream(lm, read, tally, size, f"survival of {len(chosen)}", listener, job)
         data = _Found(question, tally.whole()).dataset()
         return job.signed(build("survival", data, settings, provenance(lm), {"": read.about()}))
+
+
+def stand_ins(writers: int, controls: Sequence[str] = CONTROLLED, decoys: int | None = None) -> dict[str, int]:
+    """How many stand-ins of each control every one of so many writers gets."""
+    each = decoys or min(max(_FEWEST, -(-_ALL // writers)), _MOST)
+    # Of the first control a median and a spread are asked for, of the others only the median.
+    return {control: each if control == controls[0] else max(1, each // 2) for control in controls}
 
 
 def _size(lm: Model, tokens: Tokens, batch: int | None) -> int:
@@ -159,13 +163,11 @@ def _material(lm: Model, tokens: Tokens, skip: int, listener: Listener | None, j
     """Writers whose write is not tiny beside the stream; a bias is no writer that one could ask about."""
     tally = Written(lm, tokens, skip)
     stream(lm, tokens, tally, batch_size(lm, tokens), "what is written", listener, job)
-    relative = tally.relative_norm()
-    found = tuple(
-        node for node, part in zip(lm.parts, relative, strict=True) if part >= MATERIAL and node.kind != "bias"
-    )
+    found = tuple(node for node in tally.material() if node.kind != "bias")
     if not found:
         raise NumericError(
-            "no node writes anything material on this text", got=f"at most {np.nanmax(relative):.3f} of the stream",
+            "no node writes anything material on this text",
+            got=f"at most {np.nanmax(tally.relative_norm()):.3f} of the stream",
             expected=f"at least {MATERIAL}", fix="name writers=, or give other text",
         )  # fmt: skip
     return found

@@ -37,14 +37,15 @@ from unwrite.studies.keep import Parts, keep
 
 # Writes are taken out of so many prompts, of as many documents as there are: how far a survival varies over documents
 # is soon known, and every prompt costs a run of each.
-REMOVED_FROM = 8
+REMOVED_FROM = 6
 # So many writers are looked at closely, one of each layer and group of heads that share keys and values.
 MOST = 2
-# What attribution is asked about: so many prompts, found ones among them, beside means over so many texts.
-ASKED = 20
+# What attribution is asked about: so many prompts, some of them found ones; the others are the beginnings of windows,
+# so many tokens each, since every node's write is replaced in every prompt. Beside means over so many texts.
+ASKED, FOUND, SHORT = 12, 2, 12
 TEXTS = 100
-# The demonstration's windows are this long.
-LENGTH = 64
+# Windows of text are this long where nobody says otherwise.
+LENGTH = 48
 
 
 def audit(
@@ -189,12 +190,12 @@ def _asked(prompts: Tokens | None, search: Result, tokens: Tokens) -> tuple[Toke
     """The prompts that attribution is asked about, and where each comes from."""
     if prompts is not None:
         return prompts, ["given"] * len(prompts)
-    found = [tuple(search.data[name].values.tolist()) for name in ("prompt", "row")]
+    found = [tuple(search.data[name].values.tolist()[:FOUND]) for name in ("prompt", "row")]
     hits = list(zip(*found, strict=True))
     others = [i for i in range(len(tokens)) if i not in found[0]][: ASKED - len(hits)]
     part = tokens.take([*found[0], *others])
-    lengths = np.array([*(row + 1 for row in found[1]), *tokens.lengths[others]])
-    shortened = Tokens(part.ids, lengths, np.arange(len(lengths)), "found prompts and windows of the text")
+    lengths = np.array([*(row + 1 for row in found[1]), *np.minimum(tokens.lengths[others], SHORT)])
+    shortened = Tokens(part.ids, lengths, np.arange(len(lengths)), "found prompts and beginnings of the text's windows")
     return shortened, ["found"] * len(hits) + ["window"] * len(others)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from unwrite.methods.scan import scan
-from unwrite.methods.survival import survival
+from unwrite.methods.survival import stand_ins, survival
 from unwrite.model.view import Model
 from unwrite.nodes import Node, choose
 from unwrite.run.loop.stream import Listener, Progress
@@ -24,6 +24,7 @@ from unwrite.run.tally.without import READ_ROTATIONS, ROTATIONS
 
 # Tokens of one trial, and of the shortest pass that is timed, whose cost is that of a call.
 TRIED, FEW = 256, 8
+_TRIED_DECOYS = 4
 # A prompt's readings in `uw.dla`, in passes; and what a changed run costs beside its blocks, there and in `uw.verify`.
 _READINGS, _SWEPT, _RECORDED = 10, 1.3, 1.6
 
@@ -133,11 +134,13 @@ def _survival(
     """A few late writers are tried; of a prompt's runs each block costs what it costs there."""
     first = max(0, len(lm.layers) - 6)
     late = [Node("head", first, head) for head in range(min(3, lm.n_heads))]
-    tried = _tried(lambda tell: survival(lm, ids, late, listener=tell), 1, clock)
+    tried = _tried(lambda tell: survival(lm, ids, late, decoys=_TRIED_DECOYS, listener=tell), 1, clock)
+    # Few writers have more stand-ins each.
+    of, as_tried = (1 + sum(stand_ins(len(writers), decoys=n).values()) for n in (None, _TRIED_DECOYS))
     prepared = 3 * one.seconds(ids.shape[1], len(lm.layers))
     run = max(tried.each - prepared, 0.2 * tried.each) / behind(lm, late)
     # Which writers are material is found by one pass more.
-    return Taken(tried.once, scale * (prepared * 4 / 3 + run * behind(lm, writers)))
+    return Taken(tried.once, scale * (prepared * 4 / 3 + run * behind(lm, writers) * of / as_tried))
 
 
 def _verify(lm: Model, length: int, writers: list[Node], one: BlockTime) -> Taken:

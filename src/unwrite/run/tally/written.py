@@ -17,6 +17,9 @@ from unwrite.run.loop.ledger import Ledger
 from unwrite.run.loop.stream import Batch, forward
 from unwrite.stats.mergeable import LENGTH, Histogram
 
+# A write is material if its norm is at least this fraction of the stream's, right after it, in the median.
+MATERIAL = 0.05
+
 
 class Written:
     """A tally of ‖o_w‖ / ‖x right after‖ of every node."""
@@ -56,3 +59,8 @@ class Written:
     def relative_norm(self) -> Float[np.ndarray, " node"]:
         """Medians over positions."""
         return self._sizes.quantiles((0.5,))[:, 0]
+
+    def material(self) -> tuple[Node, ...]:
+        """Nodes whose write is not tiny beside the stream."""
+        parts = zip(self._lm.parts, self.relative_norm(), strict=True)
+        return tuple(node for node, part in parts if part >= MATERIAL)

@@ -1,0 +1,91 @@
+"""What does an audit consist of, how long will each stage take, and how many prompts fit into a budget?
+
+Said before anything long is run: a few prompts show which writes are material, a trial of the model itself what they
+cost.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from unwrite.errors import NumericError
+from unwrite.files import write
+from unwrite.model.view import Model
+from unwrite.prompts.tokens import Tokens
+from unwrite.run.loop.stream import batch_size, batches
+from unwrite.run.tally.written import Written
+from unwrite.studies.audit import ASKED, FOUND, MOST, REMOVED_FROM, SHORT
+from unwrite.studies.foreseen import Taken, stages
+
+# An audit of so many prompts, the most that fit; who wants more says -n.
+_SIZES = (12, 16, 24, 32, 48, 64, 96)
+# So many prompts say which writes are material.
+_SEEN = 4
+FILE = "plan.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Prompts and their length, how many writes are taken out, and seconds by stage."""
+
+    n: int
+    length: int
+    writers: int
+    seconds: Mapping[str, float]
+
+    @property
+    def total(self) -> float:
+        """Seconds of all stages."""
+        return sum(self.seconds.values())
+
+    def save(self, folder: Path) -> None:
+        """Keep it, so that the same command goes on with the same prompts."""
+        write(folder / FILE, lambda place: place.write_text(json.dumps(asdict(self)), "utf-8"))
+
+
+def kept(folder: Path | None) -> Plan | None:
+    """The plan that an earlier start of the same command kept; None where there is none that can be read."""
+    try:
+        return None if folder is None else Plan(**json.loads((folder / FILE).read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def planned(lm: Model, read: Callable[[int], Tokens], length: int, budget: float) -> Plan:
+    """The largest audit of prompts of `length` tokens that a budget of seconds allows, of texts that `read` gives.
+
+    Raises NumericError where not even the smallest fits.
+    """
+    writers = material(lm, read(_SEEN))
+    taken = stages(lm, length, writers)
+    fits = [plan for size in _SIZES if (plan := _plan(size, length, writers, taken)).total <= budget]
+    if not fits:
+        least = _plan(_SIZES[0], length, writers, taken).total
+        raise NumericError(
+            "the budget is too small for an audit", got=f"{budget:.0f} s",
+            expected=f"about {least:.0f} s for {_SIZES[0]} prompts of {length} tokens",
+            fix="allow more with --budget, or read shorter texts with --length",
+        )  # fmt: skip
+    return fits[-1]
+
+
+def _plan(n: int, length: int, writers: int, taken: Mapping[str, Taken]) -> Plan:
+    half, few = n / 2, min(n / 2, REMOVED_FROM)
+    scan, survival, verify, dla = (taken[name] for name in ("scan", "survival", "verify", "dla"))
+    asked = min(FOUND + (ASKED - FOUND) * SHORT / length, half)
+    seconds = {
+        "scan": scan.seconds(half), f"survival of {writers}": survival.seconds(few),
+        f"verify of {MOST}": MOST * verify.seconds(half), "search": verify.seconds(half) / 2, "dla": dla.seconds(asked),
+    }  # fmt: skip
+    return Plan(n, length, writers, seconds)
+
+
+def material(lm: Model, tokens: Tokens) -> int:
+    """How many nodes write anything material on some prompts."""
+    tally = Written(lm, tokens, 1)
+    for batch in batches(tokens, batch_size(lm, tokens)):
+        tally.step(batch)
+    return max(1, sum(node.kind not in ("bias", "embed") for node in tally.material()))
