@@ -105,7 +105,7 @@ def cause(whole: Sums, erased: float, filled_in: float) -> Sums:
         (0.05, (0.9, 0.1), "erased"),
         (0.05, (0.1, 0.9), "filled in"),
         (0.05, (0.0, 0.0), "reduced"),  # nobody knows by whom
-        (0.45, (0.5, 0.0), "reduced"),  # more than half of the ordinary is left
+        (0.40, (0.5, 0.0), "reduced"),  # more than half of the ordinary is left
         (1.05, (0.0, 0.0), "kept"),
         (1.60, (0.0, 0.0), "amplified"),
     ],

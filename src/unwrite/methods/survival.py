@@ -218,7 +218,7 @@ class _Found:
     def _judged(self, found: Judged) -> dict[str, Any]:
         first, alone = next(iter(self.asked.draws)), ("writer",)
         places = [np.stack([part.low, part.level[0], part.high], -1) for part in found.ordinary.values()]
-        text = f"of a writer's decoys the median, and 5 % to 95 % of decoys within {CRITERIA.depth} layers about theirs"
+        text = f"of a writer's decoys the median, and 5 % to 95 % of the {CRITERIA.near} nearest decoys about theirs"
         return {
             "ordinary": quantity(("writer", "control", "bound"), np.stack(places, 1), "1", text),
             **_three(alone, "gap", found.gap[first], f"end − median of the writer's {first} decoys"),
@@ -262,7 +262,7 @@ class _Found:
 
 _EQUATION = "Σ⟨x − x^{−w}, o_w⟩_m / Σ⟨o_w, o_w⟩_m"
 _JUDGED = {
-    "z": "gap / scaled median absolute deviation of decoys about theirs, within two layers",
+    "z": "gap / scaled median absolute deviation of decoys about theirs, in the nearest layers",
     "q": "of the writers at least as low, the part that would be so by chance: target–decoy competition over all",
     "q_above": "the same of those at least as high",
     "cause": "−1: later nodes write against it because it is there; 1: they fill in when it is gone; 0: undecided",

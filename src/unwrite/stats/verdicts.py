@@ -27,7 +27,7 @@ class Criteria:
     most: float = 0.5  # of a write that is erased at most this survives, and at most this part of the ordinary
     wide: float = 1.0  # where ordinary writes end farther apart than this, they are no measure
     more: float = 1.1  # of a write that is amplified at least this survives
-    depth: int = 2  # decoys of so many layers around a writer say how far ordinary writes lie apart
+    near: int = 20  # so many decoys, of the nearest layers, say how far ordinary writes lie apart
     middle: tuple[float, float] = (0.05, 0.95)  # between these quantiles of the decoys lies what is ordinary
 
 
@@ -87,7 +87,7 @@ class Ordinary:
     """What becomes of ordinary writes in the place of each writer: the level of its decoys, and how far they lie apart.
 
     `level` the median of a writer's own decoys, which have its place and its size; `low` and `high` where the middle of
-    decoys lies about theirs, at depths near, and `spread` their scaled median absolute deviation.
+    decoys lies about theirs, in the nearest layers, and `spread` their scaled median absolute deviation.
     """
 
     level: Float[np.ndarray, "set writer"]
@@ -103,11 +103,19 @@ class Ordinary:
         level, apart = np.median(decoys, -1), from_others(decoys[0])
         low, high, spread = (np.full(len(depth), np.nan) for _ in range(3))
         for w in range(len(depth)):
-            pool = apart[np.abs(depth - depth[w]) <= rules.depth].ravel()
+            pool = apart[_near(depth, w, apart.shape[1], rules.near)].ravel()
             if len(pool := pool[np.isfinite(pool)]):
                 low[w], high[w] = np.quantile(pool, rules.middle) + level[0, w]
                 spread[w] = np.median(np.abs(pool - np.median(pool))) / _NORMAL
         return Ordinary(level, low, high, spread)
+
+
+def _near(depth: Int[np.ndarray, " writer"], w: int, draws: int, enough: int) -> Bool[np.ndarray, " writer"]:
+    """Writers of a writer's own layer, and of so many around it that their decoys are enough."""
+    away = np.abs(depth - depth[w])
+    counts = np.cumsum(np.bincount(away)) * draws
+    reach = int(np.argmax(counts >= enough)) if counts[-1] >= enough else int(away.max())
+    return away <= reach
 
 
 def from_others(decoys: Float[np.ndarray, "*set writer draw"]) -> Float[np.ndarray, "*set writer draw"]:
