@@ -175,7 +175,9 @@ def test_weights_that_are_not_finite_are_refused(value: float) -> None:
     hf = tiny.model("llama")
     with torch.no_grad():
         hf.model.layers[-1].mlp.down_proj.weight[0] = value
-    with pytest.raises(ModelError, match=r"weights that are no numbers\. Got: NaN or infinity in .*mlp\.down_proj\.weight"):
+    with pytest.raises(
+        ModelError, match=r"weights that are no numbers\. Got: NaN or infinity in .*mlp\.down_proj\.weight"
+    ):
         uw.load(hf)
 
 
