@@ -72,7 +72,9 @@ def _require_alike(guess: Result, exact: Result) -> None:
         require_result(name, part, "effects")
     given = {name: part.provenance for name, part in (("guess", guess), ("exact", exact))}
     if (method := given["exact"]["settings"]["method"]) != "exact":
-        raise ResultError("exact is an estimate", got=method, expected="uw.effects(…, method='exact')")
+        raise ResultError(
+            "exact is not executed, but an estimate", got=method, expected="uw.effects(…, method='exact')"
+        )
     asked = {
         "pairs": lambda part: part["tokens"][""]["hash"],
         "weights": lambda part: part["model"]["weights"],
