@@ -17,7 +17,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from unwrite.errors import TokensError, counted, one_of
+from unwrite.errors import NumericError, TokensError, counted, one_of, require
 from unwrite.model.load import provenance
 from unwrite.model.view import Model, fold
 from unwrite.prompts.answers import answers
@@ -150,6 +150,7 @@ def _request(
 ) -> _Request:
     one_of("at", at, AT)
     one_of("replace", replace, REPLACEMENTS)
+    require(isinstance(total, bool), NumericError, "total is a choice", total, "True or False")
     tokens = admit(lm, source, mask, 0, bos, files=False)
     if (tokens.lengths < 2).any():
         raise TokensError(
