@@ -26,6 +26,7 @@ DRAWN, READ = 20, 5  # rotations that verify executes a run for, and those whose
 TURNING, SHOWN = 80, 5  # d³ FLOPs of turning 20 rotations into place; prompts that verify shows token by token
 VALUE = 90  # bytes moved to put a value into a histogram: its bin, stash and count
 BINS = 2 * RATIO.reach + 2
+AT_ONCE = 1024  # rows that changed runs bring together on a processor, as unwrite.run.replay.removed has it
 
 
 @dataclass(frozen=True)
@@ -217,26 +218,46 @@ def decoded(s: Shape, rows: float, rank: int) -> Cost:
     return Cost(single=2 * rows * s.d * rank) + fit * Cost(double=products, factors=4 / 3 * s.d**3, moved=moved)
 
 
+def executed(s: Shape) -> Cost:
+    """What dla's totals cannot do without: of each prompt and replacement every node's run, from where it begins."""
+    heads, mlps = s.heads * s.layers * (s.layers + 1) / 2, s.layers * (s.layers - 1) / 2
+    # Biases and positions are their own mean.
+    constant = s.gpt2 * (s.layers + s.layers * (s.layers + 1) / 2)
+    return (2 * (s.layers + heads + mlps) + constant) * block(s, s.tokens, s.length)
+
+
 def dla(s: Shape) -> Cost:
     """Four readings, every node replaced by nothing and by its mean, and every prompt read with the others' inputs."""
     rows, n_batches, pool = s.tokens, s.batches(4), s.batches() * s.batch() * s.length
-    per_layer = s.heads + 1 + s.gpt2
-    blocks = (1 + s.gpt2) * s.layers + per_layer * s.layers * (s.layers + 1) / 2
-    replaced = 2 * blocks * n_batches * block(s, rows / n_batches, s.length)
+    chunks = 2 * s.nodes * s.prompts / max(1, AT_ONCE // s.length)
+    runs = executed(s)
+    run_rows = runs.calls * s.prompts  # of every run at the read row, block by block
+    replaced = replace(runs, calls=chunks * (s.layers + 1) / 2)
     # Only values are differentiated in `net`; where q, k and v are one matrix, all of it and the pattern are.
     fused = s.gpt2
     values = s.d**2 + (s.d + 2 * s.kv_width if fused else s.kv_width) * s.d
     net = s.layers * Cost(model=2 * rows * values + (8 if fused else 2) * rows * s.length * s.d, calls=1)
     slopes = 4 * passes(s, rows, n_batches) + 2 * backward(s, rows) + net
-    at_row = (1 + 2 * (s.nodes + 1)) * (expand(s, s.prompts) + dots(s, s.prompts, s.nodes))
-    changes = Cost(single=12 * rows * s.layers * s.d**2, moved=2 * 4 * 25 * rows * s.nodes * s.d)
-    recorded = Cost(moved=80 * rows * s.d * 2 * blocks)
-    others = s.prompts * (s.prompts - 1)
-    batches = max(1, s.prompts * -(-(s.prompts - 1) // max(1, 4096 // s.length)))
-    invariance = 3 * passes(s, others * s.length, batches) + 2 * (expand(s, others) + dots(s, others, s.nodes))
-    clean = passes(s, rows, n_batches) + passes(s, pool, s.batches()) + summed(s, pool)
+    split = (
+        3 * s.tokens / n_batches * s.d**2 / s.heads
+    )  # a node's change is made anew where a chunk ends among its runs
+    changes = Cost(
+        single=12 * rows * s.layers * s.d**2 + max(0.0, chunks - 1) * split, moved=2 * 4 * 25 * rows * s.nodes * s.d
+    )
+    recorded = Cost(moved=80 * rows * s.d * runs.calls)
+    sums = expand(s, s.prompts) + dots(s, s.prompts, s.nodes)
+    through = Cost(
+        single=2 * 2 * s.prompts * s.layers * s.d**2
+    )  # what a head's values do, for totals and for invariance
+    others = s.prompts**2
+    directs = Cost(single=2 * s.d * (run_rows + s.layers * (s.prompts + 2 * others)))
+    queried = s.layers * s.prompts * block(s, s.prompts, s.length)
+    invariance = passes(s, n_batches * rows, n_batches) + queried
+    called = n_batches * (passes(s, s.length) + s.layers * block(s, 1, s.length))
+    clean = 2 * passes(s, rows, n_batches) + called + passes(s, pool, s.batches()) + summed(s, pool)
     constants = Cost(single=4 * s.layers * s.d**2 * s.gpt2)
-    return clean + slopes + replaced + recorded + at_row + changes + invariance + constants
+    algebra = changes + recorded + sums + through + directs + constants
+    return clean + slopes + replaced + invariance + algebra
 
 
 def effects(s: Shape) -> Cost:
@@ -266,6 +287,9 @@ def build(s: Shape, device: str = "cpu", dtype: str = "float32") -> Any:
     if s.gpt2:
         shape = {"n_embd": s.d, "n_layer": s.layers, "n_head": s.heads, "n_inner": s.inner, "n_positions": 4096}
         hf = GPT2LMHeadModel(GPT2Config(**shape, **ends))
+        for name, parameter in hf.named_parameters():
+            if name.endswith("bias"):  # 0 at first, and dla runs nothing without a write of 0
+                torch.nn.init.normal_(parameter, std=0.02)
     else:
         shape = {"hidden_size": s.d, "num_hidden_layers": s.layers, "num_attention_heads": s.heads}
         shape |= {"num_key_value_heads": s.kv or s.heads, "intermediate_size": s.inner, "max_position_embeddings": 4096}

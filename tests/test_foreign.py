@@ -101,6 +101,7 @@ TAKES = {
     "method": "Rules", "source": "Model", "guess": "Result_of_effects", "edits": "[] () set() empty_array Edit",
     "path": _PLACES, "name": "None", "writer": "None", "context": "None", "vocabulary": "", "value": _VALUES,
     "factor": _NUMBERS, "basis": "float_tensor", "out": f"None {_PLACES}", "dtype": "None dtype",
+    "total": "True False",
 }  # fmt: skip
 # What listens is asked nothing but to listen: what it raises itself is its own, and ends the run.
 HEARD = {"class", "module", "raising", "HF_model", "tokenizer"}

@@ -179,9 +179,10 @@ def test_every_stage_is_heard_to_its_end(told, capsys) -> None:
     [
         (("scan", "m", "--text", "t"), "These are levels"),
         (("verify", "m", "L0H0", "--text", "t"), "survives to the end"),
-        (("dla", "m", "--prompt", PROMPT), "correlates"),
+        (("dla", "m", "--prompt", PROMPT), "indicative only"),
+        (("dla", "m", "--prompt", PROMPT, "--no-total"), "Nothing was executed"),
     ],
-    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+    ids=["scan", "verify", "dla", "dla readings"],
 )
 def test_other_methods_have_events_too(command, word, run, capsys, tmp_path) -> None:
     assert run(*command, "--json", "--out", tmp_path) == 0

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from unwrite.run.tally.trust import FORMS, trust
+from unwrite.stats.bootstrap import moments
+from unwrite.stats.jackknife import interval
 from unwrite.stats.ranks import MATERIAL, by_size, same_sign
 
 PROMPTS, NODES = 14, 5
@@ -62,34 +64,41 @@ def test_the_three_forms_are_three_numbers() -> None:
 
 @each_form
 @pytest.mark.parametrize("cluster", [ALONE, PAIRS], ids=["prompts", "pairs"])
-def test_the_interval_is_a_percentile_bootstrap_over_clusters(form: str, cluster: np.ndarray) -> None:
-    """Against scipy's, with draws of its own: of 999 draws the 2.5 % point is known to 0.09 of their deviation."""
+def test_the_interval_is_a_t_interval_on_the_jackknife_of_fishers_z(form: str, cluster: np.ndarray) -> None:
+    """By pandas and scipy, with each cluster's rows really left out."""
     reading, total = cells(4)
+
+    def z(kept: np.ndarray) -> float:
+        frame = centred(reading[kept], total[kept], form)
+        return float(np.arctanh(stats.pearsonr(frame.x, frame.y).statistic))
+
     owners = np.unique(cluster)
-
-    def statistic(drawn: np.ndarray) -> float:
-        rows = np.concatenate([np.flatnonzero(cluster == owner) for owner in drawn])
-        frame = centred(reading[rows], total[rows], form)
-        return stats.pearsonr(frame.x, frame.y).statistic
-
-    theirs = stats.bootstrap(
-        (owners,), statistic, vectorized=False, n_resamples=400, method="percentile", rng=np.random.default_rng(1)
-    )
+    n, whole = len(owners), z(np.full(PROMPTS, True))
+    each = np.array([n * whole - (n - 1) * z(cluster != owner) for owner in owners])
+    want = np.tanh(stats.t.interval(0.95, n - 1, each.mean(), stats.sem(each)))
     ours = trust(reading, total, cluster, form)
-    # Theirs, of 400 draws, is known to 0.13; four times both together.
-    margin = 4 * 0.16 * theirs.standard_error
-    assert ours.low == pytest.approx(theirs.confidence_interval.low, abs=margin)
-    assert ours.high == pytest.approx(theirs.confidence_interval.high, abs=margin)
+    assert (ours.low, ours.high) == pytest.approx(tuple(want), rel=1e-9)
+    assert ours.clusters == n
 
 
-def test_prompts_of_one_document_are_drawn_together() -> None:
-    """Fourteen copies of four documents are four pieces of evidence: the interval is that of the four."""
-    reading, total = cells(1, prompts=4)
-    once = trust(reading, total, np.arange(4), "pooled")
-    copies = np.repeat(np.arange(4), 5)
+@each_form
+def test_fewer_than_six_clusters_have_no_interval(form: str) -> None:
+    reading, total = cells(4)
+    for n in (1, 2, 5, 6):
+        found = trust(reading, total, np.arange(PROMPTS) % n, form)
+        assert np.isfinite(found.correlation)
+        assert np.isfinite([found.low, found.high]).all() == (n == 6)
+        assert found.clusters == n
+
+
+def test_prompts_of_one_document_count_once() -> None:
+    """Thirty-five copies of seven documents are seven pieces of evidence: the interval is that of the seven."""
+    reading, total = cells(1, prompts=7)
+    once = trust(reading, total, np.arange(7), "pooled")
+    copies = np.repeat(np.arange(7), 5)
     same_documents = trust(reading[copies], total[copies], copies, "pooled")
     assert (same_documents.low, same_documents.high) == pytest.approx((once.low, once.high), rel=1e-9)
-    apart = trust(reading[copies], total[copies], np.arange(20), "pooled")
+    apart = trust(reading[copies], total[copies], np.arange(35), "pooled")
     assert apart.high - apart.low < 0.8 * (once.high - once.low)
 
 
@@ -172,15 +181,28 @@ def test_a_reading_that_does_not_vary_has_no_correlation(form: str, level: float
         assert np.isnan([found.correlation, found.low, found.high]).all()
 
 
+def drawn(kind: str, rng: np.random.Generator, prompts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cells of prompts whose readings and totals are alike, share what is the prompt's, or are large in few."""
+    x, noise = rng.normal(size=(2, prompts, 30))
+    own, more = rng.normal(size=(2, prompts, 1))
+    if kind == "alike":
+        return x, 0.6 * x + 0.8 * noise
+    if kind == "of the prompt":
+        return x + own, 0.8 * (x + own) + 0.5 * noise + 0.5 * more
+    size = np.exp(np.random.default_rng(5).normal(size=30)) * np.exp(0.5 * own)
+    return size * x, size * x * (0.8 + 0.3 * more) + 0.5 * size * noise
+
+
 @pytest.mark.promise("estimates")
-def test_an_interval_holds_what_it_should() -> None:
-    """Of 60 samples of two readings correlated 0.6, about 95 % of the intervals hold 0.6."""
-    rng, held = np.random.default_rng(0), 0
-    for _ in range(60):
-        x, noise = rng.normal(size=(2, 40, 3))
-        found = trust(x, 0.6 * x + 0.8 * noise, np.arange(40), "pooled")
-        held += found.low < 0.6 < found.high
-    assert 51 <= held <= 60
+@pytest.mark.parametrize("kind", ["alike", "of the prompt", "large in few"])
+@pytest.mark.parametrize("prompts", [6, 10, 20])
+def test_an_interval_holds_what_it_should(kind: str, prompts: int) -> None:
+    """Of 600 samples about 95 % of the intervals hold the correlation that 100,000 prompts have."""
+    rng = np.random.default_rng(0)
+    truth = np.corrcoef(*(part.ravel() for part in drawn(kind, rng, 100_000)))[0, 1]
+    bounds = [interval(moments(*drawn(kind, rng, prompts)).sum(2, keepdims=True)) for _ in range(600)]
+    low, high = np.array(bounds).T
+    assert 0.90 <= ((low < truth) & (truth < high)).mean() <= 0.98
 
 
 def test_signs_are_compared_where_a_cell_is_material_to_its_owner() -> None:

@@ -27,6 +27,7 @@ from unwrite.cli.options import (
     Quiet,
     TableOut,
     TextPath,
+    Total,
     job_in,
     joined_ranks,
     listed,
@@ -167,6 +168,7 @@ def dla(
     ] = None,
     at: Annotated[str, typer.Option("--at", help="Replace writes at 'all' rows, or at the last 'position'.")] = "all",
     replace: Annotated[str, typer.Option("--replace", help="By zero, mean or resample.")] = "zero",
+    total: Total = True,
     text: Annotated[
         list[str], typer.Option("--text", metavar="PATH", help="Other text, for means and invariance.")
     ] = [],  # noqa: B006 - typer copies it
@@ -190,8 +192,7 @@ def dla(
 
     def method(_: Tokens, listener: Listener, job: Job) -> Result:
         texts = read_text(lm, text, n, max(2, asked.length), bos, job) if text else None
-        settings = {"at": at, "replace": replace, "texts": texts}
-        return run(lm, asked, answer, against, **settings, checkpoint=job, listener=listener)
+        return run(lm, asked, answer, against, -1, at, replace, texts, total=total, checkpoint=job, listener=listener)
 
     produce(lm, lambda _: asked, method, out, Voice(quiet, as_json), job_in(out, every))
 

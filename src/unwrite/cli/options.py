@@ -36,6 +36,9 @@ Bos = Annotated[
     bool | None,
     typer.Option("--bos/--no-bos", help="Begin every text with BOS, or not; by default as the tokenizer does."),
 ]
+Total = Annotated[
+    bool, typer.Option("--total/--no-total", help="Execute the truth beside the readings; without, it takes seconds.")
+]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for the result and its table.")]
 TableOut = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for result.nc and table.csv.")]
 Every = Annotated[

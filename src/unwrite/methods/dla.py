@@ -7,9 +7,8 @@ predicts it in this very model. (facts: measuring erasure, §7)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from unwrite.errors import TokensError, counted, one_of
+from unwrite.errors import NumericError, TokensError, counted, one_of, require
 from unwrite.model.load import provenance
 from unwrite.model.view import Model, fold
 from unwrite.prompts.answers import answers
@@ -28,12 +27,14 @@ from unwrite.result import Result, build, quantity
 from unwrite.run.answer.logits import Question, top_two
 from unwrite.run.loop.finite import require_finite
 from unwrite.run.loop.job import Job, opened
+from unwrite.run.loop.ledger import Begun, Ledger
 from unwrite.run.loop.stream import Batch, Listener, Rows, admit, batch_size, stream
 from unwrite.run.replay.clean import clean
-from unwrite.run.source.writes import REPLACEMENTS, Pool
-from unwrite.run.tally.account import PARTS, READINGS, Asked, readings, totals
+from unwrite.run.source.writes import REPLACEMENTS, Pool, Replaced
+from unwrite.run.tally.account import PARTS, READINGS, Asked, readings
 from unwrite.run.tally.fate import fates, input_blind
 from unwrite.run.tally.invariance import QUARTILES, REPLACED, invariance
+from unwrite.run.tally.totals import totals
 from unwrite.run.tally.trust import FORMS, trust
 
 AT = ("all", "position")
@@ -41,10 +42,14 @@ AT = ("all", "position")
 TRUSTED = ("zero", "mean")
 _TRUST = {
     "trust": "correlation of the reading with total",
-    "trust_low": "2.5 % over resampled prompts",
-    "trust_high": "97.5 % over resampled prompts",
+    "trust_low": "2.5 %: t interval over independent prompts, Fisher's z; none below six of them",
+    "trust_high": "97.5 %: as trust_low",
     "trust_slope": "slope of total on the reading",
     "trust_same_sign": "cells whose signs agree, of those whose total is at least 5 % of the prompt's largest",
+}
+_COUNTS = {
+    "trust_n": "cells: prompts × nodes",
+    "trust_clusters": "independent prompts",
 }
 
 
@@ -59,6 +64,12 @@ class _Request:
     at: str
     replace: str
     pool: Pool
+    total: bool
+
+    @property
+    def replacements(self) -> tuple[str, ...]:
+        """What stands in for writes: trust is about the first two, whatever is asked for."""
+        return tuple(dict.fromkeys((*TRUSTED * self.total, self.replace)))
 
     @property
     def questions(self) -> dict[str, np.ndarray | None]:
@@ -77,6 +88,7 @@ def dla(
     replace: str = "zero",
     texts: Any = None,
     *,
+    total: bool = True,
     mask: Any = None,
     bos: int | bool | None = None,
     batch: int | None = None,
@@ -92,21 +104,23 @@ def dla(
     `position` the row that is read, one number or one for every prompt (without padding; −1: the last token); `at`
     "all" replaces a node's writes at every row, "position" at the read row only; `replace` "zero", "mean" (at that
     position, over the prompts or `texts`) or "resample" (another prompt's, or one of `texts`); `texts`, as `uw.scan`
-    takes them, at least as long as the prompts, for means, donors and invariance.
+    takes them, at least as long as the prompts, for means, donors and invariance; without `total`, nothing is executed
+    and at most five forward passes read the prompts (more only for means and donors).
     Returns a Result: by [prompt, node] the readings `direct` (Σ direct + constant + unexplained = logit_diff, zero
     replacement), `net`, `relp`, `gradient`, and `total` = logit_diff − logit_diff with the write replaced, executed;
     `why[prompt, node, part]`, the exact account of total at the read row; `fate` (only at="position"); `invariance`,
     the median of direct over texts when the query or the context comes from them, relative to direct, with its
     quartiles in `other_direct`; `input_blind`; by prompt `logit_diff` (before a soft-cap), `capped`, `constant`,
-    `unexplained`; and `trust[reading, group, form, replacement]`, the correlation with total.
+    `unexplained`; and `trust[reading, group, form, replacement]`, the correlation with total, its interval (none below
+    six independent prompts) and counts. Without `total` there are the readings and what is by prompt, and no more.
     Raises TokensError for a token that is not one token, a position outside its prompt, a prompt of one token, or texts
     that are too short; NumericError for unknown settings.
 
     Example: `uw.dla(lm, "The capital of France is", " Paris", " London").table()`
     """
-    request = _request(lm, prompts, answer, against, position, at, replace, texts, mask, bos)
+    request = _request(lm, prompts, answer, against, position, at, replace, texts, mask, bos, total)
     settings = {
-        "position": request.row.tolist(), "at": at, "replace": replace, "batch": batch,
+        "position": request.row.tolist(), "at": at, "replace": replace, "batch": batch, "total": total,
         "texts": None if texts is None else request.pool.tokens.about(),
     }  # fmt: skip
     # Beside a run's own factors, four sets of cotangents and the writes of one node are held.
@@ -115,9 +129,9 @@ def dla(
     with opened(checkpoint, listener) as job:
         if done := job.begin("dla", lm, {"": request.tokens.hash}, {**settings, **asked}):
             return done
-        rows = Rows(partial(_measured, lm, request))
-        stream(lm, request.tokens, rows, size, "dla", listener, job)
-        data = _Found(lm, request, rows.whole()).dataset()
+        tally = _Tally(lm, request, job)
+        stream(lm, request.tokens, tally, size, "dla", listener, job)
+        data = _Found(lm, request, tally.whole()).dataset()
         return job.signed(build("dla", data, settings, provenance(lm), {"": request.tokens.about()}))
 
 
@@ -132,9 +146,11 @@ def _request(
     texts: Any,
     mask: Any,
     bos: int | bool | None,
+    total: bool,
 ) -> _Request:
     one_of("at", at, AT)
     one_of("replace", replace, REPLACEMENTS)
+    require(isinstance(total, bool), NumericError, "total is a choice", total, "True or False")
     tokens = admit(lm, source, mask, 0, bos, files=False)
     if (tokens.lengths < 2).any():
         raise TokensError(
@@ -154,7 +170,7 @@ def _request(
         raise TokensError("against needs an answer to be compared with", fix="pass answer, or leave both out")
     if chosen is not None and other is not None and (chosen == other).any():
         raise TokensError("answer and against are the same token", got=int(chosen[chosen == other][0]))
-    return _Request(tokens, row, chosen, other, at, replace, pool)
+    return _Request(tokens, row, chosen, other, at, replace, pool, total)
 
 
 def _texts(lm: Model, texts: Any, row: np.ndarray, bos: int | bool | None) -> Tokens:
@@ -167,37 +183,82 @@ def _texts(lm: Model, texts: Any, row: np.ndarray, bos: int | bool | None) -> To
     return tokens
 
 
-def _measured(lm: Model, request: _Request, batch: Batch) -> dict[str, np.ndarray]:
-    """All readings and the truth, for the replacements of trust and for the one asked for."""
-    prompt = list(range(batch.first, batch.first + batch.real))
-    run = clean(lm, batch.ids, request.pool.folded)
-    row = torch.from_numpy(request.row[prompt]).to(lm.device)
-    question = _question(lm, request, prompt, run.record.stream[lm.states[-1]], row)
-    asked = Asked(run, batch.ids.to(lm.device), row, question)
-    found = asked.sums() | {"answer": question.answer}
-    if question.against is not None:
-        found["against"] = question.against
-    require_finite(found["logit_diff"].isfinite(), "the logits of {prompt} are not finite", prompt=batch.first)
-    found |= _attributed(request, batch, asked)
-    found["other_direct"] = torch.stack([*invariance(asked, request.pool, batch.first, batch.real)])
-    return {name: part.double().cpu().numpy() for name, part in found.items()}
+class _Tally:
+    """What is measured of every prompt, batch by batch; of executed runs also those of the batch that is not done."""
+
+    def __init__(self, lm: Model, request: _Request, job: Job):
+        self._lm, self._request, self._job = lm, request, job
+        self._rows, self._begun = Rows(self._measured), Begun()
+        self.kept = Ledger({"done": self._rows.kept, "begun": self._begun.kept})
+        self.step, self.whole = self._rows.step, self._rows.whole
+
+    def _measured(self, batch: Batch) -> dict[str, np.ndarray]:
+        """All readings and, where it is asked for, the truth, by what stands in for a write."""
+        lm, request = self._lm, self._request
+        prompt = list(range(batch.first, batch.first + batch.real))
+        run = clean(lm, batch.ids, request.pool.folded)
+        row = torch.from_numpy(request.row[prompt]).to(lm.device)
+        question = _question(lm, request, prompt, run.record.stream[lm.states[-1]], row)
+        asked = Asked(run, batch.ids.to(lm.device), row, question)
+        found = asked.sums() | {"answer": question.answer}
+        if question.against is not None:
+            found["against"] = question.against
+        require_finite(found["logit_diff"].isfinite(), "the logits of {prompt} are not finite", prompt=batch.first)
+        replaced = _replaced(request, batch, asked)
+        slopes = asked.cotangents()
+        for name, one in replaced.items():
+            parts = {f"{key} {name}": part for key, part in readings(asked, slopes, one).items()}
+            found |= _known(batch, one, parts)
+        if request.total:
+            found["other_direct"] = self._other(batch, asked)
+            executed = self._executed(batch, asked, replaced)
+            for name, one in replaced.items():
+                found |= _known(batch, one, {key: executed[key] for key in (f"total {name}", f"why {name}")})
+        return {name: part.double().cpu().numpy() for name, part in found.items()}
+
+    def _other(self, batch: Batch, asked: Asked) -> Tensor:
+        found = []
+        for one in invariance(asked, self._request.pool, batch.first, batch.real):
+            found.append(one)
+            self._job.tick(self.kept)
+        return torch.stack(found)
+
+    def _executed(self, batch: Batch, asked: Asked, replaced: Mapping[str, Replaced]) -> dict[str, Tensor]:
+        """`total` and `why` by replacement; nodes go up together, and what is done of them lasts."""
+        name, nodes = f"prompts {batch.first} to {batch.first + batch.real}", len(self._lm.nodes)
+        new = asked.run.record.stream[self._lm.states[-1]].new_zeros
+        empty = {f"total {one}": new(batch.real, nodes) for one in replaced}
+        empty |= {f"why {one}": new(batch.real, nodes, len(PARTS)) for one in replaced}
+        found, done = self._begun.held(name, empty)
+
+        def tick(chunks: int, share: float) -> None:
+            nonlocal done
+            if chunks > done:
+                done = chunks
+                self._begun.keep(name, found, done)
+            self._job.tick(self.kept, share, f"{int(share * nodes)}/{nodes} nodes")
+
+        totals(asked, replaced, found, done, tick)
+        self._begun.clear()
+        return found
 
 
-def _attributed(request: _Request, batch: Batch, asked: Asked) -> dict[str, Tensor]:
-    """Readings, total and why, by their name and that of the replacement."""
-    slopes = asked.cotangents()
+def _replaced(request: _Request, batch: Batch, asked: Asked) -> dict[str, Replaced]:
+    """What stands in for writes, by name."""
     writes = asked.run.record.writes.map(lambda part: part.expand(batch.real, *part.shape[1:]))
     place = torch.arange(batch.ids.shape[1], device=asked.row.device)
     where = rows_at(request.at, asked.row, place)
-    found: dict[str, Tensor] = {}
-    for name in dict.fromkeys((*TRUSTED, request.replace)):
-        replaced = request.pool.replaced(name, batch, writes, where)
-        for key, part in (readings(asked, slopes, replaced) | totals(asked, replaced)).items():
-            finite = part.isfinite().flatten(1).all(1) | ~replaced.known
-            says = f"{key} ({name} replacement) of {{prompt}} are not finite"
-            require_finite(finite, says, prompt=batch.first)
-            part[~replaced.known] = torch.nan
-            found[f"{key} {name}"] = part
+    return {name: request.pool.replaced(name, batch, writes, where) for name in request.replacements}
+
+
+def _known(batch: Batch, replaced: Replaced, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Numbers of prompts that have a replacement, NaN for others. Raises NumericError for what is no number."""
+    for key, part in found.items():
+        finite = part.isfinite().flatten(1).all(1) | ~replaced.known
+        name, _, replacement = key.partition(" ")
+        says = f"{name} ({replacement} replacement) of {{prompt}} are not finite"
+        require_finite(finite, says, prompt=batch.first)
+        part[~replaced.known] = torch.nan
     return found
 
 
@@ -219,33 +280,40 @@ class _Found:
 
     def dataset(self) -> xr.Dataset:
         """Everything that was kept, named."""
+        value, request = self.value, self.request
+        variables = {name: self._cell(name) for name in READINGS}
+        variables |= {name: quantity(("prompt",), value[name], "logit", text) for name, text in _SUMS.items()}
+        axes = {"prompt": np.arange(len(request.tokens)), "node": list(self.lm.nodes)}
+        found = xr.Dataset({**variables, **self._words(value)}, axes).assign_attrs(n_prompts=len(request.tokens))
+        return found.merge(self._executed(), combine_attrs="no_conflicts") if request.total else found
+
+    def _cell(self, name: str) -> Any:
+        """A number of every prompt and node, for the replacement that was asked for."""
+        return quantity(("prompt", "node"), self.value[f"{name} {self.request.replace}"], "logit", _EQUATIONS[name])
+
+    def _executed(self) -> xr.Dataset:
+        """What executed runs said, and what rests on it."""
         value, request, cells = self.value, self.request, ("prompt", "node")
-        chosen = {name: value[f"{name} {request.replace}"] for name in (*READINGS, "total")}
         why, other = value[f"why {request.replace}"], value["other_direct"]
         with np.errstate(divide="ignore", invalid="ignore"):
             relative = other[..., 1] / value["direct zero"][:, None]
         variables = {
-            **{name: quantity(cells, chosen[name], "logit", _EQUATIONS[name]) for name in chosen},
+            "total": self._cell("total"),
             "why": quantity((*cells, "part"), why, "logit", "exact account of total at the read row"),
-            "fate": (cells, fates(why, chosen["total"], request.at)),
+            "fate": (cells, fates(why, value[f"total {request.replace}"], request.at)),
             "other_direct": quantity(
                 ("prompt", "replaced", "node", "quartile"), other, "logit", "direct, the query or all from other texts"
             ),
             "invariance": quantity(("prompt", "replaced", "node"), relative, "1", "median of other_direct / direct"),
             "input_blind": (cells, input_blind(value["direct zero"], other)),
-            **{name: quantity(("prompt",), value[name], "logit", text) for name, text in _SUMS.items()},
-            **self._words(value),
             **self._trust(value),
         }
-        notes = {"invariance_note": "" if np.isfinite(other).any() else "fewer than two other texts reach the read row"}
-        return xr.Dataset(variables, self._coordinates()).assign_attrs(notes, n_prompts=len(request.tokens))
-
-    def _coordinates(self) -> dict[str, Any]:
-        return {
-            "prompt": np.arange(len(self.request.tokens)), "node": list(self.lm.nodes), "part": list(PARTS),
-            "replaced": list(REPLACED), "quartile": list(QUARTILES), "reading": list(READINGS),
+        axes = {
+            "part": list(PARTS), "replaced": list(REPLACED), "quartile": list(QUARTILES), "reading": list(READINGS),
             "group": list(groups(self.lm)), "form": list(FORMS), "replacement": list(TRUSTED),
         }  # fmt: skip
+        note = "" if np.isfinite(other).any() else "fewer than two other texts reach the read row"
+        return xr.Dataset(variables, axes).assign_attrs(invariance_note=note)
 
     def _words(self, value: dict[str, np.ndarray]) -> dict[str, Any]:
         request, tokenizer = self.request, self.lm.tokenizer
@@ -267,16 +335,14 @@ class _Found:
     def _trust(self, value: dict[str, np.ndarray]) -> dict[str, Any]:
         axes = ("reading", "group", "form", "replacement")
         found = np.full((len(_TRUST), len(READINGS), len(groups(self.lm)), len(FORMS), len(TRUSTED)), np.nan)
-        n = np.zeros(found.shape[1:], dtype=np.int64)
+        counts = np.zeros((len(_COUNTS), *found.shape[1:]), dtype=np.int64)
         for place, kept, name, form, with_ in self._cells():
             cells = [value[f"{part} {with_}"][:, kept] for part in (name, "total")]
             one = trust(cells[0], cells[1], self.request.tokens.cluster, form)
             found[(slice(None), *place)] = (one.correlation, one.low, one.high, one.slope, one.same_sign)
-            n[place] = one.n
-        named = {
-            name: quantity(axes, part, "1", text) for part, (name, text) in zip(found, _TRUST.items(), strict=True)
-        }
-        return {**named, "trust_n": quantity(axes, n, "1", "cells: prompts × nodes")}
+            counts[(slice(None), *place)] = (one.n, one.clusters)
+        texts, parts = _TRUST | _COUNTS, [*found, *counts]
+        return {name: quantity(axes, part, "1", texts[name]) for name, part in zip(texts, parts, strict=True)}
 
     def _cells(self) -> Iterator[tuple[tuple[int, int, int, int], list[int], str, str, str]]:
         for g, kept in enumerate(groups(self.lm).values()):

@@ -32,7 +32,7 @@ from unwrite.run.edit.slots import Slot, slots
 from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.finite import require_finite
 from unwrite.run.loop.job import Job, opened
-from unwrite.run.loop.ledger import Ledger
+from unwrite.run.loop.ledger import Begun, Ledger
 from unwrite.run.loop.stream import Batch, Listener, Progress, Rows, admit_pairs, batch_size, stream
 from unwrite.run.replay.clean import base_of
 from unwrite.run.replay.sweep import forwards, patched, patches
@@ -168,8 +168,8 @@ class _Tally:
     def __init__(self, request: _Request, job: Job):
         self._request, self._job = request, job
         self._rows = Rows(self._measured)
-        self._begun: Arrays = {}
-        self.kept = Ledger({"done": self._rows.kept, "begun": self._begun})
+        self._begun = Begun()
+        self.kept = Ledger({"done": self._rows.kept, "begun": self._begun.kept})
         self.step, self.whole = self._rows.step, self._rows.whole
 
     def _measured(self, batch: Batch) -> Arrays:
@@ -187,7 +187,10 @@ class _Tally:
         row = base.row
         metric = metric_of(lm, pairs, request.metric, rows, base.final)
         clean = metric(base.final)
-        found, done = self._held(rows, clean.new_zeros(len(row), pairs.base.length, len(request.names)))
+        held, done = self._begun.held(
+            _name(rows), {"effect": clean.new_zeros(len(row), pairs.base.length, len(request.names))}
+        )
+        found = held["effect"]
         offset = dict(zip(request.slots, np.cumsum([0, *(len(slot.units) for slot in request.slots)]), strict=False))
         source = request.donor.values(rows)
         for start, jobs in patches(base, source, request.at):
@@ -197,18 +200,11 @@ class _Tally:
             for part, final in patched(base, source, jobs, start, request.at == "all"):
                 change = metric(final, part.pair) - clean[part.pair]
                 found[part.pair, place, part.unit + int(offset[part.slot])] = change
-            self._begun.clear()
-            self._begun |= {_name(rows): found.cpu().numpy(), f"{_name(rows)} done": np.array(start + 1)}
+            self._begun.keep(_name(rows), held, start + 1)
             length = found.shape[1]
             self._job.tick(self.kept, (start + 1) / length, f"{start + 1}/{length} positions")
         self._begun.clear()
         return {"base": clean, "effect": _shaped(request, found if request.at == "each" else found[:, :1], row)}
-
-    def _held(self, rows: slice, empty: Tensor) -> tuple[Tensor, int]:
-        """What of these pairs' effects is known already, and the position from which on they are not."""
-        if _name(rows) not in self._begun:
-            return empty, 0
-        return torch.from_numpy(self._begun[_name(rows)].copy()).to(empty), int(self._begun[f"{_name(rows)} done"])
 
 
 def _dataset(request: _Request, whole: Arrays) -> xr.Dataset:

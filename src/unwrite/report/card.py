@@ -45,6 +45,7 @@ def _first(result: Result) -> Table:
     if result.method not in _TABLES:
         return table("", *listed(result), result.data, most=_ROWS)
     columns, lines = _TABLES[result.method]
+    columns = believed.header(result.data) if result.method == "dla" else columns
     data = next(audited.verified(result)) if result.method == "audit" else result.data
     return table("", columns, lines(result), data, most=_ROWS)
 

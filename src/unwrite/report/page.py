@@ -106,12 +106,12 @@ def _audited(result: Result) -> dict[str, Any]:
     return {
         "verified": table("", audited.HEADER, map(audited.row, proofs), proofs[0], n),
         "asked": [
-            (one.title, one.sums, table("", believed.HEADER, one.rows, data, "one prompt"))
+            (one.title, one.sums, table("", believed.header(data), one.rows, data, "one prompt"))
             for one in believed.asked(data)
         ],
         "pictures": [picture(FIGURES[name](result)) for name in pictures],
         "trust": [
-            table(f"writes replaced by {kind}", believed.TRUST_HEADER, believed.trusted(data, kind), data)
+            table(believed.title(data, kind), believed.TRUST_HEADER, believed.trusted(data, kind), data)
             for kind in believed.REPLACEMENTS
         ],
         "search": audited.search(result),

@@ -59,13 +59,13 @@ def _attribution(result: Result) -> Iterator[RenderableType]:
     for one in believed.asked(result.data):
         yield Text(plain(one.title))
         yield Text(plain(one.sums), "dim")
-        yield grid("", believed.HEADER, one.rows)
+        yield grid("", believed.header(result.data), one.rows)
         yield Text("")
-    for replacement in believed.REPLACEMENTS:
-        title = f"how readings correlate with the executed total, writes replaced by {replacement} [95 %]"
+    for replacement in believed.REPLACEMENTS if "trust" in result.data else ():
         if lines := believed.trusted(result.data, replacement):
-            yield grid(title, believed.TRUST_HEADER, lines)
+            yield grid(believed.title(result.data, replacement), believed.TRUST_HEADER, lines)
             yield Text("")
+    yield Text(plain(believed.added(result.data)), "dim")
 
 
 def _audit(result: Result) -> Iterator[RenderableType]:

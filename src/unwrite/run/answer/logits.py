@@ -8,7 +8,7 @@ not linear.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -28,6 +28,10 @@ class Question:
     answer: Int[Tensor, "*rows"]
     against: Int[Tensor, "*rows"] | None = None
     centred: bool = False
+
+    def of(self, rows: Int[Tensor, " other"]) -> Question:
+        """The questions of some rows, in this order."""
+        return replace(self, answer=self.answer[rows], against=None if self.against is None else self.against[rows])
 
     def direction(self, lm: Model) -> tuple[Float[Tensor, "*rows d_model"], Float[Tensor, "*rows"]]:
         """u_a − u_b and b_a − b_b."""

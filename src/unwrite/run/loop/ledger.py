@@ -52,6 +52,30 @@ class Ledger:
                 part.take(own)
 
 
+class Begun:
+    """What is done of batches that take long: arrays by name, and how many steps. `kept` is a part of a `Ledger`."""
+
+    def __init__(self):
+        self.kept: Arrays = {}
+
+    def held(self, of: str, empty: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+        """What there is of a batch (or its part), like what is `empty`, and how many of its steps are done."""
+        if f"{of} steps" not in self.kept:
+            return dict(empty), 0
+        found = {name: torch.from_numpy(self.kept[f"{of} {name}"].copy()).to(like) for name, like in empty.items()}
+        return found, int(self.kept[f"{of} steps"])
+
+    def keep(self, of: str, found: Mapping[str, Tensor], steps: int) -> None:
+        """So many steps are done, and this is what they found; it takes the place of all that was kept."""
+        self.kept.clear()
+        self.kept |= {f"{of} {name}": part.cpu().numpy().copy() for name, part in found.items()}
+        self.kept[f"{of} steps"] = np.array(steps)
+
+    def clear(self) -> None:
+        """The batch is done."""
+        self.kept.clear()
+
+
 def _state(part: Lasting | np.ndarray | Tensor | Arrays) -> Arrays:
     if isinstance(part, dict):
         return part

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from unwrite.model.cache import Past
 from unwrite.model.capture import Recording, recording
 from unwrite.model.continued import Calls, block_from, calls_from
 from unwrite.model.hooks import Handle, Visit, after, before, hooked
@@ -31,9 +32,11 @@ class Changed:
 
     node: Sequence[Node]
     prompt: Int[Tensor, " run"]
-    change: Float[Tensor, "run position d_model"]
+    change: Float[Tensor, "run row d_model"]
 
 
+# Rows of which what a block makes stays near a processor: of SmolLM2's blocks 12 % faster than ROWS.
+_CACHED = 1024
 # Told of every block that runs 0 … n went through: what the nodes of that layer wrote, and its states of the stream.
 Seen = Callable[[int, int, Recording], object]
 
@@ -48,9 +51,10 @@ def in_order(lm: Model, nodes: Sequence[Node]) -> list[int]:
     return sorted(range(len(nodes)), key=lambda i: (begins(lm, nodes[i]), nodes[i].layer))
 
 
-def at_once(length: int) -> int:
-    """How many runs of prompts of this length go up together."""
-    return max(1, ROWS // length)
+def at_once(length: int, device: torch.device | None = None) -> int:
+    """How many runs of prompts of this length go up together, on a processor fewer than on what has many."""
+    rows = ROWS if device is None or device.type != "cpu" else _CACHED
+    return max(1, rows // length)
 
 
 def alone(lm: Model, ids: Int[Tensor, "prompt position"]) -> Calls:
@@ -59,26 +63,31 @@ def alone(lm: Model, ids: Int[Tensor, "prompt position"]) -> Calls:
 
 
 @torch.no_grad()
-def changed(run: Clean, calls: Calls, runs: Changed, seen: Seen) -> Float[Tensor, "run position d_model"]:
+def changed(
+    run: Clean, calls: Calls, runs: Changed, seen: Seen, kept: Sequence[Past] = (), first: int = 0
+) -> Float[Tensor, "run row d_model"]:
     """The final stream of every run. `runs` are in the order in which they begin (`in_order`), `calls` are `alone`'s.
+
+    Where keys and values of the clean run are `kept`, runs may bring some rows only, from `first` on, before which
+    nothing is changed and behind which nothing is read; `calls` are then those of these rows.
 
     `seen(layer, n, record)` is told of every block that the first `n` runs went through; `record` holds what that
     block's nodes write there, and its states of the stream: mid (none in a parallel block) and post.
     """
     lm = run.lm
     start = [begins(lm, node) for node in runs.node]
-    x = run.input(0).to(lm.device)[:0]
+    x = run.input(0).to(lm.device)[:0, : runs.change.shape[1]]
     with ExitStack() as stack:
         record = stack.enter_context(recording(lm, run.folded))
         stack.enter_context(hooked(_mids(lm, record)))
         for index in range(min(start), len(lm.layers) + 1):
-            n = sum(first <= index for first in start)
-            x = torch.cat([x, _begun(run, runs, slice(len(x), n), index)])
+            n = sum(begin <= index for begin in start)
+            x = torch.cat([x, _begun(run, runs, slice(len(x), n), index, first)])
             if index == len(lm.layers):
                 break
             # Edits come last, so what nodes hand on after one is not what is recorded of them.
             with hooked(_edits(run, runs, slice(0, n), lm.layers[index])):
-                x = block_from(lm, (), index, x, runs.prompt[:n], 0, calls)
+                x = block_from(lm, kept, index, x, runs.prompt[:n], first, calls)
             record.stream[Location("post", index)] = centre(x.to(lm.device, lm.compute_dtype), lm)
             seen(index, n, record)
             for store in (record.z, record.gain, record.vectors, record.stream):
@@ -101,11 +110,12 @@ def _mid(lm: Model, layer: Layer, record: Recording) -> Visit:
     return visit
 
 
-def _begun(run: Clean, runs: Changed, rows: slice, index: int) -> Float[Tensor, "run position d_model"]:
+def _begun(run: Clean, runs: Changed, rows: slice, index: int, first: int) -> Float[Tensor, "run position d_model"]:
     """What a block reads in the runs that begin there; the change is in it, or is yet to come inside the block."""
     lm, last = run.lm, index == len(run.lm.layers)
     x = run.record.stream[lm.states[-1]] if last else run.input(index)
-    x, change = x.to(lm.device)[runs.prompt[rows]], runs.change[rows]
+    change = runs.change[rows]
+    x = x.to(lm.device)[runs.prompt[rows], first : first + change.shape[1]]
     read = torch.tensor([node.layer < index for node in runs.node[rows]], dtype=torch.bool, device=x.device)
     return torch.where(read[:, None, None], x + change.to(x), x)
 

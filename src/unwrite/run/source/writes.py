@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from operator import add
 
@@ -57,17 +57,29 @@ class Pool:
         if name == "zero":
             return Replaced(self.lm, self.folded, clean, None, rows, known)
         if name == "mean":
-            return Replaced(self.lm, self.folded, clean, *self._mean(rows))
+            mean, known = self._mean(rows)
+            # What depends on positions alone is its own mean, also to rounding.
+            own = {node: part for node, part in clean.vectors.items() if node.kind == "pos_embed"}
+            mean = replace(mean, vectors={**mean.vectors, **own})
+            return Replaced(self.lm, self.folded, clean, mean, rows & ~self._shared(batch.ids).to(rows.device), known)
         return Replaced(self.lm, self.folded, clean, *self._donor(batch, rows))
 
-    def _mean(self, rows: Tensor) -> tuple[Writes, Tensor, Tensor]:
+    def _shared(self, ids: Int[Tensor, "prompt position"]) -> Bool[Tensor, "prompt position"]:
+        """Positions up to which a prompt and all texts read the same, so that the mean write is the write itself."""
+        texts = torch.from_numpy(self.tokens.ids[:, : ids.shape[1]])
+        same = torch.zeros(ids.shape, dtype=torch.bool)
+        every = (texts == texts[0]).all(0)[: int(self.tokens.lengths.min())]
+        same[:, : len(every)] = every & (ids.cpu()[:, : len(every)] == texts[0, : len(every)])
+        return same.cumprod(1).bool()
+
+    def _mean(self, rows: Tensor) -> tuple[Writes, Tensor]:
         mean, length = self._means.map(lambda part: part[: rows.shape[1]]), rows.shape[1]
         enough = torch.zeros(length, dtype=torch.bool, device=rows.device)
         has = self.has_mean[:length].to(rows.device)
         enough[: len(has)] = has
         short = length - len(has)
         mean = mean.map(lambda part: torch.cat([part, part.new_zeros(short, *part.shape[1:])]) if short > 0 else part)
-        return mean.map(lambda part: part.expand(len(rows), *part.shape)), rows, (enough | ~rows).all(1)
+        return mean.map(lambda part: part.expand(len(rows), *part.shape)), (enough | ~rows).all(1)
 
     def _donor(self, batch: Batch, rows: Tensor) -> tuple[Writes, Tensor, Tensor]:
         chosen = [self.donor(batch.first + min(i, batch.real - 1), row) for i, row in enumerate(rows)]

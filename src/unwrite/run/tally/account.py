@@ -8,8 +8,9 @@ max(b, 0), a and b what e does to the difference with and without the write. (fa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -17,13 +18,12 @@ from torch import Tensor
 
 from unwrite.model.capture import Recording
 from unwrite.model.view import Folded, Model
-from unwrite.model.writes import expand
+from unwrite.model.writes import blocks, expand
 from unwrite.nodes import Location
 from unwrite.run.answer.logits import Question, capped, linear, measure, normed_measure
 from unwrite.run.backward.rules import RULES
 from unwrite.run.backward.slopes import cotangents
-from unwrite.run.replay.clean import Clean
-from unwrite.run.replay.edited import added
+from unwrite.run.replay.clean import Base, Clean, base_run
 from unwrite.run.source.writes import Replaced
 
 READINGS = tuple(RULES)
@@ -49,6 +49,11 @@ class Asked:
     def folded(self) -> tuple[Folded, ...]:
         """What turns factors into writes."""
         return tuple(self.run.folded)
+
+    @cached_property
+    def base(self) -> Base:
+        """The same run with keys and values, for runs of some rows."""
+        return base_run(self.lm, self.ids, self.row, ())
 
     def at_row(self, x: Float[Tensor, "_ position ..."]) -> Float[Tensor, "prompt ..."]:
         """Every prompt's read row."""
@@ -98,30 +103,37 @@ def readings(asked: Asked, slopes: Cotangents, replaced: Replaced) -> dict[str, 
     return {name: torch.stack(parts, 1) for name, parts in found.items()}
 
 
-def totals(asked: Asked, replaced: Replaced) -> dict[str, Tensor]:
-    """`total` [prompt, node] and `why` [prompt, node, part] of every node, each from one executed run without it."""
-    clean, writes = asked.final(asked.run.record), asked.writes(asked.run.record)
-    r, constant = linear(asked.lm, asked.question, clean)
-    difference, along = asked.measure(asked.run.record), torch.einsum("nbd,bd->nb", writes, r)
-    total, why = [], []
-    for i, node in enumerate(asked.lm.parts):
-        change = replaced.change(node)
-        without = added(asked.run, node, -change)
-        direct = (asked.at_row(change) * r).sum(-1)
-        measured = asked.measure(without)
-        indirect = torch.einsum("nbd,bd->nb", asked.writes(without), r)
-        indirect[i] = along[i]  # what the node itself writes is `direct`
-        norm = (asked.final(without) * r).sum(-1) + constant - measured
-        total.append(difference - measured)
-        sign = torch.where(direct < 0, -1.0, 1.0).to(direct)
-        why.append(torch.stack([direct, *_split(along, indirect, sign), norm], -1))
-    return {"total": torch.stack(total, 1), "why": torch.stack(why, 1)}
+@dataclass(frozen=True, eq=False)
+class Direct:
+    """What writes at the read row do to the difference of each prompt, directly and at the clean final scale."""
 
+    asked: Asked
 
-def _split(
-    clean: Float[Tensor, "node prompt"], without: Float[Tensor, "node prompt"], sign: Float[Tensor, " prompt"]
-) -> tuple[Float[Tensor, " prompt"], Float[Tensor, " prompt"]]:
-    a, b = clean * sign, without * sign
-    erased = (a.clamp(max=0) - b.clamp(max=0)).sum(0)
-    filled_in = (a.clamp(min=0) - b.clamp(min=0)).sum(0)
-    return erased * sign, filled_in * sign
+    @cached_property
+    def linear(self) -> tuple[Float[Tensor, "prompt d_model"], Float[Tensor, " prompt"]]:
+        """By which a vector at the read row is multiplied, and what no vector adds."""
+        return linear(self.asked.lm, self.asked.question, self.asked.final(self.asked.run.record))
+
+    @cached_property
+    def nodes(self) -> dict[int, slice]:
+        """Where the nodes of the input (−1) and of each block are."""
+        return {self.asked.lm.parts[among.start].layer: among for among in blocks(self.asked.lm)}
+
+    @cached_property
+    def _heads(self) -> list[Float[Tensor, "prompt head d_head"]]:
+        return [torch.einsum("hkd,pd->phk", one.w_o, self.linear[0]) for one in self.asked.folded]
+
+    def of(
+        self, layer: int, record: Recording, at: Callable[[Tensor], Tensor], prompt: Int[Tensor, " run"]
+    ) -> Float[Tensor, "node run"]:
+        """Of the nodes of a block in runs of these prompts; `at` takes every run's read row out of what is recorded."""
+        r, found = self.linear[0][prompt], []
+        for node in self.asked.lm.parts[self.nodes[layer]]:
+            if node.kind == "head" and node.head == 0:
+                found.append(torch.einsum("nhk,nhk->hn", at(record.z[layer]), self._heads[layer][prompt]))
+            elif node.kind == "bias":
+                own, gain = r @ self.asked.folded[layer].bias, record.gain.get(layer)
+                found.append((own if gain is None else own * at(gain))[None])
+            elif node.kind != "head":
+                found.append((at(record.vectors[node]) * r).sum(-1)[None])
+        return torch.cat(found)

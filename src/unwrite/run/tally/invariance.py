@@ -9,71 +9,104 @@ Final norm, post-norms and the logit difference asked about stay those of the pr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from unwrite.model.view import Model
-from unwrite.model.writes import expand
-from unwrite.run.answer.logits import linear
+from unwrite.model.capture import Recording, recording
+from unwrite.model.continued import Calls, block_from
 from unwrite.run.loop.finite import not_finite
-from unwrite.run.replay.clean import Clean, clean
-from unwrite.run.replay.edited import each_block
+from unwrite.run.replay.clean import clean
+from unwrite.run.replay.removed import alone
 from unwrite.run.source.writes import Pool
-from unwrite.run.tally.account import Asked
+from unwrite.run.tally.account import Asked, Direct
 
 REPLACED = ("query", "context")
 QUARTILES = (0.25, 0.5, 0.75)
 _BATCH_TOKENS = 4096
 
 
+@dataclass(frozen=True, eq=False)
+class _Donors:
+    """Some texts at one row: what each block reads there, what nodes write there, and how blocks are called there."""
+
+    text: Int[np.ndarray, " text"]
+    reads: Sequence[Float[Tensor, "text d_model"]]
+    record: Recording
+    calls: Calls
+
+
 def invariance(asked: Asked, pool: Pool, first: int, real: int) -> Iterator[Float[Tensor, "replaced node quartile"]]:
     """Of each of the batch's `real` prompts: quartiles of every node's direct reading over texts; NaN below two."""
-    r, _ = linear(asked.lm, asked.question, asked.final(asked.run.record))
+    direct, donors = Direct(asked), dict[int, list[_Donors]]()
     for i in range(real):
         row = int(asked.row[i])
         texts = pool.others(first + i, row)
-        values = [torch.einsum("snjd,d->snj", part, r[i]) for part in _others(asked, pool, i, row, texts)]
         if len(texts) < 2:
-            yield torch.full((len(REPLACED), len(asked.lm.parts), len(QUARTILES)), torch.nan).to(r)
+            nothing = direct.linear[0].new_full((), torch.nan)
+            yield nothing.expand(len(REPLACED), len(asked.lm.parts), len(QUARTILES))
             continue
-        quartiles = torch.tensor(QUARTILES, dtype=r.dtype, device=r.device)
-        if not all(part.isfinite().all() for part in values):
+        if row not in donors:
+            donors[row] = [*_donors(asked, pool, row)]
+        others = torch.from_numpy(np.isin(np.concatenate([part.text for part in donors[row]]), texts))
+        values = torch.cat([_values(asked, direct, i, part) for part in donors[row]], -1)
+        values = values[..., others.to(values.device)]
+        if not values.isfinite().all():
             what = f"a node's direct reading for prompt {first + i} is not finite when it reads other texts"
             raise not_finite(what, "leave texts out that are not read well")
-        yield torch.quantile(torch.cat(values, 2), quartiles, dim=2).movedim(0, 2)
+        quartiles = torch.tensor(QUARTILES, dtype=values.dtype, device=values.device)
+        yield torch.quantile(values, quartiles, dim=2).movedim(0, 2)
 
 
-def _others(
-    asked: Asked, pool: Pool, prompt: int, row: int, texts: Int[np.ndarray, " text"]
-) -> Iterator[Float[Tensor, "replaced node text d_model"]]:
-    """Writes at the read row when it, or everything, comes from other texts; some texts at a time."""
-    lm, folded = asked.lm, asked.folded
+def _donors(asked: Asked, pool: Pool, row: int) -> Iterator[_Donors]:
+    """All texts that reach a row, some at a time."""
+    lm, base = asked.lm, asked.base
+    texts = np.flatnonzero(pool.tokens.lengths > row)
+    calls = base.calls(row, row + 1) if base.kept else alone(lm, asked.ids)
     step = max(1, _BATCH_TOKENS // (row + 1))
-    for start in range(0, len(texts), step):
-        ids = torch.from_numpy(pool.tokens.ids[texts[start : start + step], : row + 1])
-        donors = clean(lm, ids, folded)
-        own = clean(lm, asked.ids[prompt, : row + 1].expand(len(ids), -1), folded)
-        context = _at(lm, donors, folded, row)
-        query = _at(lm, _queried(own, donors, row), folded, row)
-        attention = torch.tensor([node.kind in ("head", "bias") for node in lm.parts], device=context.device)
-        yield torch.stack([torch.where(attention[:, None, None], query, context), context])
+    for some in (texts[start : start + step] for start in range(0, len(texts), step)):
+        run = clean(lm, torch.from_numpy(pool.tokens.ids[some, : row + 1]), asked.folded)
+        at_row = run.record.writes.map(partial(_at, n=len(some), row=row))
+        gain = {i: one for i, one in enumerate(at_row.gain) if one is not None}
+        record = Recording(dict(enumerate(at_row.z)), gain, dict(at_row.vectors))
+        yield _Donors(some, [run.input(i)[:, row].clone() for i in range(len(lm.layers))], record, calls)
 
 
-def _at(lm: Model, run: Clean, folded: tuple, row: int) -> Float[Tensor, "node text d_model"]:
-    texts = len(run.record.z[0])
-    return expand(lm, folded, run.record.writes.map(lambda part: part.expand(texts, *part.shape[1:])[:, row]))
+def _at(part: Tensor, n: int, row: int) -> Tensor:
+    """A factor of every text at one row."""
+    return part.expand(n, *part.shape[1:])[:, row].clone()
 
 
-def _queried(own: Clean, donors: Clean, row: int) -> Clean:
-    """The prompt's run in which every block by itself reads the donors' stream at `row`, post-norms held."""
+def _values(asked: Asked, direct: Direct, i: int, donors: _Donors) -> Float[Tensor, "replaced node text"]:
+    """Direct readings when the read row, or everything, comes from other texts."""
+    lm, prompt = asked.lm, torch.full((len(donors.text),), i, device=asked.row.device)
+    context = torch.cat([direct.of(layer, donors.record, lambda x: x, prompt) for layer in direct.nodes])
+    with recording(lm, asked.folded) as record:
+        query = [direct.of(-1, donors.record, lambda x: x, prompt)]
+        for layer, reads in enumerate(donors.reads):
+            at = _queried(asked, i, layer, reads, donors.calls, prompt)
+            if layer in record.gain:
+                held = asked.run.record.gain[layer][i, asked.row[i]]
+                record.z[layer] = record.z[layer] * (held / record.gain[layer])[..., None, None]
+                record.gain[layer] = held.expand_as(record.gain[layer])
+            query.append(direct.of(layer, record, lambda x, at=at: x[:, at], prompt))
+    attention = torch.tensor([node.kind in ("head", "bias") for node in lm.parts], device=context.device)
+    return torch.stack([torch.where(attention[:, None], torch.cat(query), context), context])
 
-    def donated(index: int, x: Tensor) -> Tensor:
-        mixed = x.clone()
-        mixed[:, row] = donors.input(index)[:, row]
-        return mixed
 
-    return each_block(own, donated)
+@torch.no_grad()
+def _queried(asked: Asked, i: int, layer: int, reads: Tensor, calls: Calls, prompt: Tensor) -> int:
+    """Run one block of a prompt's run with what others read at the read row; where that row is in what it brings."""
+    base, row = asked.base, int(asked.row[i])
+    if base.kept:
+        block_from(asked.lm, base.kept, layer, reads[:, None], prompt, row, calls)
+        return 0
+    mixed = asked.run.input(layer)[i].expand(len(reads), -1, -1).clone()
+    mixed[:, row] = reads.to(mixed)
+    block_from(asked.lm, (), layer, mixed, prompt, 0, calls)
+    return row

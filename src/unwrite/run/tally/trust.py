@@ -2,7 +2,7 @@
 
 Three forms of one correlation over cells (prompt, node): `pooled`, over all cells; `within_node`, each node's mean
 over prompts taken out (does the reading know on which prompts a node matters?); `within_prompt`, each prompt's mean
-over nodes taken out (does it know which nodes matter on a prompt?). Intervals by resampling clusters of prompts.
+over nodes taken out (does it know which nodes matter on a prompt?). Intervals by leaving out clusters of prompts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from unwrite.stats.bootstrap import fit, interval, moments
+from unwrite.stats.bootstrap import fit, moments
+from unwrite.stats.jackknife import interval
 from unwrite.stats.ranks import same_sign
 
 FORMS = ("pooled", "within_node", "within_prompt")
@@ -20,7 +21,7 @@ FORMS = ("pooled", "within_node", "within_prompt")
 
 @dataclass(frozen=True)
 class Trust:
-    """Of one reading, group and form: correlation with `total` and its 95 % interval, slope, sign agreement, cells."""
+    """Of one reading, group and form: correlation with `total` and its 95 % interval, slope, sign agreement, counts."""
 
     correlation: float
     low: float
@@ -28,6 +29,7 @@ class Trust:
     slope: float
     same_sign: float
     n: int
+    clusters: int
 
 
 def trust(
@@ -45,7 +47,7 @@ def trust(
     if form == "within_prompt" and len(x):
         x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
     sums = _sums(x, y, cluster[kept], per_node=form == "within_node")
-    nothing = Trust(np.nan, np.nan, np.nan, np.nan, np.nan, int(x.size))
+    nothing = Trust(np.nan, np.nan, np.nan, np.nan, np.nan, int(x.size), sums.shape[1])
     # Centred on its own node or prompt, a single cell says nothing.
     if not len(x) or (form == "within_node" and len(x) < 2) or (form == "within_prompt" and x.shape[1] < 2):
         return nothing
@@ -53,7 +55,7 @@ def trust(
     low, high = interval(sums)
     prompt = np.repeat(np.arange(len(x)), x.shape[1])
     agree = same_sign(reading[kept].ravel(), total[kept].ravel(), prompt)
-    return Trust(correlation, low, high, slope, agree, int(x.size))
+    return Trust(correlation, low, high, slope, agree, int(x.size), sums.shape[1])
 
 
 def _sums(x: np.ndarray, y: np.ndarray, cluster: np.ndarray, per_node: bool) -> Float[np.ndarray, "moment cluster k"]:

@@ -1,0 +1,33 @@
+"""How sure is a correlation of few clusters? A t interval on the jackknife of Fisher's z; of too few, none.
+
+The percentiles of a bootstrap over n clusters hold a nominal 95 % in .51 of all cases at n = 2, .79 at 5 and .89 at 20;
+this interval in .93 to .97 from n = 6 on, in .90 where a few clusters hold most of the spread (tests/test_trust.py).
+(facts: erasure on real models, §3)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float
+from scipy import stats
+
+from unwrite.stats.bootstrap import fit
+
+# Fewer clusters have no interval.
+FEWEST = 6
+_LEVEL = 0.975
+# As near to 1 as a correlation of rounded numbers comes.
+_ONE = 1 - 1e-15
+
+
+def interval(sums: Float[np.ndarray, "moment cluster k"]) -> tuple[float, float]:
+    """95 % interval of the correlation from moments of every cluster; NaN below six, or where one alone decides."""
+    n = sums.shape[1]
+    if n < FEWEST:
+        return np.nan, np.nan
+    whole = sums.sum(1, keepdims=True)
+    z, without = (np.arctanh(np.clip(fit(part)[0], -_ONE, _ONE)) for part in (whole, whole - sums))
+    each = n * z - (n - 1) * without
+    half = stats.t.ppf(_LEVEL, n - 1) * each.std(ddof=1) / np.sqrt(n)
+    low, high = np.tanh([each.mean() - half, each.mean() + half])
+    return float(low), float(high)
