@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from unwrite.model.cache import with_past
 from unwrite.model.capture import Recording, recording
-from unwrite.model.continued import Calls, block_from, calls_from
+from unwrite.model.continued import Calls, block, calls_from
 from unwrite.model.hooks import Handle, Visit, after, before, hooked
 from unwrite.model.view import Layer, Model, centre
 from unwrite.nodes import Location, Node
@@ -27,11 +28,15 @@ from unwrite.run.replay.walk import ROWS
 
 @dataclass(frozen=True, eq=False)
 class Changed:
-    """Runs of prompts `prompt[i]` of a clean run in which `change[i]` is added right after `node[i]` has written."""
+    """Runs of prompts `prompt[i]` of a clean run in which `change[i]` is added right after `node[i]` has written.
+
+    `looked_at`: of which of them, in ascending order, it is recorded what nodes write; None: of all.
+    """
 
     node: Sequence[Node]
     prompt: Int[Tensor, " run"]
     change: Float[Tensor, "run position d_model"]
+    looked_at: Int[Tensor, " looked_at"] | None = None
 
 
 # Told of every block that runs 0 … n went through: what the nodes of that layer wrote, and its states of the stream.
@@ -63,7 +68,8 @@ def changed(run: Clean, calls: Calls, runs: Changed, seen: Seen) -> Float[Tensor
     """The final stream of every run. `runs` are in the order in which they begin (`in_order`), `calls` are `alone`'s.
 
     `seen(layer, n, record)` is told of every block that the first `n` runs went through; `record` holds what that
-    block's nodes write there, and its states of the stream: mid (none in a parallel block) and post.
+    block's nodes write there, in those that are looked at, and its states of the stream in all: mid (none in a parallel
+    block) and post.
     """
     lm = run.lm
     start = [begins(lm, node) for node in runs.node]
@@ -73,12 +79,14 @@ def changed(run: Clean, calls: Calls, runs: Changed, seen: Seen) -> Float[Tensor
         stack.enter_context(hooked(_mids(lm, record)))
         for index in range(min(start), len(lm.layers) + 1):
             n = sum(first <= index for first in start)
-            x = torch.cat([x, _begun(run, runs, slice(len(x), n), index)])
+            if n > len(x):
+                x = torch.cat([x, _begun(run, runs, slice(len(x), n), index)])
             if index == len(lm.layers):
                 break
+            record.only = runs.looked_at if runs.looked_at is None else runs.looked_at[runs.looked_at < n]
             # Edits come last, so what nodes hand on after one is not what is recorded of them.
             with hooked(_edits(run, runs, slice(0, n), lm.layers[index])):
-                x = block_from(lm, (), index, x, runs.prompt[:n], 0, calls)
+                x = block(lm.layers[index], with_past(calls[index], None, n), x).to(runs.prompt.device)
             record.stream[Location("post", index)] = centre(x.to(lm.device, lm.compute_dtype), lm)
             seen(index, n, record)
             for store in (record.z, record.gain, record.vectors, record.stream):
@@ -95,7 +103,7 @@ def _mids(lm: Model, record: Recording) -> Iterator[Handle]:
 def _mid(lm: Model, layer: Layer, record: Recording) -> Visit:
     def visit(x: Tensor) -> None:
         # OPT flattens prompts and positions before its MLP.
-        x = x.detach().reshape(*record.z[layer.index].shape[:2], -1).to(lm.device, lm.compute_dtype)
+        x = x.detach().reshape(*record.shape, -1).to(lm.device, lm.compute_dtype)
         record.stream[Location("mid", layer.index)] = centre(x, lm)
 
     return visit
