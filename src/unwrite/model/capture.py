@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from unwrite.model.hooks import Handle, Visit, after, before, hooked
+from unwrite.model.hooks import Handle, after, before, hooked
 from unwrite.model.view import Folded, Layer, Model, centre, norm_scale
 from unwrite.model.writes import Writes
 from unwrite.nodes import Location, Node
@@ -19,13 +19,18 @@ from unwrite.nodes import Location, Node
 
 @dataclass
 class Recording:
-    """What one forward pass showed. `writes` always; the rest, by which the certificate judges it, on request."""
+    """What one forward pass showed. `writes` always; the rest, by which the certificate judges it, on request.
+
+    `only`: of which prompts it is kept what nodes write (None: of all). `shape`: prompts and positions of the pass.
+    """
 
     z: dict[int, Tensor] = field(default_factory=dict)
     gain: dict[int, Tensor] = field(default_factory=dict)
     vectors: dict[Node, Tensor] = field(default_factory=dict)
     stream: dict[Location, Tensor] = field(default_factory=dict)
     attention: dict[int, Tensor] = field(default_factory=dict)
+    only: Tensor | None = None
+    shape: tuple[int, int] = (0, 0)
 
     @property
     def writes(self) -> Writes:
@@ -86,11 +91,15 @@ def _module(lm: Model, path: str) -> nn.Module:
 
 def _layer_hooks(lm: Model, layer: Layer, fold: Folded, record: Recording) -> Iterator[Handle]:
     def keep_z(z: Tensor) -> None:
-        z = z.detach().to(lm.device, lm.compute_dtype).unflatten(-1, (lm.n_heads, lm.head_dim))
-        record.z[layer.index] = z.clone() if fold.constant is None else z - fold.constant
+        z, record.shape = z.detach(), (z.shape[0], z.shape[1])
+        z = _part(z.clone() if record.only is None else z, record.only).to(lm.device, lm.compute_dtype)
+        z = z.unflatten(-1, (lm.n_heads, lm.head_dim))
+        record.z[layer.index] = z if fold.constant is None else z - fold.constant
 
     def keep_gain(attention: Tensor, norm: nn.Module) -> None:
-        scale = norm_scale(attention.detach().to(lm.device, lm.compute_dtype), norm, lm.row.layer_norm)
+        scale = norm_scale(
+            _part(attention.detach(), record.only).to(lm.device, lm.compute_dtype), norm, lm.row.layer_norm
+        )
         record.gain[layer.index] = scale
         record.z[layer.index] *= scale[..., None, None]
 
@@ -99,30 +108,34 @@ def _layer_hooks(lm: Model, layer: Layer, fold: Folded, record: Recording) -> It
         yield before(norm, lambda attention: keep_gain(attention, norm))
     keep_mlp = _keep(record.vectors, Node("mlp", layer.index), lm, lm.residual_scale)
     # OPT flattens prompts and positions before its MLP.
-    yield after(layer.mlp_end, lambda output: keep_mlp(_like(output, record.z[layer.index])))
+    yield after(layer.mlp_end, lambda output: keep_mlp(_like(output, record), record.only))
 
 
 def _truth_hooks(lm: Model, layer: Layer, record: Recording) -> Iterator[Handle]:
     yield before(layer.block, _keep(record.stream, layer.reads, lm))
     if layer.mid is not None:  # in a parallel block too: it must read what attention reads
         keep_mid = _keep(record.stream, Location("mid", layer.index), lm)
-        yield before(layer.mid, lambda x: keep_mid(_like(x, record.z[layer.index])))
+        yield before(layer.mid, lambda x: keep_mid(_like(x, record)))
     if layer.index == len(lm.layers) - 1:
         yield before(lm.final_norm, _keep(record.stream, Location("post", layer.index), lm))
     yield after(layer.attention_end, _keep(record.attention, layer.index, lm, lm.residual_scale))
 
 
-def _keep(store: dict[Any, Tensor], key: Any, lm: Model, scale: float = 1.0) -> Visit:
-    def keep(output: Tensor) -> None:
-        write = output.detach().to(lm.device, lm.compute_dtype)
+def _keep(store: dict[Any, Tensor], key: Any, lm: Model, scale: float = 1.0) -> Callable[..., None]:
+    def keep(output: Tensor, only: Tensor | None = None) -> None:
+        write = _part(output.detach(), only).to(lm.device, lm.compute_dtype)
         write = centre(write if scale == 1.0 else write * scale, lm)
         store[key] = write.clone() if write.data_ptr() == output.data_ptr() else write
 
     return keep
 
 
-def _like(output: Tensor, z: Tensor) -> Tensor:
-    return output.reshape(*z.shape[:2], -1)
+def _part(whole: Tensor, only: Tensor | None) -> Tensor:
+    return whole if only is None else whole[only.to(whole.device)]
+
+
+def _like(output: Tensor, record: Recording) -> Tensor:
+    return output.reshape(*record.shape, -1)
 
 
 @torch.no_grad()

@@ -24,15 +24,42 @@ from unwrite.nodes import Node
 _Write = Float[Tensor, "prompt position d_model"]
 
 
+class Others:
+    """What nodes write in another prompt; how much that is, is asked of every node again and again, and found once."""
+
+    def __init__(self, lm: Model, folded: Sequence[Folded], writes: Writes):
+        self._lm, self._folded, self._writes = lm, folded, writes
+        self._size: dict[Node, Tensor] = {}
+
+    def size(self, node: Node) -> Float[Tensor, ""]:
+        """Root of the energy that a node writes."""
+        if node not in self._size:
+            written = write_of(self._lm, self._folded, self._writes, node).norm()
+            self._size[node] = written.clamp_min(torch.finfo(written.dtype).tiny)
+        return self._size[node]
+
+    def mix(self, times: Mapping[Node, Tensor], like: _Write) -> _Write:
+        """What nodes write, each so many times, summed up; all heads of a layer in one product."""
+        found = torch.zeros_like(like)
+        for layer in dict.fromkeys(node.layer for node in times):
+            heads = [times.get(Node("head", layer, head)) for head in range(self._lm.n_heads)]
+            if any(head is not None for head in heads):
+                each = torch.stack([found.new_zeros(()) if head is None else head for head in heads])
+                found += (self._writes.z[layer] * each[:, None]).flatten(-2) @ self._folded[layer].w_o.flatten(0, 1)
+        for node, many in times.items():
+            if node.kind != "head":
+                found += many * self._writes.vectors[node]
+        return found
+
+
 @dataclass(frozen=True, eq=False)
 class Stead:
     """Where a stand-in is needed: for the write of a node, beside what nodes write in another prompt."""
 
     lm: Model
-    folded: Sequence[Folded]
     node: Node
     write: _Write
-    other: Writes
+    other: Others
 
 
 def stand_in(place: Stead, control: str, draw: int, weight: Float[Tensor, " d_model"]) -> _Write:
@@ -50,15 +77,11 @@ def _ratio(energy: Tensor, own: Tensor) -> Tensor:
 def _typical(place: Stead, generator: torch.Generator) -> _Write:
     """Each node's part is as large as any other's: a mix of writes as they are would be that of the largest MLP, which
     may be the very write whose place it takes."""
-    lm, found = place.lm, torch.zeros_like(place.write)
     around = range(place.node.layer - 1, place.node.layer + 2)
-    for node in lm.parts:
-        if node.layer in around and node.kind != "bias":
-            times = torch.randn((), generator=generator, dtype=torch.float64)
-            if node != place.node:
-                written = write_of(lm, place.folded, place.other, node)
-                found += times.to(found) * written / written.norm().clamp_min(torch.finfo(written.dtype).tiny)
-    return found
+    near = [node for node in place.lm.parts if node.layer in around and node.kind != "bias"]
+    drawn = {node: torch.randn((), generator=generator, dtype=torch.float64).to(place.write) for node in near}
+    times = {node: drawn[node] / place.other.size(node) for node in near if node != place.node}
+    return place.other.mix(times, place.write)
 
 
 def _signs(place: Stead, generator: torch.Generator) -> _Write:

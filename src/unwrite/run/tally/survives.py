@@ -29,7 +29,7 @@ from unwrite.run.loop.ledger import Ledger
 from unwrite.run.loop.stream import Batch, Rows
 from unwrite.run.replay.clean import clean
 from unwrite.run.replay.removed import Changed, alone, at_once, changed, in_order
-from unwrite.run.source.standins import Stead, stand_in
+from unwrite.run.source.standins import Others, Stead, stand_in
 from unwrite.stats.verdicts import Sums, by_document
 
 # Stand-ins of each kind for a writer that is asked about alone.
@@ -107,8 +107,9 @@ class _Measuring:
         self.asked, self.real = asked, batch.real
         self.kept = batch.beyond(asked.skip).to(lm.device)
         self.run = clean(lm, batch.ids, asked.folded)
-        self.calls = alone(lm, batch.ids)
-        self.other = writes_of(lm, _others(asked, batch), asked.folded)
+        # Of one prompt the clean run has called its blocks just so.
+        self.calls = self.run.calls if len(batch.ids) == 1 else alone(lm, batch.ids)
+        self.other = Others(lm, asked.folded, writes_of(lm, _others(asked, batch), asked.folded))
         self.state = {state: i for i, state in enumerate(lm.states)}
         self.sinks = self._sinks()
         shape = (batch.real, len(asked.writers), len(asked.puts_in))
@@ -164,8 +165,7 @@ class _Measuring:
         control, draw = self.asked.puts_in[s]
         if (control, draw) == OWN:
             return own
-        other = self.other
-        return stand_in(Stead(self.lm, self.asked.folded, node, own, other), control, draw, weights)
+        return stand_in(Stead(self.lm, node, own, self.other), control, draw, weights)
 
 
 class _Chunk:
@@ -180,83 +180,95 @@ class _Chunk:
             if (w, s) not in made:
                 made[w, s] = of.write(w, s)
         self.write = torch.stack([made[w, s][p] for p, w, s in runs])
-        # Along what products are taken, by the name of the weights.
-        self.along = [self.write * weights[self.w][:, None] for weights in of.asked.weights.values()]
+        # How channels are weighed in each run: [run, d_model, weigh].
+        self.weights = torch.stack([weights[self.w] for weights in of.asked.weights.values()], -1)
         # Only of the write itself it is asked who acts on it.
-        self.own = [i for i, (_, _, s) in enumerate(runs) if s == 0]
+        own = [i for i, (_, _, s) in enumerate(runs) if s == 0]
+        self.own = torch.tensor(own, dtype=torch.long, device=lm.device)
+        self.along = self.write[self.own] * self.weights[self.own, None, :, 0]
+        self.alone = len({p for p, _, _ in runs}) == 1
 
     def go(self) -> None:
         of = self.of
+        energy, own = self._weighed(self.write.square()), self.own
+        of.x[self.prompt, self.w, self.s] = energy
         after = torch.tensor([of.state[of.lm.after(node)] for node in self.nodes], device=of.lm.device)
-        for k, along in enumerate(self.along):
-            energy = _summed((self.write * along).sum(-1))
-            of.x[self.prompt, self.w, self.s, k] = energy
-            of.y[self.prompt, self.w, self.s, after, k] = energy
-        if self.own:
-            own = self._own()
-            # Right after the write nothing has been run yet.
-            for i in self.own:
-                x = of.run.record.stream[of.lm.after(self.nodes[i])][self.prompt[i : i + 1]]
-                self._rescaled(own.new_tensor([i]), after[i], x, x - self.write[i : i + 1])
-            of.channels[self.prompt[own], self.w[own]] = self.write[own].pow(2).sum(1, dtype=torch.float64)
-        final = changed(of.run, of.calls, Changed(self.nodes, self.prompt, -self.write), self._seen)
-        self._end(final)
+        of.y[self.prompt, self.w, self.s, after] = energy
+        # Right after the write nothing has been run yet.
+        for k, i in enumerate(own.tolist()):
+            x = of.run.record.stream[of.lm.after(self.nodes[i])][self.prompt[i : i + 1]]
+            self._rescaled(own[k : k + 1], after[i], x.norm(dim=-1), (x - self.write[i : i + 1]).norm(dim=-1))
+        of.channels[self.prompt[own], self.w[own]] = self.write[own].square().sum(1, dtype=torch.float64)
+        runs = Changed(self.nodes, self.prompt, -self.write, own)
+        self._end(changed(of.run, of.calls, runs, self._seen))
 
-    def _own(self, n: int | None = None) -> Int[Tensor, " own"]:
-        return torch.tensor([i for i in self.own if n is None or i < n], dtype=torch.long, device=self.of.lm.device)
+    def _clean(self, whole: Tensor, runs: Tensor | slice) -> Tensor:
+        """What belongs to some runs, of what there is for every prompt; once if they are all of one."""
+        return whole[self.prompt[:1]] if self.alone else whole[self.prompt[runs]]
+
+    def _weighed(self, products: Float[Tensor, "run position d_model"]) -> Float[Tensor, "run weigh"]:
+        """Products of channels, weighed and summed up in the first runs: over positions first, so that they are gone
+        through once however many weights there are."""
+        return torch.einsum("rd,rdk->rk", products.sum(1).double(), self.weights[: len(products)].double())
 
     def _seen(self, layer: int, n: int, record: Recording) -> None:
-        of, own = self.of, self._own(n)
+        of, own = self.of, self.own[self.own < n]
         for state, x in record.stream.items():
-            base = of.run.record.stream[state][self.prompt[:n]]
-            change, at = base - x, of.state[state]
-            for k, along in enumerate(self.along):
-                of.y[self.prompt[:n], self.w[:n], self.s[:n], at, k] = _summed((change * along[:n]).sum(-1))
+            base, at = self._clean(of.run.record.stream[state], slice(n)), of.state[state]
+            products = (base - x).mul_(self.write[:n])
+            of.y[self.prompt[:n], self.w[:n], self.s[:n], at] = self._weighed(products)
             if len(own):
-                self._rescaled(own, at, base[own], x[own])
+                length = base.norm(dim=-1) if self.alone else base.norm(dim=-1)[own]
+                self._rescaled(own, at, length, x.norm(dim=-1)[own])
         if len(own):
             self._nodes(layer, own, record)
 
-    def _rescaled(self, own: Tensor, at: Any, x: Tensor, without: Tensor) -> None:
+    def _rescaled(self, own: Tensor, at: Any, length: Tensor, without: Tensor) -> None:
         """Sums of log(‖x‖ / ‖x^{−w}‖): by how much norms scale everything else otherwise."""
-        grew = (x.norm(dim=-1) / without.norm(dim=-1)).log().double() * self.of.kept[self.prompt[own]]
+        grew = (length / without).log().double() * self.of.kept[self.prompt[own]]
         self.of.rescaled[self.prompt[own], self.w[own], at] = grew.nansum(1)
 
     def _nodes(self, layer: int, own: Tensor, record: Recording) -> None:
         """What each node of a layer writes along the write, and how much of that because it is there."""
-        of, lm, along = self.of, self.of.lm, self.along[0][own]
+        of, lm, along = self.of, self.of.lm, self.along[: len(own)]
         prompt, w, folds = self.prompt[own], self.w[own], self.of.asked.folded[layer]
         first = lm.parts.index(Node("head", layer, 0))
         heads = slice(first, first + lm.n_heads)
         read = (along @ folds.w_o.flatten(0, 1).t()).unflatten(-1, (lm.n_heads, lm.head_dim))
-        z = of.run.record.z[layer][prompt]
-        of.share[prompt, w, heads] = _summed((z * read).sum(-1).transpose(1, 2))
-        of.acts[prompt, w, heads] = _summed(((z - record.z[layer][own]) * read).sum(-1).transpose(1, 2))
+        z, clean = record.z[layer], self._clean(of.run.record.z[layer], own)
+        of.share[prompt, w, heads] = _both(clean * read)
+        of.acts[prompt, w, heads] = _both((clean - z).mul_(read))
         mlp = Node("mlp", layer)
-        written = of.run.record.vectors[mlp][prompt]
-        of.share[prompt, w, lm.parts.index(mlp)] = _summed((written * along).sum(-1))
-        of.acts[prompt, w, lm.parts.index(mlp)] = _summed(((written - record.vectors[mlp][own]) * along).sum(-1))
+        written, clean = record.vectors[mlp], self._clean(of.run.record.vectors[mlp], own)
+        of.share[prompt, w, lm.parts.index(mlp)] = _both(clean * along)
+        of.acts[prompt, w, lm.parts.index(mlp)] = _both((clean - written).mul_(along))
         if (bias := Node("bias", layer)) in lm.parts:
             onto, gain = along @ folds.bias, of.run.record.gain.get(layer)
             at = lm.parts.index(bias)
             of.share[prompt, w, at] = _summed(onto if gain is None else onto * gain[prompt])
             if gain is not None:
-                of.acts[prompt, w, at] = _summed(onto * (gain[prompt] - record.gain[layer][own]))
+                of.acts[prompt, w, at] = _summed(onto * (gain[prompt] - record.gain[layer]))
 
     def _end(self, final: Float[Tensor, "run position d_model"]) -> None:
         of = self.of
-        change = of.run.record.stream[of.lm.states[-1]][self.prompt] - final
-        products, energy = (change * self.along[0]).sum(-1), (self.write * self.along[0]).sum(-1)
+        products = (self._clean(of.run.record.stream[of.lm.states[-1]], slice(None)) - final).mul_(self.write)
+        weights = self.weights[..., :1]
+        products, energy = ((part @ weights)[..., 0] for part in (products, self.write.square()))
         plain = ~of.sinks[self.prompt]
         of.without_sinks[self.prompt, self.w, self.s, 0] = _summed(products * plain)
         of.without_sinks[self.prompt, self.w, self.s, 1] = _summed(energy * plain)
-        own = self._own()
+        own = self.own
         ratio = torch.where(energy > 0, products / energy, torch.nan)[own]
         of.rows[self.prompt[own], self.w[own]] = ratio.float()
 
 
 def _summed(products: Float[Tensor, "*run position"]) -> Float[Tensor, "*run"]:
     return products.sum(-1, dtype=torch.float64)
+
+
+def _both(products: Float[Tensor, "run position ... d"]) -> Float[Tensor, "run ..."]:
+    """Summed up over positions, which are many and far apart in memory, and then exactly."""
+    return _summed(products.sum(1))
 
 
 def _others(asked: Removals, batch: Batch) -> Int[Tensor, "prompt position"]:
