@@ -39,7 +39,7 @@ def stand_in(place: Stead, control: str, draw: int, weight: Float[Tensor, " d_mo
     """Draw number `draw` of a control: the same whenever it is asked for, and for every prompt."""
     seed = [place.lm.parts.index(place.node), list(CONTROLS).index(control), draw]
     generator = torch.Generator().manual_seed(sum(part * 1_000_003**i for i, part in enumerate(seed)) % 2**63)
-    found = centre(CONTROLS[control](place, generator), place.lm)
+    found = centre(CONTROLS[control](place, generator, weight), place.lm)
     return found * _ratio((place.write.pow(2) * weight).sum(-1), (found.pow(2) * weight).sum(-1))[..., None]
 
 
@@ -47,9 +47,9 @@ def _ratio(energy: Tensor, own: Tensor) -> Tensor:
     return torch.where(own > 0, (energy / own.clamp_min(torch.finfo(own.dtype).tiny)).sqrt(), 0.0)
 
 
-def _typical(place: Stead, generator: torch.Generator) -> _Write:
-    """Each node's part is as large as any other's: a mix of writes as they are would be that of the largest MLP, which
-    may be the very write whose place it takes."""
+def _typical(place: Stead, generator: torch.Generator, weight: Float[Tensor, " d_model"]) -> _Write:
+    """Each node's part is as large as any other's, as the weights measure it: a mix of writes as they are would be that
+    of the largest MLP, which may be the very write whose place it takes."""
     lm, found = place.lm, torch.zeros_like(place.write)
     around = range(place.node.layer - 1, place.node.layer + 2)
     for node in lm.parts:
@@ -57,20 +57,21 @@ def _typical(place: Stead, generator: torch.Generator) -> _Write:
             times = torch.randn((), generator=generator, dtype=torch.float64)
             if node != place.node:
                 written = write_of(lm, place.folded, place.other, node)
-                found += times.to(found) * written / written.norm().clamp_min(torch.finfo(written.dtype).tiny)
+                size = (written.pow(2) * weight).sum().sqrt()
+                found += times.to(found) * written / size.clamp_min(torch.finfo(written.dtype).tiny)
     return found
 
 
-def _signs(place: Stead, generator: torch.Generator) -> _Write:
+def _signs(place: Stead, generator: torch.Generator, _: Tensor) -> _Write:
     return place.write * (1 - 2 * torch.randint(0, 2, (place.lm.d_model,), generator=generator)).to(place.write)
 
 
-def _rotated(place: Stead, generator: torch.Generator) -> _Write:
+def _rotated(place: Stead, generator: torch.Generator, _: Tensor) -> _Write:
     d = place.lm.d_model
     turn, triangle = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
     return place.write @ (turn * triangle.diagonal().sign()).to(place.write)
 
 
-CONTROLS: Mapping[str, Callable[[Stead, torch.Generator], _Write]] = {
+CONTROLS: Mapping[str, Callable[[Stead, torch.Generator, Tensor], _Write]] = {
     "typical": _typical, "signs": _signs, "rotated": _rotated,
 }  # fmt: skip
