@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,13 @@ from torch import Tensor
 import tiny
 import unwrite as uw
 from methods import few_draws
+from test_resume import same
 from unwrite.errors import NumericError, TokensError
 from unwrite.model.planted import Planted
 from unwrite.model.readers import readers, weights
 from unwrite.model.view import Model
 from unwrite.nodes import parse_node
+from unwrite.run.tally import survives
 
 PINNED: dict[str, dict[str, Any]] = {"opt": {"word_embed_proj_dim": None}}
 # A planted model as it is, and with so much of every write in two channels that hardly anybody reads, and a sink.
@@ -124,6 +127,31 @@ def test_documents_make_the_interval_and_few_make_none() -> None:
     assert set(four["verdict"].values) == {"undecided"}  # fewer than five
     assert (four["end_low"] <= four["end"]).all()
     assert (four["end"] <= four["end_high"]).all()
+
+
+@pytest.mark.promise("resumed")
+@pytest.mark.parametrize("after", [1, 4, 9])
+def test_a_run_that_is_killed_inside_a_prompt_goes_on_there_to_the_same_bits(
+    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, asked = build("llama"), {"writers": ["embed", "L0H0", "MLP0"], "controls": ["signs"], "decoys": 2}
+    monkeypatch.setattr(survives, "at_once", lambda length: 2)  # so that a prompt's nine runs are five batches
+    real, ran = survives._Chunk.go, [0]
+    whole = uw.survival(lm, IDS, **asked)
+
+    def go(self: Any) -> None:
+        if ran[0] == after:
+            raise KeyboardInterrupt
+        ran[0] += 1
+        real(self)
+
+    monkeypatch.setattr(survives._Chunk, "go", go)
+    with pytest.raises(KeyboardInterrupt):
+        uw.survival(lm, IDS, **asked, checkpoint=uw.Job(tmp_path, every=0.0))
+    ran[0] = after + 1
+    again = uw.survival(lm, IDS, **asked, checkpoint=uw.Job(tmp_path, every=0.0))
+    assert ran[0] - 1 == 4 * 5  # nothing twice
+    assert same(again, whole)
 
 
 @pytest.mark.parametrize(
