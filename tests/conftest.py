@@ -57,6 +57,8 @@ def _names_axes(function: Callable[..., Any]) -> bool:
 
 jaxtyping.jaxtyped = _checked  # what --jaxtyping-packages puts on everything that is imported from here on
 
+# Where `shared/tools/real_models.py DIR --hf` put models that are too large to lie beside the project.
+REAL = os.environ.get("UNWRITE_REAL")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -68,7 +70,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "shared" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.shared)
-        for marker in ("slow", "gpu", "shared"):
+        for marker in ("slow", "gpu", "shared", "real"):
             if item.get_closest_marker(marker) and (reason := _missing(marker, config)):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
@@ -79,6 +81,9 @@ def _missing(marker: str, config: pytest.Config) -> str | None:
         return None if config.getoption("--slow") else "slow: runs with --slow"
     if marker == "shared":
         return None if SHARED.is_dir() else "shared: there is no folder ../shared beside the project"
+    if marker == "real":
+        there = REAL is not None and Path(REAL).is_dir()
+        return None if there else "real: the environment variable UNWRITE_REAL names no folder of models"
     import torch
 
     return None if torch.cuda.is_available() else "gpu: torch sees no CUDA device"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from unwrite.errors import NumericError
 from unwrite.model.planted import Pair, Planted, planted
 from unwrite.nodes import Node, parse_node, reads
 
@@ -35,9 +36,13 @@ TEXT = topics["assert"] + topics["yield"]
 Writes = Mapping[str, Tensor]
 
 
+# The variant has this part of a write's energy in two channels, as Gemma 3 270M has in three.
+MASSIVE = 0.86
+
+
 @cache
-def _model(family: str) -> Planted:
-    return planted(family, dtype=torch.float64)
+def _model(family: str, massive: float = 0.0) -> Planted:
+    return planted(family, dtype=torch.float64, massive=massive)
 
 
 @cache
@@ -303,3 +308,63 @@ def test_shares_hold_for_every_seed_and_dtype(family: str, dtype: torch.dtype, s
     writes = {name: write.double() for name, write in _run(model.hf, _ids(family)[:2]).items()}
     for pair in model.pairs:
         assert _share(writes[pair.eraser], writes[pair.writer]) == pytest.approx(pair.share, abs=0.02)
+
+
+@cache
+def _with_massive(family: str, *without: str) -> Writes:
+    """The writes of the variant, or of it in a run without a write."""
+    gone = {writer: _with_massive(family)[writer] for writer in without}
+    return _run(_model(family, MASSIVE).hf, _ids(family), gone)
+
+
+def _beside(write: Tensor) -> Tensor:
+    return write[..., 2:]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_so_much_of_a_write_is_massive_as_was_asked_for(family: str) -> None:
+    writes, roles = _with_massive(family), _model(family, MASSIVE).roles
+    for role in ENDS:
+        (write,) = (writes[name] for name in roles[role])
+        assert float(write[..., :2].pow(2).sum() / write.pow(2).sum()) == pytest.approx(MASSIVE, abs=1e-6)
+    (amplifier,) = roles["amplifier"]
+    # Half of what was there before it; at a newline the stream is longer by its coordinate, and that much is less.
+    before = sum(writes[str(node)][..., :2] for node in _nodes(writes) if node.layer < 2)
+    torch.testing.assert_close(writes[amplifier][..., :2], before / 2, rtol=5e-3, atol=1e-6)
+
+
+@pytest.mark.promise("planted")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_beside_what_is_massive_shares_are_the_planted_ones(family: str) -> None:
+    writes = _with_massive(family)
+    for pair in _model(family, MASSIVE).pairs:
+        eraser, writer = writes[pair.eraser], writes[pair.writer]
+        assert _share(_beside(eraser), _beside(writer)) == pytest.approx(pair.share, abs=2e-3)
+        assert _share(eraser, writer) == pytest.approx((1 - MASSIVE) * pair.share, abs=2e-3)
+        without = _beside(_with_massive(family, pair.writer)[pair.eraser])
+        assert _share(without, _beside(writer)) == pytest.approx(pair.share_without, abs=0.07)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_massive_write_that_is_taken_out_leaves_the_stream_as_long(family: str) -> None:
+    for role in ENDS:
+        (writer,) = _model(family, MASSIVE).roles[role]
+        before = [
+            sum(part[str(node)] for node in _nodes(part) if node.layer < 1).norm(dim=-1)
+            for part in (_with_massive(family), _with_massive(family, writer))
+        ]
+        torch.testing.assert_close(before[1] / before[0], torch.ones_like(before[0]), rtol=0, atol=0.06)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_at_a_newline_and_nowhere_else_the_stream_is_far_longer(family: str) -> None:
+    length = _with_massive(family)["stream"].norm(dim=-1)
+    newline = _ids(family) == _model(family).tokenizer("\n")["input_ids"][0]
+    assert 0 < newline.sum() < 0.1 * newline.numel()
+    assert torch.equal(length > 10 * length.median(1, keepdim=True).values, newline)
+
+
+@pytest.mark.parametrize("massive", [-0.1, 1.0, float("nan")])
+def test_no_more_than_all_of_a_write_is_massive(massive: float) -> None:
+    with pytest.raises(NumericError, match="massive is a part"):
+        planted("gpt2", massive=massive)

@@ -100,6 +100,21 @@ def test_ranks_have_the_bits_of_one_process_and_leave_one_result(folder, tmp_pat
     assert same(uw.read(out), uw.scan(lm, uw.text(folder / "text.txt", lm.tokenizer, 80, 64)))
 
 
+@pytest.mark.promise("shards")
+def test_shards_of_survival_have_the_bits_of_one_process(lm, tmp_path) -> None:
+    # Which writers are material is found by every shard in all prompts, what survives of them in its own.
+    asked: dict[str, Any] = {"controls": ["typical", "signs"], "decoys": 2}
+    some = uw.Tokens(IDS[:5].numpy(), np.full(5, 9), np.arange(5))
+    for part in (3, 1, 2):
+        with uw.Job(tmp_path / str(part), shard=(part, 3)) as job:
+            uw.survival(lm, some, **asked, checkpoint=job)
+            pytest.fail("a shard has no result")
+    with uw.Job(of=[tmp_path / "1", tmp_path / "2"]) as job, pytest.raises(ResultError, match="run shard 3/3, too"):
+        uw.survival(lm, some, **asked, checkpoint=job)
+    places = [tmp_path / str(part) for part in (2, 3, 1)]
+    assert same(uw.survival(lm, some, **asked, checkpoint=uw.Job(of=places)), uw.survival(lm, some, **asked))
+
+
 def test_a_shard_that_was_stopped_goes_on(lm, whole, tmp_path, monkeypatch) -> None:
     from unwrite.run.tally import gram
 
@@ -177,6 +192,28 @@ def test_shards_and_merge_from_a_shell(folder, monkeypatch, capsys, tmp_path) ->
         assert "shard" in capsys.readouterr().err
 
 
+@pytest.mark.promise("shards")
+def test_survival_in_shards_and_ranks_from_a_shell(folder, monkeypatch, capsys, tmp_path) -> None:
+    asked = ("survival", folder / "model", "--text", folder / "text.txt", "-n", 3, "--length", 16, "--decoys", 1)
+    assert run(monkeypatch, *asked, "--out", tmp_path / "whole") == 0
+    whole = uw.read(tmp_path / "whole")
+    places = [tmp_path / f"run{i}" for i in (1, 2)]
+    for i, place in enumerate(places):
+        assert run(monkeypatch, *asked, "--shard", f"{i + 1}/2", "--out", place) == 0
+    assert run(monkeypatch, "merge", *places, "--out", tmp_path / "merged") == 0
+    assert same(uw.read(tmp_path / "merged"), whole)
+    out = tmp_path / "ranks"
+    script = RANKS.format(size=2, arguments=[*map(str, asked), "--out", str(out), "--checkpoint-every", "0"])
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert same(uw.read(out), whole)
+    capsys.readouterr()
+    (places[1] / "shard.json").write_text((places[1] / "shard.json").read_text().replace("survival", "verify"))
+    assert run(monkeypatch, "merge", *places) == 1
+    assert "shard" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "bad", [("--shard", "1/3"), ("--shard", "x", "--out", "run"), ("--shard", "1", "--out", "run")], ids=str
 )
@@ -190,7 +227,7 @@ def test_other_commands_do_not_run_in_several_processes(folder, monkeypatch, cap
     monkeypatch.setenv("WORLD_SIZE", "2")
     asked = ("verify", folder / "model", "L0H0", "--text", folder / "text.txt", "-n", 4, "--length", 64)
     assert run(monkeypatch, *asked) == 2
-    assert "only scan runs in several processes" in capsys.readouterr().err
+    assert "only scan and survival run in several processes" in capsys.readouterr().err
 
 
 @pytest.mark.promise("finished")

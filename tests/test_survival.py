@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +14,18 @@ from torch import Tensor
 import tiny
 import unwrite as uw
 from methods import few_draws
+from test_resume import same
 from unwrite.errors import NumericError, TokensError
+from unwrite.model.planted import Planted
 from unwrite.model.readers import readers, weights
 from unwrite.model.view import Model
 from unwrite.nodes import parse_node
+from unwrite.run.tally import survives
 
 PINNED: dict[str, dict[str, Any]] = {"opt": {"word_embed_proj_dim": None}}
+# A planted model as it is, and with so much of every write in two channels that hardly anybody reads, and a sink.
+PLANTED = [(family, massive) for family in ("llama", "gpt2") for massive in (0.0, 0.86)]
+AGAINST = {"erased", "reduced", "filled in"}
 IDS = torch.randint(3, 50, (4, 6), generator=torch.Generator().manual_seed(0))
 
 
@@ -121,6 +129,31 @@ def test_documents_make_the_interval_and_few_make_none() -> None:
     assert (four["end"] <= four["end_high"]).all()
 
 
+@pytest.mark.promise("resumed")
+@pytest.mark.parametrize("after", [1, 4, 9])
+def test_a_run_that_is_killed_inside_a_prompt_goes_on_there_to_the_same_bits(
+    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, asked = build("llama"), {"writers": ["embed", "L0H0", "MLP0"], "controls": ["signs"], "decoys": 2}
+    monkeypatch.setattr(survives, "at_once", lambda length: 2)  # so that a prompt's nine runs are five batches
+    real, ran = survives._Chunk.go, [0]
+    whole = uw.survival(lm, IDS, **asked)
+
+    def go(self: Any) -> None:
+        if ran[0] == after:
+            raise KeyboardInterrupt
+        ran[0] += 1
+        real(self)
+
+    monkeypatch.setattr(survives._Chunk, "go", go)
+    with pytest.raises(KeyboardInterrupt):
+        uw.survival(lm, IDS, **asked, checkpoint=uw.Job(tmp_path, every=0.0))
+    ran[0] = after + 1
+    again = uw.survival(lm, IDS, **asked, checkpoint=uw.Job(tmp_path, every=0.0))
+    assert ran[0] - 1 == 4 * 5  # nothing twice
+    assert same(again, whole)
+
+
 @pytest.mark.parametrize(
     ("given", "error", "says"),
     [
@@ -145,3 +178,74 @@ def test_a_writer_is_material_where_a_scan_says_so(family: str) -> None:
     scan = uw.scan(lm, IDS)
     material = {str(name) for name in scan["writer"].values[scan["material"].values] if ".bias" not in str(name)}
     assert {*map(str, uw.survival(lm, IDS, controls=["signs"], decoys=1)["writer"].values)} == material
+
+
+@cache
+def truth(family: str, massive: float) -> tuple[Planted, Model, Tensor]:
+    """The model and eight prompts of random bytes, three of which have a newline."""
+    made = uw.planted(family, massive=massive)
+    ids = torch.randint(0, 256, (8, 24), generator=torch.Generator().manual_seed(0))
+    newline = made.tokenizer.encode("\n")[0]
+    ids[ids == newline] = 0
+    ids[[2, 5, 6], [10, 4, 17]] = newline
+    return made, uw.load(made.hf, made.tokenizer), ids
+
+
+@cache
+def surviving(family: str, massive: float, weigh: str = "readers") -> uw.Result:
+    """Here most writes near the heads of layer 0 are erased or erase, and a mix of them is often erased as well: it is
+    no news there that a write is. With other signs it lies outside of what they write."""
+    _, lm, ids = truth(family, massive)
+    return uw.survival(lm, ids, weigh=weigh, controls=("signs", "typical"))
+
+
+@pytest.mark.promise("planted")
+@pytest.mark.parametrize(("family", "massive"), PLANTED)
+def test_what_was_planted_is_called_so_and_nothing_else(family: str, massive: float) -> None:
+    made, _, _ = truth(family, massive)
+    found = surviving(family, massive)
+    erased = {pair.writer: "erased" for pair in made.pairs if pair.kind in ("values", "mlp")}
+    backed_up = {pair.writer: "filled in" for pair in made.pairs if pair.kind == "backup"}
+    words = dict(zip(found["writer"].values, found["verdict"].values, strict=True))
+    assert {writer: word for writer, word in words.items() if word in AGAINST} == erased | backed_up
+    assert found.data.attrs["sinks"] == (3 if massive else 0)
+    np.testing.assert_allclose(
+        found["without_sinks"].sel(writer=[*erased]), found["end"].sel(writer=[*erased]), atol=0.01
+    )
+
+
+@pytest.mark.promise("planted")
+@pytest.mark.parametrize(("family", "massive"), PLANTED)
+def test_who_acts_is_who_was_planted(family: str, massive: float) -> None:
+    made, lm, _ = truth(family, massive)
+    acts = surviving(family, massive)["acts"]
+    for pair in made.pairs:
+        # A LayerNorm's centring lets every channel be read a little, also those that are all but closed.
+        slack = 0.025 if massive else 1e-3
+        planted = pair.share - pair.share_without
+        slack = 0.08 if pair.kind in ("constant", "same source", "backup") else slack
+        assert float(acts.sel(writer=pair.writer, node=pair.eraser)) == pytest.approx(planted, abs=slack), pair
+    partners = {(pair.writer, pair.eraser) for pair in made.pairs}
+    for role in made.roles:
+        for writer in made.roles[role] if role.startswith("writer") else ():
+            others = [node for node in lm.nodes if (writer, node) not in partners]
+            assert float(np.abs(acts.sel(writer=writer, node=others)).max()) < 0.06, writer
+
+
+@pytest.mark.parametrize(("family", "massive"), PLANTED)
+def test_by_ordinary_decoys_nothing_is_called_so_that_was_not_planted(family: str, massive: float) -> None:
+    made, lm, ids = truth(family, massive)
+    found = uw.survival(lm, ids)
+    against = {str(w) for w in found["writer"].values[np.isin(found["verdict"].values, [*AGAINST])]}
+    assert against <= {pair.writer for pair in made.pairs if pair.share != pair.share_without}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_raw_coordinates_say_the_opposite_where_channels_that_nobody_reads_hold_the_write(family: str) -> None:
+    made, _, _ = truth(family, 0.86)
+    raw = surviving(family, 0.86, "raw").data
+    planted = [pair.writer for pair in made.pairs if pair.kind in ("values", "mlp")]
+    assert (surviving(family, 0.86).data["end"].sel(writer=planted) < 0.25).all()
+    assert (raw["end"].sel(writer=planted) > 1.25).all()
+    assert not set(raw["verdict"].sel(writer=planted).values) & AGAINST
+    assert (raw["energy_top3"].sel(writer=planted, weigh="raw") > 0.86).all()

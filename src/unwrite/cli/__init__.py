@@ -25,11 +25,11 @@ from unwrite.cli.options import (
     Out,
     Prompts,
     Quiet,
+    ShardOf,
     TableOut,
     TextPath,
     Total,
     job_in,
-    joined_ranks,
     listed,
     load_model,
     read_text,
@@ -95,31 +95,25 @@ def scan(
     dtype: Dtype = None,
     convention: Convention = "paper",
     skip: Annotated[int, typer.Option("--skip", min=0, help="Positions at the start of a prompt, apart.")] = 1,
-    shard: Annotated[
-        str | None, typer.Option("--shard", metavar="I/N", help="Do the I-th of N parts, to be put together by merge.")
-    ] = None,
+    shard: ShardOf = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Who writes, how the level along each write changes, and who writes against it. Also under torchrun."""
-    from unwrite.cli.shards import Shard, run
+    from unwrite.cli.shards import Shard, start
 
-    if shard is not None and out is None:
-        raise typer.BadParameter("a shard needs a folder that keeps it", param_hint="--out")
     asked = Shard(model, text, n, length, writers, skip, device, device_map, dtype, convention, bos)
-    with joined_ranks() as ranks:
-        job = job_in(out, every, shard, ranks)
-        run(asked, out, Voice(quiet or (job.shard[0] > 1 and ranks is not None), as_json), job)
+    start(asked, out, every, shard, quiet, as_json)
 
 
 @_command
 def merge(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR…", help="The --out of every shard of a scan.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR…", help="The --out of every shard of a run.")],
     out: Out = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Put the shards of a scan together: to the bit what one process would have found."""
+    """Put the shards of a scan or of survival together: to the bit what one process would have found."""
     from unwrite.cli.shards import asked_of, run
     from unwrite.run.loop.job import Job
 

@@ -50,6 +50,9 @@ DeviceMap = Annotated[
 ]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, …, or auto: that of the weights.")]
 Convention = Annotated[str, typer.Option("--convention", help="paper or raw.")]
+ShardOf = Annotated[
+    str | None, typer.Option("--shard", metavar="I/N", help="Do the I-th of N parts, to be put together by merge.")
+]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print the verdict alone.")]
 Json = Annotated[bool, typer.Option(JSON, help="Print events for another program, one JSON object per line.")]
 
@@ -60,7 +63,7 @@ def job_in(out: Path | None, every: float, shard: str | None = None, ranks: Rank
     from unwrite.run.loop.peers import rank
 
     if ranks is None and rank()[1] > 1:
-        raise typer.BadParameter("only scan runs in several processes", param_hint="torchrun")
+        raise typer.BadParameter("only scan and survival run in several processes", param_hint="torchrun")
     if shard is None:
         return Job(out, every) if ranks is None else Job(out, every, (ranks.rank + 1, ranks.size), peers=ranks)
     part, _, of = shard.partition("/")

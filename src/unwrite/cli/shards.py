@@ -1,4 +1,4 @@
-"""What was a scan asked, so that whoever puts its shards together can ask the same again?"""
+"""What was a run asked, so that whoever puts its shards together can ask the same again?"""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unwrite.cli.options import listed, load_model, read_texts
+import typer
+
+from unwrite.cli.options import job_in, joined_ranks, listed, load_model, read_text, read_texts
 from unwrite.cli.voice import Voice, produce
 from unwrite.errors import ResultError
 from unwrite.files import write
@@ -27,13 +29,14 @@ _OPTIONAL = (str, type(None))
 _KINDS: dict[str, Any] = {
     "model": str, "text": list, "n": int, "length": (int, type(None)), "writers": _OPTIONAL, "skip": int,
     "device": _OPTIONAL, "device_map": _OPTIONAL, "dtype": _OPTIONAL, "convention": str,
-    "bos": (bool, type(None)),
+    "bos": (bool, type(None)), "method": str, "weigh": str, "controls": str, "decoys": (int, type(None)),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What `unwrite scan` was told: the model, how to load it, the texts, how they are cut, and the settings."""
+    """What `unwrite scan` or `unwrite survival` was told: the model, how to load it, the texts, how they are cut, and
+    the settings; the last three are survival's."""
 
     model: str
     text: list[str]
@@ -46,6 +49,10 @@ class Shard:
     dtype: str | None
     convention: str
     bos: bool | None = None
+    method: str = "scan"
+    weigh: str = "readers"
+    controls: str = "typical,signs"
+    decoys: int | None = None
 
     def write(self, folder: Path) -> None:
         """Leave it beside what the shard keeps. Raises ResultError where it cannot be written."""
@@ -60,23 +67,42 @@ def asked_of(folders: Sequence[Path]) -> Shard:
         other = [part.name for part in fields(Shard) if getattr(asked, part.name) != getattr(found[first], part.name)]
         if other:
             raise ResultError(
-                f"{folder} and {first} hold shards of different scans", got=f"another {', '.join(other)}",
+                f"{folder} and {first} hold shards of different runs", got=f"another {', '.join(other)}",
                 expected="the same command, but for --shard and --out",
             )  # fmt: skip
     return found[first]
 
 
+def start(asked: Shard, out: Path | None, every: float, shard: str | None, quiet: bool, as_json: bool) -> None:
+    """Do what was asked, or that part of it which the shard, or this rank of a torchrun, is there for."""
+    if shard is not None and out is None:
+        raise typer.BadParameter("a shard needs a folder that keeps it", param_hint="--out")
+    with joined_ranks() as ranks:
+        job = job_in(out, every, shard, ranks)
+        run(asked, out, Voice(quiet or (job.shard[0] > 1 and ranks is not None), as_json), job)
+
+
 def run(asked: Shard, out: Path | None, voice: Voice, job: Job) -> None:
-    """Scan as was asked: the whole, or the job's part of it."""
+    """Do what was asked: the whole, or the job's part of it."""
     from unwrite.methods.scan import scan
+    from unwrite.methods.survival import survival
 
     lm = load_model(asked.model, asked.device, asked.dtype, asked.convention, asked.device_map)
-    read = partial(read_texts, lm, asked.text, asked.n, asked.length, asked.bos)
+    several = asked.method == "scan"
+    read = partial(read_texts if several else read_text, lm, asked.text, asked.n, asked.length, asked.bos)
 
     def method(tokens: Texts, listener: Listener, job: Job) -> Result:
         if job.shard[1] > 1 and job.peers is None:
             asked.write(Path(str(job.folder)))
-        return scan(lm, tokens, listed(asked.writers), asked.skip, checkpoint=job, listener=listener)
+        writers = listed(asked.writers)
+        if several:
+            return scan(lm, tokens, writers, asked.skip, checkpoint=job, listener=listener)
+        settings: dict[str, Any] = {
+            "weigh": asked.weigh,
+            "controls": tuple(asked.controls.split(",")),
+            "decoys": asked.decoys,
+        }
+        return survival(lm, tokens, writers, skip=asked.skip, **settings, checkpoint=job, listener=listener)
 
     produce(lm, read, method, out, voice, job)
 
@@ -87,9 +113,9 @@ def _read(file: Path) -> Shard:
         asked = Shard(**named)
     except (OSError, ValueError, TypeError) as error:
         raise ResultError(
-            f"{file.parent} holds no shard", got=error, expected="the --out of unwrite scan --shard i/n"
+            f"{file.parent} holds no shard", got=error, expected="the --out of a command with --shard i/n"
         ) from None
     wrong = [name for name, kinds in _KINDS.items() if not isinstance(getattr(asked, name), kinds)]
-    if wrong or not all(isinstance(part, str) for part in asked.text):
+    if wrong or asked.method not in ("scan", "survival") or not all(isinstance(part, str) for part in asked.text):
         raise ResultError(f"{file} is not what a shard writes", got=f"another kind of {', '.join(wrong) or 'text'}")
     return asked

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,20 +18,10 @@ from unwrite.cli.options import (
     ModelName,
     Prompts,
     Quiet,
+    ShardOf,
     TableOut,
     TextPath,
-    job_in,
-    listed,
-    load_model,
-    read_text,
 )  # fmt: skip
-from unwrite.cli.voice import Voice, produce
-
-if TYPE_CHECKING:
-    from unwrite.prompts.tokens import Tokens
-    from unwrite.result import Result
-    from unwrite.run.loop.job import Job
-    from unwrite.run.loop.stream import Listener
 
 
 def survival(
@@ -56,17 +45,13 @@ def survival(
     device_map: DeviceMap = None,
     dtype: Dtype = None,
     convention: Convention = "paper",
+    shard: ShardOf = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """What survives of every write, beside ordinary writes in its place, and who acts on it? By executed runs."""
-    from unwrite.methods.survival import survival as run
+    """What survives of every write, beside ordinary writes in its place, and who acts on it? Also under torchrun."""
+    from unwrite.cli.shards import Shard, start
 
-    lm = load_model(model, device, dtype, convention, device_map)
-    read = partial(read_text, lm, text, n, length, bos)
-
-    def method(tokens: Tokens, listener: Listener, job: Job) -> Result:
-        named, kinds = listed(writers), tuple(controls.split(","))
-        return run(lm, tokens, named, weigh, kinds, decoys, checkpoint=job, listener=listener)
-
-    produce(lm, read, method, out, Voice(quiet, as_json), job_in(out, every))
+    settings: dict[str, Any] = {"method": "survival", "weigh": weigh, "controls": controls, "decoys": decoys}
+    asked = Shard(model, text, n, length, writers, 1, device, device_map, dtype, convention, bos, **settings)
+    start(asked, out, every, shard, quiet, as_json)

@@ -75,7 +75,7 @@ def scan(
     sizes = [batch_size(lm, part, batch) for part in texts.values()]
     settings = {"writers": [str(node) for node in chosen], "skip": skip, "floor": floor, "batch": batch}
     with opened(checkpoint, listener) as job:
-        if done := job.begin("scan", lm, {name: part.hash for name, part in texts.items()}, settings):
+        if done := job.begin("scan", lm, {name: part.hash for name, part in texts.items()}, settings, in_parts=True):
             return done
         tallies: list[GramTally] = []
         for (name, part), size in zip(texts.items(), sizes, strict=True):

@@ -100,13 +100,14 @@ def survival(
         "decoys": decoys, "skip": skip, "batch": batch,
     }  # fmt: skip
     with opened(checkpoint, listener) as job:
-        if done := job.begin("survival", lm, {"": read.hash}, settings):
+        if done := job.begin("survival", lm, {"": read.hash}, settings, in_parts=True):
             return done
         chosen = _material(lm, read, skip, listener, job) if named is None else named
         draws = stand_ins(len(chosen), controls, decoys)
         question = Removals(lm, fold(lm), read, skip, chosen, _weights(lm, chosen, weigh), draws)
         tally = SurvivalTally(question, job)
         stream(lm, read, tally, size, f"survival of {len(chosen)}", listener, job)
+        job.together()
         data = _Found(question, tally.whole()).dataset()
         return job.signed(build("survival", data, settings, provenance(lm), {"": read.about()}))
 
@@ -162,7 +163,7 @@ def _weights(lm: Model, writers: Sequence[Node], weigh: Any) -> dict[str, Float[
 def _material(lm: Model, tokens: Tokens, skip: int, listener: Listener | None, job: Job) -> tuple[Node, ...]:
     """Writers whose write is not tiny beside the stream; a bias is no writer that one could ask about."""
     tally = Written(lm, tokens, skip)
-    stream(lm, tokens, tally, batch_size(lm, tokens), "what is written", listener, job)
+    stream(lm, tokens, tally, batch_size(lm, tokens), "what is written", listener, job, everywhere=True)
     found = tuple(node for node in tally.material() if node.kind != "bias")
     if not found:
         raise NumericError(

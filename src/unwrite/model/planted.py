@@ -13,7 +13,7 @@ has the same norm, so the stream's rms is one number per layer and a circuit's g
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -22,11 +22,13 @@ from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerFast as TokenizerFast
 
-from unwrite.errors import ModelError, shown, whole
+from unwrite.errors import ModelError, number, shown, whole
 from unwrite.model.planted_weights import (
     BALLAST,
     CONTEXT,
     D_MODEL,
+    DELIMITER,
+    FAINT,
     HEADS,
     LAYERS,
     LLAMA_GROUP,
@@ -34,6 +36,7 @@ from unwrite.model.planted_weights import (
     NEURONS,
     QUIET,
     ROPE_THETA,
+    SINK,
     TOKEN,
     VOCABULARY,
     WEIGHTS,
@@ -87,14 +90,20 @@ class Part:
     pairs: Sequence[Pair] = ()
 
 
-def planted(family: Literal["gpt2", "llama"] = "gpt2", seed: int = 0, dtype: torch.dtype = torch.float32) -> Planted:
+def planted(
+    family: Literal["gpt2", "llama"] = "gpt2", seed: int = 0, dtype: torch.dtype = torch.float32, massive: float = 0.0
+) -> Planted:
     """A Hugging Face model with a planted writer, eraser, decoy and backup of every kind, and a byte tokenizer.
 
     Arguments: `family` "gpt2" (LayerNorm, GELU, biases, learned positions) or "llama" (RMSNorm, SwiGLU, RoPE, shared
-    values); `seed` of subspaces, codes, norms and unembedding; `dtype` of the parameters.
+    values); `seed` of subspaces, codes, norms and unembedding; `dtype` of the parameters; `massive` the part of every
+    planted write's energy that lies in the first two channels, which norms all but close (0.86 in Gemma 3 270M). Then a
+    head, "amplifier", writes half of what they hold once more, and at a newline an MLP, "sink", so much of it that the
+    stream is some 25 times as long.
     Returns Planted. share[w, e] = Σ⟨o_e, o_w⟩ / Σ‖o_w‖² of `pairs` is exact on any text; without the write to about
-    0.06, as the norm of the stream falls by some percent.
-    Raises ModelError for another family.
+    0.06, as the norm of the stream falls by some percent. Where something is `massive`, that is so outside of the two
+    channels; in all channels together a share is 1 − `massive` times as large.
+    Raises ModelError for another family, NumericError unless `massive` is at least 0 and below 1.
 
     Example: `weight = planted("llama"); lm = uw.load(weight.hf, weight.tokenizer)`
     """
@@ -103,16 +112,18 @@ def planted(family: Literal["gpt2", "llama"] = "gpt2", seed: int = 0, dtype: tor
     seed = whole("seed is a number", seed, 0)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ModelError("dtype is what parameters are kept in", got=shown(dtype), expected="such as torch.float32")
-    parts = _parts(family)
+    number("massive is a part of a write's energy", massive, "at least 0, below 1", lambda part: 0 <= part < 1)
+    parts, tokenizer = _parts(family, float(massive)), _tokenizer()
     roles = {role: circuits for part in parts for role, circuits in part.roles.items()}
     config = AutoConfig.for_model(family, **_SHAPE, **_OWN_SHAPE[family])
     with torch.random.fork_rng(devices=[]):  # the constructor draws weights, which are then replaced
         hf = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    draft = draw(family, seed, [circuit for circuits in roles.values() for circuit in circuits])
+    circuits = [circuit for circuits in roles.values() for circuit in circuits]
+    draft = draw(family, seed, circuits, float(massive), *tokenizer.encode("\n"))
     hf.load_state_dict(WEIGHTS[family](draft))
     return Planted(
         hf=hf,
-        tokenizer=_tokenizer(),
+        tokenizer=tokenizer,
         roles={role: tuple(circuit.name for circuit in circuits) for role, circuits in roles.items()},
         pairs=tuple(pair for part in parts for pair in part.pairs),
     )
@@ -121,9 +132,10 @@ def planted(family: Literal["gpt2", "llama"] = "gpt2", seed: int = 0, dtype: tor
 # The planted parts. Heads 0 to 5 of layer 0 write; every part owns the subspace of its writer.
 
 
-def _parts(family: str) -> list[Part]:
+def _parts(family: str, massive: float) -> list[Part]:
     known = [_erased_by_head(), _decoy_constant("L2.bias" if family == "gpt2" else "L2H3"), _erased_by_many()]
     known += [_erased_by_mlp(), _backed_up(), _mimicked(), _kept()]
+    known = [*map(_massive, known), _amplified(), _sink()] if massive else known
     return [*known, _quiet({circuit.name for part in known for role in part.roles.values() for circuit in role})]
 
 
@@ -179,6 +191,25 @@ def _mimicked() -> Part:
 def _kept() -> Part:
     """The control: the code of the token before this one, which nobody touches afterwards."""
     return Part({"writer kept": [_writer("L0H5", "kept", back=1)]})
+
+
+def _massive(part: Part) -> Part:
+    """The same with a massive direction in what is written first."""
+    roles = {
+        role: [replace(one, into=f"{one.into}.massive") if role.startswith("writer") else one for one in circuits]
+        for role, circuits in part.roles.items()
+    }
+    return replace(part, roles=roles)
+
+
+def _amplified() -> Part:
+    """A head that reads the massive direction faintly and writes half of it once more: what is erased seems to grow."""
+    return Part({"amplifier": [Circuit("L2H4", {"massive.faint": 0.5 / FAINT}, "massive")]})
+
+
+def _sink() -> Part:
+    """An MLP that knows a newline and makes the stream long there."""
+    return Part({"sink": [Circuit("MLP2", {"delimiter": SINK / DELIMITER}, "massive")]})
 
 
 def _quiet(busy: set[str]) -> Part:

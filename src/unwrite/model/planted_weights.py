@@ -21,6 +21,11 @@ BALLAST, TOKEN, POSITION, WRITE = 4.0, 3.0, 2.0, 2.0
 MEAN = 0.6
 QUIET = 0.005
 
+# A massive direction lies in these channels, which norms all but close. Who reads it does so with a weight of FAINT;
+# the DELIMITER has a coordinate of its own, by which a sink knows it and writes a vector of norm SINK there.
+MASSIVE, CLOSED, FAINT = (0, 1), 0.01, 0.01
+DELIMITER, SINK = 0.5, 240.0
+
 # Query and key gain: the score per rotary frequency is its square; the next best position is more than 20 below.
 SHARPNESS = 12.0
 ROPE_THETA = 10_000.0
@@ -77,27 +82,56 @@ def _at(circuits: Sequence[Circuit], layer: int, *kinds: str) -> list[Circuit]:
     return [circuit for circuit in circuits if circuit.node.layer == layer and circuit.node.kind in kinds]
 
 
-def draw(family: str, seed: int, jobs: Sequence[Circuit]) -> Draft:
+def draw(family: str, seed: int, jobs: Sequence[Circuit], massive: float = 0.0, delimiter: int = 0) -> Draft:
+    """`massive`: the part of each write into "NAME.massive" that lies in the massive direction, if there is one."""
     generator = torch.Generator().manual_seed(seed)
-    space = _subspaces(generator)
+    space = _subspaces(generator, massive)
     circuits = tuple(sorted(jobs, key=lambda circuit: circuit.node.order))
     embedding = _codes(generator) @ (TOKEN * space["token"]).T + BALLAST * space["ballast"].T
     clock = torch.stack([_turned(-position) for position in range(CONTEXT)]) / (D_HEAD / 2) ** 0.5
     positions = POSITION * clock @ space["position"].T * (family == "gpt2")
     unembedding = 2 * D_MODEL**-0.5 * torch.randn(VOCABULARY, D_MODEL, generator=generator, dtype=torch.float64)
+    norms = _norms(generator, family)
+    if massive:
+        # What the embedding holds there leaves half a write once all have written: whichever of them is taken out, the
+        # other half's negative is left, the stream is as long as before, and nobody is scaled otherwise.
+        writers = sum(circuit.into.endswith(".massive") for circuit in circuits)
+        embedding -= (writers - 0.5) * WRITE * _times(massive) * space["massive"].T
+        embedding[delimiter] += DELIMITER * space["delimiter"][:, 0]
+        for gain, _ in norms.values():
+            gain[[*MASSIVE]] = CLOSED
     scale = _scales(space, circuits, embedding[0] + positions[0])
-    return Draft(space, circuits, embedding, positions, unembedding, _norms(generator, family), scale)
+    return Draft(space, circuits, embedding, positions, unembedding, norms, scale)
 
 
-def _subspaces(generator: torch.Generator) -> Space:
-    """Orthonormal column bases [d_model, k]; "x.mean" is the first column of "x"."""
+def _times(massive: float) -> float:
+    """How long the massive part of a write is beside the rest, if this part of its energy is massive."""
+    return math.sqrt(massive / (1 - massive))
+
+
+def _subspaces(generator: torch.Generator, massive: float) -> Space:
+    """Orthonormal column bases [d_model, k]; "x.mean" is the first column of "x".
+
+    And with a massive direction: "x.massive" is "x" with so much of it that every code has the same, "massive.faint"
+    the direction as it is hardly read.
+    """
     writers = ("erased_by_head", "erased_by_many", "erased_by_mlp", "backed_up", "mimicked", "kept")
-    sizes = {"ones": 1, "ballast": 1, "position": D_HEAD} | dict.fromkeys(("token", "quiet", *writers), 4)
+    sizes = {"ones": 1} | dict.fromkeys(("massive", "beside", "delimiter") if massive else (), 1)
+    sizes |= {"ballast": 1, "position": D_HEAD} | dict.fromkeys(("token", "quiet", *writers), 4)
     frame = torch.randn(D_MODEL, sum(sizes.values()), generator=generator, dtype=torch.float64)
     frame[:, 0] = 1
+    if massive:
+        # Two channels against each other, which a LayerNorm does not centre away; all else lies outside of both.
+        frame[:, 1:3] = 0
+        frame[MASSIVE[0], 1:3], frame[MASSIVE[1], 1:3] = 1, torch.tensor([-1.0, 1.0], dtype=torch.float64)
     orthonormal = torch.linalg.qr(frame).Q
     space = dict(zip(sizes, orthonormal.split(list(sizes.values()), dim=1), strict=True))
-    return space | {f"{name}.mean": basis[:, :1] for name, basis in space.items()}
+    space |= {f"{name}.mean": basis[:, :1] for name, basis in space.items()}
+    if massive:
+        tilt = nn.functional.pad(_times(massive) / MEAN * space["massive"], (0, 3))
+        space |= {f"{name}.massive": space[name] + tilt for name in writers}
+        space["massive.faint"] = FAINT * space["massive"]
+    return space
 
 
 def _codes(generator: torch.Generator) -> Float[Tensor, "vocabulary 4"]:
@@ -153,7 +187,9 @@ def _pairs_of_neurons(draft: Draft, layer: int) -> tuple[Float[Tensor, "d_model 
     (circuit,) = _at(draft.circuits, layer, "mlp")
     ((name, gain),) = circuit.reads.items()
     basis, into = draft.space[name], gain * draft.scale[layer, "mlp"] * draft.space[circuit.into]
-    return torch.cat([basis, -basis], dim=1), torch.cat([into, -into], dim=1).T
+    idle = (0, NEURONS - 2 * basis.shape[1])
+    read, rows = (nn.functional.pad(torch.cat([part, -part], dim=1), idle) for part in (basis, into))
+    return read, rows.T
 
 
 # GPT-2: positions are looked up by their own code (what RoPE does to a constant), and gelu(x) − gelu(−x) = x.

@@ -7,6 +7,7 @@ so special by chance is what decoys say, too (target–decoy competition). (fact
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -167,6 +168,11 @@ class Sums:
     def documents(self) -> int:
         """Number of independent documents."""
         return len(self.y)
+
+    def of(self, documents: Sequence[int]) -> Sums:
+        """The same of some of the documents."""
+        parts = {name: getattr(self, name)[[*documents]] for name in ("y", "x", "along", "acts")}
+        return replace(self, **parts)
 
     def survival(self) -> Float[np.ndarray, "set writer put"]:
         """Of all documents, and of all but each."""

@@ -58,7 +58,7 @@ class Job:
     """A long run's folder, inside a `with`; hand it to a method as its `checkpoint`.
 
     Every `every` seconds what is done goes to a file in `folder` (None: nothing is kept); the same call goes on from
-    there. `shard` (i, n) does the i-th of n parts of a scan's batches: the `with` ends where the whole is needed, and a
+    there. `shard` (i, n) does the i-th of n parts of the batches: the `with` ends where the whole is needed, and a
     Job with the folders of all n shards as `of` puts them together. Whoever works in a folder holds a lock in it, which
     dies with the process.
     Raises ResultError where the folder is in use, cannot be written or holds another run.
@@ -137,10 +137,13 @@ class Job:
         stem, _, suffix = name.rpartition(".")
         return place / (name if of == 1 else f"{stem}.{part}-of-{of}.{suffix}")
 
-    def begin(self, method: str, lm: Model, read: Mapping[str, str], settings: Mapping[str, Any]) -> Result | None:
+    def begin(
+        self, method: str, lm: Model, read: Mapping[str, str], settings: Mapping[str, Any], in_parts: bool = False
+    ) -> Result | None:
         """Say what is asked, `read` being names and hashes of all input; the Result, if the folder has it already.
 
-        The first to say it inside the `with` says it for all: methods that it combines are parts of it.
+        The first to say it inside the `with` says it for all: methods that it combines are parts of it. What can be
+        done `in_parts` calls `together` before it needs the whole.
         Raises ResultError where the folder holds the result of another run, ModelError for shards of a method that
         cannot be put together.
         """
@@ -156,8 +159,8 @@ class Job:
         if self.key:
             return None
         self.key = self._now
-        if (self.shard[1] > 1 or self.of) and method != "scan":
-            raise ModelError(f"{method} cannot be done in parts", expected="a scan")
+        if (self.shard[1] > 1 or self.of) and not in_parts:
+            raise ModelError(f"{method} cannot be done in parts", expected="a scan, or survival")
         return None if self.folder is None else self._found(Path(self.folder))
 
     def _found(self, folder: Path) -> Result | None:
@@ -194,8 +197,9 @@ class Job:
         """A part of the run was done by an earlier start of it, or elsewhere."""
         self._before = self._before.beside(spent)
 
-    def stage(self, name: str, total: int, more: object = None) -> Stage:
-        """What is kept of one pass over `total` batches; `more` says what it depends on beside the job's key.
+    def stage(self, name: str, total: int, more: object = None, everywhere: bool = False) -> Stage:
+        """What is kept of one pass over `total` batches, all of them in every shard if they are done `everywhere`;
+        `more` says what it depends on beside the job's key.
 
         Raises ResultError outside of the `with`.
         """
@@ -206,11 +210,11 @@ class Job:
         own = {"stage": name, "batches": total, "more": more, "versions": versions}
         run = {} if self._now == self.key else {"run": self.key}
         key = json.dumps({**json.loads(self._now or "{}"), **run, **own}, sort_keys=True)
-        part, of = self.shard
+        (part, of), others = ((1, 1), ()) if everywhere else (self.shard, self.of)
         stage = Stage(
             self, None if self.folder is None else self._named(Path(self.folder), label), key,
-            range(0) if self.of else range(total * (part - 1) // of, total * part // of),
-            _whole(self.of, label, key) if self.of else None,
+            range(0) if others else range(total * (part - 1) // of, total * part // of),
+            _whole(others, label, key) if others else None,
         )  # fmt: skip
         self._stages.append(stage)
         return stage

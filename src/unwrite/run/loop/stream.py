@@ -182,13 +182,17 @@ def batches(tokens: Tokens, size: int, which: range | None = None) -> Iterator[B
         yield Batch(index, first, real, torch.from_numpy(tokens.ids[prompts]), counted)
 
 
-def stream(lm: Model, tokens: Tokens, tally: Tally, size: int, stage: str, listener: Listener | None, job: Job) -> None:
+def stream(
+    lm: Model, tokens: Tokens, tally: Tally, size: int, stage: str, listener: Listener | None, job: Job,
+    everywhere: bool = False,
+) -> None:  # fmt: skip
     """Give the tally every batch that is this job's and not done yet, in order, and tell the listener how far it is.
 
     Afterwards the tally holds the whole, or in a job that does a part of the work that part. A step that takes long
-    says between whiles how far it is, by `job.tick(kept, 0.29, "87/301 nodes")`, which also keeps what is done.
+    says between whiles how far it is, by `job.tick(kept, 0.29, "87/301 nodes")`, which also keeps what is done. In a
+    job that does a part, what is short and decides about the rest is done `everywhere`: all batches of it.
     """
-    done = job.stage(stage, -(-len(tokens) // size), [tokens.hash, size])
+    done = job.stage(stage, -(-len(tokens) // size), [tokens.hash, size], everywhere)
     left = done.resume(tally.kept)
     first, end = (min(index * size, len(tokens)) for index in (done.span.start, done.span.stop))
     start, seen, before = time.monotonic(), 0, min(left.start * size, end) - first
@@ -217,7 +221,8 @@ def stream(lm: Model, tokens: Tokens, tally: Tally, size: int, stage: str, liste
         tell(batch.first + batch.real - first)
         if job.interrupted:
             raise KeyboardInterrupt
-    job.gather(tally.kept)
+    if not everywhere:
+        job.gather(tally.kept)
 
 
 def _require_same(lm: Model, batch: Batch) -> None:

@@ -29,14 +29,14 @@ class Others:
 
     def __init__(self, lm: Model, folded: Sequence[Folded], writes: Writes):
         self._lm, self._folded, self._writes = lm, folded, writes
-        self._size: dict[Node, Tensor] = {}
+        self._energy: dict[Node, Tensor] = {}
 
-    def size(self, node: Node) -> Float[Tensor, ""]:
-        """Root of the energy that a node writes."""
-        if node not in self._size:
-            written = write_of(self._lm, self._folded, self._writes, node).norm()
-            self._size[node] = written.clamp_min(torch.finfo(written.dtype).tiny)
-        return self._size[node]
+    def size(self, node: Node, weight: Float[Tensor, " d_model"]) -> Float[Tensor, ""]:
+        """Root of the energy that a node writes, as the weights measure it."""
+        if node not in self._energy:
+            self._energy[node] = write_of(self._lm, self._folded, self._writes, node).pow(2).sum((0, 1))
+        size = (self._energy[node] * weight).sum().sqrt()
+        return size.clamp_min(torch.finfo(size.dtype).tiny)
 
     def mix(self, times: Mapping[Node, Tensor], like: _Write) -> _Write:
         """What nodes write, each so many times, summed up; all heads of a layer in one product."""
@@ -66,7 +66,7 @@ def stand_in(place: Stead, control: str, draw: int, weight: Float[Tensor, " d_mo
     """Draw number `draw` of a control: the same whenever it is asked for, and for every prompt."""
     seed = [place.lm.parts.index(place.node), list(CONTROLS).index(control), draw]
     generator = torch.Generator().manual_seed(sum(part * 1_000_003**i for i, part in enumerate(seed)) % 2**63)
-    found = centre(CONTROLS[control](place, generator), place.lm)
+    found = centre(CONTROLS[control](place, generator, weight), place.lm)
     return found * _ratio((place.write.pow(2) * weight).sum(-1), (found.pow(2) * weight).sum(-1))[..., None]
 
 
@@ -74,26 +74,26 @@ def _ratio(energy: Tensor, own: Tensor) -> Tensor:
     return torch.where(own > 0, (energy / own.clamp_min(torch.finfo(own.dtype).tiny)).sqrt(), 0.0)
 
 
-def _typical(place: Stead, generator: torch.Generator) -> _Write:
-    """Each node's part is as large as any other's: a mix of writes as they are would be that of the largest MLP, which
-    may be the very write whose place it takes."""
+def _typical(place: Stead, generator: torch.Generator, weight: Float[Tensor, " d_model"]) -> _Write:
+    """Each node's part is as large as any other's, as the weights measure it: a mix of writes as they are would be that
+    of the largest MLP, which may be the very write whose place it takes."""
     around = range(place.node.layer - 1, place.node.layer + 2)
     near = [node for node in place.lm.parts if node.layer in around and node.kind != "bias"]
     drawn = {node: torch.randn((), generator=generator, dtype=torch.float64).to(place.write) for node in near}
-    times = {node: drawn[node] / place.other.size(node) for node in near if node != place.node}
+    times = {node: drawn[node] / place.other.size(node, weight) for node in near if node != place.node}
     return place.other.mix(times, place.write)
 
 
-def _signs(place: Stead, generator: torch.Generator) -> _Write:
+def _signs(place: Stead, generator: torch.Generator, _: Tensor) -> _Write:
     return place.write * (1 - 2 * torch.randint(0, 2, (place.lm.d_model,), generator=generator)).to(place.write)
 
 
-def _rotated(place: Stead, generator: torch.Generator) -> _Write:
+def _rotated(place: Stead, generator: torch.Generator, _: Tensor) -> _Write:
     d = place.lm.d_model
     turn, triangle = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
     return place.write @ (turn * triangle.diagonal().sign()).to(place.write)
 
 
-CONTROLS: Mapping[str, Callable[[Stead, torch.Generator], _Write]] = {
+CONTROLS: Mapping[str, Callable[[Stead, torch.Generator, Tensor], _Write]] = {
     "typical": _typical, "signs": _signs, "rotated": _rotated,
 }  # fmt: skip

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from unwrite.errors import NumericError
 from unwrite.model.capture import Recording
 from unwrite.model.capture import run as writes_of
 from unwrite.model.view import Folded, Model
@@ -68,11 +69,23 @@ class Removals:
         ends = np.cumsum([1, *self.draws.values()]).tolist()
         return {control: slice(*pair) for control, pair in zip(self.draws, pairwise(ends), strict=True)}
 
-    def sums(self, whole: Arrays) -> Sums:
-        """What was summed up of all prompts, by document, in the first of the weights: what a verdict rests on."""
-        y, x, along, acts = (by_document(whole[name], self.tokens.cluster) for name in ("y", "x", "share", "acts"))
+    def sums(self, whole: Arrays, weigh: str | None = None, without_sinks: bool = False) -> Sums:
+        """What was summed up of all prompts, by document, in these weights (by default the first): what a verdict rests
+        on. By whom something is erased is measured in the first weights, in all rows.
+
+        Raises NumericError without sinks in others than the first.
+        """
+        which = [*self.weights].index(weigh or next(iter(self.weights)))
+        if without_sinks and which:
+            raise NumericError("sums without sinks are kept in the first weights only", got=weigh)
+        y, x = (
+            np.moveaxis(whole["without_sinks"], -1, 0)
+            if without_sinks
+            else (whole["y"][..., -1, which], whole["x"][..., which])
+        )
+        y, x, along, acts = (by_document(part, self.tokens.cluster) for part in (y, x, whole["share"], whole["acts"]))
         depth, block = (np.array([node.layer for node in nodes]) for nodes in (self.writers, self.lm.parts))
-        return Sums(y[..., -1, 0], x[..., 0], self.columns, depth, along, acts, block)
+        return Sums(y, x, self.columns, depth, along, acts, block)
 
 
 class SurvivalTally:

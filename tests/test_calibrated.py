@@ -1,0 +1,146 @@
+"""Are verdicts on real models no more often wrong than stated? Do they hang on documents, channels, or single rows?"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import unwrite as uw
+from conftest import REAL, SHARED
+from unwrite.model.readers import readers, weights
+from unwrite.model.view import Model, fold
+from unwrite.nodes import choose
+from unwrite.prompts.tokens import Tokens
+from unwrite.run.loop.job import Job
+from unwrite.run.loop.stream import batches, stream
+from unwrite.run.replay.clean import clean
+from unwrite.run.tally import survives
+from unwrite.run.tally.survives import Removals, SurvivalTally
+from unwrite.stats.verdicts import CRITERIA, Sums, judge, with_decoy
+
+DOCUMENTS, LENGTH = 10, 40
+DECOYS = {"typical": 4, "signs": 2}
+pytestmark = [pytest.mark.slow, pytest.mark.shared]
+ORDINARY = {"like others", "undecided"}
+TOP = 3
+MODELS = [
+    "default", "stories260K", *(pytest.param(name, marks=pytest.mark.real) for name in ("gemma3-270m", "smollm2-135m")),
+]  # fmt: skip
+
+
+class Measured(NamedTuple):
+    """Sums of one model: as they are, without the channels that hold most, without the rows that stick out most."""
+
+    name: str
+    whole: Sums
+    fewer_channels: Sums
+    fewer_rows: Sums
+    raw: Sums
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    name = request.param
+    lm = uw.load(_place(name), **({} if name == "default" else {"dtype": "float32"}))
+    tokens = uw.text(_documents(name), lm.tokenizer, n=DOCUMENTS, length=LENGTH)
+    assert len(set(tokens.cluster)) == DOCUMENTS
+    writers = choose(_material(lm, tokens), lm.parts)
+    found, folded = readers(lm), fold(lm)
+    own = torch.stack([weights(lm, found, writer) for writer in writers])
+    held, apart = _clean(lm, tokens, writers)
+    fewer = own.clone()
+    fewer[:, held.topk(TOP).indices] = 0.0
+    # Stand-ins are as large as the write in the first weights, in which all others see the same runs.
+    asked = Removals(lm, folded, tokens, 1, writers, {"readers": own, "fewer": fewer, "raw": own * 0 + 1}, DECOYS)
+    with pytest.MonkeyPatch.context() as patch, Job(tmp_path_factory.mktemp(name), every=120.0) as job:
+        # So that the hundredth of all rows that sticks out most is what is left out.
+        patch.setattr(survives, "SINK", float(apart.quantile(0.99)))
+        job.begin("survival", lm, {"": tokens.hash}, {})
+        tally = SurvivalTally(asked, job)
+        stream(lm, tokens, tally, 1, name, None, job)
+        whole = tally.whole()
+        assert 0 < whole["sinks"].sum() <= 0.02 * whole["counted"].sum()
+        parts = [asked.sums(whole), asked.sums(whole, "fewer"), asked.sums(whole, without_sinks=True)]
+        return Measured(name, *parts, asked.sums(whole, "raw"))
+    raise AssertionError
+
+
+def _place(name: str) -> str:
+    if name == "default":
+        return name
+    return str(SHARED / "models" / name if name == "stories260K" else Path(str(REAL)) / name)
+
+
+def _documents(name: str) -> list[str]:
+    if name in ("default", "stories260K"):
+        text = (SHARED / "corpus" / "tinystories.txt").read_text()
+        return [text[at : at + 20 * LENGTH] for at in range(0, DOCUMENTS * 90_000, 90_000)]
+    books = sorted((SHARED / "corpus" / "books").glob("*.txt"))[::4][:DOCUMENTS]
+    return [book.read_text()[100_000:][: 20 * LENGTH] for book in books]
+
+
+def _material(lm: Model, tokens: Tokens) -> list[str]:
+    scan = uw.scan(lm, tokens)
+    return [str(name) for name in scan["writer"].values[scan["material"].values] if not str(name).endswith(".bias")]
+
+
+def _clean(lm: Model, tokens: Tokens, writers: tuple) -> tuple[Tensor, Tensor]:
+    """How much of the writes' energy each channel holds, each write's being 1; how long rows are, in medians."""
+    held, apart = torch.zeros(len(writers), lm.d_model), []
+    for batch in batches(tokens, 1):
+        run, kept = clean(lm, batch.ids, fold(lm)), batch.beyond(1)
+        for i, writer in enumerate(writers):
+            held[i] += (run.write(writer) * kept[..., None]).float().pow(2).sum((0, 1))
+        lengths = torch.stack([run.record.stream[state].norm(dim=-1)[0] for state in lm.states])[:, kept[0]]
+        apart.append((lengths / lengths.median(1, keepdim=True).values).amax(0))
+    return (held / held.sum(1, keepdim=True)).sum(0), torch.cat(apart)
+
+
+def _words(about: Sums) -> np.ndarray:
+    return np.array(judge(about).verdict)
+
+
+def _changes(one: np.ndarray, other: np.ndarray) -> str:
+    moved = Counter((a, b) for a, b in zip(one.tolist(), other.tolist(), strict=True) if a != b)
+    return ", ".join(f"{n} × {a} → {b}" for (a, b), n in moved.most_common()) or "none"
+
+
+@pytest.fixture
+def says(measured: Measured, record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Numbers that stand at the end of the run."""
+    return lambda text: record_property("measured", f"{measured.name}: {text}")
+
+
+def test_a_decoy_that_is_asked_as_a_writer_is_special_no_more_often_than_stated(
+    measured: Measured, says: Callable[[str], None]
+) -> None:
+    said = [word for draw in range(DECOYS["typical"]) for word in _words(with_decoy(measured.whole, "typical", draw))]
+    special = Counter(word for word in said if word not in ORDINARY)
+    writers = dict(Counter(_words(measured.whole).tolist()))
+    says(f"{special.total()} of {len(said)} decoys are special {dict(special)}; writers: {writers}")
+    assert special.total() <= CRITERIA.q * len(said)
+
+
+def test_halves_of_the_documents_agree(measured: Measured, says: Callable[[str], None]) -> None:
+    one, other = (_words(measured.whole.of(range(first, DOCUMENTS, 2))) for first in (0, 1))
+    decided = (one != "undecided") & (other != "undecided")
+    agree = (one == other)[decided].sum()
+    says(f"halves agree on {agree} of {decided.sum()} of {len(one)} writers; {_changes(one[decided], other[decided])}")
+    assert agree >= 0.9 * decided.sum()
+
+
+@pytest.mark.parametrize("without", ["fewer_channels", "fewer_rows"])
+def test_no_verdict_hangs_on_three_channels_or_a_hundredth_of_the_rows(
+    measured: Measured, without: str, says: Callable[[str], None]
+) -> None:
+    words, fewer = _words(measured.whole), _words(getattr(measured, without))
+    says(f"{without}: {(words != fewer).sum()} of {len(words)} change: {_changes(words, fewer)}; "
+         f"raw weights: {_changes(words, _words(measured.raw))}")  # fmt: skip
+    assert (words != fewer).sum() < 0.05 * len(words)
