@@ -22,6 +22,7 @@ from torch import Tensor
 from unwrite.model.attention import Patterns, around_attention, is_called, patterns
 from unwrite.model.capture import Recording, recording
 from unwrite.model.continued import continues, kept_run
+from unwrite.model.hooks import first_of
 from unwrite.model.lengths import switches
 from unwrite.model.unembedding import before_norm, rows_of, unembedding
 from unwrite.model.values import carry, into_values, value_scale
@@ -46,7 +47,7 @@ def added(lm: Model, folded: tuple[Folded, ...], ids: Ids, mask: Mask, dtype: to
     `dtype` is that in which the model computes now.
     """
     with recording(lm, folded, truth=True) as record:
-        whole = logits_of(lm, ids, mask)
+        whole = output_of(lm, ids, mask)
     logits = whole[mask]
     nodes = expand(lm, folded, _per_prompt(record, mask).map(lambda part: part[mask]))
     rows = {state: x[mask] for state, x in record.stream.items()}
@@ -60,25 +61,32 @@ def added(lm: Model, folded: tuple[Folded, ...], ids: Ids, mask: Mask, dtype: to
             if (read := rows.get(Location("mid", layer.index))) is not None:
                 yield "locations", relative(nodes[_earlier(lm, layer)], read)
     stream = nodes.sum(0)
-    yield "logits", relative(unembed(lm, stream, dtype)[None], logits)
-    yield "reading", relative(*_read(lm, stream, logits))
+    yield "logits" if lm.has_head else "stream", relative(finished(lm, stream, dtype)[None], logits)
+    if lm.has_head:
+        yield "reading", relative(*_read(lm, stream, logits))
     yield from _opened(lm, folded, ids, mask, logits)
     if mask.all():
         yield from _of_positions(lm, ids, whole, dtype)
 
 
 def logits_of(lm: Model, ids: Ids, mask: Mask | None = None) -> Float[Tensor, "prompt position vocabulary"]:
-    """The model's own logits."""
+    """The model's own logits. Raises ModelError for a model that gives none."""
+    lm.require("logits")
+    return output_of(lm, ids, mask)
+
+
+def output_of(lm: Model, ids: Ids, mask: Mask | None = None) -> Float[Tensor, "prompt position output"]:
+    """What the model gives to whoever calls it: logits, or without a head what its final norm gives."""
     padded = {} if mask is None or bool(mask.all()) else {"attention_mask": mask.long()}
-    return lm.hf(input_ids=ids, use_cache=False, **padded).logits.to(ids.device)
+    return first_of(lm.hf(input_ids=ids, use_cache=False, **padded)).to(ids.device)
 
 
-def unembed(
+def finished(
     lm: Model, stream: Float[Tensor, "*rows d_model"], dtype: torch.dtype | None = None
-) -> Float[Tensor, "*rows vocabulary"]:
-    """What the model's own final norm and unembedding make of final streams, given to them in `dtype`, or its own."""
+) -> Float[Tensor, "*rows output"]:
+    """What the model's own final norm, and head if any, make of final streams, given to them in `dtype`, or its own."""
     normed = through(lm.final_norm, stream.to(dtype or lm.dtype))
-    return _bounded(lm, through(lm.hf.get_output_embeddings(), normed))
+    return _bounded(lm, through(lm.head, normed)) if lm.has_head else normed
 
 
 def _bounded(lm: Model, logits: Tensor) -> Tensor:
@@ -113,10 +121,10 @@ def _opened(lm: Model, folded: tuple[Folded, ...], ids: Ids, mask: Mask, closed:
     if not mask.all() and is_called(lm):
         # The function of the family, which attends where a pattern is traced, also under a mask of the caller's.
         with around_attention(lm, lambda _, attend, *seen: attend(*seen), eager=True):
-            yield "opened", relative(logits_of(lm, ids, mask)[mask][None], closed)
+            yield "opened", relative(output_of(lm, ids, mask)[mask][None], closed)
         return
     with patterns(lm) as found, recording(lm, folded, truth=True) as record:
-        logits = logits_of(lm, ids, mask)[mask]
+        logits = output_of(lm, ids, mask)[mask]
     yield "opened", relative(logits[None], closed)
     yield "values", _values_error(lm, folded, mask, record, found)
 
@@ -127,7 +135,7 @@ def _of_positions(
     """The last of the prompts is the first one but for its last token."""
     yield "causal", relative(logits[-1:, :-1], logits[0, :-1])
     inputs, kept = kept_run(lm, ids[:1])
-    yield "continued", relative(unembed(lm, inputs[-1][0], dtype)[None], logits[0])
+    yield "continued", relative(finished(lm, inputs[-1][0], dtype)[None], logits[0])
     # Early rows alone are fewer than the switch of a model that computes otherwise beyond it.
     for start in {ids.shape[1] // 2 + 1, *([1] if switches(lm) else [])}:
         yield "continued", continues(lm, ids[:1], inputs, kept, start, min(2, ids.shape[1] - start))
@@ -150,11 +158,11 @@ def beyond(lm: Model, folded: tuple[Folded, ...], ids: Int[Tensor, "1 position"]
     """The same of the last rows of one long prompt, as far as another length could change it."""
     last = slice(-_LAST, None)
     with recording(lm, folded) as record:
-        own = lm.decoder(input_ids=ids, use_cache=False).last_hidden_state[0, last].to(ids.device)
+        own = first_of(lm.decoder(input_ids=ids, use_cache=False))[0, last].to(ids.device)
     stream = expand(lm, folded, record.writes.map(lambda part: part[0, last])).sum(0)
     yield "stream", relative(through(lm.final_norm, stream.to(lm.dtype))[None], own)
     with patterns(lm):
-        opened = lm.decoder(input_ids=ids, use_cache=False).last_hidden_state[0, last].to(ids.device)
+        opened = first_of(lm.decoder(input_ids=ids, use_cache=False))[0, last].to(ids.device)
     yield "opened", relative(opened[None], own)
     inputs, kept = kept_run(lm, ids)
     for start in (1, ids.shape[1] - 2):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from unwrite.model.capture import evaluating
-from unwrite.model.identities import logits_of
+from unwrite.model.identities import output_of
 from unwrite.model.now import state
 from unwrite.model.view import Model
 
@@ -34,7 +34,7 @@ def identity(lm: Model) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(lm.vocabulary, (2, min(_LENGTH, lm.context or _LENGTH)), generator=generator)
     with evaluating(lm.hf):
-        logits = logits_of(lm, ids.to(lm.device))[:, -1].double().cpu()
+        logits = output_of(lm, ids.to(lm.device))[:, -1].double().cpu()
     some = torch.linspace(0, logits.shape[-1] - 1, _KEPT).long()
     return {
         "configuration": _configuration(lm.config.to_dict()),
