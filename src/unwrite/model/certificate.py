@@ -18,6 +18,7 @@ from torch import Tensor
 from unwrite.errors import ModelError, PrecisionError
 from unwrite.model.identities import added, beyond, output_of, relative
 from unwrite.model.lengths import affordable, switches
+from unwrite.model.projections import as_matrices
 from unwrite.model.single import HALVES, in_float32
 from unwrite.model.view import OF_HEAD, Folded, Model, fold
 from unwrite.model.weights import offloaded
@@ -162,7 +163,7 @@ def _in_float32(lm: Model, folded: tuple[Folded, ...]) -> tuple[float | None, di
     prompts = [*_prompts(lm)]
     ids, mask = prompts[-1]
     own = output_of(lm, ids, mask).float()
-    with in_float32(lm.hf):
+    with in_float32(lm.hf), as_matrices(lm, lm.hf):
         exact = output_of(lm, ids, mask)
         found = [error for ids, mask in prompts for error in added(lm, folded, ids, mask, torch.float32)]
     return relative(own.flatten(0, 1)[None], exact.flatten(0, 1)), _worst(lm, found)

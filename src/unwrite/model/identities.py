@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from unwrite.model.attention import Patterns, around_attention, is_called, patterns
-from unwrite.model.capture import Recording, recording
+from unwrite.model.capture import Recording, evaluating, recording
 from unwrite.model.continued import continues, kept_run
 from unwrite.model.hooks import first_of
 from unwrite.model.lengths import switches
@@ -78,7 +78,8 @@ def logits_of(lm: Model, ids: Ids, mask: Mask | None = None) -> Float[Tensor, "p
 def output_of(lm: Model, ids: Ids, mask: Mask | None = None) -> Float[Tensor, "prompt position output"]:
     """What the model gives to whoever calls it: logits, or without a head what its final norm gives."""
     padded = {} if mask is None or bool(mask.all()) else {"attention_mask": mask.long()}
-    return first_of(lm.hf(input_ids=ids, use_cache=False, **padded)).to(ids.device)
+    with evaluating(lm.hf):
+        return first_of(lm.hf(input_ids=ids, use_cache=False, **padded)).to(ids.device)
 
 
 def finished(

@@ -17,7 +17,7 @@ from transformers.utils.import_utils import is_accelerate_available
 
 from unwrite.errors import ModelError, UnwriteError, plain, shown
 from unwrite.files import possible
-from unwrite.model.capture import uncompiled
+from unwrite.model.capture import evaluating
 from unwrite.model.certificate import certify
 from unwrite.model.complete import whole
 from unwrite.model.gguf import configuration, from_gguf, gguf_file
@@ -108,7 +108,7 @@ def view(hf: PreTrainedModel, tokenizer: Any = None, convention: str = "paper", 
     lm = Model(hf, tokenizer, family, row, convention, about)
     try:
         require_linear(lm, *(part for layer in lm.layers for part in (layer.out_proj, layer.value)))
-        with uncompiled(hf):
+        with evaluating(hf):
             certificate = certify(lm)
     except UnwriteError:
         raise

@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from unwrite.errors import ModelError
-from unwrite.model.capture import evaluating, run
+from unwrite.model.capture import run
 from unwrite.model.identities import finished, output_of, relative
 from unwrite.model.single import HALVES
 from unwrite.model.view import Model, fold
@@ -58,8 +58,7 @@ def same_now(lm: Model, prompt: Int[Tensor, "1 position"], length: int) -> None:
     # Of another length, half precision rounds otherwise, and routers may choose other experts.
     alone = (prompt if lm.dtype in HALVES else prompt[:, :length]).to(lm.device)
     rows = slice(max(0, length - _ROWS), length)
-    with evaluating(lm.hf):
-        own = output_of(lm, alone)[0, rows]
+    own = output_of(lm, alone)[0, rows]
     if not own.isfinite().all():
         return  # the method says where
     folded = fold(lm)

@@ -181,7 +181,7 @@ def followed(hf: nn.Module) -> Iterator[None]:
                 for name, value in own.items():
                     if value is not None and value.is_inference():
                         held.append((own, name, value))
-                        own[name] = _followed(value)
+                        own[name] = _followed(value)  # pyright: ignore[reportArgumentType]
         yield
     finally:
         for own, name, value in held:

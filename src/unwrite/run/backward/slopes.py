@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from unwrite.errors import NumericError
 from unwrite.model.capture import evaluating
 from unwrite.model.hooks import before, first_of, hooked, kept, leaf
+from unwrite.model.projections import require_slopes
 from unwrite.model.view import Model
 from unwrite.model.weights import followed, reloading
 from unwrite.nodes import Location
@@ -45,6 +46,7 @@ def backward(
     for the state before the first block; with `keep`, further backward passes can follow. Raises NumericError for a
     metric that has no slope.
     """
+    require_slopes(lm, lm.hf)
     with torch.enable_grad(), ExitStack() as stack:
         stack.enter_context(evaluating(lm.hf))
         stack.enter_context(reloading(lm.hf))
