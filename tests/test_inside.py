@@ -104,7 +104,7 @@ def test_what_reads_text_otherwise_inside_of_another_model_is_refused() -> None:
 
 # --- no head ----------------------------------------------------------------------------------------------------------
 
-WITHOUT = ("scan", "verify", "verify erasers")
+WITHOUT = ("scan", "verify", "verify erasers", "survival", "survival raw")
 
 
 def both(family: str) -> tuple[Model, Model]:

@@ -23,7 +23,7 @@ from unwrite.model.single import HALVES, in_float32
 from unwrite.model.view import OF_HEAD, Folded, Model, fold
 from unwrite.model.weights import offloaded
 
-NEEDED = ("heads", "stream", "locations", "logits", "values", "causal")
+NEEDED = ("heads", "stream", "locations", "logits", "values", "mlp", "causal")
 IDENTITIES = (*NEEDED, "opened", "reading", "continued")
 _LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4}
 _FLOAT32_INSIDE = 1e-6
