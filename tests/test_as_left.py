@@ -11,13 +11,13 @@ import torch
 
 import tiny
 import unwrite as uw
-from methods import COMBINED, IDS, METHODS, VARIANTS, few_draws, shape
+from methods import COMBINED, IDS, METHODS, few_draws, shape
 from test_families import ADDITIVE
 from unwrite.errors import ModelError
 from unwrite.model.load import view
 
 pytestmark = pytest.mark.promise("exact")
-ALL = {name: ask for name, ask in {**METHODS, **VARIANTS}.items() if name not in COMBINED}
+ALL = {name: ask for name, ask in METHODS.items() if name not in COMBINED}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,9 +35,8 @@ def in_inference_mode(family: str) -> Any:
         return plain(family)
 
 
-def switched(family: str) -> Any:
-    """All that a training or generating script may have left switched."""
-    hf = plain(family)
+def switched(hf: Any) -> Any:
+    """With all that a training or generating script may have left switched."""
     if hf.supports_gradient_checkpointing:
         hf.activation_checkpointing_enable()
     hf.generation_config.cache_implementation = "static"
@@ -65,24 +64,21 @@ def same(got: uw.Result, want: uw.Result) -> None:
 @pytest.mark.parametrize("method", ALL)
 def test_every_method_gives_what_it_gives_of_the_plain_model(method: str) -> None:
     want = ALL[method](view(plain("llama")))
-    for left in (in_inference_mode, switched):
-        hf = left("llama")
-        held, training = [*hf.parameters(), *hf.buffers()], [part.training for part in hf.modules()]
-        same(ALL[method](view(hf)), want)
-        assert all(a is b for a, b in zip([*hf.parameters(), *hf.buffers()], held, strict=True))
-        assert training == [part.training for part in hf.modules()]
-        assert hf.config.return_dict == (left is in_inference_mode)
+    hf = switched(in_inference_mode("llama"))
+    held = [*hf.parameters(), *hf.buffers()]
+    same(ALL[method](view(hf)), want)
+    assert all(a is b for a, b in zip([*hf.parameters(), *hf.buffers()], held, strict=True))
+    assert all(part.training for part in hf.modules())
+    assert hf.config.return_dict is False
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_in_every_family_how_a_model_was_left_changes_nothing(family: str) -> None:
     lm = view(plain(family))
     method = "effects ig" if lm.row.layer_norm else "effects relp"
-    want = {name: METHODS[name](lm) for name in ("scan", method)}
-    for left in (in_inference_mode, switched, eager):
-        own = view(left(family))
-        for name, part in want.items():
-            same(METHODS[name](own), part)
+    want = METHODS[method](lm)
+    for hf in (switched(in_inference_mode(family)), eager(family)):
+        same(METHODS[method](view(hf)), want)
 
 
 def test_weights_of_inference_mode_are_known_again_and_their_change_is_seen() -> None:
@@ -104,7 +100,7 @@ def test_flash_attention_that_is_not_installed_is_refused_by_transformers_itself
 
 
 def test_gradient_checkpointing_is_refused_where_a_pass_is_the_users_own() -> None:
-    hf = switched("llama")
+    hf = switched(plain("llama"))
     hf.config.return_dict = True
     with pytest.raises(ModelError, match="gradient checkpointing"), uw.trace(view(hf), "L0H0"):
         hf(IDS)

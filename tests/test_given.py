@@ -61,8 +61,8 @@ def bytewise() -> PreTrainedTokenizerFast:
 
 
 @cache
-def model(method: str = "") -> Model:
-    return view(tiny.model("llama", 0, torch.float64, vocab_size=64, **methods.shape(method)), pieces())
+def model() -> Model:
+    return view(tiny.model("llama", 0, torch.float64, vocab_size=64, **methods.shape("")), pieces())
 
 
 TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
@@ -299,14 +299,13 @@ OF_ALL: dict[str, Callable[[Model, Any], uw.Result]] = {
     "compare": lambda lm, source: uw.compare(
         lm, (source, changed(source), " s", "ed"), ("L0H0",), methods=("atp", "exact")
     ),
-    "audit": lambda lm, source: uw.audit(lm, source, source, most=1),
-    "reproduce": lambda lm, source: uw.reproduce(weights=replace(lm, tokenizer=None), tokens=source),
 }
 ASK = {**OF_EACH, **OF_ALL}
 
 
 def test_every_method_that_reads_text_is_asked_with_padding() -> None:
-    assert {name.split()[0] for name in ASK} == {name.split()[0] for name in methods.METHODS}
+    # What is made of the others need not be.
+    assert {name.split()[0] for name in ASK} >= {name.split()[0] for name in methods.METHODS} - {*methods.COMBINED}
 
 
 def filled(tokens: Any, other: int = 9) -> Any:
@@ -318,15 +317,15 @@ def filled(tokens: Any, other: int = 9) -> Any:
 @pytest.mark.promise("tokens")
 @pytest.mark.parametrize("name", ASK)
 def test_padding_on_either_side_and_strings_are_the_same_to_every_method(name: str) -> None:
-    lm, strings = model(name.split()[0]), given(STRINGS, pieces(), bos=False)
+    lm, strings = model(), given(STRINGS, pieces(), bos=False)
     with methods.few_draws():
-        left, right = (ASK[name](lm, _padded(side, "pt")) for side in ("left", "right"))
-        want, behind = ASK[name](lm, strings), ASK[name](lm, filled(strings))
-    for other in (left, right):
-        read, told = ([part["hash"] for part in one.provenance["tokens"].values()] for one in (other, want))
-        assert read == told
-        for variable in want.data:
-            np.testing.assert_array_equal(other[variable].values, want[variable].values)
+        want, right = (ASK[name](lm, _padded(side, "pt")) for side in ("left", "right"))
+        behind = ASK[name](lm, filled(strings))
+    assert given(_padded("left", "pt"), pieces()).hash == strings.hash
+    read, told = ([part["hash"] for part in one.provenance["tokens"].values()] for one in (right, want))
+    assert read == told
+    for variable in want.data:
+        np.testing.assert_array_equal(right[variable].values, want[variable].values)
     for variable, part in want.data.items():
         if part.dtype.kind == "f":
             np.testing.assert_allclose(
@@ -348,20 +347,14 @@ def test_a_prompt_among_others_is_a_prompt_alone_to_every_method(name: str) -> N
 
 
 @pytest.mark.promise("tokens")
-def test_a_prompt_among_others_is_a_prompt_alone() -> None:
-    lm, encoding = model(), _padded("left", "pt")
-    found = uw.dla(lm, encoding, " s", "ed")
-    swept = uw.effects(lm, (encoding, encoding, " s", "ed"), at="all", source="zero")
+def test_a_difference_of_logits_is_that_of_the_prompt_alone() -> None:
+    lm = model()
+    found = uw.dla(lm, _padded("left", "pt"), " s", "ed")["logit_diff"]
     for i, string in enumerate(STRINGS):
         ids = pieces()(string, add_special_tokens=False, return_tensors="pt")["input_ids"]
         with torch.no_grad():
             logits = lm.hf(ids).logits[0, -1]
-        want = float(logits[id_of("▁s")] - logits[id_of("ed")])
-        assert float(found["logit_diff"][i]) == pytest.approx(want, abs=1e-9)
-        alone = uw.dla(lm, string, " s", "ed", bos=False)
-        np.testing.assert_allclose(found["total"].values[i], alone["total"].values[0], atol=1e-9)
-        one = uw.effects(lm, (string, string, " s", "ed"), at="all", source="zero", bos=False)
-        np.testing.assert_allclose(swept["effect"].values[i], one["effect"].values[0], atol=1e-9)
+        assert float(found[i]) == pytest.approx(float(logits[id_of("▁s")] - logits[id_of("ed")]), abs=1e-9)
 
 
 def test_pairs_come_as_people_have_them(tmp_path: Path) -> None:

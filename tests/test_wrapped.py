@@ -85,12 +85,11 @@ def close(got: uw.Result, want: uw.Result) -> None:
             np.testing.assert_allclose(got[name], part, rtol=1e-7, atol=1e-9, err_msg=str(name))
 
 
-WHERE = [("q_proj", "v_proj"), ("o_proj",), ("v_proj", "o_proj", "down_proj", "gate_proj"), ("lm_head",)]
+WHERE = [("o_proj",), ("v_proj", "o_proj", "down_proj", "gate_proj"), ("lm_head",)]
 
 
 @pytest.mark.promise("exact")
-@pytest.mark.parametrize("names", WHERE, ids="+".join)
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize(("family", "names"), [*(("llama", names) for names in WHERE), ("qwen2", ("q_proj", "v_proj"))])
 def test_adapters_that_are_not_merged_give_what_merged_ones_do(family: str, names: tuple[str, ...]) -> None:
     adapted = replaced(built(family), names, Adapted)
     merged = replaced(copy.deepcopy(adapted), names, lambda module, _: module.merged())
