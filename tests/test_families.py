@@ -145,6 +145,11 @@ FALSE_ROWS: list[tuple[str, dict[str, Any], dict[str, Any], set[str]]] = [
     ("granite", {"logit_scale": lambda config: 1.0}, {}, {"logits"}),
     ("cohere", {"logit_scale": lambda config: 1.0}, {}, {"logits"}),
     ("gemma2", {"logit_cap": lambda config: None}, {"final_logit_softcapping": 5.0}, {"logits"}),
+    ("gemma2", {"logit_cap": lambda config: None}, {"final_logit_softcapping": 30.0}, {"logits"}),
+    ("cohere", {"logit_cap": lambda config: 30.0}, {}, {"logits"}),
+    ("granite", {"embed_scale": lambda config: 1.01 * config.embedding_multiplier}, {}, {"stream", "locations"}),
+    ("granite", {"residual_scale": lambda config: 1.01 * config.residual_multiplier}, {}, {"stream", "locations"}),
+    ("granite", {"logit_scale": lambda config: 1.01 / config.logits_scaling}, {}, {"logits"}),
     # norms
     ("gemma", {"norm_gain_offset": 0.0}, {}, {"values"}),
     ("llama", {"norm_gain_offset": 1.0}, {}, {"values"}),
@@ -164,6 +169,15 @@ FALSE_ROWS: list[tuple[str, dict[str, Any], dict[str, Any], set[str]]] = [
     ("gpt_neox", {"parallel": lambda config: True}, {"use_parallel_residual": False}, {"locations"}),
     ("llama", {"parallel": lambda config: True}, {}, {"locations"}),
     ("gpt2", {"final_norm": "h.0.ln_1"}, {}, {"stream", "logits"}),
+    ("llama", {"mid": "mlp"}, {}, {"locations"}),
+    ("gemma2", {"mid": "post_attention_layernorm"}, {}, {"locations"}),
+    # what is inside of an MLP
+    ("llama", {"act": "up_proj"}, {}, {"mlp"}),
+    ("llama", {"act": "gate_proj"}, {"intermediate_size": 16, "hidden_size": 16, "num_attention_heads": 2}, {"mlp"}),
+    ("gpt2", {"act": "c_fc"}, {}, {"mlp"}),
+    ("llama", {"gated": False}, {}, {"mlp"}),
+    ("gpt_neox", {"gated": True}, {}, {"mlp"}),
+    ("opt", {"gated": True}, {}, {"mlp"}),
 ]
 
 
@@ -174,12 +188,15 @@ def test_a_false_row_is_refused_with_the_identity_named(
 ) -> None:
     hf = model(family, 3, **settings_)
     assert view(hf).certificate.ok
+    single = model(family, 3, torch.float32, **settings_)
     monkeypatch.setitem(FAMILIES, family, replace(FAMILIES[family], **change))
     with pytest.raises(ModelError, match="not exact"):
         view(hf, convention="raw")
     with pytest.raises(ModelError, match="not exact") as refused:
         view(hf, convention="paper")
-    assert failing <= set(re.findall(r"(\w+) (?:[\d.]+e|nan)", str(refused.value)))
+    assert failing <= set(re.findall(r"(\w+) (?:[\d.]+e|nan|inf)", str(refused.value)))
+    with pytest.raises(ModelError, match=r"not exact.*at most 1e-04 in float32"):
+        view(single)
 
 
 @pytest.mark.parametrize(

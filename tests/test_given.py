@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,7 @@ def bytewise() -> PreTrainedTokenizerFast:
 
 @cache
 def model() -> Model:
-    hf = tiny.model("llama", 0, torch.float64, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
-    return view(hf, pieces())
+    return view(tiny.model("llama", 0, torch.float64, vocab_size=64, **methods.shape("")), pieces())
 
 
 TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
@@ -170,7 +170,7 @@ def test_a_chat_without_a_template_or_that_it_refuses_is_an_error() -> None:
 
 # --- what a tokenizer returned ----------------------------------------------------------------------------------------
 
-STRINGS = ["The girl was", "The boy played, The girl", "The boy"]
+STRINGS = ["The girl was", "The boy played, The girl", "The boy", "The girl, The boy"]
 
 
 def _padded(side: str, kind: str | None) -> Any:
@@ -257,48 +257,104 @@ def test_a_file_is_read_in_windows_and_a_prompt_of_that_name_is_a_prompt(tmp_pat
 # --- every method -----------------------------------------------------------------------------------------------------
 
 PAIR = {"base": "The girl was", "source": "The boy was", "answer": "ed", "against": " ed"}
-ASK: dict[str, Callable[[Model, Any], uw.Result]] = {
+
+
+def effects(method: str = "exact", **how: Any) -> Callable[[Model, Any], uw.Result]:
+    return lambda lm, source: uw.effects(lm, (source, source, " s", "ed"), method=method, steps=2, **how)
+
+
+def changed(source: Any) -> Any:
+    """Prompts of the same lengths with one other token."""
+    tokens = given(source, pieces())
+    return replace(tokens, ids=np.where(np.arange(tokens.length) == 1, id_of("r"), tokens.ids))
+
+
+def bounded(lm: Model, source: Any) -> uw.Result:
+    pairs = (source, changed(source), " s", "ed")
+    return uw.bound(lm, pairs, uw.effects(lm, pairs, method="atp"), subsets=12, p=0.5)
+
+
+# Whose numbers are of each prompt; and of a whole text.
+OF_EACH: dict[str, Callable[[Model, Any], uw.Result]] = {
+    "dla": lambda lm, source: uw.dla(lm, source, " s", "ed"),
+    "effects": effects(source="zero"),
+    "effects all": effects(at="all", source="zero"),
+    **{f"effects {method}": effects(method, source="zero") for method in ("atp", "relp", "atp*", "direct", "net")},
+    "paths": lambda lm, source: uw.paths(
+        lm, (source, source, " s", "ed"), "heads", ["L1H0.v", "logits"], source="zero"
+    ),
+}
+OF_ALL: dict[str, Callable[[Model, Any], uw.Result]] = {
     "scan": uw.scan,
     "verify": lambda lm, source: uw.verify(lm, source, "L0H0"),
-    "dla": lambda lm, source: uw.dla(lm, source, " s", "ed"),
+    "verify erasers": lambda lm, source: uw.verify(lm, source, "L0H0", ["L1H0"]),
+    "survival": lambda lm, source: uw.survival(lm, source, ["L0H1", "MLP0"], decoys=2),
     "dla texts": lambda lm, source: uw.dla(lm, [[5, 6]], texts=source),
+    "dla mean": lambda lm, source: uw.dla(lm, source, " s", "ed", replace="mean"),
     "corpus_dla": lambda lm, source: uw.corpus_dla(lm, source, "L0H0", ["L1H0"]),
     "adversarial": lambda lm, source: uw.adversarial(lm, source, "L0H0"),
-    "effects": lambda lm, source: uw.effects(lm, (source, source, " s", "ed"), source="mean"),
-    "paths": lambda lm, source: uw.paths(lm, {"base": source, "source": source, "answer": " s"}, source="mean"),
-    "compare": lambda lm, source: uw.effects(lm, (source, source, " s", "ed"), method="atp", source="mean"),
+    "effects ig": lambda lm, source: uw.effects(lm, (source, changed(source), " s", "ed"), method="ig", steps=2),
+    "paths mean": lambda lm, source: uw.paths(lm, {"base": source, "source": source, "answer": " s"}, source="mean"),
+    "bound": bounded,
+    "compare": lambda lm, source: uw.compare(
+        lm, (source, changed(source), " s", "ed"), ("L0H0",), methods=("atp", "exact")
+    ),
 }
+ASK = {**OF_EACH, **OF_ALL}
+
+
+def test_every_method_that_reads_text_is_asked_with_padding() -> None:
+    # What is made of the others need not be.
+    assert {name.split()[0] for name in ASK} >= {name.split()[0] for name in methods.METHODS} - {*methods.COMBINED}
+
+
+def filled(tokens: Any, other: int = 9) -> Any:
+    """The same prompts with other ids behind their ends."""
+    behind = np.arange(tokens.length) >= tokens.lengths[:, None]
+    return replace(tokens, ids=np.where(behind, other, tokens.ids))
 
 
 @pytest.mark.promise("tokens")
 @pytest.mark.parametrize("name", ASK)
 def test_padding_on_either_side_and_strings_are_the_same_to_every_method(name: str) -> None:
-    lm = model()
+    lm, strings = model(), given(STRINGS, pieces(), bos=False)
     with methods.few_draws():
-        left, right = (ASK[name](lm, _padded(side, "pt")) for side in ("left", "right"))
-        strings = ASK[name](lm, given(STRINGS, pieces(), bos=False))
-    for other in (left, right):
-        read, want = ([part["hash"] for part in one.provenance["tokens"].values()] for one in (other, strings))
-        assert read == want
-        for variable in strings.data:
-            np.testing.assert_array_equal(other[variable].values, strings[variable].values)
+        want, right = (ASK[name](lm, _padded(side, "pt")) for side in ("left", "right"))
+        behind = ASK[name](lm, filled(strings))
+    assert given(_padded("left", "pt"), pieces()).hash == strings.hash
+    read, told = ([part["hash"] for part in one.provenance["tokens"].values()] for one in (right, want))
+    assert read == told
+    for variable in want.data:
+        np.testing.assert_array_equal(right[variable].values, want[variable].values)
+    for variable, part in want.data.items():
+        if part.dtype.kind == "f":
+            np.testing.assert_allclose(
+                behind[variable].values, part.values, rtol=1e-7, atol=1e-9, err_msg=str(variable)
+            )
 
 
 @pytest.mark.promise("tokens")
-def test_a_prompt_among_others_is_a_prompt_alone() -> None:
-    lm, encoding = model(), _padded("left", "pt")
-    found = uw.dla(lm, encoding, " s", "ed")
-    swept = uw.effects(lm, (encoding, encoding, " s", "ed"), at="all", source="zero")
+@pytest.mark.parametrize("name", OF_EACH)
+def test_a_prompt_among_others_is_a_prompt_alone_to_every_method(name: str) -> None:
+    lm = model()
+    found = OF_EACH[name](lm, _padded("left", "pt"))
+    for i, string in enumerate(STRINGS):
+        alone = OF_EACH[name](lm, given(string, pieces(), bos=False))
+        for variable in {"direct", "total", "effect", "signed", "base", "logit_diff"} & {*found.data}:
+            got, want = found[variable].isel({found[variable].dims[0]: i}), alone[variable][0]
+            part = {axis: slice(size) for axis, size in want.sizes.items()}
+            np.testing.assert_allclose(got.isel(part), want, atol=1e-9, err_msg=str(variable))
+
+
+@pytest.mark.promise("tokens")
+def test_a_difference_of_logits_is_that_of_the_prompt_alone() -> None:
+    lm = model()
+    found = uw.dla(lm, _padded("left", "pt"), " s", "ed")["logit_diff"]
     for i, string in enumerate(STRINGS):
         ids = pieces()(string, add_special_tokens=False, return_tensors="pt")["input_ids"]
         with torch.no_grad():
             logits = lm.hf(ids).logits[0, -1]
-        want = float(logits[id_of("▁s")] - logits[id_of("ed")])
-        assert float(found["logit_diff"][i]) == pytest.approx(want, abs=1e-9)
-        alone = uw.dla(lm, string, " s", "ed", bos=False)
-        np.testing.assert_allclose(found["total"].values[i], alone["total"].values[0], atol=1e-9)
-        one = uw.effects(lm, (string, string, " s", "ed"), at="all", source="zero", bos=False)
-        np.testing.assert_allclose(swept["effect"].values[i], one["effect"].values[0], atol=1e-9)
+        assert float(found[i]) == pytest.approx(float(logits[id_of("▁s")] - logits[id_of("ed")]), abs=1e-9)
 
 
 def test_pairs_come_as_people_have_them(tmp_path: Path) -> None:

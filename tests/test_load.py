@@ -197,11 +197,6 @@ def test_an_unknown_architecture_is_refused_with_near_ones(family: str, near: st
         uw.load(folder(tmp_path, {"model_type": family}, "model.safetensors"))
 
 
-def test_a_model_without_an_unembedding_is_refused() -> None:
-    with pytest.raises(ModelError):
-        uw.load(tiny.model("gpt2").transformer)
-
-
 Make = Callable[[Path], Path]
 
 

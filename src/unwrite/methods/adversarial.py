@@ -72,6 +72,7 @@ def adversarial(
     whole("n is a number of prompts", n, 0)
     texts = [admit(lm, tokens, None, skip, bos)]
     texts += [] if held_out is None else [admit(lm, held_out, None, skip, bos)]
+    lm.require("logits")
     node = choose([parse_node(writer)], lm.parts)[0]
     sizes = [batch_size(lm, part, batch, held=4) for part in texts]
     settings = {"writer": str(node), "n": n, "skip": skip, "batch": batch}

@@ -71,6 +71,7 @@ def corpus_dla(
     """
     tokens = admit(lm, tokens, mask, skip, bos)
     one_of("logit", logit, LOGITS)
+    lm.require("logits")
     node = choose([parse_node(writer)], lm.parts)[0]
     named = require_readers(choose(erasers, lm.parts), node, len(lm.layers))
     size = batch_size(lm, tokens, batch, held=4)

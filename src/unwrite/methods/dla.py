@@ -19,6 +19,7 @@ from torch import Tensor
 
 from unwrite.errors import NumericError, TokensError, counted, one_of, require
 from unwrite.model.load import provenance
+from unwrite.model.projections import sizes
 from unwrite.model.view import Model, fold
 from unwrite.prompts.answers import answers
 from unwrite.prompts.positions import rows_at
@@ -152,6 +153,7 @@ def _request(
     one_of("replace", replace, REPLACEMENTS)
     require(isinstance(total, bool), NumericError, "total is a choice", total, "True or False")
     tokens = admit(lm, source, mask, 0, bos, files=False)
+    lm.require("logits")
     if (tokens.lengths < 2).any():
         raise TokensError(
             f"prompt {int(tokens.lengths.argmin())} is one token long",
@@ -161,7 +163,7 @@ def _request(
     pool = Pool(lm, fold(lm), tokens if texts is None else _texts(lm, texts, row, bos), own=texts is None)
     if replace != "zero" and len(pool.tokens) < 2:
         raise TokensError(f"replace={replace!r} needs other texts", got="1 prompt", fix="pass texts=, or more prompts")
-    rows = min(lm.vocabulary, lm.hf.get_output_embeddings().weight.shape[0])
+    rows = min(lm.vocabulary, sizes(lm.head)[1])
     chosen, other = (
         answers(token, tokens, row, name, lm.tokenizer, rows)
         for token, name in ((answer, "answer"), (against, "against"))

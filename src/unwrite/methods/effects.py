@@ -279,7 +279,8 @@ def _guessed(request: _Request, rows: slice) -> dict[str, Tensor]:
     made = _estimates(request, rows, asked, row)
     shaped = {name: torch.cat([part[slot] for slot in request.slots], -1) for name, part in made.items()}
     # Integrated gradients end at the source run; the base run is where they begin.
-    base = seen[0].detach() if request.method != "ig" else metric(base_of(lm, pairs, rows, ()).final).detach()
+    with torch.no_grad():
+        base = seen[0].detach() if request.method != "ig" else metric(base_of(lm, pairs, rows, ()).final)
     return {"base": base, **{name: _shaped(request, part, row) for name, part in shaped.items()}}
 
 

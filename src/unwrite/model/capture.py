@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from unwrite.model.hooks import Handle, after, before, hooked
+from unwrite.model.inside import text_config
 from unwrite.model.view import Folded, Layer, Model, centre, norm_scale
 from unwrite.model.writes import Writes
 from unwrite.nodes import Location, Node
@@ -62,16 +63,27 @@ def uncompiled(model: nn.Module) -> AbstractContextManager[object]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside the `with`, no module trains and none is compiled; afterwards each is as it was."""
+    """Inside the `with`, no module trains, none is compiled, and outputs have names; afterwards each is as it was."""
     training = [module for module in model.modules() if module.training]
+    # transformers cannot run most of its own models whose configuration says return_dict=False.
+    bare = [config for config in _configs(model) if config.return_dict is False]
     try:
         for module in training:
             module.training = False
+        for config in bare:
+            config.return_dict = True
         with uncompiled(model):
             yield
     finally:
         for module in training:
             module.training = True
+        for config in bare:
+            config.return_dict = False
+
+
+def _configs(model: nn.Module) -> tuple[Any, ...]:
+    config: Any = getattr(model, "config", None)
+    return () if config is None else (config, text_config(config))
 
 
 def _hooks(lm: Model, folded: Sequence[Folded], record: Recording, truth: bool) -> Iterator[Handle]:

@@ -16,13 +16,14 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from unwrite.errors import ModelError, PrecisionError
-from unwrite.model.identities import added, beyond, logits_of, relative
+from unwrite.model.identities import added, beyond, output_of, relative
 from unwrite.model.lengths import affordable, switches
+from unwrite.model.projections import as_matrices
 from unwrite.model.single import HALVES, in_float32
-from unwrite.model.view import Folded, Model, fold
+from unwrite.model.view import OF_HEAD, Folded, Model, fold
 from unwrite.model.weights import offloaded
 
-NEEDED = ("heads", "stream", "locations", "logits", "values", "causal")
+NEEDED = ("heads", "stream", "locations", "logits", "values", "mlp", "causal")
 IDENTITIES = (*NEEDED, "opened", "reading", "continued")
 _LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4}
 _FLOAT32_INSIDE = 1e-6
@@ -75,6 +76,8 @@ class Certificate(Mapping[str, float]):
 
     def holds(self, identity: str) -> bool:
         """Does this identity hold?"""
+        if identity not in self.errors:
+            return False
         # Written so that NaN does not.
         exact = not self.single or self.single[identity] <= _LIMITS[torch.float32]
         # In half precision another order of the same sums may choose other experts; float32 says what is the same.
@@ -100,6 +103,8 @@ class Certificate(Mapping[str, float]):
         if self.rounding is not None:
             said += f"; its logits are {self.rounding:.0e} from those of float32, where the same weights are exact to "
             said += f"{max(self.single.values()):.0e}"
+        if missing := [name for name in IDENTITIES if name not in self.errors]:
+            said += f"; {' and '.join(missing)} not checked: there is no language-model head"
         if self.unchecked is not None:
             said += f"; not checked beyond {self.unchecked:,} tokens, where the model computes otherwise"
         return said
@@ -147,7 +152,7 @@ def certify(lm: Model) -> Certificate:
     unchecked = next((length for length in longer if length not in tried), None)
     rounding, single = _in_float32(lm, folded)
     limit = _limit(lm) if rounding is None else max(_ROUNDING, _OF_ROUNDING * rounding)
-    return Certificate(_worst(found), limit, str(lm.dtype).removeprefix("torch."), unchecked, rounding, single)
+    return Certificate(_worst(lm, found), limit, str(lm.dtype).removeprefix("torch."), unchecked, rounding, single)
 
 
 def _in_float32(lm: Model, folded: tuple[Folded, ...]) -> tuple[float | None, dict[str, float]]:
@@ -157,15 +162,15 @@ def _in_float32(lm: Model, folded: tuple[Folded, ...]) -> tuple[float | None, di
         return None, {}
     prompts = [*_prompts(lm)]
     ids, mask = prompts[-1]
-    own = logits_of(lm, ids, mask).float()
-    with in_float32(lm.hf):
-        exact = logits_of(lm, ids, mask)
+    own = output_of(lm, ids, mask).float()
+    with in_float32(lm.hf), as_matrices(lm, lm.hf):
+        exact = output_of(lm, ids, mask)
         found = [error for ids, mask in prompts for error in added(lm, folded, ids, mask, torch.float32)]
-    return relative(own.flatten(0, 1)[None], exact.flatten(0, 1)), _worst(found)
+    return relative(own.flatten(0, 1)[None], exact.flatten(0, 1)), _worst(lm, found)
 
 
-def _worst(found: Iterable[tuple[str, float]]) -> dict[str, float]:
-    worst: dict[str, float] = dict.fromkeys(map(str, IDENTITIES), 0.0)
+def _worst(lm: Model, found: Iterable[tuple[str, float]]) -> dict[str, float]:
+    worst = dict.fromkeys((str(name) for name in IDENTITIES if lm.has_head or name not in OF_HEAD), 0.0)
     for identity, error in found:
         # max() would drop a NaN.
         worst[identity] = error if not error <= worst[identity] else worst[identity]

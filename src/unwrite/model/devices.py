@@ -103,8 +103,9 @@ def _largest(parts: Iterable[_Part]) -> int:
 
 def _named(lm: Model, own: list[_Part], every: list[_Part], of_module: Mapping[nn.Module, int]) -> Iterator[str]:
     """The parts of a region in the order of a forward pass."""
-    ends: dict[nn.Module, str] = {lm.hf.get_input_embeddings(): "embed", lm.hf.get_output_embeddings(): "unembed"}
-    ends |= {lm.final_norm: "final norm"}
+    ends: dict[nn.Module, str] = {lm.hf.get_input_embeddings(): "embed", lm.final_norm: "final norm"}
+    if lm.has_head:
+        ends |= {lm.head: "unembed"}
     if lm.row.pos_embed:
         ends |= {lm.decoder.get_submodule(lm.row.pos_embed): "pos_embed"}
     names = dict.fromkeys(ends.get(part.module, "other weights") for part in own if part.module not in of_module)

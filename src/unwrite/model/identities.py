@@ -5,6 +5,7 @@ stream     all nodes sum to the final state of the stream
 locations  the nodes so far sum to every earlier state (in a parallel block, also to what its MLP reads)
 logits     final norm and unembedding of that sum give the model's logits
 values     with pattern and norm frozen, what all earlier nodes put into a head through its values is what it writes
+mlp        what reads an MLP's hidden activation gives what the MLP writes, and a gated one has two factors
 causal     another last token moves no logit before it
 opened     attention that is computed openly, for patterns, gives the closed model's logits
 reading    logit differences from the rows of the unembedding that methods read are the model's own
@@ -13,16 +14,20 @@ continued  a run continued from a later position, over the keys and values kept 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from unwrite.model.attention import Patterns, around_attention, is_called, patterns
-from unwrite.model.capture import Recording, recording
+from unwrite.model.capture import Recording, evaluating, recording
 from unwrite.model.continued import continues, kept_run
+from unwrite.model.hooks import after, first_of, hooked, kept
+from unwrite.model.inside import maybe
 from unwrite.model.lengths import switches
+from unwrite.model.projections import sizes
 from unwrite.model.unembedding import before_norm, rows_of, unembedding
 from unwrite.model.values import carry, into_values, value_scale
 from unwrite.model.view import Folded, Layer, Model, norm_scale, value_constant, value_weights
@@ -45,8 +50,8 @@ def added(lm: Model, folded: tuple[Folded, ...], ids: Ids, mask: Mask, dtype: to
 
     `dtype` is that in which the model computes now.
     """
-    with recording(lm, folded, truth=True) as record:
-        whole = logits_of(lm, ids, mask)
+    with recording(lm, folded, truth=True) as record, _ends_of_mlps(lm) as ends:
+        whole = output_of(lm, ids, mask)
     logits = whole[mask]
     nodes = expand(lm, folded, _per_prompt(record, mask).map(lambda part: part[mask]))
     rows = {state: x[mask] for state, x in record.stream.items()}
@@ -60,25 +65,34 @@ def added(lm: Model, folded: tuple[Folded, ...], ids: Ids, mask: Mask, dtype: to
             if (read := rows.get(Location("mid", layer.index))) is not None:
                 yield "locations", relative(nodes[_earlier(lm, layer)], read)
     stream = nodes.sum(0)
-    yield "logits", relative(unembed(lm, stream, dtype)[None], logits)
-    yield "reading", relative(*_read(lm, stream, logits))
+    yield from (("mlp", _mlp_error(lm, layer, ends)) for layer in lm.layers)
+    yield "logits" if lm.has_head else "stream", relative(finished(lm, stream, dtype)[None], logits)
+    if lm.has_head:
+        yield "reading", relative(*_read(lm, stream, logits))
     yield from _opened(lm, folded, ids, mask, logits)
     if mask.all():
         yield from _of_positions(lm, ids, whole, dtype)
 
 
 def logits_of(lm: Model, ids: Ids, mask: Mask | None = None) -> Float[Tensor, "prompt position vocabulary"]:
-    """The model's own logits."""
+    """The model's own logits. Raises ModelError for a model that gives none."""
+    lm.require("logits")
+    return output_of(lm, ids, mask)
+
+
+def output_of(lm: Model, ids: Ids, mask: Mask | None = None) -> Float[Tensor, "prompt position output"]:
+    """What the model gives to whoever calls it: logits, or without a head what its final norm gives."""
     padded = {} if mask is None or bool(mask.all()) else {"attention_mask": mask.long()}
-    return lm.hf(input_ids=ids, use_cache=False, **padded).logits.to(ids.device)
+    with evaluating(lm.hf):
+        return first_of(lm.hf(input_ids=ids, use_cache=False, **padded)).to(ids.device)
 
 
-def unembed(
+def finished(
     lm: Model, stream: Float[Tensor, "*rows d_model"], dtype: torch.dtype | None = None
-) -> Float[Tensor, "*rows vocabulary"]:
-    """What the model's own final norm and unembedding make of final streams, given to them in `dtype`, or its own."""
+) -> Float[Tensor, "*rows output"]:
+    """What the model's own final norm, and head if any, make of final streams, given to them in `dtype`, or its own."""
     normed = through(lm.final_norm, stream.to(dtype or lm.dtype))
-    return _bounded(lm, through(lm.hf.get_output_embeddings(), normed))
+    return _bounded(lm, through(lm.head, normed)) if lm.has_head else normed
 
 
 def _bounded(lm: Model, logits: Tensor) -> Tensor:
@@ -109,14 +123,36 @@ def _read(lm: Model, stream: Float[Tensor, "row d_model"], logits: _Rows) -> tup
     return (read - read.mean(-1, keepdim=True))[None], own - own.mean(-1, keepdim=True)
 
 
+@contextmanager
+def _ends_of_mlps(lm: Model) -> Iterator[dict[nn.Module, Tensor]]:
+    """Inside the `with`, what every MLP puts out, and what the last projection in it does, where it has one."""
+    found: dict[nn.Module, Tensor] = {}
+    ends = {part for layer in lm.layers for part in (layer.mlp, maybe(layer.mlp, lm.row.act)) if part is not None}
+    with hooked(after(part, kept(found, part, copied=True)) for part in ends):
+        yield found
+
+
+def _mlp_error(lm: Model, layer: Layer, ends: Mapping[nn.Module, Tensor]) -> float:
+    last = maybe(layer.mlp, lm.row.act)
+    if last is None:  # a mixture of experts
+        return 0.0
+    parts = [part for part in getattr(layer.mlp, "_orig_mod", layer.mlp).children() if part is not last]
+    into = sum(sizes(part)[1] for part in parts if getattr(part, "out_features", getattr(part, "nf", None)))
+    got, want = (ends[part].flatten(0, -2) for part in (last, layer.mlp))
+    # Both factors of a gated one read the stream, so twice as much goes in.
+    if not hasattr(last, "weight") or got.shape != want.shape or (into >= 2 * sizes(last)[0]) != lm.row.gated:
+        return float("inf")
+    return relative(got[None], want)
+
+
 def _opened(lm: Model, folded: tuple[Folded, ...], ids: Ids, mask: Mask, closed: _Rows) -> Errors:
     if not mask.all() and is_called(lm):
         # The function of the family, which attends where a pattern is traced, also under a mask of the caller's.
         with around_attention(lm, lambda _, attend, *seen: attend(*seen), eager=True):
-            yield "opened", relative(logits_of(lm, ids, mask)[mask][None], closed)
+            yield "opened", relative(output_of(lm, ids, mask)[mask][None], closed)
         return
     with patterns(lm) as found, recording(lm, folded, truth=True) as record:
-        logits = logits_of(lm, ids, mask)[mask]
+        logits = output_of(lm, ids, mask)[mask]
     yield "opened", relative(logits[None], closed)
     yield "values", _values_error(lm, folded, mask, record, found)
 
@@ -126,11 +162,11 @@ def _of_positions(
 ) -> Errors:
     """The last of the prompts is the first one but for its last token."""
     yield "causal", relative(logits[-1:, :-1], logits[0, :-1])
-    inputs, kept = kept_run(lm, ids[:1])
-    yield "continued", relative(unembed(lm, inputs[-1][0], dtype)[None], logits[0])
+    inputs, cached = kept_run(lm, ids[:1])
+    yield "continued", relative(finished(lm, inputs[-1][0], dtype)[None], logits[0])
     # Early rows alone are fewer than the switch of a model that computes otherwise beyond it.
     for start in {ids.shape[1] // 2 + 1, *([1] if switches(lm) else [])}:
-        yield "continued", continues(lm, ids[:1], inputs, kept, start, min(2, ids.shape[1] - start))
+        yield "continued", continues(lm, ids[:1], inputs, cached, start, min(2, ids.shape[1] - start))
 
 
 def _per_prompt(record: Recording, mask: Tensor) -> Writes:
@@ -150,15 +186,15 @@ def beyond(lm: Model, folded: tuple[Folded, ...], ids: Int[Tensor, "1 position"]
     """The same of the last rows of one long prompt, as far as another length could change it."""
     last = slice(-_LAST, None)
     with recording(lm, folded) as record:
-        own = lm.decoder(input_ids=ids, use_cache=False).last_hidden_state[0, last].to(ids.device)
+        own = first_of(lm.decoder(input_ids=ids, use_cache=False))[0, last].to(ids.device)
     stream = expand(lm, folded, record.writes.map(lambda part: part[0, last])).sum(0)
     yield "stream", relative(through(lm.final_norm, stream.to(lm.dtype))[None], own)
     with patterns(lm):
-        opened = lm.decoder(input_ids=ids, use_cache=False).last_hidden_state[0, last].to(ids.device)
+        opened = first_of(lm.decoder(input_ids=ids, use_cache=False))[0, last].to(ids.device)
     yield "opened", relative(opened[None], own)
-    inputs, kept = kept_run(lm, ids)
+    inputs, cached = kept_run(lm, ids)
     for start in (1, ids.shape[1] - 2):
-        yield "continued", continues(lm, ids, inputs, kept, start, 2)
+        yield "continued", continues(lm, ids, inputs, cached, start, 2)
 
 
 def _values_error(lm: Model, folded: tuple[Folded, ...], mask: Mask, record: Recording, found: Patterns) -> float:

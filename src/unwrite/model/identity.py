@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from unwrite.model.capture import evaluating
-from unwrite.model.identities import logits_of
+from unwrite.model.identities import output_of
 from unwrite.model.now import state
 from unwrite.model.view import Model
 
@@ -33,8 +32,7 @@ def identity(lm: Model) -> dict[str, Any]:
     """What tells this model, as it is now, from another one with the same weights."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(lm.vocabulary, (2, min(_LENGTH, lm.context or _LENGTH)), generator=generator)
-    with evaluating(lm.hf):
-        logits = logits_of(lm, ids.to(lm.device))[:, -1].double().cpu()
+    logits = output_of(lm, ids.to(lm.device))[:, -1].double().cpu()
     some = torch.linspace(0, logits.shape[-1] - 1, _KEPT).long()
     return {
         "configuration": _configuration(lm.config.to_dict()),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import logging
 from collections.abc import Callable
@@ -13,18 +12,19 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils.import_utils import is_accelerate_available
 
 from unwrite.errors import ModelError, UnwriteError, plain, shown
 from unwrite.files import possible
-from unwrite.model.capture import uncompiled
+from unwrite.model.capture import evaluating
 from unwrite.model.certificate import certify
-from unwrite.model.families import FAMILIES, REFUSED, Family
+from unwrite.model.complete import whole
 from unwrite.model.gguf import configuration, from_gguf, gguf_file
+from unwrite.model.inside import BY_ITSELF, INNER, class_of, require_decoder, row_of, text_config
 from unwrite.model.legacy import checkpoint, from_legacy, is_legacy, tokenizer_folder, tokenizer_name
 from unwrite.model.now import state
-from unwrite.model.options import require_numbers, require_options, require_whole
+from unwrite.model.options import require_numbers, require_options
 from unwrite.model.projections import plain_tensor, require_linear
 from unwrite.model.single import HALVES
 from unwrite.model.view import Model
@@ -32,7 +32,6 @@ from unwrite.model.weights import DISK, stored
 
 # The model that comes with the package: trained by examples/pretrain, see its own README.
 DEFAULT, BUNDLED = "default", Path(__file__).parents[1] / "bundled"
-_KNOWN = f"one of {', '.join(FAMILIES)}"
 _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -102,20 +101,21 @@ def unwrapped(source: Any) -> Any:
 
 def view(hf: PreTrainedModel, tokenizer: Any = None, convention: str = "paper", name: str = "") -> Model:
     """A certified `Model` on a Hugging Face model in memory. Raises ModelError as `load` does."""
-    family = hf.config.model_type
-    row = _row(hf.config)
+    family = text_config(hf.config).model_type
+    row = row_of(hf.config)
+    require_decoder(hf)
     about = {"name": name or type(hf).__name__, "commit": getattr(hf.config, "_commit_hash", None)}
     lm = Model(hf, tokenizer, family, row, convention, about)
     try:
         require_linear(lm, *(part for layer in lm.layers for part in (layer.out_proj, layer.value)))
-        with uncompiled(hf):
+        with evaluating(hf):
             certificate = certify(lm)
     except UnwriteError:
         raise
     except Exception as error:  # the forward pass is the model's own
         raise ModelError(
             f"{about['name']} ({family}) could not be run on short random prompts", got=error,
-            fix="see that it runs by itself: model(input_ids=ids).logits",
+            fix=BY_ITSELF if text_config(hf.config) is hf.config else INNER,
         ) from error  # fmt: skip
     require_numbers(str(about["name"]), hf, certificate.errors)
     certificate.require(str(about["name"]))
@@ -133,14 +133,14 @@ def outline(source: str | Path, dtype: torch.dtype | str | None = None) -> Model
         return None
     try:
         config = AutoConfig.from_pretrained(place)
-        row = _row(config)
+        row = row_of(config)
         with torch.device("meta"):
-            hf = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
+            hf = class_of(config).from_config(config, dtype=dtype or config.dtype or torch.float32)
     except UnwriteError:
         raise
     except Exception:  # noqa: BLE001 - what is wrong with it is said when it is loaded
         return None
-    return Model(hf, None, config.model_type, row, "paper", {"name": _called(source)})
+    return Model(hf, None, text_config(config).model_type, row, "paper", {"name": _called(source)})
 
 
 def quieten() -> None:
@@ -181,6 +181,7 @@ def weights_hash(lm: Model) -> str:
     every = sorted(stored(lm.hf), key=lambda one: one.name)
     state = tuple(one.state for one in every)
     if state not in lm.hashes:
+        lm.hashes.clear()
         total = hashlib.sha256()
         for one in every:
             total.update(f"{one.name} {tuple(one.shown.shape)} {one.shown.dtype}".encode())
@@ -188,27 +189,6 @@ def weights_hash(lm: Model) -> str:
             total.update(flat.view(torch.uint8).numpy().data)
         lm.hashes[state] = total.hexdigest()
     return lm.hashes[state]
-
-
-def _row(config: Any) -> Family:
-    family = config.model_type
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{family} is an encoder–decoder", expected="a decoder with one residual stream")
-    if family in REFUSED:
-        raise ModelError(f"{family} cannot be decomposed exactly: {REFUSED[family]}", expected=_KNOWN)
-    if family not in FAMILIES:
-        near = ", ".join(difflib.get_close_matches(family, FAMILIES, n=3, cutoff=0.3))
-        raise ModelError(
-            f"unknown architecture {family}",
-            expected=_KNOWN,
-            fix=f"see 'How to add a family' in CONTRIBUTING.md{f'; nearest: {near}' if near else ''}",
-        )
-    row = FAMILIES[family]
-    if why := row.refuse(config):
-        raise ModelError(
-            f"this {family} configuration cannot be decomposed exactly: {why}", expected=f"a {family} without that"
-        )
-    return row
 
 
 def _from_disk(source: str, options: dict[str, Any]) -> tuple[PreTrainedModel, Callable[[], Any]]:
@@ -223,12 +203,9 @@ def _from_disk(source: str, options: dict[str, Any]) -> tuple[PreTrainedModel, C
             hf = from_legacy(legacy, options["dtype"] or "auto", device_map=options["device_map"])
             return hf, partial(_legacy_tokenizer, legacy, hf.config)
         config = AutoConfig.from_pretrained(source, **hub)
-        _row(config)
+        row_of(config)
         options["dtype"] = options["dtype"] or _wide(source, config.dtype)
-        hf, told = AutoModelForCausalLM.from_pretrained(
-            source, use_safetensors=True, output_loading_info=True, **options
-        )  # pyright: ignore[reportGeneralTypeIssues]
-        require_whole(_called(source), told)
+        hf = whole(source, _called(source), config, options)
         return hf, partial(_tokenizer, source, hf.config, hub)
     except UnwriteError:
         raise
@@ -253,7 +230,7 @@ def _from_gguf(file: Path, options: dict[str, Any]) -> tuple[PreTrainedModel, Ca
         )
     try:
         config = configuration(file)
-        _row(config)
+        row_of(config)
         hf = from_gguf(file, options["dtype"])
     except UnwriteError:
         raise

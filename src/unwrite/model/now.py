@@ -14,8 +14,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from unwrite.errors import ModelError
-from unwrite.model.capture import evaluating, run
-from unwrite.model.identities import relative, unembed
+from unwrite.model.capture import run
+from unwrite.model.identities import finished, output_of, relative
 from unwrite.model.single import HALVES
 from unwrite.model.view import Model, fold
 from unwrite.model.writes import expand
@@ -58,13 +58,12 @@ def same_now(lm: Model, prompt: Int[Tensor, "1 position"], length: int) -> None:
     # Of another length, half precision rounds otherwise, and routers may choose other experts.
     alone = (prompt if lm.dtype in HALVES else prompt[:, :length]).to(lm.device)
     rows = slice(max(0, length - _ROWS), length)
-    with evaluating(lm.hf):
-        own = lm.hf(input_ids=alone, use_cache=False).logits[0, rows].to(lm.device)
+    own = output_of(lm, alone)[0, rows]
     if not own.isfinite().all():
         return  # the method says where
     folded = fold(lm)
     writes = run(lm, prompt, folded).map(lambda part: part[0, rows])
-    error = relative(unembed(lm, expand(lm, folded, writes).sum(0))[None], own)
+    error = relative(finished(lm, expand(lm, folded, writes).sum(0))[None], own)
     if not error <= lm.certificate.limit:
         raise ModelError(
             f"what would be recorded is not {name} as it computes now",

@@ -6,6 +6,8 @@ that quantises or otherwise bends what it reads: that is measured, and refused b
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
 from unwrite.errors import ModelError
+from unwrite.model.hooks import Handle, between, hooked
 from unwrite.model.weights import weight_of
 
 # Unit vectors at a time.
@@ -23,6 +26,8 @@ _BLOCK = 1024
 # Above this relative error of its matrix, by dtype, a module is not linear. Quantised activations are at 1e-2.
 _LINEAR = {torch.float64: 1e-9, torch.float32: 1e-4}
 _HALF = 5e-2
+# Beside 1, most of these are less than half a step of eight bits.
+_SMALL = 0.003
 
 
 _KNOWN = ("torch", "transformers")
@@ -102,7 +107,7 @@ def sizes(module: nn.Module) -> tuple[int, int]:
 def _effective(lm: Computing, module: nn.Module, detach: bool) -> Effective:
     """What the module does now: kept with the model as long as two vectors come out of it as they did."""
     if not detach:
-        return _measured(module, lm, torch.zeros(0))
+        return _measured(module, lm, _of(module, lm, _probe(lm, module)))
     with torch.no_grad():
         probe = _of(module, lm, _probe(lm, module))
         if (known := lm.effective.get(module)) is None or not torch.equal(known.probe, probe):
@@ -132,17 +137,73 @@ def _probe(lm: Computing, module: nn.Module) -> Float[Tensor, "2 input"]:
 
 
 def _require_linear(lm: Computing, module: nn.Module, found: Effective) -> None:
+    found = Effective(found.matrix.detach(), found.bias.detach(), found.probe)
     x = _probe(lm, module)
     want = x.to(found.matrix) @ found.matrix + found.bias
-    got = _of(module, lm, x)
+    got = _of(module, lm, x).detach()
     error = float((got - want).norm() / want.norm().clamp_min(torch.finfo(want.dtype).tiny))
-    if not error <= _LINEAR.get(lm.dtype, _HALF):
+    if not error <= _LINEAR.get(lm.dtype, _HALF) or _hides(lm, module, found):
         raise ModelError(
             f"a {type(module).__name__} is not linear, so what passes through it cannot be told apart: its activations "
-            "are quantised, or it is no projection",
+            f"are quantised, or rounded to less than {str(lm.dtype).removeprefix('torch.')}, or it is no projection",
             got=f"relative error of its matrix {error:.0e}", expected=f"at most {_LINEAR.get(lm.dtype, _HALF):.0e}",
-            fix="load the model without quantised activations (weights alone may be), or dequantise it",
+            fix="load the model without quantised activations (weights alone may be), in the dtype in which it "
+            "computes, or dequantise it",
         )  # fmt: skip
+
+
+def _hides(lm: Computing, module: nn.Module, found: Effective) -> bool:
+    """Does a large input hide small ones? Half precision rounds each by itself; quantised activations share a step."""
+    if lm.dtype in _LINEAR:
+        return False
+    small = _SMALL * _probe(lm, module)[:1].clamp(-2, 2)
+    large = nn.functional.one_hot(torch.zeros(1, dtype=torch.long), small.shape[1]).to(small)
+    want = small.to(found.matrix) @ found.matrix
+    error = (_of(module, lm, small + large) - _of(module, lm, large)).detach() - want
+    return not bool(error.norm() <= want.norm() / 2)
+
+
+@contextmanager
+def as_matrices(lm: Computing, hf: nn.Module) -> Iterator[None]:
+    """Inside the `with`, a projection whose weights are packed in integers is what its matrix does in float32."""
+
+    def put(module: nn.Module) -> Handle:
+        def does(read: Tensor, output: Tensor) -> Tensor:
+            # Made anew at every call: all of them together may not fit into memory.
+            found = _measured(module, lm, _of(module, lm, _probe(lm, module)))
+            return (read.to(found.matrix) @ found.matrix + found.bias).to(output.dtype)
+
+        return between(module, does)
+
+    with hooked(put(module) for module in hf.modules() if _packed(module)):
+        yield
+
+
+def require_slopes(lm: Computing, hf: nn.Module) -> None:
+    """Raise ModelError for a projection with packed weights that autograd does not go through as its matrix does."""
+    for module in (module for module in hf.modules() if _packed(module)):
+        with torch.no_grad():
+            found = _measured(module, lm, _of(module, lm, _probe(lm, module)))
+            slope = found.matrix[:2].to(lm.dtype)
+            want = slope.to(found.matrix) @ found.matrix.mT
+        x = _probe(lm, module).to(lm.device, lm.dtype).requires_grad_()
+        try:
+            with torch.enable_grad():
+                (got,) = torch.autograd.grad(module.forward(x[None])[0], x, slope)
+            error = float((got.to(want) - want).norm() / want.norm())
+        except RuntimeError:
+            error = float("inf")
+        if not error <= _HALF:
+            raise ModelError(
+                f"slopes do not go through a {type(module).__name__} of this model as its matrix has it",
+                got=f"relative error {error:.0e}", expected=f"at most {_HALF:.0e}",
+                fix="use what needs no slope, such as method='exact', or dequantise the model",
+            )  # fmt: skip
+
+
+def _packed(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and not weight.is_floating_point() and isinstance(module, nn.Linear)
 
 
 def require_linear(lm: Computing, *modules: Any) -> None:

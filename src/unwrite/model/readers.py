@@ -37,7 +37,7 @@ class Reader:
 
 @torch.no_grad()
 def readers(lm: Model) -> tuple[Reader, ...]:
-    """All readers of the stream, in the order of their blocks, the unembedding last."""
+    """All readers of the stream, in the order of their blocks, the unembedding last: without one, what is put out."""
     norms: dict[nn.Module, Tensor] = {}
     inputs: dict[nn.Module, Tensor] = {}
     with ExitStack() as stack:
@@ -45,19 +45,24 @@ def readers(lm: Model) -> tuple[Reader, ...]:
         stack.enter_context(hooked(_watching(lm, norms, inputs)))
         lm.decoder(input_ids=lm.vocabulary // 2 + torch.arange(2, device=lm.device)[None], use_cache=False)
     found = [reader for layer in lm.layers for reader in _of_layer(lm, layer, norms, inputs)]
-    weight, _ = unembedding(lm)
-    return (*found, Reader("unembedding", lm.states[-1], _energy(lm, weight.t(), lm.final_norm)))
+    weight = unembedding(lm)[0].t() if lm.has_head else torch.eye(lm.d_model, device=lm.device)
+    name = "unembedding" if lm.has_head else "output"
+    return (*found, Reader(name, lm.states[-1], _energy(lm, weight, lm.final_norm)))
 
 
 def weights(lm: Model, writers: Sequence[Node], unembedding_only: bool = False) -> Float[Tensor, "writer d_model"]:
     """m, by which ⟨a, b⟩_m = Σ m_i a_i b_i weighs channels as those read them that can read a write; Σ m = d_model.
 
     m_i = d · mean over readers of Σ_j (γ_i R_ij)² / Σ_ij (γ_i R_ij)², γ the gain of the norm before the matrix R. With
-    `unembedding_only` as if it were the only reader.
+    `unembedding_only` as if it were the only reader. What nobody reads (the last writes, without a head) weighs alike.
     """
-    found = readers(lm)
-    found = found[-1:] if unembedding_only else found
-    behind = [[one.energy for one in found if one.reads.order >= lm.after(node).order] for node in writers]
+    if unembedding_only:
+        lm.require("logits")
+    if unembedding_only:
+        lm.require("reading")
+    found = readers(lm)[-1:] if unembedding_only else readers(lm)
+    nobody = found[-1].energy.new_full((lm.d_model,), 1 / lm.d_model)
+    behind = [[one.energy for one in found if one.reads.order >= lm.after(node).order] or [nobody] for node in writers]
     return lm.d_model * torch.stack([torch.stack(part).mean(0) for part in behind])
 
 

@@ -14,7 +14,7 @@ from unwrite.model.weights import weight_of
 def unembedding(lm: Model) -> tuple[Float[Tensor, "vocabulary d_model"], Float[Tensor, " vocabulary"] | None]:
     """Its weight and bias, wherever they are. Raises ModelError where they do not give the model's own logits."""
     lm.require("reading")
-    head = lm.hf.get_output_embeddings()
+    head = lm.head
     return matrix_of(lm, head).t(), bias_of(lm, head)
 
 

@@ -18,11 +18,14 @@ from torch import Tensor, nn
 
 from unwrite.errors import ModelError, shown
 from unwrite.model.families import Family
+from unwrite.model.inside import decoder_of, find, headless, maybe, text_config
 from unwrite.model.projections import Effective, bias_of, has_bias, matrix_of, sizes
 from unwrite.model.weights import home, weight_of
 from unwrite.nodes import Location, Node
 
 CONVENTIONS = ("paper", "raw")
+# The identities of a certificate that a model without a language-model head has not.
+OF_HEAD = ("logits", "reading")
 
 
 @dataclass(frozen=True)
@@ -78,13 +81,25 @@ class Model:
 
     @property
     def config(self) -> Any:
-        """The Hugging Face configuration."""
-        return self.hf.config
+        """The Hugging Face configuration; of a model that reads more than text, that of its text decoder."""
+        whole = self.hf.config
+        return whole if text_config(whole) is whole else self.decoder.config
 
     @cached_property
     def decoder(self) -> nn.Module:
         """The model without its unembedding."""
-        return find(self.hf, self.row.decoder)
+        return decoder_of(self.hf, self.row)
+
+    @property
+    def head(self) -> nn.Module:
+        """What makes logits of normed streams, for all who need them. Raises ModelError where there is none."""
+        self.require("logits")
+        return self.hf.get_output_embeddings()
+
+    @property
+    def has_head(self) -> bool:
+        """Does it give logits?"""
+        return self.hf.get_output_embeddings() is not None
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
@@ -200,6 +215,8 @@ class Model:
 
     def require(self, identity: str) -> None:
         """Raise ModelError naming this identity, by what rests on it, unless it holds."""
+        if identity in OF_HEAD and not self.has_head:
+            raise headless(self.hf)
         if not self.proved(identity):
             self.certificate.refuse(self.about.get("name", self.family), [identity])
 
@@ -231,31 +248,12 @@ def _layer(row: Family, index: int, block: nn.Module) -> Layer:
         attention,
         out_proj=find(attention, row.out_proj),
         value=find(attention, row.value),
-        input_norm=_maybe(block, row.input_norm),
-        mid=_maybe(block, row.mid),
+        input_norm=maybe(block, row.input_norm),
+        mid=maybe(block, row.mid),
         mlp=find(block, row.mlp),
-        post_attention_norm=_maybe(block, row.post_attention_norm),
-        post_mlp_norm=_maybe(block, row.post_mlp_norm),
+        post_attention_norm=maybe(block, row.post_attention_norm),
+        post_mlp_norm=maybe(block, row.post_mlp_norm),
     )
-
-
-def find(root: nn.Module, path: str) -> nn.Module:
-    """The submodule at `path` ("a|b": the first that exists). Raises AttributeError if there is none."""
-    for option in path.split("|")[:-1]:
-        try:
-            return root.get_submodule(option)
-        except AttributeError:
-            continue
-    return root.get_submodule(path.split("|")[-1])
-
-
-def _maybe(root: nn.Module, path: str | None) -> nn.Module | None:
-    if path is None:
-        return None
-    try:
-        return find(root, path)
-    except AttributeError:  # a parallel block may have no norm of its own for its MLP
-        return None
 
 
 def _has_constant(lm: Model, layer: Layer) -> bool:

@@ -107,11 +107,16 @@ def stored(hf: Any) -> Iterator[Stored]:
 
 def _place(module: nn.Module, leaf: str, parameter: Tensor) -> tuple[str, Any]:
     if not parameter.is_meta:
-        return str(parameter.device), (parameter.data_ptr(), parameter._version)
+        return str(parameter.device), (parameter.data_ptr(), _version(parameter))
     kept = _kept(_keeper(module, leaf).weights_map, leaf)
     if isinstance(kept, Tensor):
-        return str(kept.device), (kept.data_ptr(), kept._version)
+        return str(kept.device), (kept.data_ptr(), _version(kept))
     return DISK, kept
+
+
+def _version(tensor: Tensor) -> object:
+    """Another one whenever a tensor may have changed; one that was made in inference mode does not count changes."""
+    return object() if tensor.is_inference() else tensor._version
 
 
 def _kept(found: Any, name: str) -> Any:
@@ -161,6 +166,32 @@ def _runs_on(module: nn.Module) -> torch.device:
         if (device := getattr(hook, "execution_device", None)) is not None:
             return torch.device(device)
     return torch.device("cpu")
+
+
+@contextmanager
+def followed(hf: nn.Module) -> Iterator[None]:
+    """Inside the `with`, autograd can go through a model that was made in inference mode, in the same memory.
+
+    Afterwards every parameter and buffer is the object that it was.
+    """
+    held: list[tuple[dict[str, Any], str, Tensor]] = []
+    try:
+        for module in hf.modules():
+            for own in (module._parameters, module._buffers):
+                for name, value in own.items():
+                    if value is not None and value.is_inference():
+                        held.append((own, name, value))
+                        own[name] = _followed(value)  # pyright: ignore[reportArgumentType]
+        yield
+    finally:
+        for own, name, value in held:
+            own[name] = value
+
+
+def _followed(value: Tensor) -> Tensor:
+    plain = torch.empty(0, dtype=value.dtype, device=value.device)
+    plain.set_(value.untyped_storage(), value.storage_offset(), value.shape, value.stride())
+    return nn.Parameter(plain, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else plain
 
 
 @contextmanager

@@ -94,6 +94,7 @@ def audit(
         str(name): admit(lm, part, None, 1, None if isinstance(part, ready) else bos)
         for name, part in by_name(tokens).items()
     }
+    lm.require("logits")
     own = None if isinstance(prompts, Tokens) else bos
     given = None if prompts is None else admit(lm, prompts, None, 0, own, files=False)
     read = {f"text {name}": part.hash for name, part in texts.items()}

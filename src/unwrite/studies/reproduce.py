@@ -22,6 +22,7 @@ from unwrite.methods.corpus import corpus_dla
 from unwrite.methods.dla import dla
 from unwrite.methods.scan import scan
 from unwrite.methods.verify import verify
+from unwrite.model.identities import logits_of
 from unwrite.model.load import load, provenance, view
 from unwrite.model.view import Model
 from unwrite.prompts.tokens import Tokens, from_ids
@@ -100,6 +101,7 @@ def reproduce(
     lm = weights if isinstance(weights, Model) else load(WEIGHTS if weights is None else weights)
     if missing := {WRITER, *ERASERS, "L3H5"} - set(lm.nodes):
         raise ModelError("this is not a model like gelu-4l", got=f"no {', '.join(sorted(missing))}")
+    lm.require("logits")
     own = tokens is None
     read = _paper_tokens(n) if own else admit(lm, tokens, None, 0, None if isinstance(tokens, Tokens) else bos)
     read = read.take(np.arange(min(n, len(read))))
@@ -243,7 +245,7 @@ def _loss(lm: Model, tokens: Tokens) -> tuple[float, float]:
 
     def measured(batch: Batch) -> torch.Tensor:
         ids = batch.ids[:, : int(tokens.lengths[batch.first])].to(lm.device)
-        logits = lm.hf(input_ids=ids, use_cache=False).logits[0, :-1].to(lm.device, lm.compute_dtype)
+        logits = logits_of(lm, ids)[0, :-1].to(lm.compute_dtype)
         found = cross_entropy(logits, ids[0, 1:], reduction="none").cpu()
         require_finite(found.isfinite().all()[None], "the loss of {prompt} is not finite", prompt=batch.first)
         return found

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from unwrite.model.projections import sizes
 from unwrite.model.unembedding import before_norm, rows_of, unembedding
 from unwrite.model.view import Model, norm_scale
 from unwrite.model.weights import through
@@ -83,8 +84,8 @@ def capped(lm: Model, question: Question, stream: Float[Tensor, "*rows d_model"]
 @torch.no_grad()
 def top_two(lm: Model, stream: Float[Tensor, "*rows d_model"]) -> Question:
     """The model's own two highest logits at every row: the highest against the second."""
-    head, flat = lm.hf.get_output_embeddings(), stream.flatten(0, -2)
-    step = max(1, _CHUNK // head.weight.shape[0])
+    head, flat = lm.head, stream.flatten(0, -2)
+    step = max(1, _CHUNK // sizes(head)[1])
     found = [through(head, normed(lm, part.to(lm.dtype))).topk(2).indices for part in flat.split(step)]
     first, second = torch.cat(found).unflatten(0, stream.shape[:-1]).unbind(-1)
     return Question(first, second)

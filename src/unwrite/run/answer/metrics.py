@@ -71,7 +71,7 @@ class Metric:
             return self._bounded(self._logits(self.clean)).log_softmax(-1)
 
     def _logits(self, normed: Tensor) -> Tensor:
-        return through(self.lm.hf.get_output_embeddings(), normed).to(self.lm.device, self.lm.compute_dtype)
+        return through(self.lm.head, normed).to(self.lm.device, self.lm.compute_dtype)
 
     def _logit(self, normed: Tensor, ids: Tensor) -> Tensor:
         """One logit of every run; the others are not computed."""

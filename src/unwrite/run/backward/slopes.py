@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from unwrite.errors import NumericError
 from unwrite.model.capture import evaluating
-from unwrite.model.hooks import before, hooked, kept, leaf
+from unwrite.model.hooks import before, first_of, hooked, kept, leaf
+from unwrite.model.projections import require_slopes
 from unwrite.model.view import Model
-from unwrite.model.weights import reloading
+from unwrite.model.weights import followed, reloading
 from unwrite.nodes import Location
 from unwrite.run.backward.rules import Rules, put
 from unwrite.run.edit.slots import SCORED, Slot, between_blocks, values_of, watching
@@ -45,14 +46,16 @@ def backward(
     for the state before the first block; with `keep`, further backward passes can follow. Raises NumericError for a
     metric that has no slope.
     """
+    require_slopes(lm, lm.hf)
     with torch.enable_grad(), ExitStack() as stack:
         stack.enter_context(evaluating(lm.hf))
         stack.enter_context(reloading(lm.hf))
+        stack.enter_context(followed(lm.hf))
         stack.enter_context(hooked(put(lm, rules)))
         # What was embedded begins the graph, whether or not the parameters have gradients.
         stack.enter_context(hooked([before(lm.layers[0].block, leaf(embedded))]))
         shown = stack.enter_context(watched)
-        value = metric(lm.decoder(input_ids=ids.to(lm.device), use_cache=False).last_hidden_state.to(lm.device))
+        value = metric(first_of(lm.decoder(input_ids=ids.to(lm.device), use_cache=False)).to(lm.device))
         if not value.requires_grad:
             raise NumericError("the metric has no slope", fix="use method='exact', or make it of torch's own functions")
         tensors = dict(shown)

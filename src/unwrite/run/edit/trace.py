@@ -19,6 +19,7 @@ from unwrite.model.attention import Attend, Attended, around_attention, implemen
 from unwrite.model.capture import uncompiled
 from unwrite.model.hooks import Call, Handle, Point, called, ended, hooked, listeners, visited
 from unwrite.model.view import Model, require_model
+from unwrite.model.weights import followed
 from unwrite.nodes import Site, nearest, parse_site
 from unwrite.run.edit.edits import Edit, Pending
 from unwrite.run.edit.sites import Inner, Pass, Place, named, place
@@ -88,6 +89,7 @@ def trace(lm: Model, *sites: object, edits: Sequence[Edit] | Edit = ()) -> Itera
     run = _Run(lm, _wanted(lm, sites), _grouped(lm, edits))
     with ExitStack() as stack:
         stack.enter_context(uncompiled(lm.hf))
+        stack.enter_context(followed(lm.hf))
         stack.callback(run.end)
         for opened in _opened(run):
             stack.enter_context(opened)

@@ -159,6 +159,7 @@ def admit(lm: Model, tokens: Any, mask: Any, skip: int, bos: int | bool | None =
 def admit_pairs(lm: Model, pairs: Any, bos: int | bool | None = None) -> Pairs:
     """Pairs, in any shape that `pairs_of` takes, that this model can read. Raises TokensError as these do."""
     require_model(lm)
+    lm.require("logits")
     pairs = pairs_of(pairs, lm.tokenizer, bos)
     pairs.check(lm.vocabulary, lm.context)
     return pairs

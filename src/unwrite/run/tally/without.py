@@ -138,8 +138,8 @@ class WithoutTally:
             sums[f"rotation {number}"] = self._survival(run.record, added(run, self.writer, -turned), turned)
         by_node, through = self._through_values(run, write)
         sums |= through
-        read, sums["one_reader"] = self._read(run, write)
-        generic = [self._read(run, write @ rotation)[0] for rotation in self._rotations[:READ_ROTATIONS]]
+        read, sums["one_reader"] = self._read(run, write, kept)
+        generic = [self._read(run, write @ rotation, kept)[0] for rotation in self._rotations[:READ_ROTATIONS]]
         self._rows |= {name: np.array(part.shape[1]) for name, part in sums.items()}
         totals = {
             "sums": self._clusters(batch, torch.cat(list(sums.values()), 1), write),
@@ -232,13 +232,14 @@ class WithoutTally:
         first = self.lm.parts.index(Node("head", layer, 0))
         return slice(first, first + self.lm.n_heads)
 
-    def _read(self, run: Clean, vector: Tensor) -> tuple[Tensor, Tensor]:
+    def _read(self, run: Clean, vector: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         """Σ‖·‖² of what each node writes because it reads `vector`, and each MLP's part of that along the vector."""
         mlps = [node.layer for node in self.lm.parts if node.kind == "mlp" and self.later(node)]
         n, exact = len(self.lm.parts), torch.float64
         onto, energy = vector.new_zeros(len(vector), n, dtype=exact), vector.new_zeros(n, dtype=exact)
         for layer in range(self.writer.layer + 1, len(self.lm.layers)):
-            energy[self._heads(layer)] = squares(run.carried(layer, vector).movedim(2, 0))
+            # Behind a prompt, padding would read it.
+            energy[self._heads(layer)] = squares(run.carried(layer, vector).movedim(2, 0) * kept[..., None])
         there = vector.ne(0).any(-1, keepdim=True)  # elsewhere the difference is rounding
         for layer, change in one_reader(run, vector, mlps).items():
             index = self.lm.parts.index(Node("mlp", layer))

@@ -1,0 +1,100 @@
+"""Where in a model is the decoder that reads text, and has it a head? Found by structure: no wrapper is named."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+
+from unwrite.errors import ModelError
+from unwrite.model.families import FAMILIES, REFUSED, Family
+
+_KNOWN = f"one of {', '.join(FAMILIES)}"
+# What to do with a model that cannot be run.
+BY_ITSELF = "see that it runs by itself: model(input_ids=ids).logits"
+INNER = "if it does not run on text alone, pass the causal language model inside of it"
+
+
+def text_config(config: Any) -> Any:
+    """The configuration of the decoder that reads text, in a model that reads other things as well; mostly itself."""
+    return config.get_text_config(decoder=True)
+
+
+def row_of(config: Any) -> Family:
+    """The row of the decoder that reads text. Raises ModelError for what has none, or cannot be decomposed."""
+    around, config = config, text_config(config)
+    family = config.model_type
+    if getattr(around, "is_encoder_decoder", False):
+        raise ModelError(f"{family} is an encoder–decoder", expected="a decoder with one residual stream")
+    for name in (around.model_type, family):
+        if name in REFUSED:
+            raise ModelError(f"{name} cannot be decomposed exactly: {REFUSED[name]}", expected=_KNOWN)
+    if family not in FAMILIES:
+        near = ", ".join(difflib.get_close_matches(family, FAMILIES, n=3, cutoff=0.3))
+        raise ModelError(
+            f"unknown architecture {family}",
+            expected=_KNOWN,
+            fix=f"see 'How to add a family' in CONTRIBUTING.md{f'; nearest: {near}' if near else ''}",
+        )
+    row = FAMILIES[family]
+    if why := row.refuse(config):
+        raise ModelError(
+            f"this {family} configuration cannot be decomposed exactly: {why}", expected=f"a {family} without that"
+        )
+    return row
+
+
+def class_of(config: Any) -> Any:
+    """The class of transformers that makes logits of text from such a configuration."""
+    causal = text_config(config) is config or type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForCausalLM if causal else AutoModelForMultimodalLM
+
+
+def require_decoder(hf: Any) -> None:
+    """Raise ModelError for what stands on a decoder and gives other numbers than logits, as classifiers do."""
+    if hf.get_output_embeddings() is None and hf.base_model is not hf:
+        raise headless(hf)
+
+
+def headless(hf: Any) -> ModelError:
+    """What is to be said where logits are asked of a model that has none."""
+    kind = type(hf).__name__
+    inside = "" if hf.base_model is hf else f", or pass its .{hf.base_model_prefix} for what needs none (scan, verify)"
+    return ModelError(
+        f"{kind} has no language-model head, so it gives no logits of tokens", expected="a causal language model",
+        fix=f"load it with {class_of(hf.config).__name__} instead of {kind}{inside}",
+    )  # fmt: skip
+
+
+def decoder_of(hf: Any, row: Family) -> nn.Module:
+    """Where the row says; in a model without a head, or around a decoder, the first module that holds all it names."""
+    named = [row.blocks, row.embed, row.final_norm]
+    kind = text_config(hf.config).model_type
+    places = [maybe(hf, row.decoder), *hf.modules()] if text_config(hf.config) is hf.config else hf.modules()
+    for module in places:
+        own = getattr(getattr(module, "config", None), "model_type", kind)
+        if module is not None and own == kind and all(maybe(module, path) is not None for path in named):
+            return module
+    return find(hf, row.decoder)
+
+
+def find(root: nn.Module, path: str) -> nn.Module:
+    """The submodule at `path` ("a|b": the first that exists). Raises AttributeError if there is none."""
+    for option in path.split("|")[:-1]:
+        try:
+            return root.get_submodule(option)
+        except AttributeError:
+            continue
+    return root.get_submodule(path.split("|")[-1])
+
+
+def maybe(root: nn.Module | None, path: str | None) -> nn.Module | None:
+    """`find`, or None where there is none."""
+    if root is None or path is None:
+        return None
+    try:
+        return find(root, path)
+    except AttributeError:  # a parallel block may have no norm of its own for its MLP
+        return None
