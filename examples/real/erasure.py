@@ -98,7 +98,7 @@ def picture(result: uw.Result) -> alt.LayerChart:
     data = result.table()
     data["layer"] = data["writer"].str.extract(r"(\d+)")[0].fillna(-1).astype(int)
     data["head"] = data["writer"].str.extract(r"H(\d+)")[0].fillna(data["writer"].str.extract("([a-zA-Z]+)")[0])
-    order = sorted({h for h in data["head"] if h.isdigit()}, key=int) + ["MLP", "embed", "pos"]
+    order = [*sorted({h for h in data["head"] if h.isdigit()}, key=int), "MLP", "embed", "pos"]
     base = alt.Chart(data).encode(
         x=alt.X("head:N", sort=order, title="head, MLP, embedding"), y=alt.Y("layer:O", sort="descending")
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -58,9 +58,8 @@ def audit(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Who writes, what survives, which attributions can be believed: scan, verify, dla and a verdict in words."""
+    """Who writes, what survives, which attributions can be believed: scan, survival, verify, dla, in words."""
     from unwrite.model.load import DEFAULT
-    from unwrite.prompts.given import by_name
     from unwrite.run.loop.job import Job
     from unwrite.studies.audit import LENGTH, demonstration
     from unwrite.studies.audit import audit as run
@@ -70,22 +69,16 @@ def audit(
         raise typer.BadParameter("a text needs a MODEL to read it", param_hint="--text")
     lm = load_model(model or DEFAULT, device, dtype, convention, device_map)
     voice = Voice(quiet, as_json, "" if out is None else " · Ctrl-C stops and keeps what is done")
-
     allowed = seconds_of(budget)
 
     def some(count: int, long: int, job: Job) -> Texts:
         return read_texts(lm, text, count, long, bos, job) if model else demonstration(lm, count, long, bos)
 
-    def few(count: int) -> Tokens:
-        return next(iter(by_name(some(count, LENGTH, Job())).values()))
-
     def read(job: Job) -> Texts:
         if n is not None or length is not None:
             return some(n or 300, length or LENGTH, job)
-        folder = None if job.folder is None else Path(job.folder)
-        plan = kept(folder) or planned(lm, few, LENGTH, allowed)
-        if folder is not None:
-            plan.save(folder)
+        plan = kept(job.folder) or planned(lm, partial(some, job=Job()), LENGTH, allowed)
+        plan.save(job.folder)
         voice.plan(plan, allowed)
         return some(plan.n, plan.length, job)
 

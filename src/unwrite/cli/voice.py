@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from unwrite.run.loop.job import Job
     from unwrite.run.loop.stream import Listener
     from unwrite.studies.doctor import Diagnosis
-    from unwrite.studies.plan import Plan
+    from unwrite.studies.plan import Planned
 
 JSON = "--json"
 _WIDE = 120
@@ -46,7 +46,7 @@ class Voice:
         elif not self.quiet:
             terminal.console(stderr=True).print(plain(f"certificate: {lm.certificate.explain()}"))
 
-    def plan(self, plan: Plan, budget: float) -> None:
+    def plan(self, plan: Planned, budget: float) -> None:
         """Say what an audit consists of and how long it will take, before it is begun."""
         from unwrite.report import events, terminal
         from unwrite.report.live import duration

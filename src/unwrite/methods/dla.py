@@ -120,10 +120,8 @@ def dla(
     Example: `uw.dla(lm, "The capital of France is", " Paris", " London").table()`
     """
     request = _request(lm, prompts, answer, against, position, at, replace, texts, mask, bos, total)
-    settings = {
-        "position": request.row.tolist(), "at": at, "replace": replace, "batch": batch, "total": total,
-        "texts": None if texts is None else request.pool.tokens.about(),
-    }  # fmt: skip
+    settings = {"position": request.row.tolist(), "at": at, "replace": replace, "batch": batch, "total": total}
+    settings["texts"] = None if texts is None else request.pool.tokens.about()
     # Beside a run's own factors, four sets of cotangents and the writes of one node are held.
     size = batch_size(lm, request.tokens, batch, held=4)
     asked = {name: None if ids is None else ids.tolist() for name, ids in request.questions.items()}

@@ -95,10 +95,8 @@ def survival(
     read = admit(lm, tokens, mask, skip, bos)
     controls = _require(controls, decoys)
     named, size = choose(writers, lm.parts) if writers is not None else None, _size(lm, read, batch)
-    settings = {
-        "writers": None if named is None else [*map(str, named)], "weigh": _named(lm, weigh), "controls": [*controls],
-        "decoys": decoys, "skip": skip, "batch": batch,
-    }  # fmt: skip
+    asked = {"controls": [*controls], "decoys": decoys, "skip": skip, "batch": batch}
+    settings = {"writers": None if named is None else [*map(str, named)], "weigh": _named(lm, weigh), **asked}
     with opened(checkpoint, listener) as job:
         if done := job.begin("survival", lm, {"": read.hash}, settings, in_parts=True):
             return done

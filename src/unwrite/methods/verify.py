@@ -21,9 +21,9 @@ from scipy import stats
 from unwrite.errors import NumericError
 from unwrite.model.load import provenance
 from unwrite.model.readers import weights
-from unwrite.model.view import Model
+from unwrite.model.view import Model, fold
 from unwrite.nodes import Node, choose, parse_node, require_readers
-from unwrite.prompts.tokens import spelled
+from unwrite.prompts.tokens import Tokens, spelled
 from unwrite.result import QUANTILES, Result, build, quantity
 from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.stream import Listener, admit, admit_floor, batch_size, stream
@@ -76,8 +76,8 @@ def verify(
     linear map finds in the stream of held-out prompts (R², by location; NaN with a `decodable_note` where it cannot
     be said); `level_at` and `survival_at` the end, by groups of positions that begin at `place`; `strip_level` and
     `strip_survival`, token by token (`strip_token`, at most 256) of the prompts at quantiles `example` of survival.
-    Raises NodeError for an unknown writer or eraser, or an eraser that writes before it could read the writer;
-    NumericError for a writer that never writes, or a prompt that alone does not fit into memory.
+    Raises NodeError for an unknown writer, or an eraser that could not read it; NumericError for a writer that never
+    writes, or a prompt that alone does not fit into memory.
 
     Example: `uw.verify(lm, tokens, "L0H2")["survival"]`
     """
@@ -94,16 +94,21 @@ def verify(
         stream(lm, tokens, tally.executed(named or ()), size, f"verify {node}", listener, job)
         if not tally.n_positions:
             raise NumericError(f"{node} never writes on this text: no position is above the floor", fix=_LOWER)
-        chosen = named or _default(tally)
-        if named is None:
+        if not (chosen := named):
+            chosen = _default(tally)
             stream(lm, tokens, tally.hiding(chosen), size, f"verify {node}, hidden", listener, job)
-        beside = Removals(lm, tally.folded, tokens, skip, [node], {"readers": weights(lm, [node])}, ALONE)
-        among = SurvivalTally(beside, job)
-        stream(lm, tokens, among, 1, f"verify {node}, beside others", listener, job)
-        data = _judged(_dataset(tally), tally, chosen)
-        data = _beside_others(data, judge(beside.sums(among.whole()), replace(CRITERIA, q=1.0)))
-        settings = {**asked, "erasers": [str(e) for e in chosen]}
-        return job.signed(build("verify", data, settings, provenance(lm), {"": tokens.about()}))
+        found = _among_others(lm, tokens, node, skip, listener, job)
+        data = _beside_others(_judged(_dataset(tally), tally, chosen), found)
+        asked["erasers"] = [str(e) for e in chosen]
+        return job.signed(build("verify", data, asked, provenance(lm), {"": tokens.about()}))
+
+
+def _among_others(lm: Model, tokens: Tokens, node: Node, skip: int, listener: Listener | None, job: Job) -> Judged:
+    """The writer beside ordinary writes in its place, as `uw.survival` judges all of them."""
+    beside = Removals(lm, fold(lm), tokens, skip, [node], {"readers": weights(lm, [node])}, ALONE)
+    among = SurvivalTally(beside, job)
+    stream(lm, tokens, among, 1, f"verify {node}, beside others", listener, job)
+    return judge(beside.sums(among.whole()), replace(CRITERIA, q=1.0))
 
 
 def _default(tally: WithoutTally) -> tuple[Node, ...]:

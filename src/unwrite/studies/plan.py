@@ -10,10 +10,12 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from unwrite.errors import NumericError
 from unwrite.files import write
 from unwrite.model.view import Model
+from unwrite.prompts.given import by_name
 from unwrite.prompts.tokens import Tokens
 from unwrite.run.loop.stream import batch_size, batches
 from unwrite.run.tally.written import Written
@@ -28,7 +30,7 @@ FILE = "plan.json"
 
 
 @dataclass(frozen=True)
-class Plan:
+class Planned:
     """Prompts and their length, how many writes are taken out, and seconds by stage."""
 
     n: int
@@ -41,25 +43,27 @@ class Plan:
         """Seconds of all stages."""
         return sum(self.seconds.values())
 
-    def save(self, folder: Path) -> None:
-        """Keep it, so that the same command goes on with the same prompts."""
-        write(folder / FILE, lambda place: place.write_text(json.dumps(asdict(self)), "utf-8"))
+    def save(self, folder: str | Path | None) -> None:
+        """Keep it in a run's folder, if it has one, so that the same command goes on with the same prompts."""
+        if folder is not None:
+            write(Path(folder) / FILE, lambda place: place.write_text(json.dumps(asdict(self)), "utf-8"))
 
 
-def kept(folder: Path | None) -> Plan | None:
+def kept(folder: str | Path | None) -> Planned | None:
     """The plan that an earlier start of the same command kept; None where there is none that can be read."""
     try:
-        return None if folder is None else Plan(**json.loads((folder / FILE).read_text("utf-8")))
+        return None if folder is None else Planned(**json.loads((Path(folder) / FILE).read_text("utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def planned(lm: Model, read: Callable[[int], Tokens], length: int, budget: float) -> Plan:
-    """The largest audit of prompts of `length` tokens that a budget of seconds allows, of texts that `read` gives.
+def planned(lm: Model, read: Callable[[int, int], Any], length: int, budget: float) -> Planned:
+    """The largest audit of prompts of `length` tokens that a budget of seconds allows, of texts that `read` gives: so
+    many prompts, so long.
 
     Raises NumericError where not even the smallest fits.
     """
-    writers = material(lm, read(_SEEN))
+    writers = material(lm, next(iter(by_name(read(_SEEN, length)).values())))
     taken = stages(lm, length, writers)
     fits = [plan for size in _SIZES if (plan := _plan(size, length, writers, taken)).total <= budget]
     if not fits:
@@ -72,7 +76,7 @@ def planned(lm: Model, read: Callable[[int], Tokens], length: int, budget: float
     return fits[-1]
 
 
-def _plan(n: int, length: int, writers: int, taken: Mapping[str, Taken]) -> Plan:
+def _plan(n: int, length: int, writers: int, taken: Mapping[str, Taken]) -> Planned:
     half, few = n / 2, min(n / 2, REMOVED_FROM)
     scan, survival, verify, dla = (taken[name] for name in ("scan", "survival", "verify", "dla"))
     asked = min(FOUND + (ASKED - FOUND) * SHORT / length, half)
@@ -80,7 +84,7 @@ def _plan(n: int, length: int, writers: int, taken: Mapping[str, Taken]) -> Plan
         "scan": scan.seconds(half), f"survival of {writers}": survival.seconds(few),
         f"verify of {MOST}": MOST * verify.seconds(half), "search": verify.seconds(half) / 2, "dla": dla.seconds(asked),
     }  # fmt: skip
-    return Plan(n, length, writers, seconds)
+    return Planned(n, length, writers, seconds)
 
 
 def material(lm: Model, tokens: Tokens) -> int:
