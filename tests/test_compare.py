@@ -105,7 +105,7 @@ def test_pairs_are_read_alike_from_both_kinds_of_file(folder, pairs_file, tmp_pa
         ("base,source\na,b", "line 2 .* is not a pair. Got: answer"),
         ("base,source,answer,colour\na,b,c,red", "is not a pair. Got: colour"),
         ("base,source,answer\na,b,c,d,e", "is not a pair"),
-        ("base,source,answer,position\na,b,c,last", "has no position. Got: last"),
+        ("base,source,answer,position\na,b,c,last", "has no position. Got: 'last'"),
         ("base,source,answer\nab,b,c", "pair 0 have unequal numbers"),
         ("base,source,answer\na,b,cd", "'cd' is not one token"),
     ],

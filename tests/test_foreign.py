@@ -188,7 +188,7 @@ NAMES = (
 )  # fmt: skip
 # What the methods of the library ask of a job; people hand it over.
 NOT_ASKED = {
-    f"Job.{name}" for name in ("begin", "gather", "goes_on", "signed", "stage", "tick", "together", "unbroken")
+    f"Job.{name}" for name in ("begin", "gather", "goes_on", "heard", "signed", "stage", "tick", "together", "unbroken")
 }
 
 
