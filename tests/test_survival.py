@@ -193,10 +193,16 @@ def truth(family: str, massive: float) -> tuple[Planted, Model, Tensor]:
 
 @cache
 def surviving(family: str, massive: float, weigh: str = "readers") -> uw.Result:
-    """Here most writes near the heads of layer 0 are erased or erase, and a mix of them is often erased as well: it is
-    no news there that a write is. With other signs it lies outside of what they write."""
-    _, lm, ids = truth(family, massive)
-    return uw.survival(lm, ids, weigh=weigh, controls=("signs", "typical"))
+    """Of all that write what somebody reads.
+
+    Here most writes near the heads of layer 0 are erased or erase, and a mix of them is often erased as well: it is no
+    news there that a write is. With other signs it lies outside of what they write.
+    """
+    made, lm, ids = truth(family, massive)
+    silent = ("quiet", "dormant backup", "amplifier", "sink")
+    spoken = [name for role, names in made.roles.items() if role not in silent for name in names]
+    writers = ["embed", *(name for name in spoken if not name.endswith(".bias"))]
+    return uw.survival(lm, ids, writers, weigh, controls=("signs", "typical"))
 
 
 @pytest.mark.promise("planted")
