@@ -122,7 +122,7 @@ def calls() -> dict[str, Call]:
     named = {"source": _STRINGS, "digest": _STRINGS, "notes": "()"}
     return {
         "load": Call(uw.load, {"source": lm().hf}, {**loaded, "trust_remote_code": "True False", "dtype": "None"}),
-        "planted": Call(uw.planted, {}, {"dtype": "dtype"}),
+        "planted": Call(uw.planted, {}, {"dtype": "dtype", "massive": "0 0.5 np.float32"}),
         "text": Call(
             uw.text, {"source": "nonsense " * 20, "tokenizer": tokenizer, "length": 8},
             {"source": "nonsense str_subclass long_string a_long_name", "tokenizer": "tokenizer",
