@@ -346,3 +346,16 @@ def test_half_precision_on_a_cpu_is_computed_in_float32(tmp_path: Path, caplog: 
     assert uw.load(tmp_path, dtype="auto").dtype == torch.bfloat16
     tiny.model("llama", 3, torch.float64).save_pretrained(tmp_path)
     assert uw.load(tmp_path).dtype == torch.float64
+
+
+@pytest.mark.promise("exact")
+def test_an_mlp_of_the_users_own_is_refused_where_its_hidden_activations_are_asked_for() -> None:
+    hf = llama()
+    own = hf.model.layers[0].mlp.forward
+    hf.model.layers[0].mlp.forward = lambda x: 0.5 * own(x)
+    lm = uw.load(hf)
+    assert lm.certificate.failing == ("mlp",)
+    scanned(lm)
+    logits_of(lm)
+    with pytest.raises(ModelError, match="last projection of LlamaForCausalLM's MLPs does not give what they write"):
+        uw.effects(lm, uw.pairs(IDS[:2], IDS[1:], 3, 5), "neurons")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import xarray as xr
 from scipy import stats
 
@@ -43,6 +44,7 @@ _LOWER = "give more text, or a lower floor"
 MATERIAL_SHARE = 0.02
 
 
+@torch.no_grad()
 def verify(
     lm: Model,
     tokens: Any,

@@ -263,6 +263,7 @@ def _z(lm: Model, site: Site) -> Place:
 
 
 def _act(lm: Model, site: Site) -> Place:
+    lm.require("mlp")
     projection = last_projection(lm, lm.layers[site.layer])
     assert projection is not None  # noqa: S101 (refused before)
     return Place(Point(projection, before=True))
