@@ -117,7 +117,7 @@ def test_one_identity_that_fails_is_enough(identity: str, wrong: float) -> None:
 
 
 @pytest.mark.promise("exact")
-@pytest.mark.parametrize("wrong", [1e-3, math.inf, math.nan])
+@pytest.mark.parametrize("wrong", [1e-3, math.nan])
 @pytest.mark.parametrize("identity", ["opened", "reading", "continued", "mlp"])
 def test_what_only_some_methods_need_is_refused_to_them(identity: str, wrong: float) -> None:
     certificate = Certificate({**dict.fromkeys(IDENTITIES, 1e-12), identity: wrong}, 1e-9, "float64")

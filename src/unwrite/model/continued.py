@@ -54,6 +54,7 @@ def kept_run(lm: Model, ids: Int[Tensor, "prompt position"]) -> tuple[Inputs, li
     return [found[index].to(lm.device) for index in range(len(modules))], kept_of(cache, len(lm.layers))
 
 
+@torch.no_grad()
 def calls_from(lm: Model, ids: Int[Tensor, "1 position"], kept: Sequence[Past], start: int, end: int) -> Calls:
     """How the model calls each block for rows start … end of one prompt that follow on earlier ones.
 
