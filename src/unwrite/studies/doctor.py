@@ -83,6 +83,7 @@ def doctor(
     """
     require_model(lm)
     n, length = _size(n, length, lm)
+    writers = writers if writers is None or isinstance(writers, int) else [*writers]
     checks = [
         Check(f"identity {name}", lm.certificate.holds(name), f"relative error {error:.1e}")
         for name, error in lm.certificate.items()
