@@ -20,6 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import unwrite as uw
 from unwrite.run.tally.gram import FEW
+from unwrite.run.tally.survives import ALONE
 from unwrite.stats.mergeable import RATIO
 
 DRAWN, READ = 20, 5  # rotations that verify executes a run for, and those whose readers it runs
@@ -207,7 +208,16 @@ def verify(s: Shape, erasers: int = 1) -> Cost:
     ends = Cost(host=TURNING * s.d**3, factors=8 / 3 * (DRAWN + 1) * s.d**3, moved=8 * (DRAWN + 1) * 10 * s.d**2)
     constants = Cost(single=4 * s.layers * s.d**2 * s.gpt2)
     algebra = 3 * expand(s, rows) + written + turned + read + along + space + decoded(s, kept, head) + constants
-    return runs + shown + recorded + hidden + algebra + ends
+    return runs + shown + recorded + hidden + algebra + ends + beside(s)
+
+
+def beside(s: Shape) -> Cost:
+    """What `uw.survival` would do for that head: of each prompt two runs, one without the write, and without others."""
+    runs, square = 1 + sum(ALONE.values()), Cost(single=2 * s.tokens * s.d**2)
+    # The write once for each of these; what heads of two layers write in another prompt; what decoys are mixed of.
+    made = (runs / s.heads + 2 + 2 * ALONE["typical"]) * square
+    seen = Cost(single=4 * s.tokens * s.d * runs, double=2 * s.d * s.prompts * runs * (s.states + 1))
+    return (2 + runs) * passes(s, s.tokens, s.prompts) + made + s.layers * square + seen
 
 
 def decoded(s: Shape, rows: float, rank: int) -> Cost:

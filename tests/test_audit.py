@@ -120,6 +120,9 @@ def test_doctor_measures_identities_memory_and_time() -> None:
     assert {check.name for check in diagnosis.checks} >= {f"identity {name}" for name in lm.certificate}
     assert diagnosis.memory > sum(parameter.nbytes for parameter in lm.hf.parameters())
     assert diagnosis.seconds > 0
+    assert [need.stage for need in diagnosis.stages] == ["scan", "survival", "verify", "dla"]
+    assert all(need.seconds > 0 and need.memory > 0 for need in diagnosis.stages)
+    assert (diagnosis.stages[0].seconds, diagnosis.stages[0].memory) == (diagnosis.seconds, diagnosis.memory)
     assert uw.doctor(lm, n=100, length=10**6).length == lm.context
 
 

@@ -88,3 +88,12 @@ def test_a_rate_says_how_long_and_what_for(flops: ModuleType, scaling: ModuleTyp
     cost = flops.Cost(model=5, moved=8, calls=1)
     assert here.seconds(cost) == pytest.approx(0.5 + 4 + 1)
     assert here.limit(cost) == "moved"
+
+
+@pytest.mark.parametrize("changes", [{"kv": 2}, {"gpt2": True, "d": 48, "heads": 3}, {"layers": 1}], ids=str)
+def test_the_model_counts_what_torch_counts_of_a_survival(flops: ModuleType, changes: dict) -> None:
+    removed = _script("survival")
+    s = replace(flops.Shape(layers=3, d=32, inner=80, prompts=4, length=12, vocabulary=50), **changes)
+    lm = uw.load(flops.build(s))
+    assert removed.counted(lm, s) == pytest.approx(removed.survival(s).counted, rel=0.005)
+    assert removed.ideal(s).counted < removed.survival(s).counted

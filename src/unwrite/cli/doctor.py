@@ -1,4 +1,4 @@
-"""`unwrite doctor`: is the decomposition exact, will a scan fit, and how long will it take?"""
+"""`unwrite doctor`: is the decomposition exact, will each stage fit, and how long will it take?"""
 
 from __future__ import annotations
 
@@ -38,8 +38,14 @@ def doctor(
     diagnosis = run(lm, n, length)
     screen.print(plain(repr(lm)))
     diagnose(diagnosis, screen)
-    cost = f"about {diagnosis.memory / 2**30:.2f} GiB, {duration(diagnosis.seconds)}"
     timed = f" (timed on this model{', with what it reads and moves' if diagnosis.per_pass else ''})"
-    screen.print(f"a scan of {diagnosis.n} × {diagnosis.length} tokens: {cost}{timed}")
+    prompts, one = f"{diagnosis.n} × {diagnosis.length} tokens", f"1 × {diagnosis.length}"
+    words = {
+        "scan": f"a scan of {prompts}", "survival": f"survival of all writers, {prompts}",
+        "verify": f"a verify of one writer, {prompts}", "dla": f"dla of {one}",
+    }  # fmt: skip
+    for need in diagnosis.stages:
+        cost = f"about {need.memory / 2**30:.2f} GiB, {duration(need.seconds)}"
+        screen.print(f"{words[need.stage]}: {cost}{timed}")
     if not diagnosis.ok:
         raise typer.Exit(1)

@@ -1,10 +1,9 @@
-"""Is the decomposition of this model exact, where does it lie, will a scan fit, and how long will it take?"""
+"""Is the decomposition of this model exact, where does it lie, will each stage fit, and how long will it take?"""
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,13 @@ from typing import Any
 import torch
 
 from unwrite.errors import whole
-from unwrite.methods.scan import scan
-from unwrite.model.devices import Region, foreseen, placed, size
+from unwrite.model import devices
+from unwrite.model.devices import Region, placed, size
 from unwrite.model.load import outline, places
 from unwrite.model.view import Model, require_model
 from unwrite.model.weights import DISK
-from unwrite.prompts.tokens import from_ids
-from unwrite.run.loop.stream import batch_size
-from unwrite.stats.mergeable import RATIO
-from unwrite.studies.foreseen import trial_ids
-
-_TRIAL_TOKENS = 512
+from unwrite.studies.foreseen import foreseen
+from unwrite.studies.room import memory
 
 
 @dataclass(frozen=True)
@@ -36,9 +31,19 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Need:
+    """What one stage needs: seconds, and bytes where the token ids go, weights included."""
+
+    stage: str
+    seconds: float
+    memory: int
+
+
+@dataclass(frozen=True)
 class Diagnosis:
     """Checks, and estimates for a scan of `n` prompts of `length` tokens: bytes and seconds.
 
+    `stages` has the same of a survival of all writers, of a verify of one in the middle, and of a dla of one prompt;
     `regions` says where the weights lie; `memory` is what is needed where the token ids go, weights included; `seconds`
     is NaN before a model is loaded, since only its own passes tell what reading from disk costs.
     """
@@ -49,6 +54,7 @@ class Diagnosis:
     memory: int
     seconds: float
     regions: tuple[Region, ...] = ()
+    stages: tuple[Need, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -66,22 +72,31 @@ class Diagnosis:
         return f"every forward pass {' and '.join(parts)}" if parts else ""
 
 
-def doctor(lm: Model, n: int = 300, length: int | None = None) -> Diagnosis:
-    """Checks of a loaded model and estimates for a scan, from a timed trial on random token ids.
+def doctor(
+    lm: Model, n: int = 300, length: int | None = None, writers: int | Iterable[object] | None = None
+) -> Diagnosis:
+    """Checks of a loaded model and estimates for scan, survival, verify and dla, from a short trial on random ids.
 
-    Memory: weights, the factors of one batch, the histograms of all pairs, and the sums over positions. The trial is a
-    scan of this very model: where weights are read from disk, so are they there.
+    Arguments: `n` prompts of `length` tokens (of dla one); `writers` that survival takes out: their names, or how many,
+    by default all. Memory: weights, what a batch holds, and what is summed up of it. The trial runs this very model:
+    where weights are read from disk, so are they there.
     """
     require_model(lm)
     n, length = _size(n, length, lm)
+    writers = writers if writers is None or isinstance(writers, int) else [*writers]
     checks = [
         Check(f"identity {name}", lm.certificate.holds(name), f"relative error {error:.1e}")
         for name, error in lm.certificate.items()
     ]
     checks.append(Check("tokenizer", lm.tokenizer is not None, _tokenizer(lm), "pass tokenizer=… to read text"))
-    regions, here, need = placed(lm), str(lm.device), _memory(lm, n, length)
-    checks += _fits(regions, here, need, loaded=True)
-    return Diagnosis(tuple(checks), n, length, _needed(regions, here, need), _seconds(lm, n, length), regions)
+    regions, here, need = placed(lm), str(lm.device), memory(lm, n, length, writers)
+    checks += _fits(regions, here, need["scan"], loaded=True)
+    stages = tuple(
+        Need(name, seconds, _needed(regions, here, need[name]))
+        for name, seconds in foreseen(lm, n, length, writers).items()
+    )
+    first = stages[0]
+    return Diagnosis(tuple(checks), n, length, first.memory, first.seconds, regions, stages)
 
 
 def foresee(
@@ -95,8 +110,8 @@ def foresee(
     if (lm := outline(source, dtype)) is None:
         return None
     n, length = _size(n, length, lm)
-    regions, here = foreseen(lm, device_map)
-    need = _memory(lm, n, length)
+    regions, here = devices.foreseen(lm, device_map)
+    need = memory(lm, n, length)["scan"]
     checks = _fits(regions, here, need, loaded=False)
     return Diagnosis(tuple(checks), n, length, _needed(regions, here, need), float("nan"), regions)
 
@@ -137,22 +152,6 @@ def _tokenizer(lm: Model) -> str:
     return "none" if lm.tokenizer is None else f"{len(lm.tokenizer)} ids for {lm.vocabulary} embedding rows"
 
 
-def _memory(lm: Model, n: int, length: int) -> int:
-    """Bytes of a scan, beside the weights."""
-    width = torch.finfo(lm.compute_dtype).bits // 8
-    nodes, states = len(lm.parts), len(lm.states)
-    bins = 2 * RATIO.reach + 2
-    pairs = (nodes + states + 1) * nodes
-    factors = (2 * len(lm.layers) + 2) * lm.d_model * width
-    folded = len(lm.layers) * lm.n_heads * lm.head_dim * lm.d_model * width
-    tokens = from_ids(torch.zeros(min(n, 4096), length, dtype=torch.long))
-    batch = batch_size(lm, tokens)
-    alive = (-(-n // batch)).bit_length() + 2
-    positions = min(2**30, factors * length * alive)
-    # Histograms with their stash; the forward pass holds about as much again as the factors it shows.
-    return folded + pairs * (4 * bins + 2 * 256) + 2 * batch * length * factors + positions + 2**26
-
-
 def _free(place: str) -> int:
     """Bytes that are free on a device; 0 on one that is not there."""
     device = torch.device(place)
@@ -165,20 +164,3 @@ def _free(place: str) -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _seconds(lm: Model, n: int, length: int) -> float:
-    """From two timed trials of different size, which tell what a scan costs once and what it costs per token."""
-    short = min(length, _TRIAL_TOKENS)
-    few = max(1, _TRIAL_TOKENS // short)
-    _timed(lm, few, short)  # the first forward pass also allocates and compiles
-    once, thrice = _timed(lm, few, short), _timed(lm, 3 * few, short)
-    per_token = max(thrice - once, 0.0) / (2 * few * short)
-    return max(once - per_token * few * short, 0.0) + per_token * n * length
-
-
-def _timed(lm: Model, prompts: int, length: int) -> float:
-    ids = trial_ids(lm, prompts, length)
-    start = time.monotonic()
-    scan(lm, ids)
-    return time.monotonic() - start

@@ -20,13 +20,18 @@ from unwrite.model.view import Model
 from unwrite.nodes import Node, choose
 from unwrite.run.loop.stream import Listener, Progress
 from unwrite.run.replay.removed import begins
+from unwrite.run.tally.survives import ALONE
 from unwrite.run.tally.without import READ_ROTATIONS, ROTATIONS
 
 # Tokens of one trial, and of the shortest pass that is timed, whose cost is that of a call.
-TRIED, FEW = 256, 8
+TRIED, FEW = 128, 8
+# Blocks behind the writers whose survival is tried.
+_LATE = 10
 _TRIED_DECOYS = 4
 # A prompt's readings in `uw.dla`, in passes; and what a changed run costs beside its blocks, there and in `uw.verify`.
 _READINGS, _SWEPT, _RECORDED = 10, 1.3, 1.6
+# What stands in for one writer that is looked at closely, and the write itself.
+_BESIDE = 1 + sum(ALONE.values())
 
 
 @dataclass(frozen=True)
@@ -132,23 +137,25 @@ def _survival(
     lm: Model, ids: Tensor, scale: float, writers: list[Node], one: BlockTime, clock: Callable[[], float]
 ) -> Taken:
     """A few late writers are tried; of a prompt's runs each block costs what it costs there."""
-    first = max(0, len(lm.layers) - 6)
+    first = max(0, len(lm.layers) - _LATE)
     late = [Node("head", first, head) for head in range(min(3, lm.n_heads))]
     tried = _tried(lambda tell: survival(lm, ids, late, decoys=_TRIED_DECOYS, listener=tell), 1, clock)
     # Few writers have more stand-ins each.
     of, as_tried = (1 + sum(stand_ins(len(writers), decoys=n).values()) for n in (None, _TRIED_DECOYS))
-    prepared = 3 * one.seconds(ids.shape[1], len(lm.layers))
+    prepared = 2 * one.seconds(ids.shape[1], len(lm.layers))
     run = max(tried.each - prepared, 0.2 * tried.each) / behind(lm, late)
     # Which writers are material is found by one pass more.
-    return Taken(tried.once, scale * (prepared * 4 / 3 + run * behind(lm, writers) * of / as_tried))
+    return Taken(tried.once, scale * (prepared * 3 / 2 + run * behind(lm, writers) * of / as_tried))
 
 
 def _verify(lm: Model, length: int, writers: list[Node], one: BlockTime) -> Taken:
-    """Four clean runs, one without the write, one for every rotation, and MLPs that alone read it, or a turned one."""
+    """Four clean runs, one without the write, one for every rotation, and MLPs that alone read it, or a turned one;
+    and beside two runs of each prompt those without the write, and without what stands in for it."""
     blocks, part = len(lm.layers), behind(lm, writers) / max(len(writers), 1)
     runs = 4 * blocks + (1 + ROTATIONS + (1 + READ_ROTATIONS) * 2 / 3) * part
     shown = 5 * one.seconds(length, blocks + part)
-    return Taken(_RECORDED * shown, _RECORDED * length * one.row * runs)
+    beside = 2 * one.seconds(length, blocks) + _SWEPT * one.seconds(_BESIDE * length, part)
+    return Taken(_RECORDED * shown, _RECORDED * length * one.row * runs + beside)
 
 
 def _dla(lm: Model, length: int, one: BlockTime) -> Taken:

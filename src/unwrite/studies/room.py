@@ -1,0 +1,82 @@
+"""How many bytes does each stage need beside the weights? From the shape of the model alone, no weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from unwrite.model.view import Model
+from unwrite.prompts.tokens import Tokens, from_ids
+from unwrite.run.loop.stream import batch_size
+from unwrite.run.replay.removed import at_once
+from unwrite.run.tally.without import ROTATIONS
+from unwrite.stats.mergeable import RATIO
+
+# What is there whatever is asked: tables, hooks, and what libraries take for themselves.
+_ALWAYS = 2**26
+# At most so much is spent on the matrices of one fit in verify.
+_FITS = 2**30
+
+
+def memory(lm: Model, n: int, length: int, writers: int | Iterable[object] | None = None) -> dict[str, int]:
+    """Bytes by stage, as `unwrite.studies.foreseen` has them, for n prompts of `length` tokens."""
+    tokens = from_ids(torch.zeros(min(n, 4096), length, dtype=torch.long))
+    many = len(lm.parts) if writers is None else writers if isinstance(writers, int) else len(list(writers))
+    found = {
+        "scan": _scan(lm, n, tokens), "survival": _survival(lm, n, length, many),
+        "verify": _verify(lm, tokens), "dla": _clean(lm, length) + _going_up(lm, length),
+    }  # fmt: skip
+    return {name: _folded(lm) + part + _ALWAYS for name, part in found.items()}
+
+
+def _width(lm: Model) -> int:
+    return torch.finfo(lm.compute_dtype).bits // 8
+
+
+def _folded(lm: Model) -> int:
+    """W_O of all heads, in the dtype in which writes are computed."""
+    return len(lm.layers) * lm.n_heads * lm.head_dim * lm.d_model * _width(lm)
+
+
+def _factors(lm: Model) -> int:
+    """Of all writes, at one position."""
+    return (2 * len(lm.layers) + 2) * lm.d_model * _width(lm)
+
+
+def _scan(lm: Model, n: int, tokens: Tokens) -> int:
+    nodes, length = len(lm.parts), tokens.length
+    pairs = (nodes + len(lm.states) + 1) * nodes
+    batch = batch_size(lm, tokens)
+    alive = (-(-n // batch)).bit_length() + 2
+    positions = min(2**30, _factors(lm) * length * alive)
+    # Histograms with their stash; the forward pass holds about as much again as the factors it shows.
+    return pairs * (4 * (2 * RATIO.reach + 2) + 2 * 256) + 2 * batch * length * _factors(lm) + positions
+
+
+def _clean(lm: Model, rows: int) -> int:
+    """A recorded run with the stream at every location, and the writes of another prompt."""
+    return rows * (4 * _factors(lm) + 2 * len(lm.states) * lm.d_model * _width(lm))
+
+
+def _going_up(lm: Model, length: int) -> int:
+    """Runs that go through a block together, the change of each, and what is compared."""
+    inner = getattr(lm.config, "intermediate_size", None) or 4 * lm.d_model
+    return at_once(length) * length * (10 * lm.d_model + 3 * inner) * _width(lm)
+
+
+def _survival(lm: Model, n: int, length: int, writers: int) -> int:
+    of_prompt = writers * (7 * (3 * len(lm.states) + 4) + 2 * len(lm.parts) + lm.d_model) * 8 + writers * length * 4
+    # Of the prompt that is not done also as it was kept last.
+    return _clean(lm, length) + _going_up(lm, length) + (n + 3) * of_prompt
+
+
+def _verify(lm: Model, tokens: Tokens) -> int:
+    """Two recorded runs of a batch, their patterns, what a block's nodes write, turns, and what is decoded."""
+    rows = batch_size(lm, tokens, held=2) * tokens.length
+    width = _width(lm)
+    recorded = 2 * rows * (_factors(lm) + len(lm.states) * lm.d_model * width)
+    patterns = 2 * rows * tokens.length * len(lm.layers) * lm.n_heads * width
+    nodes = 4 * rows * (lm.n_heads + 2) * lm.d_model * width
+    fits = min(_FITS, len(lm.states) * 32 * lm.d_model * (lm.d_model + lm.head_dim + tokens.length))
+    return recorded + patterns + nodes + ROTATIONS * lm.d_model**2 * (8 + width) + fits
