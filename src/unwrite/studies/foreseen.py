@@ -41,7 +41,7 @@ class Taken:
     once: float
     each: float
 
-    def seconds(self, n: float) -> float:
+    def seconds(self, n: int | float) -> float:
         """For so many prompts."""
         return self.once + n * self.each
 
@@ -53,7 +53,7 @@ class BlockTime:
     call: float
     row: float
 
-    def seconds(self, rows: float, blocks: float) -> float:
+    def seconds(self, rows: int | float, blocks: int | float) -> float:
         """Of so many blocks that so many rows go through at once."""
         return blocks * (self.call + rows * self.row)
 
