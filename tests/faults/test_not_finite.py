@@ -83,14 +83,16 @@ SITES: dict[str, Site] = {
     "unembedding of no answer": _unembedding(40),
 }
 # Of these a method's answer is made without that place.
-_NO_LOGITS = {"scan", "verify", "verify erasers"}
+_NO_LOGITS = {"scan"}
+# Channels are weighed as the whole unembedding reads them, too.
+_WEIGHED = {"survival", "verify", "verify erasers"}
 _OWN_TOP = {"dla texts", "corpus_dla", "adversarial", "audit", "reproduce"}
 _UNREAD: dict[str, set[str]] = {
     "embedding of another prompt's token": {"dla"},
     "final norm": _NO_LOGITS,
     "unembedding of the answer": _NO_LOGITS,
     # The others are asked about two tokens alone.
-    "unembedding of no answer": set(METHODS) - _OWN_TOP,
+    "unembedding of no answer": set(METHODS) - _OWN_TOP - _WEIGHED,
 }
 
 

@@ -99,7 +99,7 @@ def survival(
     with opened(checkpoint, listener) as job:
         if done := job.begin("survival", lm, {"": read.hash}, settings, in_parts=True):
             return done
-        chosen = _material(lm, read, skip, listener, job) if named is None else named
+        chosen = _chosen(lm, read, named, skip, listener, job)
         draws = stand_ins(len(chosen), controls, decoys)
         question = Removals(lm, fold(lm), read, skip, chosen, _weights(lm, chosen, weigh), draws)
         tally = SurvivalTally(question, job)
@@ -157,11 +157,16 @@ def _weights(lm: Model, writers: Sequence[Node], weigh: Any) -> dict[str, Float[
     return {weigh: readers.weights(lm, writers, unembedding_only=weigh == "unembed"), "raw": even}
 
 
-def _material(lm: Model, tokens: Tokens, skip: int, listener: Listener | None, job: Job) -> tuple[Node, ...]:
-    """Writers whose write is not tiny beside the stream; a bias is no writer that one could ask about."""
+def _chosen(
+    lm: Model, tokens: Tokens, named: tuple[Node, ...] | None, skip: int, listener: Listener | None, job: Job
+) -> tuple[Node, ...]:
+    """The writers that are named, or those whose write is not tiny beside the stream; a bias is none to ask about.
+
+    Either way all that is written is looked at first: what is no number is named by its prompt.
+    """
     tally = Written(lm, tokens, skip)
     stream(lm, tokens, tally, batch_size(lm, tokens), "what is written", listener, job, everywhere=True)
-    found = tuple(node for node in tally.material() if node.kind != "bias")
+    found = named or tuple(node for node in tally.material() if node.kind != "bias")
     if not found:
         raise NumericError(
             "no node writes anything material on this text",

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from unwrite.errors import NumericError
 from unwrite.model.capture import evaluating
 from unwrite.model.hooks import Handle, after, before, hooked, kept
 from unwrite.model.projections import matrix_of
@@ -37,17 +38,28 @@ class Reader:
 
 @torch.no_grad()
 def readers(lm: Model) -> tuple[Reader, ...]:
-    """All readers of the stream, in the order of their blocks, the unembedding last: without one, what is put out."""
+    """All readers of the stream, in the order of their blocks, the unembedding last: without one, what is put out.
+
+    Raises NumericError where a weight is no number.
+    """
     norms: dict[nn.Module, Tensor] = {}
     inputs: dict[nn.Module, Tensor] = {}
     with ExitStack() as stack:
         stack.enter_context(evaluating(lm.hf))
         stack.enter_context(hooked(_watching(lm, norms, inputs)))
         lm.decoder(input_ids=lm.vocabulary // 2 + torch.arange(2, device=lm.device)[None], use_cache=False)
+    if not all(read.isfinite().all() for read in (*norms.values(), *inputs.values())):
+        raise NumericError("an activation is not finite where readers are looked for", fix="load the model in float32")
     found = [reader for layer in lm.layers for reader in _of_layer(lm, layer, norms, inputs)]
     weight = unembedding(lm)[0].t() if lm.has_head else torch.eye(lm.d_model, device=lm.device)
     name = "unembedding" if lm.has_head else "output"
-    return (*found, Reader(name, lm.states[-1], _energy(lm, weight, lm.final_norm)))
+    found.append(Reader(name, lm.states[-1], _energy(lm, weight, lm.final_norm)))
+    for reader in found:
+        if not reader.energy.isfinite().all():
+            raise NumericError(
+                f"the weights of {reader.name}, or of the norm before it, are not finite", fix="load other weights"
+            )
+    return tuple(found)
 
 
 def weights(lm: Model, writers: Sequence[Node], unembedding_only: bool = False) -> Float[Tensor, "writer d_model"]:
