@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,11 @@ def test_scan_show_and_picture(folder, monkeypatch, capsys, tmp_path) -> None:
     assert shown.strip() in first
     assert run(monkeypatch, "show", out, "-o", tmp_path / "levels.svg") == 0
     assert (tmp_path / "levels.svg").read_text().startswith("<svg")
+
+
+def test_it_says_which_version_it_is(monkeypatch, capsys) -> None:
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"unwrite {metadata.version('unwrite')}\n"
 
 
 def test_audit_ends_in_a_verdict(folder, monkeypatch, capsys, tmp_path) -> None:

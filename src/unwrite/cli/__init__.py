@@ -37,6 +37,7 @@ from unwrite.cli.options import (
 from unwrite.cli.survival import survival
 from unwrite.cli.voice import Voice, event, fail, produce
 from unwrite.errors import Stopped, UnwriteError
+from unwrite.files import version
 
 if TYPE_CHECKING:
     from unwrite.prompts.tokens import Tokens
@@ -72,8 +73,19 @@ def _command(body: Callable[P, None]) -> Callable[P, None]:
     return stoppable
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"unwrite {version('unwrite')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _app(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+def _app(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Say which it is.")
+    ] = False,
+) -> None:
     """Options of every command."""
 
 
