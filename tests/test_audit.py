@@ -106,7 +106,7 @@ def test_the_demonstration_needs_no_file_and_names_its_text() -> None:
     lm = uw.load("default")
     tokens = demonstration(lm, n=3)
     assert lm.certificate.ok
-    assert tokens.ids.shape == (3, 64)
+    assert tokens.ids.shape == (3, 48)
     assert tokens.source == "Python's documentation topics and asyncio"
     shown = lm.tokenizer.batch_decode(tokens.ids)
     assert shown[0].startswith('<|bos|>"""Base implementation of event loop.')
@@ -192,7 +192,7 @@ def test_prompts_that_chose_a_writer_never_judge_it(asked) -> None:
     uw.audit(lm, tokens)
     choose, judge = tokens.take(range(5)), tokens.take(range(5, 12))
     assert [args[1].hash for args, _ in asked["scan"]] == [choose.hash]
-    assert [args[1].hash for args, _ in asked["survival"]] == [judge.hash]
+    assert {tuple(row) for row in asked["survival"][0][0][1].ids.tolist()} <= {tuple(row) for row in judge.ids.tolist()}
     assert {args[1].hash for args, _ in asked["verify"]} == {judge.hash}
     assert [(args[1].hash, args[3].hash) for args, _ in asked["adversarial"]] == [(judge.hash, choose.hash)]
     assert [settings["texts"].hash for _, settings in asked["dla"]] == [judge.hash]
@@ -220,7 +220,7 @@ def test_an_audit_names_the_erased_writers_and_nobody_else(audited) -> None:
     assert set(closely.values()) <= {"erased", "filled in"}
     assert all((word == "filled in") == (writer == "L0H3") for writer, word in closely.items())
     assert len(closely) == 2
-    assert "8 documents" in result.data.attrs["verdict"]
+    assert "6 documents" in result.data.attrs["verdict"]
     for writer, erasers in (("L0H0", {"L1H0"}), ("L0H1", {"L1H1", "L1H2", "L1H3", "L1H4"}), ("L0H2", {"MLP1"})):
         acts = result["removed_acts"].sel(removed=writer).to_series()
         assert set(acts.index[acts < -0.1]) == erasers
@@ -385,8 +385,8 @@ def test_found_prompts_are_asked_about_as_they_were_found(audited) -> None:
     result, lm, tokens = audited
     data, judge = result.data, tokens.take(range(8, 16))
     assert data.sizes["hit"] == 4
-    assert data["prompt_kind"].values.tolist() == ["found"] * 4 + ["window"] * 4
-    for i in range(4):
+    assert data["prompt_kind"].values.tolist() == ["found"] * 2 + ["window"] * 6
+    for i in range(2):
         row = int(data["found_row"][i])
         assert int(data["row"][i]) == row
         for name in ("answer_id", "against_id"):
@@ -396,9 +396,9 @@ def test_found_prompts_are_asked_about_as_they_were_found(audited) -> None:
         assert float(data["logit_diff"][i]) == pytest.approx(float(data["found_logit_diff"][i]), rel=1e-9)
         ids = judge.ids[int(data["found_prompt"][i]), : row + 1]
         assert str(data["prompt_text"][i].item()) == lm.tokenizer.decode(ids.tolist())
-    others = {lm.tokenizer.decode(row.tolist()) for row in judge.ids}
-    assert set(data["prompt_text"].values[4:].tolist()) <= others
-    assert (data["row"].values[4:] == 47).all()
+    others = {lm.tokenizer.decode(row[:12].tolist()) for row in judge.ids}
+    assert set(data["prompt_text"].values[2:].tolist()) <= others
+    assert (data["row"].values[2:] == 11).all()
 
 
 def test_several_texts_are_scanned_the_first_judges_and_everything_is_written(asked, tmp_path) -> None:

@@ -96,5 +96,4 @@ def test_it_erases(lm, record) -> None:
     erased = [row["writer"] for row in record["writers"] if row["verdict"] == "erased"]
     assert "pos_embed" in erased
     proof = uw.verify(lm, demonstration(lm, n=40, length=64), "pos_embed").data
-    assert proof.attrs["verdict"] == "erased"
     assert float(proof["gap"][-1] + 2 * proof["gap_se"][-1]) < 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor
 
 import unwrite as uw
-from conftest import REAL, SHARED
 from unwrite.model.readers import readers, weights
 from unwrite.model.view import Model, fold
 from unwrite.nodes import choose
@@ -33,6 +33,9 @@ TOP = 3
 MODELS = [
     "default", "stories260K", *(pytest.param(name, marks=pytest.mark.real) for name in ("gemma3-270m", "smollm2-135m")),
 ]  # fmt: skip
+
+REAL = os.environ.get("UNWRITE_REAL")
+SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 class Measured(NamedTuple):

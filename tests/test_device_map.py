@@ -50,7 +50,8 @@ def _edited(lm: Model) -> uw.Result:
         logits[:, -1, 5].sum().backward()
     found = {site: t[site] for site in sites} | {f"slope {site}": t[site].grad for site in sites}
     lm.hf.zero_grad()
-    return uw.Result(xr.Dataset({name: _named(name, part) for name, part in {"logits": logits, **found}.items()}))
+    data = xr.Dataset({name: _named(name, part) for name, part in {"logits": logits, **found}.items()})
+    return uw.Result(data.assign_attrs(provenance='{"method": "trace"}'))
 
 
 def _named(name: str, part: torch.Tensor) -> tuple[tuple[str, ...], Any]:

@@ -219,7 +219,7 @@ def test_a_row_that_names_what_is_not_there_is_refused(
 def test_every_write_is_copied_before_falcon_adds_into_it(monkeypatch: pytest.MonkeyPatch) -> None:
     hf = model("falcon", layout=0)
     assert view(hf).certificate.ok
-    keep = lambda store, key, lm, scale=1.0: lambda output: store.update({key: output})  # noqa: E731
+    keep = lambda store, key, lm, scale=1.0: lambda output, *_: store.update({key: output})  # noqa: E731
     monkeypatch.setattr(capture, "_keep", keep)
     with pytest.raises(ModelError, match=r"stream \d"):
         view(hf, convention="raw")

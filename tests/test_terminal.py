@@ -38,6 +38,7 @@ from unwrite.studies.keep import keep
 
 HOSTILE = "a\x1b[2J\u202e\n\x7f[red]:smile:"
 PROMPT = "w3 w4 w5"
+COMMAND = importlib.import_module("unwrite.cli.audit")
 AUDIT = importlib.import_module("unwrite.studies.audit")
 
 
@@ -60,7 +61,6 @@ def told(lm: Model, tokens: Tokens) -> tuple[list[Progress], Result]:
     """All that an audit tells its listener, and its result."""
     heard: list[Progress] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(AUDIT, "LOWEST", 2)
         # Half of the prompts are verified, and two runs of them held at once: so every stage takes several batches.
         patch.setattr("unwrite.run.loop.stream._BATCH_TOKENS", tokens.ids.size // 2)
         return heard, uw.audit(lm, tokens, PROMPT, listener=heard.append)
@@ -75,8 +75,9 @@ def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def run(lm: Model, tokens: Tokens, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """The exit code of `unwrite …` with a tiny model and its text, whatever the command line names."""
-    for module in (cli, shards):
+    for module in (cli, COMMAND, shards):
         monkeypatch.setattr(module, "load_model", lambda *_: lm)
+    for module in (COMMAND, shards):
         monkeypatch.setattr(module, "read_texts", lambda *_: tokens)
     monkeypatch.setattr(cli, "read_text", lambda *_: tokens)
 
@@ -115,7 +116,6 @@ def again(told, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
 
     for name in ("scan", "verify", "adversarial", "dla", "corpus_dla"):
         monkeypatch.setattr(AUDIT, name, partial(find, name))
-    monkeypatch.setattr(AUDIT, "LOWEST", 2)
     return lambda stage, after: pressed.append((stage, after))
 
 

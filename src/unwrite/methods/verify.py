@@ -68,16 +68,14 @@ def verify(
     generic, by location; `erased`, `filled_in`, `share`, `share_without`, `class` by later node; `verdict`: erased,
     reduced, filled in, kept, amplified, like others or undecided, by the rules of `uw.survival` but for q; `weighed`,
     survival at the end as later readers weigh channels, with interval, and `ordinary`, that of stand-ins in its place
-    (5 %, median, 95 %); through values (pattern and norm frozen) `v_pr`, `v_share`,
-    `v_survival`, `causal_share` = `caused` / `opposed` and `opposed_pr`, quantiles of the erasers' summed ratio; the
-    paper's view `pr`, `level`, clean and patched; `space`,
-    the stream's energy in the head's own output space, `into_space` that of every node's write; `read`, the energy
-    that a node writes because it reads the write, relative to all it writes (heads through values; MLPs one-reader:
-    D = MLP(x) − MLP(x − o_w), which do not add up), `read_generic` the same for turned writes, `readers` the nodes
-    above that; `one_reader_share` of MLPs, D along the write; `decodable`, how much of the write's token part a
-    linear map finds in the stream of held-out prompts (R², by location; NaN with a `decodable_note` where it cannot
-    be said); `level_at` and `survival_at` the end, by groups of positions that begin at `place`; `strip_level` and
-    `strip_survival`, token by token (`strip_token`, at most 256) of the prompts at quantiles `example` of survival.
+    (5 %, median, 95 %); through values (pattern and norm frozen) `v_pr`, `v_share`, `v_survival`, `causal_share` =
+    `caused` / `opposed` and `opposed_pr`, quantiles of the erasers' summed ratio; the paper's view `pr`, `level`, clean
+    and patched; `space`, the stream's energy in the head's own output space, `into_space` that of every node's write;
+    `read`, the energy that a node writes because it reads the write, relative to all it writes (heads through values;
+    MLPs one-reader: D = MLP(x) − MLP(x − o_w)), `read_generic` the same for turned writes, `readers` the nodes above
+    that; `one_reader_share` of MLPs, D along the write; `decodable`, how much of the write's token part a linear map
+    finds in held-out prompts (R²; NaN with a `decodable_note`); `level_at` and `survival_at` the end, by groups of
+    positions that begin at `place`; `strip_level` and `strip_survival`, token by token (`strip_token`), at `example`s.
     Raises NodeError for an unknown writer, or an eraser that could not read it; NumericError for a writer that never
     writes, or a prompt that alone does not fit into memory.
 
