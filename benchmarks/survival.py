@@ -78,7 +78,9 @@ def survival(s: Shape) -> Cost:
     seen = Cost(double=2 * d * WEIGHTS * (2 * RUNS * own * s.prompts + runs), moved=4 * rows * d * 8 * RUNS * own)
     ends = Cost(single=4 * s.length * d * runs, moved=4 * rows * d * 20 * RUNS * writers)
     constants = Cost(single=4 * s.layers * d**2 * s.gpt2)
-    return ideal(s) + 2 * passes(s, rows, s.prompts) + made + read + seen + ends + constants
+    # Before all that, one pass in which every head's write is looked at, but at the first position.
+    looked = Cost(single=2 * s.prompts * (s.length - 1) * d**2 * s.layers)
+    return ideal(s) + 3 * passes(s, rows, s.prompts) + made + read + seen + ends + constants + looked
 
 
 def memory(s: Shape, writers: int) -> dict[str, float]:

@@ -73,10 +73,11 @@ def _command(body: Callable[P, None]) -> Callable[P, None]:
     return stoppable
 
 
-def _version(asked: bool) -> None:
+def _version(asked: bool) -> bool:
     if asked:
         typer.echo(f"unwrite {version('unwrite')}")
         raise typer.Exit
+    return asked
 
 
 @app.callback()

@@ -62,8 +62,8 @@ def verify(
     """What survives of one node's write, from executed runs without it, and which later nodes act because of it.
 
     Arguments: as `uw.scan`; `writer` one node; `erasers` the nodes whose layers the writer is hidden from in the
-    paper's view, by default later nodes with a median PR of at most −0.05 (if none, the three lowest). Use prompts that
-    were not used to choose the writer.
+    paper's view, by default later nodes with a median PR of at most −0.05, or the three lowest. Use other prompts than
+    those that chose the writer.
     Returns a Result: `survival`, `background`, `generic` (low, mean, high over rotations) and `gap` = survival −
     generic, by location; `erased`, `filled_in`, `share`, `share_without`, `class` by later node; `verdict`: erased,
     reduced, filled in, kept, amplified, like others or undecided, by the rules of `uw.survival` but for q; `weighed`,
@@ -76,8 +76,7 @@ def verify(
     that; `one_reader_share` of MLPs, D along the write; `decodable`, how much of the write's token part a linear map
     finds in held-out prompts (R²; NaN with a `decodable_note`); `level_at` and `survival_at` the end, by groups of
     positions that begin at `place`; `strip_level` and `strip_survival`, token by token (`strip_token`), at `example`s.
-    Raises NodeError for an unknown writer, or an eraser that could not read it; NumericError for a writer that never
-    writes, or a prompt that alone does not fit into memory.
+    Raises NodeError for an unknown writer, or an eraser that could not read it; NumericError for one that never writes.
 
     Example: `uw.verify(lm, tokens, "L0H2")["survival"]`
     """
