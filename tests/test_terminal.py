@@ -114,7 +114,7 @@ def again(told, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
             listener(step)
         return result
 
-    for name in ("scan", "verify", "adversarial", "dla", "corpus_dla"):
+    for name in ("scan", "survival", "verify", "adversarial", "dla", "corpus_dla"):
         monkeypatch.setattr(AUDIT, name, partial(find, name))
     return lambda stage, after: pressed.append((stage, after))
 

@@ -16,7 +16,7 @@ from unwrite.run.loop.job import Job
 from unwrite.run.loop.stream import Listener, Progress
 
 # The stages of an audit, by the first word of their names.
-_STAGES = ("scan", "verify", "search", "dla", "corpus")
+_STAGES = ("scan", "survival", "verify", "search", "dla", "corpus")
 
 
 class Parts:
@@ -98,7 +98,8 @@ def _name(part: Result) -> str:
 
 def _missing(parts: Parts) -> tuple[str, ...]:
     """The stages that were not finished; of a run without parts there is nothing to say."""
-    word = parts.last.stage.split()[0]
+    # The survival of all writes begins with a look at what is written.
+    word = parts.last.stage.split()[0].replace("what", "survival")
     if not parts.done or word not in _STAGES:
         return ()
     # A verified writer may not be the last one.
