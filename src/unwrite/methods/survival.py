@@ -28,11 +28,12 @@ from unwrite.prompts.tokens import Tokens, array_of
 from unwrite.result import Result, build, quantity
 from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.job import Job, opened
-from unwrite.run.loop.stream import Listener, admit, batch_size, stream
+from unwrite.run.loop.stream import Listener, admit, batch_size, fitting, stream
 from unwrite.run.source.standins import CONTROLS
 from unwrite.run.tally.survives import Removals, SurvivalTally
 from unwrite.run.tally.written import MATERIAL, Written
 from unwrite.stats.verdicts import (
+    BOUNDS,
     CRITERIA,
     Interval,
     Judged,
@@ -41,13 +42,15 @@ from unwrite.stats.verdicts import (
     estimate,
     judge,
     left_out,
+    parted,
     ratio,
     together,
 )
 
 WEIGHTS = ("readers", "raw", "unembed")
 CONTROLLED = ("typical", "signs")
-BOUNDS = ("low", "median", "high")
+# The stage before all others, of survival as they are.
+_FIRST = "survival of what is written"
 CUTS = ("nodes", "blocks")
 # Decoys of each writer; and of all together so many that a q of a tenth can be reached by a few writers.
 _FEWEST, _MOST, _ALL = 4, 16, 200
@@ -101,7 +104,8 @@ def survival(
             return done
         chosen = _chosen(lm, read, named, skip, listener, job)
         draws = stand_ins(len(chosen), controls, decoys)
-        question = Removals(lm, fold(lm), read, skip, chosen, _weights(lm, chosen, weigh), draws)
+        weights = fitting(lambda: _weights(lm, chosen, weigh), "finding who reads the stream")
+        question = Removals(lm, fold(lm), read, skip, chosen, weights, draws)
         tally = SurvivalTally(question, job)
         stream(lm, read, tally, size, f"survival of {len(chosen)}", listener, job)
         job.together()
@@ -117,7 +121,7 @@ def stand_ins(writers: int, controls: Sequence[str] = CONTROLLED, decoys: int | 
 
 
 def _size(lm: Model, tokens: Tokens, batch: int | None) -> int:
-    """Prompts at a time: so many that their runs fill the rows that go up together."""
+    """Prompts at a time: one, whose runs alone fill the rows that go up together, unless somebody says otherwise."""
     return batch_size(lm, tokens, batch, held=2) if batch is not None else 1
 
 
@@ -165,7 +169,7 @@ def _chosen(
     Either way all that is written is looked at first: what is no number is named by its prompt.
     """
     tally = Written(lm, tokens, skip)
-    stream(lm, tokens, tally, batch_size(lm, tokens), "what is written", listener, job, everywhere=True)
+    stream(lm, tokens, tally, batch_size(lm, tokens), _FIRST, listener, job, everywhere=True)
     found = named or tuple(node for node in tally.material() if node.kind != "bias")
     if not found:
         raise NumericError(
@@ -182,7 +186,7 @@ class _Found:
     def __init__(self, asked: Removals, whole: Arrays):
         self.asked, self.lm = asked, asked.lm
         cluster = asked.tokens.cluster
-        self.of = {name: by_document(part, cluster) for name, part in whole.items() if name not in ("rows", "channels")}
+        self.of = {name: by_document(whole[name], cluster) for name in _BY_DOCUMENT}
         self.rows, self.channels = whole["rows"], whole["channels"].sum(0)
         self.sums = asked.sums(whole)
 
@@ -213,16 +217,16 @@ class _Found:
         each = "median over positions of ⟨x − x^{−w}, o_w⟩_m / ⟨o_w, o_w⟩_m"
         return {
             **_three(axes, "survival", estimate(ratio(y, x[:, :, None])), _EQUATION),
-            **_three(alone, "end", estimate(self.sums.survival()[..., 0]), f"{_EQUATION} at the end of the stream"),
             "median_survival": quantity(alone, median, "1", each),
             "without_sinks": quantity(alone, ratio(plain[:, 0], plain[:, 1]), "1", "`end` without rows that are sinks"),
         }
 
     def _judged(self, found: Judged) -> dict[str, Any]:
         first, alone = next(iter(self.asked.draws)), ("writer",)
-        places = [np.stack([part.low, part.level[0], part.high], -1) for part in found.ordinary.values()]
+        places = [part.range for part in found.ordinary.values()]
         text = f"of a writer's decoys the median, and 5 % to 95 % of the {CRITERIA.near} nearest decoys about theirs"
         return {
+            **_three(alone, "end", found.survival, f"{_EQUATION} at the end of the stream"),
             "ordinary": quantity(("writer", "control", "bound"), np.stack(places, 1), "1", text),
             **_three(alone, "gap", found.gap[first], f"end − median of the writer's {first} decoys"),
             **{name: quantity(alone, getattr(found, name), "1", text) for name, text in _JUDGED.items()},
@@ -231,13 +235,15 @@ class _Found:
 
     def _nodes(self) -> dict[str, xr.Variable]:
         along, acts, x = (left_out(part) for part in (self.sums.along, self.sums.acts, self.sums.x[..., 0]))
-        by, energy, a, b = ("writer", "node"), x[0][:, None], along[0], along[0] - acts[0]
-        low, high = (bound(a, 0) - bound(b, 0) for bound in (np.minimum, np.maximum))
+        by, energy = ("writer", "node"), x[0][:, None]
+        low, high = parted(along[0], acts[0])
         found = {
             **_three(
                 by, "acts", estimate(ratio(acts, x[..., None])), "a − b = Σ⟨o_e − o_e^{−w}, o_w⟩_m / Σ⟨o_w, o_w⟩_m"
             ),
-            "share": quantity(by, ratio(a, energy), "1", "a = Σ⟨o_e, o_w⟩_m / Σ⟨o_w, o_w⟩_m of nodes after the write"),
+            "share": quantity(
+                by, ratio(along[0], energy), "1", "a = Σ⟨o_e, o_w⟩_m / Σ⟨o_w, o_w⟩_m of nodes after the write"
+            ),
             "erased": quantity(by, ratio(low, energy), "1", "min(a, 0) − min(b, 0)"),
             "filled_in": quantity(by, ratio(high, energy), "1", "max(a, 0) − max(b, 0)"),
         }
@@ -263,6 +269,7 @@ class _Found:
         }
 
 
+_BY_DOCUMENT = ("y", "x", "without_sinks", "rescaled", "sinks", "counted")
 _EQUATION = "Σ⟨x − x^{−w}, o_w⟩_m / Σ⟨o_w, o_w⟩_m"
 _JUDGED = {
     "z": "gap / scaled median absolute deviation of decoys about theirs, in the nearest layers",

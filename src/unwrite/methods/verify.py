@@ -27,15 +27,15 @@ from unwrite.nodes import Node, choose, parse_node, require_readers
 from unwrite.prompts.tokens import Tokens, spelled
 from unwrite.result import QUANTILES, Result, build, quantity
 from unwrite.run.loop.job import Job, opened
-from unwrite.run.loop.stream import Listener, admit, admit_floor, batch_size, stream
+from unwrite.run.loop.stream import Listener, admit, admit_floor, batch_size, fitting, stream
 from unwrite.run.tally.by_position import EXAMPLES, SHOWN, first_of_groups
 from unwrite.run.tally.decodable import RIDGE
 from unwrite.run.tally.survives import ALONE, Removals, SurvivalTally
 from unwrite.run.tally.without import CONDITIONS, READ_ROTATIONS, ROTATIONS, WithoutTally
+from unwrite.stats import verdicts
 from unwrite.stats.verdicts import CRITERIA, Judged, judge
 
 BOUNDS = ("low", "mean", "high")
-RANGE = ("low", "median", "high")
 # The paper's erasers: later nodes whose median PR is at most this.
 OPPOSES = -0.05
 _FEWEST = 3
@@ -104,7 +104,8 @@ def verify(
 
 def _among_others(lm: Model, tokens: Tokens, node: Node, skip: int, listener: Listener | None, job: Job) -> Judged:
     """The writer beside ordinary writes in its place, as `uw.survival` judges all of them."""
-    beside = Removals(lm, fold(lm), tokens, skip, [node], {"readers": weights(lm, [node])}, ALONE)
+    read = fitting(lambda: weights(lm, [node]), "finding who reads the stream")
+    beside = Removals(lm, fold(lm), tokens, skip, [node], {"readers": read}, ALONE)
     among = SurvivalTally(beside, job)
     stream(lm, tokens, among, 1, f"verify {node}, beside others", listener, job)
     return judge(beside.sums(among.whole()), replace(CRITERIA, q=1.0))
@@ -278,7 +279,7 @@ def _readers(data: xr.Dataset) -> str:
 
 def _beside_others(data: xr.Dataset, found: Judged) -> xr.Dataset:
     """The verdict by the rules that hold for all writers; of one alone there is no q."""
-    places = [np.array([part.low[0], part.level[0, 0], part.high[0]]) for part in found.ordinary.values()]
+    places = [part.range[0] for part in found.ordinary.values()]
     interval, own = "95 % t interval over documents", found.survival
     weighed = {
         "weighed": quantity((), own.value.reshape(()), "1", "survival at the end as later readers weigh channels"),
@@ -288,7 +289,7 @@ def _beside_others(data: xr.Dataset, found: Judged) -> xr.Dataset:
     }
     return (
         data.assign(weighed)
-        .assign_coords(control=list(found.ordinary), range=list(RANGE))
+        .assign_coords(control=list(found.ordinary), range=list(verdicts.BOUNDS))
         .assign_attrs(verdict=found.verdict[0])
     )
 

@@ -126,11 +126,16 @@ def _layer_hooks(lm: Model, layer: Layer, fold: Folded, record: Recording) -> It
 def _truth_hooks(lm: Model, layer: Layer, record: Recording) -> Iterator[Handle]:
     yield before(layer.block, _keep(record.stream, layer.reads, lm))
     if layer.mid is not None:  # in a parallel block too: it must read what attention reads
-        keep_mid = _keep(record.stream, Location("mid", layer.index), lm)
-        yield before(layer.mid, lambda x: keep_mid(_like(x, record)))
+        yield between_both(lm, layer, layer.mid, record)
     if layer.index == len(lm.layers) - 1:
         yield before(lm.final_norm, _keep(record.stream, Location("post", layer.index), lm))
     yield after(layer.attention_end, _keep(record.attention, layer.index, lm, lm.residual_scale))
+
+
+def between_both(lm: Model, layer: Layer, mid: nn.Module, record: Recording) -> Handle:
+    """Keeps the stream between a layer's attention and its MLP, which `mid` reads."""
+    keep = _keep(record.stream, Location("mid", layer.index), lm)
+    return before(mid, lambda x: keep(_like(x, record)))
 
 
 def _keep(store: dict[Any, Tensor], key: Any, lm: Model, scale: float = 1.0) -> Callable[..., None]:

@@ -50,32 +50,28 @@ def readers(lm: Model) -> tuple[Reader, ...]:
         lm.decoder(input_ids=lm.vocabulary // 2 + torch.arange(2, device=lm.device)[None], use_cache=False)
     if not all(read.isfinite().all() for read in (*norms.values(), *inputs.values())):
         raise NumericError("an activation is not finite where readers are looked for", fix="load the model in float32")
-    found = [reader for layer in lm.layers for reader in _of_layer(lm, layer, norms, inputs)]
-    weight = unembedding(lm)[0].t() if lm.has_head else torch.eye(lm.d_model, device=lm.device)
-    name = "unembedding" if lm.has_head else "output"
-    found.append(Reader(name, lm.states[-1], _energy(lm, weight, lm.final_norm)))
-    for reader in found:
-        if not reader.energy.isfinite().all():
-            raise NumericError(
-                f"the weights of {reader.name}, or of the norm before it, are not finite", fix="load other weights"
-            )
-    return tuple(found)
+    return (*(reader for layer in lm.layers for reader in _of_layer(lm, layer, norms, inputs)), _last(lm))
 
 
 def weights(lm: Model, writers: Sequence[Node], unembedding_only: bool = False) -> Float[Tensor, "writer d_model"]:
     """m, by which ⟨a, b⟩_m = Σ m_i a_i b_i weighs channels as those read them that can read a write; Σ m = d_model.
 
     m_i = d · mean over readers of Σ_j (γ_i R_ij)² / Σ_ij (γ_i R_ij)², γ the gain of the norm before the matrix R. With
-    `unembedding_only` as if it were the only reader. What nobody reads (the last writes, without a head) weighs alike.
+    `unembedding_only` as if it were the only reader.
     """
     if unembedding_only:
         lm.require("logits")
-    if unembedding_only:
-        lm.require("reading")
-    found = readers(lm)[-1:] if unembedding_only else readers(lm)
-    nobody = found[-1].energy.new_full((lm.d_model,), 1 / lm.d_model)
-    behind = [[one.energy for one in found if one.reads.order >= lm.after(node).order] or [nobody] for node in writers]
+    found = (_last(lm),) if unembedding_only else readers(lm)
+    behind = [[one.energy for one in found if one.reads.order >= lm.after(node).order] for node in writers]
     return lm.d_model * torch.stack([torch.stack(part).mean(0) for part in behind])
+
+
+@torch.no_grad()
+def _last(lm: Model) -> Reader:
+    """The unembedding, or what reads all that is put out alike."""
+    if not lm.has_head:
+        return _reader(lm, "output", lm.states[-1], torch.eye(lm.d_model, device=lm.device), lm.final_norm)
+    return _reader(lm, "unembedding", lm.states[-1], unembedding(lm)[0].t(), lm.final_norm)
 
 
 def _watching(lm: Model, norms: dict[nn.Module, Tensor], inputs: dict[nn.Module, Tensor]) -> Iterator[Handle]:
@@ -126,11 +122,11 @@ def _of_layer(
         norm = source if is_norm(source) else None
         for name, module in projections:
             if torch.equal(inputs[module].flatten(0, -2).to(lm.device), norms[source].flatten(0, -2).to(lm.device)):
-                yield Reader(f"{layer.index}.{name}", reads, _energy(lm, matrix_of(lm, module), norm))
+                yield _reader(lm, f"{layer.index}.{name}", reads, matrix_of(lm, module), norm)
     for name, stack in _stacks(lm, layer):
         norm = layer.input_norm if layer.mid is None else layer.mid if is_norm(layer.mid) else None
         reads = layer.reads if lm.parallel else Location("mid", layer.index)
-        yield Reader(f"{layer.index}.{name}", reads, _energy(lm, stack.flatten(0, 1).t(), norm))
+        yield _reader(lm, f"{layer.index}.{name}", reads, stack.flatten(0, 1).t(), norm)
 
 
 def _stacks(lm: Model, layer: Layer) -> Iterator[tuple[str, Tensor]]:
@@ -139,12 +135,16 @@ def _stacks(lm: Model, layer: Layer) -> Iterator[tuple[str, Tensor]]:
             yield name, weight
 
 
-def _energy(lm: Model, matrix: Float[Tensor, "input output"], norm: nn.Module | None) -> Float[Tensor, " d_model"]:
-    """How a matrix's squared entries are spread over what it reads, through the gain of a norm and its centring."""
+def _reader(
+    lm: Model, name: str, reads: Location, matrix: Float[Tensor, "input output"], norm: nn.Module | None
+) -> Reader:
+    """A matrix's squared entries, spread over what it reads through the gain of a norm and its centring."""
     read, gain = matrix.to(lm.device, lm.compute_dtype), gain_of(norm, lm)
     if lm.row.layer_norm:
         read = read if gain is None else read * gain[:, None]
         energy = torch.linalg.vector_norm(read - read.mean(0), dim=1).pow(2)
     else:
         energy = (torch.linalg.vector_norm(read, dim=1) * (1.0 if gain is None else gain)).pow(2)
-    return energy / energy.sum()
+    if not energy.isfinite().all():
+        raise NumericError(f"the weights of {name}, or of the norm before it, are not finite", fix="load other weights")
+    return Reader(name, reads, energy / energy.sum())

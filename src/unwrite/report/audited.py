@@ -25,7 +25,6 @@ HEADER = (
     Column("erasers", holds="words"),
 )
 _WORDS = ("verdict", "erasers", "causal_share_note", "readers", "decodable_note")
-_NAMED = 3
 
 
 def verified(result: Result) -> Iterator[xr.Dataset]:

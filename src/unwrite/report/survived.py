@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import xarray as xr
 
+from unwrite.errors import counted
 from unwrite.report.columns import Column
 from unwrite.result import Result
 
@@ -35,13 +36,18 @@ def rows(data: xr.Dataset) -> list[tuple[str, ...]]:
 
 
 def _row(one: xr.Dataset) -> tuple[str, ...]:
-    low, middle, high = (float(one["ordinary"].isel(control=0).sel(bound=name)) for name in ("low", "median", "high"))
+    low, middle, high = (_ordinary(one, bound) for bound in ("low", "median", "high"))
     gap = float(one["gap"])
     q = float(one["q"] if gap <= 0 else one["q_above"])
     return (
         str(one["writer"].item()), between(one, "end", ""), f"{number(middle)} [{number(low)}, {number(high)}]",
         between(one, "gap", "+"), f"{q:.2f}", str(one["verdict"].item()), actors(one),
     )  # fmt: skip
+
+
+def _ordinary(one: xr.Dataset, bound: str) -> float:
+    """What is ordinary by the first control."""
+    return float(one["ordinary"].isel(control=0).sel(bound=bound))
 
 
 def number(value: float, sign: str = "") -> str:
@@ -79,7 +85,7 @@ def paragraph(data: xr.Dataset) -> str:
     verdict = [str(word) for word in data["verdict"].values]
     count = Counter(verdict)
     documents, writers = int(data.attrs["documents"]), len(verdict)
-    of = f"{_plural(writers, 'writer')} on {_plural(documents, 'document')}"
+    of = f"{counted(writers, 'writer')} on {counted(documents, 'document')}"
     return " ".join([_found(data, verdict, of), _rest(count, documents), _sound(data)])
 
 
@@ -94,10 +100,10 @@ def _found(data: xr.Dataset, verdict: list[str], of: str) -> str:
         return f"Of {of}: {'; '.join(parts)}."
     lowest = int(np.nanargmin(np.where(np.isnan(data["gap"]), np.inf, data["gap"])))
     one = data.isel(writer=lowest)
-    level = float(one["ordinary"].isel(control=0).sel(bound="median"))
+    level = number(_ordinary(one, "median"))
     return (
         f"None of {of} ends out of the ordinary. The lowest beside ordinary writes is {one['writer'].item()}: "
-        f"{between(one, 'end', '')} of it survives, of such writes {number(level)} (q {float(one['q']):.2f})."
+        f"{between(one, 'end', '')} of it survives, of such writes {level} (q {float(one['q']):.2f})."
     )
 
 
@@ -105,10 +111,8 @@ def _named(data: xr.Dataset, chosen: list[int]) -> str:
     said = []
     for i in chosen[:_NAMED]:
         one = data.isel(writer=i)
-        level = float(one["ordinary"].isel(control=0).sel(bound="median"))
-        said.append(
-            f"{one['writer'].item()}: {between(one, 'end', '')} survives, of ordinary writes there {number(level)}"
-        )
+        end, level = between(one, "end", ""), number(_ordinary(one, "median"))
+        said.append(f"{one['writer'].item()}: {end} survives, of ordinary writes there {level}")
     more = len(chosen) - _NAMED
     return "; ".join(said) + (f"; and {more} more" if more > 0 else "")
 
@@ -116,12 +120,9 @@ def _named(data: xr.Dataset, chosen: list[int]) -> str:
 def _rest(count: Counter[str], documents: int) -> str:
     undecided, others = count["undecided"], count["like others"]
     if documents < 5:
-        return f"All are undecided: {_plural(documents, 'document')} give no interval worth the name, five would."
-    return (
-        f"{_plural(others, 'writer')} end like others, {undecided} are undecided."
-        if others != 1
-        else (f"1 writer ends like others, {undecided} are undecided.")
-    )
+        return f"All are undecided: {counted(documents, 'document')} give no interval worth the name, five would."
+    ends = "ends" if others == 1 else "end"
+    return f"{counted(others, 'writer')} {ends} like others, {undecided} are undecided."
 
 
 def _sound(data: xr.Dataset) -> str:
@@ -130,7 +131,3 @@ def _sound(data: xr.Dataset) -> str:
         f"Channels are weighed by {data.attrs['weigh']}; {rows:,} rows, of which {sinks} "
         f"{'is a sink' if sinks == 1 else 'are sinks'}."
     )
-
-
-def _plural(n: int, what: str) -> str:
-    return f"{n} {what}{'' if n == 1 else 's'}"

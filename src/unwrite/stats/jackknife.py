@@ -27,7 +27,16 @@ def interval(sums: Float[np.ndarray, "moment cluster k"]) -> tuple[float, float]
         return np.nan, np.nan
     whole = sums.sum(1, keepdims=True)
     z, without = (np.arctanh(np.clip(fit(part)[0], -_ONE, _ONE)) for part in (whole, whole - sums))
-    each = n * z - (n - 1) * without
-    half = stats.t.ppf(_LEVEL, n - 1) * each.std(ddof=1) / np.sqrt(n)
-    low, high = np.tanh([each.mean() - half, each.mean() + half])
+    middle, half = (n * z - (n - 1) * without).mean(), reach(without)
+    low, high = np.tanh([middle - half, middle + half])
     return float(low), float(high)
+
+
+def reach(without: Float[np.ndarray, "cluster ..."]) -> Float[np.ndarray, "..."]:
+    """Half of the t interval of a statistic, from its values without each of n clusters.
+
+    t_{n−1} · SE, SE² = (n − 1)/n · Σ (θ_i − mean θ_i)².
+    """
+    n = len(without)
+    error = np.sqrt((n - 1) / n * ((without - without.mean(0)) ** 2).sum(0))
+    return np.asarray(stats.t.ppf(_LEVEL, n - 1) * error)

@@ -14,6 +14,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 from scipy import stats
 
+from unwrite.stats.jackknife import reach
+
+BOUNDS = ("low", "median", "high")
 VERDICTS = ("erased", "reduced", "filled in", "kept", "like others", "amplified", "undecided")
 
 
@@ -67,14 +70,13 @@ def left_out(sums: Float[np.ndarray, "document ..."]) -> Float[np.ndarray, "set 
 def estimate(sets: Float[np.ndarray, "set ..."]) -> Interval:
     """From a statistic of all documents and of all but each: its value and jackknife t interval at 95 %.
 
-    None below two documents. SE² = (n − 1)/n · Σ (θ_i − mean θ_i)².
+    None below two documents.
     """
     n = len(sets) - 1
     if n < 2:
         return Interval(sets[0], *(np.full(sets.shape[1:], np.nan),) * 2)
-    error = np.sqrt((n - 1) / n * ((sets[1:] - sets[1:].mean(0)) ** 2).sum(0))
-    reach = stats.t.ppf(0.975, n - 1) * error
-    return Interval(sets[0], sets[0] - reach, sets[0] + reach)
+    half = reach(sets[1:])
+    return Interval(sets[0], sets[0] - half, sets[0] + half)
 
 
 def ratio(y: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -95,6 +97,11 @@ class Ordinary:
     low: Float[np.ndarray, " writer"]
     high: Float[np.ndarray, " writer"]
     spread: Float[np.ndarray, " writer"]
+
+    @property
+    def range(self) -> Float[np.ndarray, "writer bound"]:
+        """What is ordinary, as `BOUNDS` names it."""
+        return np.stack([self.low, self.level[0], self.high], -1)
 
     @staticmethod
     def of(
@@ -231,10 +238,14 @@ def cuts(along: np.ndarray, acts: np.ndarray, x: np.ndarray) -> tuple[np.ndarray
 
     a = `along`, b = a − `acts`. Their sum is Σ acts whichever way nodes are put together; they themselves are not.
     """
-    a, b = along, along - acts
-    erased = (np.minimum(a, 0) - np.minimum(b, 0)).sum(-1)
-    filled_in = (np.maximum(a, 0) - np.maximum(b, 0)).sum(-1)
+    erased, filled_in = (part.sum(-1) for part in parted(along, acts))
     return ratio(erased, x), ratio(filled_in, x)
+
+
+def parted(along: np.ndarray, acts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same of every node, and as sums."""
+    a, b = along, along - acts
+    return np.minimum(a, 0) - np.minimum(b, 0), np.maximum(a, 0) - np.maximum(b, 0)
 
 
 def together(part: Float[np.ndarray, "*rest node"], block: Int[np.ndarray, " node"]) -> np.ndarray:

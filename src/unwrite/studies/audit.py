@@ -120,13 +120,15 @@ def _audit(lm: Model, texts: dict[str, Tokens], prompts: Tokens | None, most: in
     asked, kinds = _asked(prompts, search, judge_by)
     others = _texts(asked, judge_by)
     believed = parts.finish(dla(lm, asked, at="position", texts=others, checkpoint=job, listener=parts))
-    merged = _merged(scanned, proofs, search, believed, kinds).merge(_beside(removed.data))
+    left = _beside(removed.data)
+    merged = _merged(scanned, proofs, search, believed, kinds).merge(left)
     merged = merged.assign(verified_because=("verified", np.array([*chosen.values()], dtype=object)))
     if erasers := proofs[worst].data.attrs["erasers"].split():
         corpus = parts.finish(corpus_dla(lm, judge_by, worst, erasers, checkpoint=job, listener=parts))
         merged = merged.merge(_renamed(corpus.data, "corpus"))
-    merged = merged.assign_attrs(_beside(removed.data).attrs)
-    merged = merged.assign_attrs(scanned.data.attrs, method="audit", searched=worst, judged=judge_by.source)
+    merged = merged.assign_attrs(
+        {**left.attrs, **scanned.data.attrs}, method="audit", searched=worst, judged=judge_by.source
+    )
     return _judged(Result(merged), scanned, judge_by, asked)
 
 
@@ -226,10 +228,9 @@ def _plain(proof: xr.Dataset) -> xr.Dataset:
 
 def _beside(removed: xr.Dataset) -> xr.Dataset:
     """What survives of every write, on axes of its own beside those of a scan and of verifications."""
-    named = {name: f"removed_{name}" for name in (*removed.data_vars, "bound")}
-    counts = {f"removed_{name}": int(removed.attrs[name]) for name in ("documents", "rows", "sinks")}
-    data = removed.rename({**named, "writer": "removed"}).drop_attrs(deep=False)
-    return data.assign_attrs(counts, removed_weigh=removed.attrs["weigh"])
+    told = {f"removed_{name}": removed.attrs[name] for name in ("documents", "rows", "sinks", "weigh")}
+    data = _renamed(removed, "removed").rename(writer="removed", bound="removed_bound")
+    return data.assign_attrs(told)
 
 
 def _renamed(data: xr.Dataset, prefix: str, beside: xr.Dataset | None = None) -> xr.Dataset:

@@ -98,8 +98,7 @@ def _name(part: Result) -> str:
 
 def _missing(parts: Parts) -> tuple[str, ...]:
     """The stages that were not finished; of a run without parts there is nothing to say."""
-    # The survival of all writes begins with a look at what is written.
-    word = parts.last.stage.split()[0].replace("what", "survival")
+    word = parts.last.stage.split()[0]
     if not parts.done or word not in _STAGES:
         return ()
     # A verified writer may not be the last one.

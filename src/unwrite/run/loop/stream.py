@@ -280,6 +280,20 @@ def parts(batch: Batch, measure: Callable[[Batch], V]) -> Iterator[tuple[slice, 
             cleared = True
 
 
+def fitting(work: Callable[[], V], what: str) -> V:
+    """What work of no batch finds, once more after what nobody uses was given back; NumericError if it does not fit."""
+    for last in (False, True):
+        try:
+            return work()
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            if last:
+                raise NumericError(f"{what} does not fit into memory", fix="use a device with more memory") from error
+        _give_back()
+    raise AssertionError
+
+
 def _give_back() -> None:
     gc.collect()
     if torch.cuda.is_initialized():

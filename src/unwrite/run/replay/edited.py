@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -61,23 +60,6 @@ def hidden(run: Clean, vector: Float[Tensor, "prompt position d_model"], layers:
     for index, part in taken.items():
         record.z[index] = record.z[index] - part  # recorded before it was taken out
     return record
-
-
-@torch.no_grad()
-def each_block(run: Clean, change: Callable[[int, Tensor], Tensor]) -> Clean:
-    """Every block by itself on its own clean input, changed; no block sees what another made of it.
-
-    Attention post-norms keep the scale of the clean run.
-    """
-    lm = run.lm
-    with recording(lm, run.folded) as record:
-        for layer in lm.layers:
-            block(layer, run.calls[layer.index], change(layer.index, run.input(layer.index)))
-    for index, gain in record.gain.items():
-        held = run.record.gain[index]
-        record.z[index] = record.z[index] * (held / gain)[..., None, None]
-        record.gain[index] = held
-    return replace(run, record=_completed(run.record, record))
 
 
 @torch.no_grad()

@@ -17,9 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from unwrite.model.cache import Past, with_past
-from unwrite.model.capture import Recording, recording
+from unwrite.model.capture import Recording, between_both, recording
 from unwrite.model.continued import Calls, block, block_from, calls_from
-from unwrite.model.hooks import Handle, Visit, after, before, hooked
+from unwrite.model.hooks import Handle, after, hooked
 from unwrite.model.view import Layer, Model, centre
 from unwrite.nodes import Location, Node
 from unwrite.run.replay.clean import Clean
@@ -112,16 +112,7 @@ def _block(lm: Model, kept: Sequence[Past], index: int, x: Tensor, prompt: Tenso
 def _mids(lm: Model, record: Recording) -> Iterator[Handle]:
     for layer in lm.layers:
         if layer.mid is not None and not lm.parallel:
-            yield before(layer.mid, _mid(lm, layer, record))
-
-
-def _mid(lm: Model, layer: Layer, record: Recording) -> Visit:
-    def visit(x: Tensor) -> None:
-        # OPT flattens prompts and positions before its MLP.
-        x = x.detach().reshape(*record.shape, -1).to(lm.device, lm.compute_dtype)
-        record.stream[Location("mid", layer.index)] = centre(x, lm)
-
-    return visit
+            yield between_both(lm, layer, layer.mid, record)
 
 
 def _begun(run: Clean, runs: Changed, rows: slice, index: int, first: int) -> Float[Tensor, "run position d_model"]:

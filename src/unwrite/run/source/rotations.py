@@ -19,6 +19,10 @@ def rotations(lm: Model, n: int) -> Iterator[Float[Tensor, "d_model d_model"]]:
     basis = torch.linalg.qr(torch.cat([ones, torch.eye(d, dtype=torch.float64)[:, 1:]], 1)).Q
     free = basis[:, 1:] if lm.centred else torch.eye(d, dtype=torch.float64)
     for _ in range(n):
-        normal = torch.randn(free.shape[1], free.shape[1], generator=generator, dtype=torch.float64)
-        turn, triangle = torch.linalg.qr(normal)
-        yield (free @ (turn * triangle.diagonal().sign()) @ free.t()).to(lm.device, lm.compute_dtype)
+        yield (free @ rotation(free.shape[1], generator) @ free.t()).to(lm.device, lm.compute_dtype)
+
+
+def rotation(d: int, generator: torch.Generator) -> Float[Tensor, "d d"]:
+    """A random rotation, drawn evenly from all of them, in float64."""
+    turn, triangle = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
+    return turn * triangle.diagonal().sign()

@@ -20,6 +20,7 @@ from torch import Tensor
 from unwrite.model.view import Folded, Model, centre
 from unwrite.model.writes import Writes, write_of
 from unwrite.nodes import Node
+from unwrite.run.source.rotations import rotation
 
 _Write = Float[Tensor, "prompt position d_model"]
 
@@ -89,9 +90,7 @@ def _signs(place: Stead, generator: torch.Generator, _: Tensor) -> _Write:
 
 
 def _rotated(place: Stead, generator: torch.Generator, _: Tensor) -> _Write:
-    d = place.lm.d_model
-    turn, triangle = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
-    return place.write @ (turn * triangle.diagonal().sign()).to(place.write)
+    return place.write @ rotation(place.lm.d_model, generator).to(place.write)
 
 
 CONTROLS: Mapping[str, Callable[[Stead, torch.Generator, Tensor], _Write]] = {

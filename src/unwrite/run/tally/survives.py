@@ -22,11 +22,9 @@ from unwrite.errors import NumericError
 from unwrite.model.capture import Recording
 from unwrite.model.capture import run as writes_of
 from unwrite.model.view import Folded, Model
-from unwrite.model.writes import Writes
 from unwrite.nodes import Node
 from unwrite.prompts.tokens import Tokens
 from unwrite.run.loop.checkpoint import Arrays
-from unwrite.run.loop.finite import require_finite
 from unwrite.run.loop.job import Job
 from unwrite.run.loop.ledger import Ledger
 from unwrite.run.loop.stream import Batch, Rows
@@ -125,11 +123,7 @@ class _Measuring:
         self.run = clean(lm, batch.ids, asked.folded)
         # Of one prompt the clean run has called its blocks just so.
         self.calls = self.run.calls if len(batch.ids) == 1 else alone(lm, batch.ids)
-        donors, ids = _others(asked, batch)
-        others = writes_of(lm, ids, asked.folded)
-        for first, writes in ((range(batch.first, batch.first + batch.real), self.run.record.writes), (donors, others)):
-            _require_finite(writes, [f"prompt {prompt}" for prompt in first])
-        self.other = Others(lm, asked.folded, others)
+        self.other = Others(lm, asked.folded, writes_of(lm, _others(asked, batch), asked.folded))
         self.state = {state: i for i, state in enumerate(lm.states)}
         self.sinks = self._sinks()
         shape = (batch.real, len(asked.writers), len(asked.puts_in))
@@ -291,21 +285,13 @@ def _both(products: Float[Tensor, "run position ... d"]) -> Float[Tensor, "run .
     return _summed(products.sum(1))
 
 
-def _require_finite(writes: Writes, prompts: Sequence[str]) -> None:
-    """Raise NumericError naming the first of these prompts of which some node writes what is no number."""
-    for factor in (*writes.vectors.values(), *writes.z):
-        finite = factor.isfinite().flatten(1).all(1).expand(len(prompts) if len(factor) == 1 else len(factor))
-        require_finite(finite[: len(prompts)], "an activation is not finite in {prompt}", prompt=prompts)
-
-
-def _others(asked: Removals, batch: Batch) -> tuple[list[int], Int[Tensor, "prompt position"]]:
+def _others(asked: Removals, batch: Batch) -> Int[Tensor, "prompt position"]:
     """Another prompt for each of a batch: the next one; where that is shorter, its tokens once more."""
-    tokens, rows, donors = asked.tokens, [], []
+    tokens, rows = asked.tokens, []
     for i in range(len(batch.ids)):
         donor = (batch.first + min(i, batch.real - 1) + 1) % len(tokens)
         length = int(tokens.lengths[donor])
         at = np.arange(batch.ids.shape[1])
         again = asked.skip + (at - length) % max(length - asked.skip, 1)
         rows.append(tokens.ids[donor][np.where(at < length, at, again)])
-        donors.append(donor)
-    return donors, torch.from_numpy(np.stack(rows))
+    return torch.from_numpy(np.stack(rows))
