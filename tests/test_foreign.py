@@ -154,7 +154,7 @@ def calls() -> dict[str, Call]:
             {"name": "", "weights": "None Model HF_model", "tokens": f"None {_STRINGS} {TAKES['tokens']} {_PLACES}"},
             long=True,
         ),
-        "doctor": Call(uw.doctor, {"lm": lm(), "n": 2, "length": 4}, {"n": _COUNTS}),
+        "doctor": Call(uw.doctor, {"lm": lm(), "n": 2, "length": 4}, {"n": _COUNTS, "writers": "None 3 np.int64"}),
         "trace": Call(traced, {"lm": lm(), "sites": "L0H0"}),
         "trace[]": Call(traced(lm(), "L0H0").__getitem__, {"name": "L0H0"}, {"name": ""}),
         "Edit": Call(uw.Edit, {"site": "L0H0", "source": 0.0}, edit | rows),

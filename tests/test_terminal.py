@@ -139,8 +139,9 @@ def test_events_agree_with_what_is_saved(run, again, capsys, tmp_path, tokens) -
     assert run("audit", "model", "--text", "text", "--prompt", PROMPT, "--json", "--out", tmp_path / "run") == 0
     shown = capsys.readouterr()
     assert shown.err == ""
-    first, *middle, last = parsed(shown.out)
+    planned, first, *middle, last = parsed(shown.out)
     saved = uw.read(tmp_path / "run")
+    assert (planned["event"], planned["total"]) == ("plan", pytest.approx(sum(planned["seconds"].values())))
     assert first["event"] == "start"
     assert first["model"] == saved.provenance["model"]
     assert first["tokens"][""]["hash"] == tokens.hash
@@ -170,7 +171,7 @@ def test_every_stage_is_heard_to_its_end(told, capsys) -> None:
     assert done == list(dict.fromkeys(step.stage for step in heard))
     assert {event["event"] for event in stages} == {"progress", "done", "part"}
     parts = [event["method"] for event in stages if event["event"] == "part"]
-    assert parts == ["scan", *["verify"] * found.data.sizes["verified"], "adversarial", "dla", "corpus_dla"]
+    assert parts == ["scan", "survival", *["verify"] * found.data.sizes["verified"], "adversarial", "dla", "corpus_dla"]
     assert all(event["done"] < event["total"] for event in stages if event["event"] == "progress")
 
 
@@ -252,7 +253,7 @@ def test_a_terminal_shows_stages_memory_and_a_growing_table(width, told) -> None
     heard, found = told
     shown = read_off(watched(heard, width))
     writers = [str(writer) for writer in found["verified"].values]
-    for stage in ("scan", *(f"verify {writer}" for writer in writers), "search", "dla", "corpus"):
+    for stage in ("scan", "survival of", *(f"verify {writer}" for writer in writers), "search", "dla", "corpus"):
         assert re.search(rf"^{stage}.*█ +\d+/\d+ prompts .* tok/s +in [\d.]+ s$", shown, re.MULTILINE), stage
     assert "a model on " in shown
     assert re.search(r"at most [\d.]+ GiB of memory, 3.00 GiB on the device · a hint", shown)
@@ -267,10 +268,11 @@ def test_a_terminal_shows_stages_memory_and_a_growing_table(width, told) -> None
 
 def test_a_second_pass_counts_with_the_first(told) -> None:
     lines = [line for line in read_off(watched(told[0])).splitlines() if line.startswith("verify")]
-    assert not any("hidden" in line for line in lines)
-    steps = [Progress("v", 4, 4, 40, 2.0), Progress("v, hidden", 2, 4, 20, 1.0), Progress("v, hidden", 4, 4, 40, 2.0)]
+    assert not any("hidden" in line or "beside" in line for line in lines)
+    passes = (("v", 40, 2.0), ("v, hidden", 20, 1.0), ("v, hidden", 40, 2.0), ("v, beside others", 40, 4.0))
+    steps = [Progress(name, tokens // 10, 4, tokens, seconds) for name, tokens, seconds in passes]
     last = read_off(watched(steps)).strip().splitlines()
-    assert any(line.startswith("v ") and "20 tok/s  in 4.0 s" in line for line in last)
+    assert any(line.startswith("v ") and "15 tok/s  in 8.0 s" in line for line in last)
 
 
 def test_a_stage_that_runs_says_how_long_it_will(monkeypatch) -> None:
@@ -363,7 +365,7 @@ def test_an_interrupted_scan_leaves_no_folder(run, again, capsys, tmp_path) -> N
 
 
 @pytest.mark.promise("interrupted")
-@pytest.mark.parametrize(("stage", "after"), [("verify", 1), ("verify", 6), ("dla", 1)])
+@pytest.mark.parametrize(("stage", "after"), [("verify", 1), ("verify", 10), ("dla", 1)])
 def test_an_interrupt_keeps_what_is_finished(stage, after, run, again, told, capsys, tmp_path) -> None:
     again(stage, after)
     assert run("audit", "m", "--text", "t", "--out", tmp_path / "run") == 130
@@ -457,6 +459,6 @@ def test_an_interrupt_before_a_method_runs_ends_in_one_line(run, monkeypatch, ca
     def pressed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load_model", pressed)
+    monkeypatch.setattr(COMMAND, "load_model", pressed)
     assert run("audit", "m", "--text", "t") == 130
     assert capsys.readouterr().err == "stopped.\n"

@@ -50,7 +50,7 @@ from unwrite.stats.verdicts import (
 WEIGHTS = ("readers", "raw", "unembed")
 CONTROLLED = ("typical", "signs")
 # The stage before all others, of survival as they are.
-_FIRST = "survival of what is written"
+_FIRST = "survival (material)"
 CUTS = ("nodes", "blocks")
 # Decoys of each writer; and of all together so many that a q of a tenth can be reached by a few writers.
 _FEWEST, _MOST, _ALL = 4, 16, 200

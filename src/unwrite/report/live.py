@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
@@ -23,8 +23,8 @@ _HEADER = audited.HEADER[:6]
 _STAGE = 22  # cells for a stage's name: "search L0H3 (held out)"
 # All of a line but its bar, which takes what the window leaves.
 _FIXED, _NARROWEST, _WIDEST = 70, 6, 30
-# A second pass over the same prompts is named after the first one.
-_AGAIN = ", hidden"
+# A further pass over the same prompts is named after the first one: "verify L0H3, hidden".
+_AGAIN = ", "
 
 
 @runtime_checkable
@@ -104,7 +104,7 @@ class _Shown:
     def __init__(self, screen: Console, device: Callable[[], int], hint: str):
         self.screen, self.device, self.hint = screen, device, hint
         self.now: Heard | None = None
-        self.before: Heard | None = None
+        self.before: tuple[Heard, ...] = ()
         self.rows: tuple[tuple[str, ...], ...] = ()
         self.over = False
         self.spinner = Spinner("dots")
@@ -118,9 +118,10 @@ class _Shown:
             elif words := _words(step.result):
                 self.screen.print(Text(words))
             return
-        if self.now is not None and step.stage == self.now.stage + _AGAIN:
-            self.before = self.now
-        elif self.now is not None and (step.stage != self.now.stage or _reached(step) <= _reached(self.now)):
+        passes = (*self.before, self.now) if self.now is not None else ()
+        if passes and step.stage.startswith(passes[0].stage + _AGAIN):
+            self.before = passes if step.stage != passes[-1].stage else self.before
+        elif passes and (step.stage != passes[-1].stage or _reached(step) <= _reached(passes[-1])):
             self.settle()
         self.now = step
 
@@ -128,7 +129,7 @@ class _Shown:
         """Leave the line of the stage that ran behind, above what is live."""
         if self.now is not None:
             self.screen.print(Text(line(self.now, self.screen.width, self.before), no_wrap=True))
-        self.now, self.before = None, None
+        self.now, self.before = None, ()
 
     def frame(self) -> RenderableType:
         """What is live: the table, the stage that runs, the memory; of a run that is over the table alone."""
@@ -141,14 +142,14 @@ class _Shown:
         return Group(*table, self.spinner, memory)
 
 
-def line(step: Heard, width: int, before: Heard | None = None) -> str:
-    """A stage in one line that fits `width`; `before` is the end of an earlier pass over it, which counts."""
+def line(step: Heard, width: int, before: Sequence[Heard] = ()) -> str:
+    """A stage in one line that fits `width`; `before` are the ends of earlier passes over it, which count."""
     bar = max(_NARROWEST, min(_WIDEST, width - _FIXED))
     filled = int(bar * _reached(step) / step.total)
     name, rate, seconds = step.stage, step.rate, step.seconds
-    if before is not None:
-        name, seconds = before.stage, before.seconds + step.seconds
-        rate = (before.tokens + step.tokens) / seconds if seconds else 0.0
+    if before:
+        name, seconds = before[0].stage, sum(one.seconds for one in (*before, step))
+        rate = sum(one.tokens for one in (*before, step)) / seconds if seconds else 0.0
     left = f"left {duration(step.left)}" if _reached(step) > step.before else ""
     left = f"in {duration(seconds)}" if step.done == step.total else left
     left = "done before" if step.before == step.total else left

@@ -16,7 +16,7 @@ from unwrite.model.devices import Region, placed, size
 from unwrite.model.load import outline, places
 from unwrite.model.view import Model, require_model
 from unwrite.model.weights import DISK
-from unwrite.studies.foreseen import foreseen
+from unwrite.studies.foreseen import foreseen, spread
 from unwrite.studies.room import memory
 
 
@@ -83,17 +83,17 @@ def doctor(
     """
     require_model(lm)
     n, length = _size(n, length, lm)
-    writers = writers if writers is None or isinstance(writers, int) else [*writers]
     checks = [
         Check(f"identity {name}", lm.certificate.holds(name), f"relative error {error:.1e}")
         for name, error in lm.certificate.items()
     ]
     checks.append(Check("tokenizer", lm.tokenizer is not None, _tokenizer(lm), "pass tokenizer=… to read text"))
-    regions, here, need = placed(lm), str(lm.device), memory(lm, n, length, writers)
+    nodes = spread(lm, writers)
+    regions, here, need = placed(lm), str(lm.device), memory(lm, n, length, len(nodes))
     checks += _fits(regions, here, need["scan"], loaded=True)
     stages = tuple(
         Need(name, seconds, _needed(regions, here, need[name]))
-        for name, seconds in foreseen(lm, n, length, writers).items()
+        for name, seconds in foreseen(lm, n, length, nodes).items()
     )
     first = stages[0]
     return Diagnosis(tuple(checks), n, length, first.memory, first.seconds, regions, stages)

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from unwrite.errors import whole
 from unwrite.methods.scan import scan
 from unwrite.methods.survival import stand_ins, survival
 from unwrite.model.view import Model
@@ -71,10 +73,10 @@ def stages(
 ) -> Mapping[str, Taken]:
     """What each stage takes once and for each prompt of `length` tokens, so that a number of prompts can be chosen.
 
-    `writers`: names, or how many, spread over all layers; None: all that are no bias, as if all were material. A stage
-    of several writers is all of them in survival, and one of them, in the middle, in verify.
+    `writers` as in `spread`. A stage of several writers is all of them in survival, and one of them, in the middle, in
+    verify.
     """
-    chosen = _chosen(lm, writers)
+    chosen = spread(lm, writers)
     short = max(1, min(length, TRIED))
     scale = length / short
     ids = trial_ids(lm, 2 * max(1, TRIED // short), short)
@@ -94,12 +96,14 @@ def behind(lm: Model, nodes: Iterable[Node]) -> int:
     return sum(len(lm.layers) - begins(lm, node) for node in nodes)
 
 
-def _chosen(lm: Model, writers: int | Iterable[object] | None) -> list[Node]:
+def spread(lm: Model, writers: int | Iterable[object] | None) -> list[Node]:
+    """Nodes by their names; so many, spread over all layers; or for None all that are no bias."""
     able = [node for node in lm.parts if node.kind != "bias"]
     if writers is None:
         return able
-    if isinstance(writers, int):
-        return [able[i * len(able) // writers] for i in range(min(writers, len(able)))]
+    if isinstance(writers, (int, np.integer)):
+        count = whole("writers is a number of nodes, or their names", writers, 1, len(able))
+        return [able[i * len(able) // count] for i in range(count)]
     return list(choose(writers, lm.parts))
 
 

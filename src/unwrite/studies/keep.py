@@ -15,6 +15,8 @@ from unwrite.result import Result
 from unwrite.run.loop.job import Job
 from unwrite.run.loop.stream import Listener, Progress
 
+# What a run was planned to be, in the folder of those that are planned.
+PLAN = "plan.json"
 # The stages of an audit, by the first word of their names.
 _STAGES = ("scan", "survival", "verify", "search", "dla", "corpus")
 
@@ -50,7 +52,8 @@ def keep(
 
     `job`, by default one in `out`, holds what `run` can go on from, until all files are written. Of an interrupted run
     the first finished part becomes the folder's result, the others lie beside it as `verify_L0H2.nc`. A folder that was
-    made for the run is gone again where nothing is finished. None where `job` does a part of a run: that is done then.
+    made for the run is gone again where nothing is finished, and so is its plan. None where `job` does a part of a run:
+    that is done then.
     Raises Stopped for KeyboardInterrupt, ResultError where the folder cannot be written (before anything runs), and
     what `run` raises.
     """
@@ -69,11 +72,16 @@ def keep(
             over, parts.done, parts.last = True, [found], replace(parts.last, stage="saving")
             if not working.finished or not all((place / name).exists() for name in page.files(found)):
                 page.save_all(found, place)
-            return found, page.files(found)
+            return found, (*page.files(found), *_plan(place))
         except KeyboardInterrupt as stop:
             # Of a run that was stopped in the middle, what it can go on from.
-            begun = () if place is None else tuple(sorted(file.name for file in place.glob("*.npz")))
-            kept = begun if place is None else _save([working.signed(part, over) for part in parts.done], place) + begun
+            kept: tuple[str, ...] = ()
+            if place is not None:
+                begun = tuple(sorted(file.name for file in place.glob("*.npz")))
+                kept = _save([working.signed(part, over) for part in parts.done], place) + begun
+                if not kept:
+                    (place / PLAN).unlink(missing_ok=True)
+                kept += _plan(place)
             raise Stopped(parts.last.stage, place, kept, _missing(parts)) from stop
     return None
 
@@ -88,6 +96,11 @@ def _save(parts: list[Result], place: Path) -> tuple[str, ...]:
         return (*(page.save_all(parts[0], place) if parts else ()), *files)
     except KeyboardInterrupt:
         return tuple(files)
+
+
+def _plan(place: Path) -> tuple[str, ...]:
+    """A plan is one of the files of a run that was planned: asked again, it goes on with the same prompts."""
+    return (PLAN,) if (place / PLAN).exists() else ()
 
 
 def _name(part: Result) -> str:

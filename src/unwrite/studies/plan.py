@@ -21,12 +21,12 @@ from unwrite.run.loop.stream import batch_size, batches
 from unwrite.run.tally.written import Written
 from unwrite.studies.audit import ASKED, FOUND, MOST, REMOVED_FROM, SHORT
 from unwrite.studies.foreseen import Taken, stages
+from unwrite.studies.keep import PLAN
 
 # An audit of so many prompts, the most that fit; who wants more says -n.
 _SIZES = (12, 16, 24, 32, 48, 64, 96)
 # So many prompts say which writes are material.
 _SEEN = 4
-FILE = "plan.json"
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class Planned:
     def save(self, folder: str | Path | None) -> None:
         """Keep it in a run's folder, if it has one, so that the same command goes on with the same prompts."""
         if folder is not None:
-            write(Path(folder) / FILE, lambda place: place.write_text(json.dumps(asdict(self)), "utf-8"))
+            write(Path(folder) / PLAN, lambda place: place.write_text(json.dumps(asdict(self)), "utf-8"))
 
 
 def kept(folder: str | Path | None) -> Planned | None:
     """The plan that an earlier start of the same command kept; None where there is none that can be read."""
     try:
-        return None if folder is None else Planned(**json.loads((Path(folder) / FILE).read_text("utf-8")))
+        return None if folder is None else Planned(**json.loads((Path(folder) / PLAN).read_text("utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 

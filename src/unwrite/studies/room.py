@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 
 from unwrite.model.view import Model
@@ -19,12 +17,11 @@ _ALWAYS = 2**26
 _FITS = 2**30
 
 
-def memory(lm: Model, n: int, length: int, writers: int | Iterable[object] | None = None) -> dict[str, int]:
-    """Bytes by stage, as `unwrite.studies.foreseen` has them, for n prompts of `length` tokens."""
+def memory(lm: Model, n: int, length: int, writers: int | None = None) -> dict[str, int]:
+    """Bytes by stage, as `unwrite.studies.foreseen` has them, for n prompts of `length` tokens and so many writers."""
     tokens = from_ids(torch.zeros(min(n, 4096), length, dtype=torch.long))
-    many = len(lm.parts) if writers is None else writers if isinstance(writers, int) else len(list(writers))
     found = {
-        "scan": _scan(lm, n, tokens), "survival": _survival(lm, n, length, many),
+        "scan": _scan(lm, n, tokens), "survival": _survival(lm, n, length, writers or len(lm.parts)),
         "verify": _verify(lm, tokens), "dla": _clean(lm, length) + _going_up(lm, length),
     }  # fmt: skip
     return {name: _folded(lm) + part + _ALWAYS for name, part in found.items()}
