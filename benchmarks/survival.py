@@ -30,6 +30,7 @@ from unwrite.nodes import Node
 from unwrite.run.replay.removed import at_once, begins
 from unwrite.run.tally.gram import ON_DEVICE
 
+CPU = torch.device("cpu")
 TIME_LIMIT, MEMORY_LIMIT, WRITERS = 1.15, 1.5, 112
 SMOL = Shape(layers=30, d=576, heads=9, kv=3, inner=1536, vocabulary=1024, prompts=1, length=64)
 QUICK = replace(SMOL, layers=4, d=96, heads=3, kv=3, inner=256, prompts=2)
@@ -62,7 +63,7 @@ def blocks_behind(s: Shape) -> int:
 
 def ideal(s: Shape) -> Cost:
     """Nothing but these runs, for writes and decoys, as many at once as `removed.at_once` says."""
-    together = min(at_once(s.length), RUNS * s.layers * (s.heads + 1))
+    together = min(at_once(s.length, CPU), RUNS * s.layers * (s.heads + 1))
     return RUNS * s.prompts * blocks_behind(s) / together * block(s, s.length * together, s.length)
 
 
@@ -85,7 +86,7 @@ def survival(s: Shape) -> Cost:
 
 def memory(s: Shape, writers: int) -> dict[str, float]:
     """Bytes at the peak: weights, W_O once more, the clean run of a prompt, and the runs that go up together."""
-    together = at_once(s.length) * s.length
+    together = at_once(s.length, CPU) * s.length
     return {
         "weights": s.width * s.weights,
         "W_O in float32": 4 * s.layers * s.d**2,
@@ -118,7 +119,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 def plain(lm: Model, ids: torch.Tensor) -> Callable[[], object]:
     """A pass of as many prompts as go up together."""
-    many = ids[:1].expand(at_once(ids.shape[1]), -1)
+    many = ids[:1].expand(at_once(ids.shape[1], CPU), -1)
     return lambda: lm.decoder(input_ids=many, use_cache=False)
 
 
@@ -126,7 +127,7 @@ def ratios(lm: Model, s: Shape, writers: Sequence[Node], rounds: int) -> list[tu
     """Seconds of the ideal and of a run, round by round."""
     ids = ids_of(s)
     blocks = RUNS * s.prompts * sum(s.layers - begins(lm, node) for node in writers)
-    per_block = blocks / (s.layers * at_once(s.length))
+    per_block = blocks / (s.layers * at_once(s.length, CPU))
     found = []
     ours(lm, ids[:, :8], writers[-2:])  # also hashes the weights, which is done once for a model
     for _ in range(rounds):

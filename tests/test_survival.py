@@ -135,7 +135,7 @@ def test_a_run_that_is_killed_inside_a_prompt_goes_on_there_to_the_same_bits(
     after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm, asked = build("llama"), {"writers": ["embed", "L0H0", "MLP0"], "controls": ["signs"], "decoys": 2}
-    monkeypatch.setattr(survives, "at_once", lambda length: 2)  # so that a prompt's nine runs are five batches
+    monkeypatch.setattr(survives, "at_once", lambda length, *_: 2)  # so that a prompt's nine runs are five batches
     real, ran = survives._Chunk.go, [0]
     whole = uw.survival(lm, IDS, **asked)
 

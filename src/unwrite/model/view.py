@@ -138,7 +138,13 @@ class Model:
 
     def after(self, node: Node) -> Location:
         """The state of the stream right after a node has written."""
-        return next(state for state in self.states if state.holds(node, self.parallel))
+        return self._after[node]
+
+    @cached_property
+    def _after(self) -> dict[Node, Location]:
+        return {
+            node: next(state for state in self.states if state.holds(node, self.parallel)) for node in self.parts
+        }
 
     @cached_property
     def nodes(self) -> tuple[str, ...]:

@@ -59,7 +59,7 @@ def _clean(lm: Model, rows: int) -> int:
 def _going_up(lm: Model, length: int) -> int:
     """Runs that go through a block together, the change of each, and what is compared."""
     inner = getattr(lm.config, "intermediate_size", None) or 4 * lm.d_model
-    return at_once(length) * length * (10 * lm.d_model + 3 * inner) * _width(lm)
+    return at_once(length, lm.device) * length * (10 * lm.d_model + 3 * inner) * _width(lm)
 
 
 def _survival(lm: Model, n: int, length: int, writers: int) -> int:

@@ -55,9 +55,9 @@ def in_order(lm: Model, nodes: Sequence[Node]) -> list[int]:
     return sorted(range(len(nodes)), key=lambda i: (begins(lm, nodes[i]), nodes[i].layer))
 
 
-def at_once(length: int, device: torch.device | None = None) -> int:
+def at_once(length: int, device: torch.device) -> int:
     """How many runs of prompts of this length go up together, on a processor fewer than on what has many."""
-    rows = ROWS if device is None or device.type != "cpu" else _CACHED
+    rows = _CACHED if device.type == "cpu" else ROWS
     return max(1, rows // length)
 
 

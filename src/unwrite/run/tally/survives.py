@@ -125,6 +125,7 @@ class _Measuring:
         self.calls = self.run.calls if len(batch.ids) == 1 else alone(lm, batch.ids)
         self.other = Others(lm, asked.folded, writes_of(lm, _others(asked, batch), asked.folded))
         self.state = {state: i for i, state in enumerate(lm.states)}
+        self.at = {node: i for i, node in enumerate(lm.parts)}
         self.sinks = self._sinks()
         shape = (batch.real, len(asked.writers), len(asked.puts_in))
         self.length = batch.ids.shape[1]
@@ -144,7 +145,7 @@ class _Measuring:
         order = in_order(self.lm, [self.asked.writers[w] for _, w, _ in runs])
         for name, part in self._sums().items() if held else ():
             part.copy_(torch.from_numpy(held[name]))
-        size = at_once(self.length)
+        size = at_once(self.length, self.lm.device)
         for start in range(int(held.get(_DONE, 0)), len(order), size):
             _Chunk(self, [runs[i] for i in order[start : start + size]]).go()
             yield min(start + size, len(order)), len(order)
@@ -246,7 +247,7 @@ class _Chunk:
         """What each node of a layer writes along the write, and how much of that because it is there."""
         of, lm, along = self.of, self.of.lm, self.along[: len(own)]
         prompt, w, folds = self.prompt[own], self.w[own], self.of.asked.folded[layer]
-        first = lm.parts.index(Node("head", layer, 0))
+        first = of.at[Node("head", layer, 0)]
         heads = slice(first, first + lm.n_heads)
         read = (along @ folds.w_o.flatten(0, 1).t()).unflatten(-1, (lm.n_heads, lm.head_dim))
         z, clean = record.z[layer], self._clean(of.run.record.z[layer], own)
@@ -254,11 +255,11 @@ class _Chunk:
         of.acts[prompt, w, heads] = _both((clean - z).mul_(read))
         mlp = Node("mlp", layer)
         written, clean = record.vectors[mlp], self._clean(of.run.record.vectors[mlp], own)
-        of.share[prompt, w, lm.parts.index(mlp)] = _both(clean * along)
-        of.acts[prompt, w, lm.parts.index(mlp)] = _both((clean - written).mul_(along))
-        if (bias := Node("bias", layer)) in lm.parts:
+        of.share[prompt, w, of.at[mlp]] = _both(clean * along)
+        of.acts[prompt, w, of.at[mlp]] = _both((clean - written).mul_(along))
+        if (bias := Node("bias", layer)) in of.at:
             onto, gain = along @ folds.bias, of.run.record.gain.get(layer)
-            at = lm.parts.index(bias)
+            at = of.at[bias]
             of.share[prompt, w, at] = _summed(onto if gain is None else onto * gain[prompt])
             if gain is not None:
                 of.acts[prompt, w, at] = _summed(onto * (gain[prompt] - record.gain[layer]))
