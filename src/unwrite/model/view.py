@@ -142,9 +142,7 @@ class Model:
 
     @cached_property
     def _after(self) -> dict[Node, Location]:
-        return {
-            node: next(state for state in self.states if state.holds(node, self.parallel)) for node in self.parts
-        }
+        return {node: next(state for state in self.states if state.holds(node, self.parallel)) for node in self.parts}
 
     @cached_property
     def nodes(self) -> tuple[str, ...]:

@@ -8,7 +8,8 @@ so special by chance is what decoys say, too (target–decoy competition). (fact
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
@@ -17,22 +18,39 @@ from scipy import stats
 from unwrite.stats.jackknife import reach
 
 BOUNDS = ("low", "median", "high")
-VERDICTS = ("erased", "reduced", "filled in", "kept", "like others", "amplified", "undecided")
+
+
+def _rule(value: Any, why: str) -> Any:
+    return field(default=value, metadata={"why": why})
 
 
 @dataclass(frozen=True)
 class Criteria:
     """What each word asks for. A word that does not get all that it asks for is not said."""
 
-    documents: int = 5  # fewer give no interval worth the name
-    gap: float = 0.1  # a difference to ordinary writes that is smaller is none …
-    part: float = 0.25  # … nor one that is a smaller part of what survives of them
-    q: float = 0.1  # so many of the writers that are called special may be so by chance
-    most: float = 0.5  # of a write that is erased at most this survives, and at most this part of the ordinary
-    wide: float = 1.0  # where ordinary writes end farther apart than this, they are no measure
-    more: float = 1.1  # of a write that is amplified at least this survives
-    near: int = 20  # so many decoys, of the nearest layers, say how far ordinary writes lie apart
-    middle: tuple[float, float] = (0.05, 0.95)  # between these quantiles of the decoys lies what is ordinary
+    documents: int = _rule(
+        5, "documents are independent, prompts of one are not: fewer give no interval worth the name"
+    )
+    gap: float = _rule(0.1, "a difference to ordinary writes that is smaller is none, however sure it may be …")
+    part: float = _rule(0.25, "… nor one that is a smaller part of what survives of ordinary writes")
+    q: float = _rule(0.1, "so many of the writers that are called special may be so by chance")
+    most: float = _rule(0.5, "of a write that is erased at most this survives, and at most this part of the ordinary")
+    wide: float = _rule(1.0, "where ordinary writes end farther apart than this, they are no measure")
+    more: float = _rule(1.1, "of a write that is amplified surely more than this survives")
+    near: int = _rule(20, "so many decoys, of the nearest layers, say how far ordinary writes lie apart")
+    middle: tuple[float, float] = _rule((0.05, 0.95), "between these quantiles of the decoys lies what is ordinary")
+
+
+# What a verdict says, in the order in which it is asked; the first that holds is said.
+WORDS = {
+    "undecided": "fewer documents than it takes, or ordinary writes there are no measure; or none of what follows",
+    "filled in": "surely below ordinary writes by every control, at that q, and later nodes would write it in its place",
+    "erased": "as far below, little of it is left, and later nodes write against it because it is there",
+    "reduced": "as far below, but much is left, or nodes and whole blocks do not both say which of the two it is",
+    "amplified": "surely above ordinary writes by every control, at that q, and surely more of it than was written",
+    "kept": "as far above, but no more than was written",
+    "like others": "its interval lies within what is ordinary, or around it by less than a difference that is one",
+}
 
 
 CRITERIA = Criteria()
