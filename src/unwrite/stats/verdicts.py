@@ -44,7 +44,7 @@ class Criteria:
 # What a verdict says, in the order in which it is asked; the first that holds is said.
 WORDS = {
     "undecided": "fewer documents than it takes, or ordinary writes there are no measure; or none of what follows",
-    "filled in": "surely below ordinary writes by every control, at that q, and later nodes would write it in its place",
+    "filled in": "surely below ordinary writes by all controls, at that q; later nodes write it where it is missing",
     "erased": "as far below, little of it is left, and later nodes write against it because it is there",
     "reduced": "as far below, but much is left, or nodes and whole blocks do not both say which of the two it is",
     "amplified": "surely above ordinary writes by every control, at that q, and surely more of it than was written",
