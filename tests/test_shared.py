@@ -173,7 +173,11 @@ def found_text(data: xr.Dataset, judge: Tokens, i: int) -> Tensor:
 
 @pytest.mark.promise("executed")
 @pytest.mark.parametrize(
-    ("name", "corpus", "length"), [("stories260K", "tinystories.txt", 48), ("arthur-r24-ep200", "arthur.txt", 40)]
+    ("name", "corpus", "length"),
+    [
+        pytest.param("stories260K", "tinystories.txt", 48, marks=pytest.mark.slow),
+        ("arthur-r24-ep200", "arthur.txt", 40),
+    ],
 )
 def test_an_audit_of_a_real_model_is_what_plain_hooks_say(
     shared: Path, name: str, corpus: str, length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -9,7 +9,7 @@ from pathlib import Path
 import disk
 import numpy as np
 import pytest
-from asked import ask, differing, every_method, found, single_methods, written
+from asked import ask, differing, found, single_methods, written
 
 import unwrite as uw
 from unwrite import files
@@ -59,7 +59,7 @@ def _newest(files: disk.State) -> str | None:
 
 @pytest.mark.promise("faults")
 @pytest.mark.promise("damaged")
-@every_method
+@single_methods
 def test_a_damaged_checkpoint_is_never_a_number(method: str, tmp_path: Path) -> None:
     files = _stopped(method)
     damage = DAMAGES["a bit in the middle"]  # a checkpoint is the same kind of file for all of them; see below

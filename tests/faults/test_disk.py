@@ -11,7 +11,7 @@ from pathlib import Path
 
 import disk
 import pytest
-from asked import ask, differing, every_method, found, model, single_methods
+from asked import ask, differing, found, model, single_methods
 
 import unwrite as uw
 from unwrite.errors import ResultError
@@ -30,7 +30,7 @@ def goes_on(method: str, place: Path) -> None:
 
 @pytest.mark.promise("faults")
 @pytest.mark.parametrize("at", [1, "last"])
-@every_method
+@single_methods
 def test_a_full_disk_while_a_checkpoint_is_written(method: str, at: int | str, tmp_path: Path) -> None:
     place, times = tmp_path / "run", at if isinstance(at, int) else _saved(method, tmp_path / "whole")
     with disk.full(times), pytest.raises(ResultError, match=f"cannot write .*npz. Got: {FULL}. Next: choose another"):

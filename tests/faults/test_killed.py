@@ -8,7 +8,7 @@ from pathlib import Path
 
 import disk
 import pytest
-from asked import ask, differing, every_method, found, written
+from asked import ask, differing, every_method, found, single_methods, written
 
 import unwrite as uw
 from methods import COMBINED
@@ -73,7 +73,7 @@ def _kept(method: str, place: Path) -> uw.Result:
 
 @pytest.mark.promise("faults")
 @pytest.mark.promise("resumed")
-@every_method
+@single_methods
 def test_killed_while_results_are_saved_and_asked_again(
     method: str, every: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -31,25 +32,30 @@ class Others:
     def __init__(self, lm: Model, folded: Sequence[Folded], writes: Writes):
         self._lm, self._folded, self._writes = lm, folded, writes
         self._energy: dict[Node, Tensor] = {}
+        self._near: dict[int, tuple[list[Node], Tensor]] = {}
 
-    def size(self, node: Node, weight: Float[Tensor, " d_model"]) -> Float[Tensor, ""]:
-        """Root of the energy that a node writes, as the weights measure it."""
+    def near(self, layer: int) -> tuple[list[Node], Float[Tensor, "node d_model"]]:
+        """The nodes of a layer and of those beside it, and the energy that each writes in every channel."""
+        if layer not in self._near:
+            nodes = [node for node in self._lm.parts if abs(node.layer - layer) <= 1 and node.kind != "bias"]
+            self._near[layer] = nodes, torch.stack([self._written(node) for node in nodes])
+        return self._near[layer]
+
+    def _written(self, node: Node) -> Float[Tensor, " d_model"]:
         if node not in self._energy:
             self._energy[node] = write_of(self._lm, self._folded, self._writes, node).pow(2).sum((0, 1))
-        size = (self._energy[node] * weight).sum().sqrt()
-        return size.clamp_min(torch.finfo(size.dtype).tiny)
+        return self._energy[node]
 
-    def mix(self, times: Mapping[Node, Tensor], like: _Write) -> _Write:
+    def mix(self, nodes: Sequence[Node], times: Float[Tensor, " node"]) -> _Write:
         """What nodes write, each so many times, summed up; all heads of a layer in one product."""
-        found = torch.zeros_like(like)
-        for layer in dict.fromkeys(node.layer for node in times):
-            heads = [times.get(Node("head", layer, head)) for head in range(self._lm.n_heads)]
-            if any(head is not None for head in heads):
-                each = torch.stack([found.new_zeros(()) if head is None else head for head in heads])
-                found += (self._writes.z[layer] * each[:, None]).flatten(-2) @ self._folded[layer].w_o.flatten(0, 1)
-        for node, many in times.items():
+        found: Any = 0.0
+        for layer in dict.fromkeys(node.layer for node in nodes):
+            if heads := [i for i, node in enumerate(nodes) if node.layer == layer and node.kind == "head"]:
+                each = self._writes.z[layer] * times[heads[0] : heads[-1] + 1, None]
+                found += each.flatten(-2) @ self._folded[layer].w_o.flatten(0, 1)
+        for i, node in enumerate(nodes):
             if node.kind != "head":
-                found += many * self._writes.vectors[node]
+                found += times[i] * self._writes.vectors[node]
         return found
 
 
@@ -78,11 +84,11 @@ def _ratio(energy: Tensor, own: Tensor) -> Tensor:
 def _typical(place: Stead, generator: torch.Generator, weight: Float[Tensor, " d_model"]) -> _Write:
     """Each node's part is as large as any other's, as the weights measure it: a mix of writes as they are would be that
     of the largest MLP, which may be the very write whose place it takes."""
-    around = range(place.node.layer - 1, place.node.layer + 2)
-    near = [node for node in place.lm.parts if node.layer in around and node.kind != "bias"]
-    drawn = {node: torch.randn((), generator=generator, dtype=torch.float64).to(place.write) for node in near}
-    times = {node: drawn[node] / place.other.size(node, weight) for node in near if node != place.node}
-    return place.other.mix(times, place.write)
+    nodes, energy = place.other.near(place.node.layer)
+    drawn = torch.randn(len(nodes), generator=generator, dtype=torch.float64).to(place.write)
+    drawn[nodes.index(place.node)] = 0.0
+    size = (energy * weight).sum(-1).sqrt()
+    return place.other.mix(nodes, drawn / size.clamp_min(torch.finfo(size.dtype).tiny))
 
 
 def _signs(place: Stead, generator: torch.Generator, _: Tensor) -> _Write:

@@ -8,7 +8,7 @@ models)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -173,14 +173,13 @@ class _Measuring:
             found |= length > SINK * middle
         return found
 
-    def write(self, w: int, s: int) -> Float[Tensor, "prompt position d_model"]:
-        """What is taken out: the write itself, or what stands in for it."""
+    def writes(self, w: int, puts: Iterable[int]) -> dict[tuple[int, int], Float[Tensor, "prompt position d_model"]]:
+        """What is taken out: a write itself, or what stands in for it."""
         node, weights = self.asked.writers[w], next(iter(self.asked.weights.values()))[w]
         own = self.run.write(node) * self.kept[..., None]
-        control, draw = self.asked.puts_in[s]
-        if (control, draw) == OWN:
-            return own
-        return stand_in(Stead(self.lm, node, own, self.other), control, draw, weights)
+        place = Stead(self.lm, node, own, self.other)
+        put_in = {s: self.asked.puts_in[s] for s in puts}
+        return {(w, s): own if put == OWN else stand_in(place, *put, weights) for s, put in put_in.items()}
 
 
 class _Chunk:
@@ -191,9 +190,8 @@ class _Chunk:
         self.prompt, self.w, self.s = (torch.tensor(part, device=lm.device) for part in zip(*runs, strict=True))
         self.nodes = [of.asked.writers[w] for _, w, _ in runs]
         made: dict[tuple[int, int], Tensor] = {}
-        for _, w, s in runs:
-            if (w, s) not in made:
-                made[w, s] = of.write(w, s)
+        for writer in dict.fromkeys(w for _, w, _ in runs):
+            made |= of.writes(writer, dict.fromkeys(s for _, w, s in runs if w == writer))
         self.write = torch.stack([made[w, s][p] for p, w, s in runs])
         # How channels are weighed in each run: [run, d_model, weigh].
         self.weights = torch.stack([weights[self.w] for weights in of.asked.weights.values()], -1)
