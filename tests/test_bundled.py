@@ -90,10 +90,15 @@ def test_its_prompts_mislead_as_recorded(lm, index) -> None:
 
 
 def test_it_erases(lm, record) -> None:
-    """A writer that its card calls erased is found to be so on text that neither chose it nor trained the model."""
+    """A head that its card calls erased is so by stricter rules, on text that neither chose it nor trained the model."""
     from unwrite.studies.audit import demonstration
 
-    erased = [row["writer"] for row in record["writers"] if row["verdict"] == "erased"]
-    assert "pos_embed" in erased
-    proof = uw.verify(lm, demonstration(lm, n=40, length=64), "pos_embed").data
-    assert float(proof["gap"][-1] + 2 * proof["gap_se"][-1]) < 0
+    assert "L1H5" in [row["writer"] for row in record["writers"] if row["verdict"] == "erased"]
+    writers = [str(node) for node in lm.parts if node.layer in (0, 1) and node.kind in ("head", "mlp")]
+    found = uw.survival(lm, demonstration(lm, n=12, length=48), writers).data.sel(writer="L1H5")
+    assert found["verdict"].item() == "erased"
+    # What its words mean, by numbers: little is left, surely less than of ordinary writes, and because of later nodes.
+    low, median = (float(found["ordinary"].sel(control="typical", bound=bound)) for bound in ("low", "median"))
+    assert float(found["end"]) < min(low, 0.5 * median)
+    assert float(found["gap_high"]) < 0
+    assert float(found["acts"].sum()) < -0.3

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import unwrite as uw
-from unwrite.model.readers import readers, weights
+from unwrite.model.readers import weights
 from unwrite.model.view import Model, fold
 from unwrite.nodes import choose
 from unwrite.prompts.tokens import Tokens
@@ -55,8 +55,7 @@ def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     tokens = uw.text(_documents(name), lm.tokenizer, n=DOCUMENTS, length=LENGTH)
     assert len(set(tokens.cluster)) == DOCUMENTS
     writers = choose(_material(lm, tokens), lm.parts)
-    found, folded = readers(lm), fold(lm)
-    own = torch.stack([weights(lm, found, writer) for writer in writers])
+    folded, own = fold(lm), weights(lm, writers)
     held, apart = _clean(lm, tokens, writers)
     fewer = own.clone()
     fewer[:, held.topk(TOP).indices] = 0.0

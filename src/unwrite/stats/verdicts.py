@@ -49,7 +49,7 @@ WORDS = {
     "reduced": "as far below, but much is left, or nodes and whole blocks do not both say which of the two it is",
     "amplified": "surely above ordinary writes by every control, at that q, and surely more of it than was written",
     "kept": "as far above, but no more than was written",
-    "like others": "its interval lies within what is ordinary, or around it by less than a difference that is one",
+    "like others": "it lies within what is ordinary, its interval no wider than that; or surely nearer than a difference that is one",
 }
 
 
@@ -302,7 +302,8 @@ def _word(found: Judged, w: int, documents: int, rules: Criteria) -> str:
     if _apart(found, w, 1, rules) and found.q_above[w] <= rules.q:
         return "amplified" if low > rules.more else "kept"
     gap, enough = found.gap[first], _enough(ordinary, w, rules)
-    among = ordinary.low[w] <= low and high <= ordinary.high[w]
+    # As certain as ordinary writes are alike, it is one of them.
+    among = ordinary.low[w] <= value <= ordinary.high[w] and high - low <= ordinary.high[w] - ordinary.low[w]
     return "like others" if among or max(-gap.low[w], gap.high[w]) < enough else "undecided"
 
 
