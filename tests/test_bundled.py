@@ -90,7 +90,7 @@ def test_its_prompts_mislead_as_recorded(lm, index) -> None:
 
 
 def test_it_erases(lm, record) -> None:
-    """A head that its card calls erased is so by stricter rules, on text that neither chose it nor trained the model."""
+    """A head that its card calls erased is so by stricter rules, on text that neither chose it nor trained it."""
     from unwrite.studies.audit import demonstration
 
     assert "L1H5" in [row["writer"] for row in record["writers"] if row["verdict"] == "erased"]
