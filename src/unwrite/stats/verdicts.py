@@ -49,7 +49,7 @@ WORDS = {
     "reduced": "as far below, but much is left, or nodes and whole blocks do not both say which of the two it is",
     "amplified": "surely above ordinary writes by every control, at that q, and surely more of it than was written",
     "kept": "as far above, but no more than was written",
-    "like others": "within what is ordinary, its interval no wider than that; or surely nearer than a difference that is one",
+    "like others": "within what is ordinary, its interval no wider; or surely nearer than a difference that is one",
 }
 
 
