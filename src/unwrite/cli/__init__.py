@@ -283,6 +283,7 @@ def show(
     ] = None,
     figure: Annotated[str | None, typer.Option("--figure", help="levels, positions, or fig1 to fig5.")] = None,
     writer: Annotated[str | None, typer.Option("--writer", help="Whose; by default the foremost.")] = None,
+    whole: Annotated[bool, typer.Option("--all", help="Every row of every table, not only the foremost.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Print a saved result again, or save a picture of it."""
@@ -295,7 +296,7 @@ def show(
     elif figure or writer:
         raise typer.BadParameter("name the file that the picture goes to", param_hint="--out")
     else:
-        Voice(quiet, False).end(found, None, ())
+        Voice(quiet, False).end(found, None, (), whole)
 
 
 _command(doctor)

@@ -86,7 +86,7 @@ class Voice:
             words = f"shard {part}/{of} is done and kept in {job.folder}. With all {of}: unwrite merge DIR… --out DIR"
             terminal.console().print(plain(words))
 
-    def end(self, found: Result, out: Path | None, files: tuple[str, ...]) -> None:
+    def end(self, found: Result, out: Path | None, files: tuple[str, ...], whole: bool = False) -> None:
         """Say what was found, and where it is."""
         from unwrite.report import events, terminal
 
@@ -97,7 +97,7 @@ class Voice:
         if self.quiet:
             screen.print(plain(terminal.last_word(found)))
             return
-        terminal.show(found, screen)
+        terminal.show(found, screen, whole)
         if files:
             screen.print("\n" + plain(f"written: {out}/{', '.join(files)}"))
 

@@ -29,9 +29,9 @@ HEADER = (
 
 
 def rows(data: xr.Dataset) -> list[tuple[str, ...]]:
-    """One line for every writer: what is out of the ordinary first, then in write order."""
-    verdict = [str(word) for word in data["verdict"].values]
-    order = sorted(range(len(verdict)), key=lambda i: (*SPECIAL, verdict[i]).index(verdict[i]))
+    """One line for every writer: what is out of the ordinary first, then what is farthest from ordinary writes."""
+    verdict, away = [str(word) for word in data["verdict"].values], -np.abs(np.nan_to_num(data["gap"].values))
+    order = sorted(range(len(verdict)), key=lambda i: ((*SPECIAL, verdict[i]).index(verdict[i]), away[i]))
     return [_row(data.isel(writer=i)) for i in order]
 
 

@@ -16,12 +16,13 @@ from unwrite.report import audited, believed, found, patched, survived
 from unwrite.report.columns import Column, listed
 from unwrite.report.scanned import HEADER, disagreements, folded_line, rows, soundness, texts
 from unwrite.report.verdict import verdict
-from unwrite.report.verified import ACTORS, TRAJECTORY, actors, sentence, trajectory
+from unwrite.report.verified import ACTORS, TRAJECTORY, actors, sentence, trajectory, turns
 from unwrite.result import Result
 
-_Shown = Callable[[Result], Iterator[RenderableType]]
+# Of a result, in full or its foremost rows.
+_Shown = Callable[[Result, bool], Iterator[RenderableType]]
 
-_WIDE, _LINES = 160, 40
+_WIDE, _LINES = 160, 24
 
 
 def console(stderr: bool = False) -> Console:
@@ -33,23 +34,25 @@ def console(stderr: bool = False) -> Console:
     return screen if screen.is_terminal else Console(**settings, force_interactive=False, width=_WIDE, no_color=True)
 
 
-def show(result: Result, screen: Console) -> None:
-    """Print what a result says: model and certificate, its tables, and the verdict."""
+def show(result: Result, screen: Console, whole: bool = False) -> None:
+    """Print what a result says: model and certificate, its tables (the foremost rows, or all), and the verdict."""
     screen.print(Text(plain(headline(result)), style="bold"))
     screen.print(Text(plain(certificate(result))))
-    for part in _PARTS.get(result.method, _any)(result):
+    for part in _PARTS.get(result.method, _any)(result, whole):
         screen.print(part)
 
 
-def _verify(result: Result) -> Iterator[RenderableType]:
-    yield grid("", TRAJECTORY, trajectory(result))
+def _verify(result: Result, whole: bool) -> Iterator[RenderableType]:
+    lines = trajectory(result)
+    kept = lines if whole else [lines[i] for i in turns(result, _LINES // 2)]
+    yield from _foremost("", TRAJECTORY, kept, len(lines))
     yield Text("")
-    yield grid("later nodes that act on it", ACTORS, actors(result))
+    yield from _foremost("later nodes that act on it", ACTORS, *_cut(actors(result), whole))
     yield Text("")
     yield Text(plain(last_word(result)))
 
 
-def _dla(result: Result) -> Iterator[RenderableType]:
+def _dla(result: Result, _: bool) -> Iterator[RenderableType]:
     yield from _attribution(result)
     yield Text("")
     yield Text(plain(last_word(result)))
@@ -68,12 +71,13 @@ def _attribution(result: Result) -> Iterator[RenderableType]:
     yield Text(plain(believed.added(result.data)), "dim")
 
 
-def _audit(result: Result) -> Iterator[RenderableType]:
+def _audit(result: Result, whole: bool) -> Iterator[RenderableType]:
     for name, data, read in texts(result):
         yield Text(plain(f"{name or read['source']}: {read['prompts']} × {read['length']} tokens"))
         yield Text(soundness(data, result.provenance["settings"]), "dim")
     left = audited.removed(result)
-    yield grid("what survives of every material write, by runs without it", survived.HEADER, survived.rows(left))
+    title = "what survives of every material write, by runs without it"
+    yield from _foremost(title, survived.HEADER, *_cut(survived.rows(left), whole))
     yield Text("")
     yield grid("writers verified, by runs without them", audited.HEADER, map(audited.row, audited.verified(result)))
     yield Text("")
@@ -83,7 +87,7 @@ def _audit(result: Result) -> Iterator[RenderableType]:
     yield Text(plain(last_word(result)))
 
 
-def _patched(result: Result) -> Iterator[RenderableType]:
+def _patched(result: Result, _: bool) -> Iterator[RenderableType]:
     for one in patched.shown(result.data):
         yield Text(plain(one.title))
         yield Text(plain(one.sums), "dim")
@@ -97,11 +101,9 @@ def _patched(result: Result) -> Iterator[RenderableType]:
     yield Text(plain(last_word(result)))
 
 
-def _any(result: Result) -> Iterator[RenderableType]:
+def _any(result: Result, whole: bool) -> Iterator[RenderableType]:
     columns, lines = listed(result)
-    yield grid("", columns, lines[:_LINES])
-    if more := len(lines[_LINES:]):
-        yield Text(f"{more} more rows are in the table", "dim")
+    yield from _foremost("", columns, *_cut(lines, whole))
     yield Text("")
     yield Text(plain(last_word(result)))
 
@@ -109,12 +111,24 @@ def _any(result: Result) -> Iterator[RenderableType]:
 def _listed(header: Iterable[Column], rows: Callable[[Dataset], list[tuple[str, ...]]]) -> _Shown:
     """A result that is one table and a sentence."""
 
-    def parts(result: Result) -> Iterator[RenderableType]:
-        yield grid("", header, rows(result.data))
+    def parts(result: Result, whole: bool) -> Iterator[RenderableType]:
+        yield from _foremost("", header, *_cut(rows(result.data), whole))
         yield Text("")
         yield Text(plain(last_word(result)))
 
     return parts
+
+
+def _cut(lines: list[tuple[str, ...]], whole: bool) -> tuple[list[tuple[str, ...]], int]:
+    """The foremost lines, or all, and how many there are."""
+    return lines if whole else lines[:_LINES], len(lines)
+
+
+def _foremost(title: str, header: Iterable[Column], lines: list[tuple[str, ...]], of: int) -> Iterator[RenderableType]:
+    """A table, and how many lines of it are left out."""
+    yield grid(title, header, lines)
+    if more := of - len(lines):
+        yield Text(f"{more} more: unwrite show DIR --all", "dim")
 
 
 def grid(title: str, header: Iterable[Column], lines: Iterable[tuple[str, ...]]) -> Table:
@@ -128,7 +142,7 @@ def grid(title: str, header: Iterable[Column], lines: Iterable[tuple[str, ...]])
     return table
 
 
-def _scan(result: Result) -> Iterator[RenderableType]:
+def _scan(result: Result, _: bool) -> Iterator[RenderableType]:
     yield from _scanned(result)
     yield Text("")
     yield Text(plain(last_word(result)))

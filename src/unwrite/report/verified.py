@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import xarray as xr
 
+from unwrite.errors import counted
 from unwrite.report.columns import Column
+from unwrite.report.survived import between, number
 from unwrite.result import Result
 
-_NAMED = 5  # of the readers
+_NAMED = 3  # of the readers, and of the erasers
 TRAJECTORY = (
     Column("location", holds="word"),
     Column("level", "{level_share}"),
@@ -30,23 +33,37 @@ ACTORS = (
 
 def sentence(result: Result) -> str:
     """The verdict with the numbers it rests on."""
-    data, end = result.data, result.data.isel(location=-1)
-    low, mean, high = (float(end["generic"].sel(bound=bound)) for bound in ("low", "mean", "high"))
-    text = result.provenance["tokens"][""]
-    survival = f"{float(end['survival']):.2f} ± {float(end['survival_se']):.2f}"
-    words = (
-        f"{data.attrs['writer']} on {text['source']} ({text['prompts']} × {text['length']} tokens): "
-        f"{data.attrs['verdict']}. Of the write {survival} survives to the end, of randomly turned writes {mean:.2f} "
-        f"({low:.2f} to {high:.2f}); later nodes erase {float(data['erased'].sum()):+.2f} and fill in "
-        f"{float(data['filled_in'].sum()):+.2f}.{_readers(result)}{_decodable(result)}"
+    data = result.data
+    text, documents = result.provenance["tokens"][""], counted(int(data.attrs["n_clusters"]), "document")
+    turned = float(data["generic"].isel(location=-1).sel(bound="mean"))
+    low, middle, high = (
+        float(data["ordinary"].isel(control=0).sel(range=bound)) for bound in ("low", "median", "high")
     )
-    names = data.attrs["erasers"]
+    return (
+        f"{data.attrs['writer']} on {text['source']} ({text['prompts']} × {text['length']} tokens, {documents}): "
+        f"{data.attrs['verdict']}. Of the write {between(data, 'weighed', '')} survives to the end, of ordinary writes "
+        f"there {number(middle)} ({number(low)} to {number(high)}), of randomly turned ones {number(turned)}."
+        f"{_acts(data)}{_readers(result)}{_decodable(result)}"
+    )
+
+
+def _acts(data: xr.Dataset) -> str:
+    """What later nodes do because of the write, and what of that goes through the values of its erasers."""
+    done = f" Later nodes erase {float(data['erased'].sum()):+.2f} and fill in {float(data['filled_in'].sum()):+.2f}"
+    names = data.attrs["erasers"].split()
     if not names:
-        return f"{words} No later head could read it through values."
+        return f"{done}; no later head could read it through values."
     share = float(data["causal_share"])
     causal = f", {share:.0%} of it" if share == share else f" ({data.attrs['causal_share_note']})"
     opposed, caused = float(data["opposed"]), float(data["caused"])
-    return f"{words} {names} write {opposed:+.2f} along it, and {caused:+.2f} because their values read it{causal}."
+    return (
+        f"{done}; {_some(names)} write {opposed:+.2f} along it, and {caused:+.2f} because their values read it{causal}."
+    )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{', '.join(names[:_NAMED])}{more}"
 
 
 def _readers(result: Result) -> str:
@@ -56,15 +73,16 @@ def _readers(result: Result) -> str:
         return ""
     names = data.attrs["readers"].split()
     if names:
-        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        return f" {', '.join(names[:_NAMED])}{more} read it more than they would a turned write."
+        return f" {_some(names)} read it more than they would a turned write."
     # What reads every direction also reads this one.
     acts = any(str(how).startswith("reads it") for how in data["class"].values)
     return " No later node reads it more than it would a turned write" + ("." if acts else ": nobody uses it.")
 
 
 def _decodable(result: Result) -> str:
-    """How much a linear map finds of what the write says, where it could be measured."""
+    """How much a linear map finds of what the write says, or why that is not measurable."""
+    if result["decodable"].isnull().all() and (note := result.data.attrs["decodable_note"]):
+        return f" What a linear map finds of it is not measurable: {note}."
     found = result["decodable"].values[result["survival"].notnull().values]
     if found[0] != found[0] or found[-1] != found[-1]:
         return ""
@@ -90,6 +108,17 @@ def trajectory(result: Result) -> list[tuple[str, ...]]:
             )
         )
     return lines
+
+
+def turns(result: Result, most: int) -> list[int]:
+    """Where something happens: the location of the write, the end, and those at which most of it is lost or added."""
+    survival = result["survival"].values
+    written = np.flatnonzero(np.isfinite(survival))
+    if len(written) == 0:
+        return [len(survival) - 1]
+    steps = np.abs(np.diff(survival[written]))
+    foremost = np.argsort(-steps, kind="stable")[: max(most - 2, 0)] + 1
+    return sorted({int(written[0]), int(written[-1]), *map(int, written[foremost])})
 
 
 def actors(result: Result) -> list[tuple[str, ...]]:

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from unwrite.errors import counted
 from unwrite.model.view import Model
 from unwrite.nodes import Location, Node
 from unwrite.prompts.tokens import Tokens
@@ -65,16 +66,23 @@ class Decoding:
         rank = basis.shape[1] or lm.d_model
         # Twice: the sums so far, and those of the batch that is being computed.
         each = 2 * 2 * 8 * lm.d_model * (lm.d_model + rank + tokens.length)
-        self.states = _spread(lm, writer, _BYTES // each) if self._count.any(1).all() else ()
+        self.states = _spread(lm, writer, _BYTES // each) if self._rows > lm.d_model else ()
         self._shape = (len(self.states), tokens.length, lm.d_model, rank, lm.device)
         self._total = Moments.zero(*self._shape)
         self.kept = Ledger(vars(self._total))
 
     @property
+    def _rows(self) -> int:
+        """Rows that a map is fitted to, or judged by: the fewer of the two."""
+        return int(self._count.sum(1).min())
+
+    @property
     def note(self) -> str:
         """Why something is NaN, "" if nothing is."""
-        if not self._count.any(1).all():
+        if not self._rows:
             return "two prompts and two held-out prompts of other documents are needed at one position"
+        if self._rows <= self.lm.d_model:
+            return f"{counted(self._rows, 'row')} of each half of the documents, {self.lm.d_model} channels"
         left_out = len(self.lm.states) - len(self.states)
         return f"{left_out} locations left out: their matrices would pass {_BYTES / 2**30:.0f} GiB" if left_out else ""
 
