@@ -65,7 +65,7 @@ def score(x: list[np.ndarray], y: list[np.ndarray]) -> float:
 )
 def test_it_is_the_ridge_of_rows_that_are_stacked(family, writer, batch) -> None:
     lm = view(tiny.model(family, 3))
-    tokens = tokens_of(lm, [12, 12, 9, 12, 4, 12, 11], [5, 5, 6, 7, 7, 8, 9])
+    tokens = tokens_of(lm, [32, 32, 27, 32, 12, 32, 30], [5, 5, 6, 7, 7, 8, 9])
     result = uw.verify(lm, tokens, writer, skip=2, batch=batch)
     np.testing.assert_allclose(result["decodable"], stacked(lm, tokens, writer, 2), rtol=0, atol=1e-6)
     assert result.data.attrs["decodable_note"] == ""
@@ -123,8 +123,19 @@ def test_it_says_why_it_says_nothing() -> None:
         result = uw.verify(lm, tokens_of(lm, lengths, cluster), "L0H0", skip=2 if lengths[-1] == 2 else 1)
         assert result["decodable"].isnull().all()
         assert "held-out" in result.data.attrs["decodable_note"]
-        assert "linear map" not in sentence(result)
+        assert "is not measurable: two prompts" in sentence(result)
         assert {line[-1] for line in trajectory(result)} == {"–"}
+
+
+def test_a_map_with_as_many_channels_as_rows_is_not_measurable() -> None:
+    """Of two prompts in each half, one row less is none, and one more is a number."""
+    lm = view(tiny.model("gpt2", 3))
+    for length in (lm.d_model // 2 + 1, lm.d_model // 2 + 2):
+        result = uw.verify(lm, tokens_of(lm, [length] * 4, [*range(4)]), "L0H0", skip=1)
+        enough = 2 * (length - 1) > lm.d_model
+        assert bool(result["decodable"].notnull().any()) == enough
+        said = f"not measurable: {lm.d_model} rows of each half of the documents, {lm.d_model} channels"
+        assert (said in sentence(result)) == (not enough)
 
 
 def test_a_write_without_a_token_part_has_none_to_decode() -> None:
@@ -134,9 +145,9 @@ def test_a_write_without_a_token_part_has_none_to_decode() -> None:
 
 def test_as_many_locations_as_memory_has_room_for(monkeypatch) -> None:
     lm = view(tiny.model("gpt2", 3, num_hidden_layers=3))
-    tokens = tokens_of(lm, [8] * 6, list(range(6)))
+    tokens = tokens_of(lm, [24] * 6, list(range(6)))
     full = uw.verify(lm, tokens, "L1H0").data
-    each = 32 * lm.d_model * (lm.d_model + lm.head_dim + 8)
+    each = 32 * lm.d_model * (lm.d_model + lm.head_dim + 24)
     for room in (0, 1, 2, 3):
         monkeypatch.setattr(decode, "_BYTES", room * each)
         some = uw.verify(lm, tokens, "L1H0").data

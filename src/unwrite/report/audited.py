@@ -24,7 +24,7 @@ HEADER = (
     Column("through values", "{caused}: {v_share} (as a part of opposed)"),
     Column("erasers", holds="words"),
 )
-_WORDS = ("verdict", "erasers", "causal_share_note", "readers", "decodable_note")
+_WORDS = ("verdict", "erasers", "causal_share_note", "readers", "decodable_note", "n_clusters")
 
 
 def verified(result: Result) -> Iterator[xr.Dataset]:

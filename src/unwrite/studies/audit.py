@@ -221,7 +221,7 @@ def _merged(
 
 def _plain(proof: xr.Dataset) -> xr.Dataset:
     """A verification whose words are variables, so that it can stand beside others."""
-    named = ("verdict", "erasers", "causal_share_note", "readers", "decodable_note")
+    named = ("verdict", "erasers", "causal_share_note", "readers", "decodable_note", "n_clusters")
     words = {name: ((), np.array(str(proof.attrs[name]), dtype=object)) for name in named}
     return proof.assign(words).drop_attrs(deep=False)
 
