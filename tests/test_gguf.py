@@ -66,6 +66,38 @@ def written(hf: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.fixture(autouse=True)
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where dequantised weights are kept: not in the cache of whoever runs the tests."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "unwrite"
+
+
+def test_weights_are_dequantised_once(hf: Any, written: Path, cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = uw.load(written)
+    (kept,) = cached.iterdir()
+    assert {"config.json", "model.safetensors"} <= {file.name for file in kept.iterdir()}
+    monkeypatch.setattr(gguf.GGUFReader, "get_tensor", lambda *_: pytest.fail("read again"))
+    again = uw.load(written)
+    with torch.no_grad():
+        assert torch.equal(again.hf(IDS).logits, first.hf(IDS).logits)
+    assert again.about["name"] == first.about["name"]
+    assert [place.name for place in cached.iterdir()] == [kept.name]
+
+
+def test_a_cache_that_cannot_be_written_is_gone_without(
+    hf: Any, written: Path, cached: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached.parent.mkdir()
+    cached.write_text("a file where the folder should be")
+    with torch.no_grad():
+        assert torch.equal(uw.load(written).hf(IDS).logits, hf(IDS).logits)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cached.parent / "full"))
+    monkeypatch.setattr("unwrite.model.gguf._ROOM", 0.0)
+    assert uw.load(written).certificate.ok
+    assert not [*(cached.parent / "full" / "unwrite").iterdir()]
+
+
 @pytest.mark.promise("exact")
 @pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
 def test_a_file_is_the_model_that_was_written(hf: Any, written: Path, folder: bool) -> None:

@@ -509,6 +509,9 @@ def test_what_cannot_be_reproduced(folder, monkeypatch, capsys, tmp_path) -> Non
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: nothing to reproduce by this name")
     with pytest.raises(ModelError, match="this is not a model like gelu-4l"):
         uw.reproduce(weights=view(tiny.model("gpt2", 0)), tokens=rows() % 50)
+    shape = {"num_hidden_layers": 4, "num_attention_heads": 8, "hidden_size": 64}
+    with pytest.raises(ModelError, match=r"like gelu-4l\. Got: blocks whose MLP reads what their attention reads"):
+        uw.reproduce(weights=view(tiny.model("phi", 0, **shape)), tokens=rows() % 50)
     three = written(tmp_path / "three-heads", n_ctx=64)
     with pytest.raises(ModelError, match=r"no L0H2, L2H2|no L2H3, L2H4, L2H5, L2H6, L2H7, L3H5"):
         uw.reproduce(weights=three, tokens=rows() % 50)

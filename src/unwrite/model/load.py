@@ -48,8 +48,8 @@ def load(
 ) -> Model:
     """A `Model` from a hub name, a folder, or a Hugging Face causal language model already in memory.
 
-    "default" is the small model that comes with the package; a `.gguf` file is dequantised; a TransformerLens-era
-    checkpoint, by folder or by hub name, becomes a GPT-2 (see `legacy.from_legacy`).
+    "default" is the small model that comes with the package; a `.gguf` file is dequantised once and kept so in the
+    user's cache folder; a TransformerLens-era checkpoint, by folder or by hub name, becomes a GPT-2.
     Arguments: `tokenizer`, by default the one that comes with the model; `revision` a hub commit; `dtype` by default
     that of the weights, but on a CPU float32 for half precision, which "auto" keeps; `device` or `device_map` where to
     put it (not for a model in memory, which stays as and where it is), the latter "auto" or {module: device} as in

@@ -91,7 +91,8 @@ def reproduce(
     `datasets` and the network); of those at most `n`; `checkpoint` as in `uw.scan`.
     Returns a Result by `claim`: `figure`, `quantity`, `setting`, `paper`, `ours`, `difference`; and what goes beyond
     the paper as attributes: `verdict` (of `uw.verify`).
-    Raises ModelError for another name or a model without the paper's heads, TokensError where the text cannot be had.
+    Raises ModelError for another name, or a model without the paper's heads or with parallel blocks; TokensError where
+    the text cannot be had.
 
     Example: `uw.reproduce("gelu-4l", weights="GELU_4L512W_C4_Code").table()`
     """
@@ -101,6 +102,8 @@ def reproduce(
     lm = weights if isinstance(weights, Model) else load(WEIGHTS if weights is None else weights)
     if missing := {WRITER, *ERASERS, "L3H5"} - set(lm.nodes):
         raise ModelError("this is not a model like gelu-4l", got=f"no {', '.join(sorted(missing))}")
+    if lm.parallel:
+        raise ModelError("this is not a model like gelu-4l", got="blocks whose MLP reads what their attention reads")
     lm.require("logits")
     own = tokens is None
     read = _paper_tokens(n) if own else admit(lm, tokens, None, 0, None if isinstance(tokens, Tokens) else bos)
