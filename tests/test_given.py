@@ -346,6 +346,29 @@ def test_a_prompt_among_others_is_a_prompt_alone_to_every_method(name: str) -> N
             np.testing.assert_allclose(got.isel(part), want, atol=1e-9, err_msg=str(variable))
 
 
+SUMMED: dict[str, Callable[..., uw.Result]] = {
+    "scan": uw.scan,
+    "verify": lambda lm, source, **how: uw.verify(lm, source, "L0H0", **how),
+    "survival": lambda lm, source, **how: uw.survival(lm, source, ["L0H1", "MLP0"], decoys=2, **how),
+}
+
+
+@pytest.mark.promise("tokens")
+@pytest.mark.parametrize("name", SUMMED)
+def test_sums_over_prompts_are_those_of_prompts_alone(name: str) -> None:
+    """A batch of one prompt has its length; in a batch of all and in a wider one the others are padded."""
+    lm, tokens = model(), given(STRINGS, pieces(), bos=False)
+    wide = filled(replace(tokens, ids=np.pad(tokens.ids, ((0, 0), (0, 4)))))
+    with methods.few_draws():
+        alone = SUMMED[name](lm, tokens, batch=1).data
+        among = [SUMMED[name](lm, source, batch=len(tokens)).data for source in (tokens, wide)]
+    for other in among:
+        for variable, part in alone.items():
+            if part.dtype.kind == "f" and part.sizes == other[variable].sizes:
+                np.testing.assert_allclose(other[variable], part, rtol=1e-6, atol=1e-8, err_msg=str(variable))
+    assert {variable for variable in alone if alone[variable].sizes == among[0][variable].sizes} == {*alone}
+
+
 @pytest.mark.promise("tokens")
 def test_a_difference_of_logits_is_that_of_the_prompt_alone() -> None:
     lm = model()

@@ -23,7 +23,7 @@ import xarray as xr
 import unwrite as uw
 
 RESULTS = Path(__file__).parent / "results"
-DOCUMENTS, LENGTH = 8, 48
+DOCUMENTS, LENGTH = 6, 40
 SPECIAL = ("erased", "reduced", "filled in", "kept", "amplified")
 # Of the writers that are lost most surely so many are looked at closely.
 CLOSELY = 3

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unwrite.model.view import Folded, Model, centre
@@ -27,35 +27,36 @@ _Write = Float[Tensor, "prompt position d_model"]
 
 
 class Others:
-    """What nodes write in another prompt; how much that is, is asked of every node again and again, and found once."""
+    """What nodes write in other prompts, one for each; how much that is in the rows that are `kept`, is found once."""
 
-    def __init__(self, lm: Model, folded: Sequence[Folded], writes: Writes):
-        self._lm, self._folded, self._writes = lm, folded, writes
+    def __init__(self, lm: Model, folded: Sequence[Folded], writes: Writes, kept: Bool[Tensor, "prompt position"]):
+        self._lm, self._folded, self._writes, self._kept = lm, folded, writes, kept
         self._energy: dict[Node, Tensor] = {}
         self._near: dict[int, tuple[list[Node], Tensor]] = {}
 
-    def near(self, layer: int) -> tuple[list[Node], Float[Tensor, "node d_model"]]:
+    def near(self, layer: int) -> tuple[list[Node], Float[Tensor, "node prompt d_model"]]:
         """The nodes of a layer and of those beside it, and the energy that each writes in every channel."""
         if layer not in self._near:
             nodes = [node for node in self._lm.parts if abs(node.layer - layer) <= 1 and node.kind != "bias"]
             self._near[layer] = nodes, torch.stack([self._written(node) for node in nodes])
         return self._near[layer]
 
-    def _written(self, node: Node) -> Float[Tensor, " d_model"]:
+    def _written(self, node: Node) -> Float[Tensor, "prompt d_model"]:
         if node not in self._energy:
-            self._energy[node] = write_of(self._lm, self._folded, self._writes, node).pow(2).sum((0, 1))
+            write = write_of(self._lm, self._folded, self._writes, node)
+            self._energy[node] = (write.pow(2) * self._kept[..., None]).sum(1)
         return self._energy[node]
 
-    def mix(self, nodes: Sequence[Node], times: Float[Tensor, " node"]) -> _Write:
+    def mix(self, nodes: Sequence[Node], times: Float[Tensor, "node prompt"]) -> _Write:
         """What nodes write, each so many times, summed up; all heads of a layer in one product."""
         found: Any = 0.0
         for layer in dict.fromkeys(node.layer for node in nodes):
             if heads := [i for i, node in enumerate(nodes) if node.layer == layer and node.kind == "head"]:
-                each = self._writes.z[layer] * times[heads[0] : heads[-1] + 1, None]
+                each = self._writes.z[layer] * times[heads[0] : heads[-1] + 1].t()[:, None, :, None]
                 found += each.flatten(-2) @ self._folded[layer].w_o.flatten(0, 1)
         for i, node in enumerate(nodes):
             if node.kind != "head":
-                found += times[i] * self._writes.vectors[node]
+                found += times[i][:, None, None] * self._writes.vectors[node]
         return found
 
 
@@ -88,7 +89,7 @@ def _typical(place: Stead, generator: torch.Generator, weight: Float[Tensor, " d
     drawn = torch.randn(len(nodes), generator=generator, dtype=torch.float64).to(place.write)
     drawn[nodes.index(place.node)] = 0.0
     size = (energy * weight).sum(-1).sqrt()
-    return place.other.mix(nodes, drawn / size.clamp_min(torch.finfo(size.dtype).tiny))
+    return place.other.mix(nodes, torch.where(size > 0, drawn[:, None] / size, 0.0))
 
 
 def _signs(place: Stead, generator: torch.Generator, _: Tensor) -> _Write:

@@ -123,7 +123,7 @@ class _Measuring:
         self.run = clean(lm, batch.ids, asked.folded)
         # Of one prompt the clean run has called its blocks just so.
         self.calls = self.run.calls if len(batch.ids) == 1 else alone(lm, batch.ids)
-        self.other = Others(lm, asked.folded, writes_of(lm, _others(asked, batch), asked.folded))
+        self.other = Others(lm, asked.folded, writes_of(lm, _others(asked, batch), asked.folded), self.kept)
         self.state = {state: i for i, state in enumerate(lm.states)}
         self.at = {node: i for i, node in enumerate(lm.parts)}
         self.sinks = self._sinks()
