@@ -249,11 +249,11 @@ def test_verify_says_what_survives(folder, monkeypatch, capsys, tmp_path) -> Non
     command = ("verify", folder / "model", "L0H0", "--text", folder / "text.txt", "-n", 3, "--length", 64)
     assert run(monkeypatch, *command, "--out", tmp_path / "run") == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert ". Of the write 0.10" in shown
+    assert "3 documents): undecided. Of the write 0.10" in shown
     assert "L1H0 -0.90 +0.00 -0.90" in shown
     assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["result.nc", "table.csv"]
     assert run(monkeypatch, "show", tmp_path / "run", "-o", tmp_path / "survival.svg") == 0
-    assert "L0H0: " in (tmp_path / "survival.svg").read_text()
+    assert "L0H0: undecided" in (tmp_path / "survival.svg").read_text()
     drawn = ("--figure", "fig2", "--writer", "L0H0", "-o", tmp_path / "x.html")
     assert run(monkeypatch, "show", tmp_path / "run", *drawn) == 0
     page = (tmp_path / "x.html").read_text()

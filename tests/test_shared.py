@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -191,7 +191,10 @@ def test_an_audit_of_a_real_model_is_what_plain_hooks_say(
     data = uw.audit(lm, tokens, out=tmp_path, most=2).data
     assert uw.read(tmp_path).data.identical(data)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["report.html", "result.nc", "table.csv"]
-    assert "documents" in data.attrs["verdict"]
+    words, said = Counter(data["removed_verdict"].values.tolist()), data.attrs["verdict"]
+    of = f"{words.total()} writers on 6 documents"
+    assert said.startswith(f"None of {of} ends out" if {*words} <= {"like others", "undecided"} else f"Of {of}: ")
+    assert f" {words['like others']} writers end like others, {words['undecided']} are undecided." in said
     writers = [str(writer) for writer in data["verified"].values[:2]]
     rows = Rows.of(lm.hf, choose.ids, choose.lengths)
     rows = rows.where(rows.place > 0)
