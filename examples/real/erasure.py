@@ -28,7 +28,7 @@ SPECIAL = ("erased", "reduced", "filled in", "kept", "amplified")
 # Of the writers that are lost most surely so many are looked at closely.
 CLOSELY = 3
 # What a node does to a write is kept from this share of it on.
-ACTS = 0.01
+ACTS = 0.03
 
 
 def books(folder: Path, lm: Any) -> Any:
@@ -47,11 +47,13 @@ def measured(model: str, folders: list[Path], work: Path) -> dict[str, Any]:
         # Turned writes only to show on one set what they would have said.
         controls = ("typical", "signs", "rotated") if i == 0 else ("typical", "signs")
         found.append(uw.survival(lm, books(folder, lm), controls=controls, checkpoint=work / f"books{i}"))
+        found[-1].save(work / f"books{i}")
     record = found[0].provenance
     closely = {}
     for writer in lost(found)[:CLOSELY]:
         # By other books than those that chose it.
         proof = uw.verify(lm, books(folders[1], lm), writer, checkpoint=work / writer)
+        proof.save(work / writer)
         closely[writer] = described(found[0].data.sel(writer=writer), proof.data)
     return {
         "model": {name: record["model"][name] for name in ("family", "layers", "heads", "d_model", "weights")},
@@ -71,7 +73,7 @@ def about(found: uw.Result) -> dict[str, Any]:
 
 def rows(data: xr.Dataset) -> list[dict[str, Any]]:
     """Of every writer what survives, beside what is ordinary, and who acts on it."""
-    names = ("end", "end_low", "end_high", "gap", "gap_low", "gap_high", "q", "q_above", "verdict")
+    names = ("end", "end_low", "end_high", "without_sinks", "gap", "gap_low", "gap_high", "q", "q_above", "verdict")
     found = []
     for i, writer in enumerate(data["writer"].values):
         one = data.isel(writer=i)
@@ -94,12 +96,10 @@ def acting(one: xr.Dataset) -> dict[str, list[float]]:
 def lost(found: list[uw.Result]) -> list[str]:
     """Writers that are erased on the most sets of books, then those that are reduced; the farthest below first."""
     order = {"erased": 0, "reduced": 1, "filled in": 2}
-    ranked = []
-    for writer in found[0]["writer"].values:
-        everywhere = [one.data.sel(writer=writer) for one in found if writer in one["writer"].values]
-        said = [order.get(str(one["verdict"].item()), 3) for one in everywhere]
-        ranked.append((sum(said), float(everywhere[0]["gap"]), str(writer)))
-    return [writer for said, _, writer in sorted(ranked) if said < 3 * len(found)]
+    verdict = [dict(zip(one["writer"].values, one["verdict"].values, strict=True)) for one in found]
+    rank = {writer: sum(order.get(str(own.get(writer)), 3) for own in verdict) for writer in verdict[0]}
+    gap = found[0]["gap"].to_series()
+    return [str(writer) for writer in sorted(rank, key=lambda w: (rank[w], gap[w])) if rank[writer] < 3 * len(found)]
 
 
 def described(one: xr.Dataset, proof: xr.Dataset) -> dict[str, Any]:
@@ -247,6 +247,6 @@ if __name__ == "__main__":
     given = asked.parse_args()
     result = rounded(measured(given.model, given.books, given.work))
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{given.name}.json").write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n")
+    (RESULTS / f"{given.name}.json").write_text(json.dumps(result, separators=(",", ":")) + "\n")
     print(special(result).to_string())
     print(compared(result).to_string())
