@@ -214,8 +214,8 @@ def verify(s: Shape, erasers: int = 1) -> Cost:
 def beside(s: Shape) -> Cost:
     """What `uw.survival` would do for that head: of each prompt two runs, one without the write, and without others."""
     runs, square = 1 + sum(ALONE.values()), Cost(single=2 * s.tokens * s.d**2)
-    # The write once for each of these; what heads of two layers write in another prompt; what decoys are mixed of.
-    made = (runs / s.heads + 2 + 2 * ALONE["typical"]) * square
+    # The write; what heads of two layers write in another prompt; what decoys are mixed of.
+    made = (1 / s.heads + 2 + 2 * ALONE["typical"]) * square
     seen = Cost(single=4 * s.tokens * s.d * runs, double=2 * s.d * s.prompts * runs * (s.states + 1))
     return (2 + runs) * passes(s, s.tokens, s.prompts) + made + s.layers * square + seen
 

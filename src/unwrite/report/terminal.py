@@ -108,11 +108,11 @@ def _any(result: Result, whole: bool) -> Iterator[RenderableType]:
     yield Text(plain(last_word(result)))
 
 
-def _listed(header: Iterable[Column], rows: Callable[[Dataset], list[tuple[str, ...]]]) -> _Shown:
-    """A result that is one table and a sentence."""
+def _listed(header: Iterable[Column], rows: Callable[[Dataset], list[tuple[str, ...]]], always: bool = False) -> _Shown:
+    """A result that is one table, `always` in full, and a sentence."""
 
     def parts(result: Result, whole: bool) -> Iterator[RenderableType]:
-        yield from _foremost("", header, *_cut(rows(result.data), whole))
+        yield from _foremost("", header, *_cut(rows(result.data), whole or always))
         yield Text("")
         yield Text(plain(last_word(result)))
 
@@ -199,7 +199,7 @@ _PARTS: dict[str, _Shown] = {
     "compare": _patched,
     "adversarial": _listed(found.HEADER, found.rows),
     "corpus_dla": _listed(found.CORPUS_HEADER, found.corpus_rows),
-    "reproduce": _listed(found.CLAIMS_HEADER, found.claims),
+    "reproduce": _listed(found.CLAIMS_HEADER, found.claims, always=True),
 }
 _WORDS: dict[str, Callable[[Result], str]] = {
     "survival": survived.sentence,
