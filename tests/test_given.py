@@ -284,11 +284,14 @@ OF_EACH: dict[str, Callable[[Model, Any], uw.Result]] = {
         lm, (source, source, " s", "ed"), "heads", ["L1H0.v", "logits"], source="zero"
     ),
 }
-OF_ALL: dict[str, Callable[[Model, Any], uw.Result]] = {
+SUMMED: dict[str, Callable[..., uw.Result]] = {
     "scan": uw.scan,
-    "verify": lambda lm, source: uw.verify(lm, source, "L0H0"),
+    "verify": lambda lm, source, **how: uw.verify(lm, source, "L0H0", **how),
+    "survival": lambda lm, source, **how: uw.survival(lm, source, ["L0H1", "MLP0"], decoys=2, **how),
+}
+OF_ALL: dict[str, Callable[[Model, Any], uw.Result]] = {
+    **SUMMED,
     "verify erasers": lambda lm, source: uw.verify(lm, source, "L0H0", ["L1H0"]),
-    "survival": lambda lm, source: uw.survival(lm, source, ["L0H1", "MLP0"], decoys=2),
     "dla texts": lambda lm, source: uw.dla(lm, [[5, 6]], texts=source),
     "dla mean": lambda lm, source: uw.dla(lm, source, " s", "ed", replace="mean"),
     "corpus_dla": lambda lm, source: uw.corpus_dla(lm, source, "L0H0", ["L1H0"]),
@@ -344,13 +347,6 @@ def test_a_prompt_among_others_is_a_prompt_alone_to_every_method(name: str) -> N
             got, want = found[variable].isel({found[variable].dims[0]: i}), alone[variable][0]
             part = {axis: slice(size) for axis, size in want.sizes.items()}
             np.testing.assert_allclose(got.isel(part), want, atol=1e-9, err_msg=str(variable))
-
-
-SUMMED: dict[str, Callable[..., uw.Result]] = {
-    "scan": uw.scan,
-    "verify": lambda lm, source, **how: uw.verify(lm, source, "L0H0", **how),
-    "survival": lambda lm, source, **how: uw.survival(lm, source, ["L0H1", "MLP0"], decoys=2, **how),
-}
 
 
 @pytest.mark.promise("tokens")

@@ -115,13 +115,10 @@ def described(one: xr.Dataset, proof: xr.Dataset) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def rounded(value: Any) -> Any:
+def rounded(found: dict[str, Any]) -> dict[str, Any]:
     """Three digits behind the point, nothing for what is no number: what another machine finds, too."""
-    if isinstance(value, dict):
-        return {name: rounded(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [rounded(part) for part in value]
-    return (round(value, 3) if math.isfinite(value) else None) if isinstance(value, float) else value
+    whole = json.dumps(found)
+    return json.loads(whole, parse_float=lambda text: round(float(text), 3), parse_constant=lambda _: None)
 
 
 # What docs/real.md is made of.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -87,5 +88,5 @@ def _keep(hf: PreTrainedModel, place: Path) -> None:
             hf.config.save_pretrained(beside)
             save_model(hf, str(Path(beside) / "model.safetensors"), {"format": "pt"})
             Path(beside).replace(place)
-    except OSError:
+    except (OSError, SafetensorError):
         return

@@ -24,7 +24,9 @@ HEADER = (
     Column("through values", "{caused}: {v_share} (as a part of opposed)"),
     Column("erasers", holds="words"),
 )
-_WORDS = ("verdict", "erasers", "causal_share_note", "readers", "decodable_note", "n_clusters")
+# What is an attribute of one result, and in an audit, of several of them, a variable; and what is told of all writers.
+WORDS = ("verdict", "erasers", "causal_share_note", "readers", "decodable_note", "n_clusters")
+TOLD = ("documents", "rows", "sinks", "weigh")
 
 
 def verified(result: Result) -> Iterator[xr.Dataset]:
@@ -38,7 +40,7 @@ def proof(result: Result, writer: str) -> xr.Dataset:
     own = [name for name, part in result.data.variables.items() if "verified" in part.dims and name != "verified"]
     one = result.data[own].sel(verified=writer)
     data = one.rename({name: str(name).removeprefix("verified_") for name in own})
-    words = {name: str(data[name].item()) for name in _WORDS}
+    words = {name: str(data[name].item()) for name in WORDS}
     return data.assign_attrs(words, writer=writer)
 
 
@@ -55,8 +57,7 @@ def removed(result: Result) -> xr.Dataset:
     own = [name for name, part in data.variables.items() if "removed" in part.dims and name != "removed"]
     names = {str(name): str(name).removeprefix("removed_") for name in own}
     found = data[own].rename({**names, "removed": "writer", "removed_bound": "bound"})
-    told = ("documents", "rows", "sinks", "weigh")
-    return found.assign_attrs({name: data.attrs[f"removed_{name}"] for name in told})
+    return found.assign_attrs({name: data.attrs[f"removed_{name}"] for name in TOLD})
 
 
 def row(data: xr.Dataset) -> tuple[str, ...]:

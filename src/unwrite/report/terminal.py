@@ -43,11 +43,9 @@ def show(result: Result, screen: Console, whole: bool = False) -> None:
 
 
 def _verify(result: Result, whole: bool) -> Iterator[RenderableType]:
-    lines = trajectory(result)
-    kept = lines if whole else [lines[i] for i in turns(result, _LINES // 2)]
-    yield from _foremost("", TRAJECTORY, kept, len(lines))
+    yield from _foremost("", TRAJECTORY, trajectory(result), whole, turns(result, _LINES // 2))
     yield Text("")
-    yield from _foremost("later nodes that act on it", ACTORS, *_cut(actors(result), whole))
+    yield from _foremost("later nodes that act on it", ACTORS, actors(result), whole)
     yield Text("")
     yield Text(plain(last_word(result)))
 
@@ -77,7 +75,7 @@ def _audit(result: Result, whole: bool) -> Iterator[RenderableType]:
         yield Text(soundness(data, result.provenance["settings"]), "dim")
     left = audited.removed(result)
     title = "what survives of every material write, by runs without it"
-    yield from _foremost(title, survived.HEADER, *_cut(survived.rows(left), whole))
+    yield from _foremost(title, survived.HEADER, survived.rows(left), whole)
     yield Text("")
     yield grid("writers verified, by runs without them", audited.HEADER, map(audited.row, audited.verified(result)))
     yield Text("")
@@ -103,7 +101,7 @@ def _patched(result: Result, _: bool) -> Iterator[RenderableType]:
 
 def _any(result: Result, whole: bool) -> Iterator[RenderableType]:
     columns, lines = listed(result)
-    yield from _foremost("", columns, *_cut(lines, whole))
+    yield from _foremost("", columns, lines, whole)
     yield Text("")
     yield Text(plain(last_word(result)))
 
@@ -112,22 +110,24 @@ def _listed(header: Iterable[Column], rows: Callable[[Dataset], list[tuple[str, 
     """A result that is one table, `always` in full, and a sentence."""
 
     def parts(result: Result, whole: bool) -> Iterator[RenderableType]:
-        yield from _foremost("", header, *_cut(rows(result.data), whole or always))
+        yield from _foremost("", header, rows(result.data), whole or always)
         yield Text("")
         yield Text(plain(last_word(result)))
 
     return parts
 
 
-def _cut(lines: list[tuple[str, ...]], whole: bool) -> tuple[list[tuple[str, ...]], int]:
-    """The foremost lines, or all, and how many there are."""
-    return lines if whole else lines[:_LINES], len(lines)
-
-
-def _foremost(title: str, header: Iterable[Column], lines: list[tuple[str, ...]], of: int) -> Iterator[RenderableType]:
-    """A table, and how many lines of it are left out."""
-    yield grid(title, header, lines)
-    if more := of - len(lines):
+def _foremost(
+    title: str,
+    header: Iterable[Column],
+    lines: list[tuple[str, ...]],
+    whole: bool,
+    which: Iterable[int] = range(_LINES),
+) -> Iterator[RenderableType]:
+    """A table of all lines or the foremost, by default the first, and how many are left out."""
+    kept = lines if whole else [lines[i] for i in which if i < len(lines)]
+    yield grid(title, header, kept)
+    if more := len(lines) - len(kept):
         yield Text(f"{more} more: unwrite show DIR --all", "dim")
 
 

@@ -117,7 +117,7 @@ def turns(result: Result, most: int) -> list[int]:
     if len(written) == 0:
         return [len(survival) - 1]
     steps = np.abs(np.diff(survival[written]))
-    foremost = np.argsort(-steps, kind="stable")[: max(most - 2, 0)] + 1
+    foremost = np.argsort(-steps, kind="stable")[: most - 2] + 1
     return sorted({int(written[0]), int(written[-1]), *map(int, written[foremost])})
 
 

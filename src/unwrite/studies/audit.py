@@ -29,6 +29,7 @@ from unwrite.nodes import parse_node, reads
 from unwrite.prompts.given import by_name
 from unwrite.prompts.texts import windows
 from unwrite.prompts.tokens import Tokens
+from unwrite.report import audited
 from unwrite.report.verdict import verdict
 from unwrite.result import Result
 from unwrite.run.loop.job import Job, opened
@@ -221,14 +222,13 @@ def _merged(
 
 def _plain(proof: xr.Dataset) -> xr.Dataset:
     """A verification whose words are variables, so that it can stand beside others."""
-    named = ("verdict", "erasers", "causal_share_note", "readers", "decodable_note", "n_clusters")
-    words = {name: ((), np.array(str(proof.attrs[name]), dtype=object)) for name in named}
+    words = {name: ((), np.array(str(proof.attrs[name]), dtype=object)) for name in audited.WORDS}
     return proof.assign(words).drop_attrs(deep=False)
 
 
 def _beside(removed: xr.Dataset) -> xr.Dataset:
     """What survives of every write, on axes of its own beside those of a scan and of verifications."""
-    told = {f"removed_{name}": removed.attrs[name] for name in ("documents", "rows", "sinks", "weigh")}
+    told = {f"removed_{name}": removed.attrs[name] for name in audited.TOLD}
     data = _renamed(removed, "removed").rename(writer="removed", bound="removed_bound")
     return data.assign_attrs(told)
 

@@ -92,7 +92,7 @@ def read(path: Path, key: str) -> Arrays:
 def belongs(file: Path, asked: str) -> bool:
     """Is this whole, and kept of some stage of the run that was asked for so?"""
     try:
-        own, wanted = json.loads(str(_unpacked(file)["key"])), json.loads(asked)
+        own, wanted = json.loads(str(_unpacked(file, "key")["key"])), json.loads(asked)
     except Exception:  # noqa: BLE001 - whatever is no checkpoint raises
         return False
     if not isinstance(own, dict):
@@ -175,13 +175,14 @@ def _before(path: Path) -> Path:
     return path.with_name(f"{path.name}.before")
 
 
-def _unpacked(path: Path) -> Arrays:
+def _unpacked(path: Path, *names: str) -> Arrays:
+    """Arrays of these names, or all, of a file that is whole."""
     with path.open("rb") as file:
         if file.read(_DIGEST) != _digest(file):
             raise ValueError(f"its {path.stat().st_size} bytes are not those that were written")
         file.seek(_DIGEST)
         with np.load(file, allow_pickle=False) as kept:
-            return {name: kept[name] for name in kept.files}
+            return {name: kept[name] for name in names or kept.files}
 
 
 def _digest(file: IO[bytes]) -> bytes:
