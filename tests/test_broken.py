@@ -38,6 +38,11 @@ class Wrapper(nn.Module):
         return nn.Sequential(self.model)
 
 
+class Failing(Wrapper):
+    def get_base_model(self) -> nn.Module:
+        raise KeyError("default")
+
+
 def changed(change: Callable[[Any], object]) -> Any:
     hf = gpt2()
     change(hf)
@@ -64,6 +69,7 @@ def spoil(hf: Any) -> None:
 # What is no decoder, and what is said of it.
 MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "a wrapper": (Wrapper, "cannot load this. Got: Wrapper"),
+    "a wrapper that fails": (Failing, "Failing does not give the model that it adapts. Got: .*default.*Next: pass the"),
     "a layer": (lambda: nn.Linear(2, 2), "cannot load this. Got: Linear"),
     "a state dict": (lambda: gpt2().state_dict(), "cannot load this. Got: OrderedDict of 29"),
     "a configuration": (lambda: gpt2().config, "cannot load this. Got: GPT2Config"),

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle as Handle
+
+from unwrite.errors import ModelError
 
 Visit = Callable[[Tensor], Tensor | None]
 # How a module was called: its arguments, and those with names.
@@ -38,7 +41,7 @@ def before(module: nn.Module, visit: Visit) -> Handle:
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         read = read_of((args, kwargs))
-        new = visit(read)
+        new = visit(_numbers(module, read))
         return None if new is None or new is read else reads_instead((args, kwargs), new)
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -60,13 +63,24 @@ def _after(module: nn.Module, visit: Callable[[Call, Tensor], Tensor | None], it
         new = list(every)
         for i, part in enumerate(every):
             if item in (None, i) and isinstance(part, Tensor):
-                made = visit((args, kwargs), part)
+                made = visit((args, kwargs), _numbers(module, part))
                 new[i] = part if made is None else made
         if all(mine is own for mine, own in zip(new, every, strict=True)):
             return None
         return new[0] if isinstance(output, Tensor) else tuple(new)
 
     return module.register_forward_hook(hook, with_kwargs=True)
+
+
+def _numbers(module: nn.Module, seen: Tensor) -> Tensor:
+    """What goes by, if it is the numbers themselves. Raises ModelError for what stands for others, as codes do."""
+    if is_traceable_wrapper_subclass(seen):
+        raise ModelError(
+            f"this model has quantised activations: those at a {type(module).__name__} are {type(seen).__name__}s",
+            expected="numbers of the dtype in which the model computes",
+            fix="load it without quantised activations (weights alone may be), or dequantise it",
+        )  # fmt: skip
+    return seen
 
 
 def called(module: nn.Module, begin: Callable[[Call], object]) -> Handle:

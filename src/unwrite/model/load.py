@@ -84,19 +84,26 @@ def load(
 def unwrapped(source: Any) -> Any:
     """The transformers model inside of what compiles or adapts it; adapters stay in their place.
 
-    Raises ModelError for a model that is given virtual tokens.
+    Raises ModelError for a model that is given virtual tokens, and for a wrapper that fails.
     """
     source = getattr(source, "_orig_mod", source)
     if not hasattr(type(source), "get_base_model"):
         return source
-    for name, adapter in source.peft_config.items():
+    try:
+        adapters, base = dict(source.peft_config), source.get_base_model()
+    except Exception as error:  # the code is the wrapper's own
+        raise ModelError(
+            f"{shown(source)} does not give the model that it adapts", got=error,
+            fix="pass the model itself, with the adapters in it",
+        ) from error  # fmt: skip
+    for name, adapter in adapters.items():
         if getattr(adapter, "num_virtual_tokens", None):
             raise ModelError(
                 f"the adapter {name} puts virtual tokens before a text, which are no tokens of it",
                 got=f"{adapter.num_virtual_tokens} of them", expected="adapters that change weights (LoRA and kin)",
                 fix="load the model without this adapter",
             )  # fmt: skip
-    return getattr(source.get_base_model(), "_orig_mod", source.get_base_model())
+    return getattr(base, "_orig_mod", base)
 
 
 def view(hf: PreTrainedModel, tokenizer: Any = None, convention: str = "paper", name: str = "") -> Model:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from unwrite.errors import NumericError
+from unwrite.errors import ModelError, NumericError
 from unwrite.model.capture import evaluating
 from unwrite.model.hooks import before, first_of, hooked, kept, leaf
 from unwrite.model.projections import require_slopes
@@ -44,13 +44,14 @@ def backward(
 
     One forward and one backward pass under `rules`; no parameter's gradient is computed or stored. `embedded` stands in
     for the state before the first block; with `keep`, further backward passes can follow. Raises NumericError for a
-    metric that has no slope.
+    metric that has no slope, ModelError where a part of the model has none.
     """
     require_slopes(lm, lm.hf)
     with torch.enable_grad(), ExitStack() as stack:
         stack.enter_context(evaluating(lm.hf))
         stack.enter_context(reloading(lm.hf))
         stack.enter_context(followed(lm.hf))
+        stack.enter_context(_differentiable())
         stack.enter_context(hooked(put(lm, rules)))
         # What was embedded begins the graph, whether or not the parameters have gradients.
         stack.enter_context(hooked([before(lm.layers[0].block, leaf(embedded))]))
@@ -63,6 +64,18 @@ def backward(
         found = torch.autograd.grad(value.sum(), [*tensors.values()], retain_graph=keep, allow_unused=True)
     slopes = [torch.zeros_like(x) if slope is None else slope for x, slope in zip(tensors.values(), found, strict=True)]
     return value, tensors, dict(zip(tensors, slopes, strict=True))
+
+
+@contextmanager
+def _differentiable() -> Iterator[None]:
+    """Torch, and kernels written for it, raise NotImplementedError where there is no derivative."""
+    try:
+        yield
+    except NotImplementedError as error:
+        raise ModelError(
+            "a part of this model has no slope", got=error, expected="a model that autograd goes through",
+            fix="use what needs no slope, such as method='exact', or load it with attn_implementation='sdpa'",
+        ) from error  # fmt: skip
 
 
 def cotangents(
