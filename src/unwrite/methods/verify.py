@@ -19,7 +19,7 @@ import torch
 import xarray as xr
 from scipy import stats
 
-from unwrite.errors import NumericError
+from unwrite.errors import NumericError, counted
 from unwrite.model.load import provenance
 from unwrite.model.readers import weights
 from unwrite.model.view import Model, fold
@@ -33,6 +33,7 @@ from unwrite.run.tally.decodable import RIDGE
 from unwrite.run.tally.survives import ALONE, Removals, SurvivalTally
 from unwrite.run.tally.without import CONDITIONS, READ_ROTATIONS, ROTATIONS, WithoutTally
 from unwrite.stats import verdicts
+from unwrite.stats.jackknife import FEWEST
 from unwrite.stats.verdicts import CRITERIA, Judged, judge
 
 BOUNDS = ("low", "mean", "high")
@@ -260,7 +261,8 @@ def _judged(data: xr.Dataset, tally: WithoutTally, erasers: tuple[Node, ...]) ->
     ).assign_attrs(
         writer=str(tally.writer),
         erasers=" ".join(names),
-        readers=_readers(data),
+        readers="" if (few := _too_few(tally.n_clusters)) else _readers(data),
+        read_note=few,
         decodable_note=tally.decoding.note,
         n_positions=tally.n_positions,
         n_clusters=tally.n_clusters,
@@ -268,6 +270,11 @@ def _judged(data: xr.Dataset, tally: WithoutTally, erasers: tuple[Node, ...]) ->
         if settled
         else f"the erasers' summed share is below {MATERIAL_SHARE} or its interval touches 0",
     )
+
+
+def _too_few(documents: int) -> str:
+    """Why nobody is called a reader: what is read of a write differs between documents as it does between turns."""
+    return f"{counted(documents, 'document')}, at least {FEWEST} are needed" if documents < FEWEST else ""
 
 
 def _readers(data: xr.Dataset) -> str:

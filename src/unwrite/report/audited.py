@@ -67,7 +67,7 @@ def row(data: xr.Dataset) -> tuple[str, ...]:
     low, mean, high = (float(generic.sel(bound=bound)) for bound in ("low", "mean", "high"))
     values = f"{float(data['caused']):+.2f}"
     if np.isfinite(data["causal_share"]):
-        values += f" ({float(data['causal_share']):.0%})"
+        values += f" ({float(data['causal_share']):.2f} of it)"
     return (
         data.attrs["writer"],
         data.attrs["verdict"],

@@ -54,7 +54,7 @@ def _acts(data: xr.Dataset) -> str:
     if not names:
         return f"{done}; no later head could read it through values."
     share = float(data["causal_share"])
-    causal = f", {share:.0%} of it" if share == share else f" ({data.attrs['causal_share_note']})"
+    causal = f", {share:.2f} of it" if share == share else f" ({data.attrs['causal_share_note']})"
     opposed, caused = float(data["opposed"]), float(data["caused"])
     return (
         f"{done}; {_some(names)} write {opposed:+.2f} along it, and {caused:+.2f} because their values read it{causal}."
@@ -71,6 +71,8 @@ def _readers(result: Result) -> str:
     data = result.data
     if data["read_generic"].isnull().all():
         return ""
+    if note := data.attrs.get("read_note"):
+        return f" Who reads it is not measurable: {note}."
     names = data.attrs["readers"].split()
     if names:
         return f" {_some(names)} read it more than they would a turned write."
