@@ -1,0 +1,236 @@
+"""Which row describes a model that has none? Found from one forward pass; the certificate decides whether it is true.
+
+Autograd's graph says what is added, hooks say by whom: no module is known by its name. The row is kept with the model
+and never written into the table, since it need not hold of another model of the same type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial, reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unwrite.errors import ModelError
+from unwrite.model.blocks import SAME, Block, Kind, Unlike, below, norm_kinds, said
+from unwrite.model.families import Family
+from unwrite.model.hooks import first_of
+from unwrite.model.inside import find, text_config
+from unwrite.model.single import HALVES
+from unwrite.model.sums import bare, behind, terms
+from unwrite.model.traced import Called, Trace, traced
+from unwrite.model.weights import offloaded
+
+# A number that was measured is one of the configuration within this; so much of a cap is told from logits below it.
+_NAMED, _BELOW = 1e-5, 0.9
+# Where the paths of a block begin, if not at the block itself.
+_ROOTS = {"out_proj": "attention", "value": "attention", "act": "mlp"}
+_PATHS = ("input_norm", "attention", "mid", "mlp", "post_attention_norm", "post_mlp_norm", *_ROOTS)
+
+
+def discovered(hf: Any) -> Family:
+    """The row of a decoder that has none in the table. Raises ModelError naming what in its structure no row can say.
+
+    One forward pass of a few random tokens, or up to three where attention is not called by transformers' interface;
+    in float32 where weights are in half precision.
+    """
+    kind = text_config(hf.config).model_type
+    if hf.get_input_embeddings().weight.dtype in HALVES and offloaded(hf):
+        raise ModelError(
+            f"{kind} has no row in the table of families, and one can be found in float32 alone",
+            got="weights of half precision that are brought in for every pass", fix="load it with dtype='float32'",
+        )  # fmt: skip
+    try:
+        return _row(traced(hf), hf)
+    except Unlike as why:
+        raise ModelError(
+            f"{kind} is no row of the table of families, and none can be found: {why}",
+            expected="blocks that add what attention and an MLP write to one stream",
+            fix="see 'How to add a family' in CONTRIBUTING.md",
+        ) from None
+
+
+def _row(trace: Trace, hf: Any) -> Family:
+    path, calls = _stack(trace, hf)
+    blocks = [Block(trace, call) for call in calls]
+    found = [said(block, _heads(hf)) for block in blocks]
+    final, (tokens, scale, positions) = _final_norm(trace, path, calls[-1]), _start(trace, calls[0])
+    decoder = _around(trace, [path, *(call.path for call in (final, tokens, positions) if call is not None)])
+    kind = _kind([call for part in found for call in part.pop("norms")] + [final])
+    logit_scale, logit_cap = (1.0, None) if trace.head is None else _logits(trace, final, hf)
+    numbers = {"embed_scale": scale, "logit_scale": logit_scale, "logit_cap": logit_cap}
+    return Family(
+        decoder=decoder, blocks=below(decoder, path), embed=below(decoder, tokens.path),
+        pos_embed=positions and below(decoder, positions.path), final_norm=below(decoder, final.path),
+        layer_norm=kind[0], norm_gain_offset=kind[1], **_settled(_agreed(blocks, found) | numbers, hf),
+    )  # fmt: skip
+
+
+def _heads(hf: Any) -> int:
+    try:
+        return text_config(hf.config).num_attention_heads
+    except Exception:  # noqa: BLE001 - configurations raise what they like
+        raise Unlike("its layers have different numbers of heads, or its configuration does not say how many") from None
+
+
+# The blocks.
+
+
+def _stack(trace: Trace, hf: nn.Module) -> tuple[str, list[Called]]:
+    """The longest list of modules that ran one after the other, each reading and giving one stream."""
+    found = {path: calls for path, part in hf.named_modules() if (calls := _chain(trace, path, part))}
+    streams = {path: calls for path, calls in found.items() if calls[0].gave.dim() == 3}
+    if not streams:
+        lanes = any(calls[0].gave.dim() == 4 for calls in found.values())
+        raise Unlike("it keeps several streams" if lanes else "no list of blocks reads and gives one stream")
+    path = max(streams, key=lambda path: len(streams[path]))
+    for one, after in zip(streams[path], streams[path][1:], strict=False):
+        if bare(one.made) is not bare(after.reads):
+            raise Unlike("something is done to the stream between its blocks")
+    return path, streams[path]
+
+
+def _chain(trace: Trace, path: str, part: nn.Module) -> list[Called]:
+    """The calls of a list's children, if each ran once, in order, on what has one shape."""
+    if not isinstance(part, (nn.ModuleList, nn.Sequential)):
+        return []
+    each = [trace.of(f"{path}.{name}") for name, _ in part.named_children()]
+    calls = [found[0] for found in each if len(found) == 1]
+    shapes = {None if x is None else x.shape for call in calls for x in (call.read, call.gave)}
+    in_order = calls == sorted(calls, key=trace.calls.index)
+    return calls if in_order and len(calls) == len(each) and len(shapes) == 1 else []
+
+
+def _agreed(blocks: Sequence[Block], found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What all blocks say alike; of paths, the names that lead to the right module in each."""
+    told = {name: [part[name] for part in found] for name in found[0] if name not in _PATHS}
+    told["gated"] = [gated for gated in told["gated"] if gated is not None] or [True]
+    for name, values in told.items():
+        if any(value != values[0] for value in values):
+            raise Unlike(f"its layers differ in {name.replace('_', ' ')}")
+    return {name: values[0] for name, values in told.items()} | {name: _path(name, blocks, found) for name in _PATHS}
+
+
+def _path(name: str, blocks: Sequence[Block], found: Sequence[dict[str, Any]]) -> str | None:
+    paths = [part[name] for part in found]
+    distinct = [*dict.fromkeys(path for path in paths if path is not None)]
+    if name == "act" and not distinct:
+        return Family.act  # a mixture of experts has none
+    if not distinct or (None in paths and name != "act"):
+        if distinct:
+            raise Unlike(f"some of its layers have no {name.replace('_', ' ')}")
+        return None
+    joined = "|".join(distinct)
+    for block, part in zip(blocks, found, strict=True):
+        root = find(block.module, part[_ROOTS[name]]) if name in _ROOTS else block.module
+        if part[name] is not None and find(root, joined) is not find(root, part[name]):
+            raise Unlike(f"its layers differ in what their {name.replace('_', ' ')} is")
+    return joined
+
+
+def _kind(norms: Sequence[Called]) -> Kind:
+    """The kind of norm that all of them are; that of the least error where several would do."""
+    fits = [norm_kinds(call) for call in norms]
+    common = reduce(lambda one, other: one & other, (set(fit) for fit in fits))
+    if not common:
+        raise Unlike("its norms are of several kinds")
+    return min(sorted(common), key=lambda kind: max(fit[kind] for fit in fits))
+
+
+# Before the blocks, and after them.
+
+
+def _start(trace: Trace, first: Called) -> tuple[Called, float, Called | None]:
+    """What gives the embedding of tokens, its factor, and what gives that of positions."""
+    assert first.reads is not None  # noqa: S101 (a block that reads nothing is refused before)
+    parts = list(terms(first.reads, None, partial(trace.maker, within="")))
+    if odd := [part.op.removesuffix("Backward0") for part in parts if part.op]:
+        raise Unlike(f"the stream starts with what no module gives ({', '.join(odd)})")
+    start = {trace.start} - {None}
+    tokens = [part for part in parts if behind(part.call.made, start)]
+    others = [part for part in parts if part not in tokens]
+    if len(tokens) != 1 or len(others) > 1 or any(part.factor != 1 for part in others):
+        raise Unlike(f"the stream starts with {len(tokens)} embeddings of tokens and {len(others)} others")
+    _once(trace, tokens[0].call)
+    return tokens[0].call, tokens[0].factor, others[0].call if others else None
+
+
+def _once(trace: Trace, call: Called) -> None:
+    if len(trace.of(call.path)) > 1:
+        raise Unlike(f"one module, {call.path}, is called in several places")
+
+
+def _final_norm(trace: Trace, path: str, last: Called) -> Called:
+    out = bare(last.made)
+    for call in trace.calls:
+        if bare(call.reads) is out and not call.within(path) and norm_kinds(call):
+            _once(trace, call)
+            return call
+    raise Unlike("no norm reads what its last block gives")
+
+
+def _around(trace: Trace, paths: Sequence[str]) -> str:
+    """The innermost module that was called and holds all of these."""
+    parts = [path.split(".")[:-1] for path in paths]
+    common = [names[0] for names in zip(*parts, strict=False) if len({*names}) == 1]
+    while common and not trace.of(".".join(common)):
+        common.pop()
+    return ".".join(common)
+
+
+def _logits(trace: Trace, final: Called, hf: Any) -> tuple[float, float | None]:
+    """Scale and cap of the logits: what the model makes of loud ones. A cap is a number of the configuration."""
+    head = next(call for call in reversed(trace.calls) if call.module is hf.get_output_embeddings())
+    got, raw = (x.detach().cpu().double().flatten() for x in (first_of(trace.output), trace.head))
+    if head.read is None or head.read.shape != final.gave.shape or got.shape != raw.shape:
+        raise Unlike("the unembedding does not read what the final norm gives")
+    before, rest = _fitted(head.read.double().flatten(), final.gave.double().flatten())
+    if rest > SAME:
+        raise Unlike("something stands between the final norm and the unembedding")
+    fits = [(_fitted(got, raw), None)]
+    fits += [(_capped(got, raw, cap), cap) for cap in _numbers(hf) if bool((got.abs() <= cap).all())]
+    (scale, error), cap = next((fit for fit in fits if fit[0][1] <= SAME), fits[0])
+    if error > SAME:
+        raise Unlike("the logits are no scaled or capped unembedding of the final norm")
+    return before * scale, cap
+
+
+def _fitted(got: Tensor, raw: Tensor) -> tuple[float, float]:
+    """The factor of the least squares, and the relative error that is left."""
+    factor = (raw @ got) / (raw @ raw)
+    return float(factor), float((got - factor * raw).norm() / got.norm())
+
+
+def _capped(got: Tensor, raw: Tensor, cap: float) -> tuple[float, float]:
+    below_it = got.abs() < _BELOW * cap
+    factor, _ = _fitted(cap * torch.atanh(got[below_it] / cap), raw[below_it])
+    return factor, float((got - cap * torch.tanh(factor * raw / cap)).norm() / got.norm())
+
+
+def _numbers(hf: Any) -> Iterator[float]:
+    """The positive numbers that stand in a configuration."""
+    values = {value for config in (hf.config, text_config(hf.config)) for value in _plain(config)}
+    yield from sorted(float(value) for value in values if value > 0)
+
+
+def _plain(config: Any) -> list[float]:
+    return [value for value in config.to_dict().values() if type(value) in (int, float)]
+
+
+def _settled(found: dict[str, Any], hf: Any) -> dict[str, Any]:
+    """The fields of a row, numbers as the configuration has them where it does, functions where a row has functions."""
+    for name in ("embed_scale", "residual_scale", "logit_scale"):
+        found[name] = _named(found[name], hf)
+    functions = ("kv_heads", "parallel", "opened", "embed_scale", "residual_scale", "logit_scale", "logit_cap")
+    return {name: _always(value) if name in functions else value for name, value in found.items()}
+
+
+def _named(number: float, hf: Any) -> float:
+    known = [1.0, *(side for value in _numbers(hf) for side in (value, 1 / value))]
+    return next((value for value in known if abs(number - value) <= _NAMED * value), number)
+
+
+def _always(value: Any) -> Callable[[Any], Any]:
+    return lambda config: value
