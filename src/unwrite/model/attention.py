@@ -161,10 +161,12 @@ def _around_interface(lm: Model, around: Around, eager: bool) -> Iterator[None]:
         yield
 
 
-def _eager_mask(*args: Any, **kwargs: Any) -> Tensor:
-    """The mask of eager attention; its least float64 would be −∞ in a float32 softmax, and NaN in a row of padding."""
+def _eager_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The mask of eager attention, if any; its least float64 would be −∞ in a float32 softmax, and NaN in a row of padding."""
     mask = eager_mask(*args, **kwargs)
-    return mask.clamp_min(torch.finfo(torch.float32).min) if mask.dtype == torch.float64 else mask
+    if mask is None or mask.dtype != torch.float64:
+        return mask
+    return mask.clamp_min(torch.finfo(torch.float32).min)
 
 
 def _attend_interface(

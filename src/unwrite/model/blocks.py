@@ -32,14 +32,15 @@ class Block:
 
     def __init__(self, trace: Trace, call: Called):
         self.trace, self.path, self.module = trace, call.path, call.module
-        source, out = bare(call.reads), call.made
+        source, out, maker = bare(call.reads), call.made, partial(trace.maker, within=call.path)
+        if source is None or out is None:
+            raise Unlike("a block is not given the stream, or gives none")
         leads = leading(out, source)
-        if source is None or out is None or not leads.get(out, False):
-            made = bare(out)
-            op = "no module" if made is None else made.name().removesuffix("Backward0")
-            raise Unlike(f"the block's output is not a sum that holds its input (it comes out of {op})")
+        if not leads.get(out, False):
+            parts = _named(self, [*terms(out, None, maker)])
+            raise Unlike(f"the block's output is not a sum that holds its input (it is {parts})")
         self.source, self.states = source, {source, *(node for node, true in leads.items() if true)}
-        self.writers = _writers(list(terms(out, source, partial(trace.maker, within=call.path))))
+        self.writers = _writers([*terms(out, source, maker)])
 
     def name(self, call: Called | None) -> str | None:
         """The path of a module from the block."""
@@ -63,17 +64,17 @@ def _writers(parts: list[Term]) -> list[Term]:
     gain = sum(part.factor for part in parts if part.call is None and not part.op)
     if abs(gain - 1) > SAME:
         raise Unlike(f"the block multiplies its stream by {gain:.3g}")
-    if odd := [part.op.removesuffix("Backward0") for part in parts if part.op]:
+    if odd := [part.op for part in parts if part.op]:
         raise Unlike(f"the block adds what no module gives ({', '.join(odd)})")
     return [part for part in parts if part.call is not None]
 
 
-def said(block: Block, heads: int) -> dict[str, Any]:
+def said(block: Block, config: Any) -> dict[str, Any]:
     """What one block says of the row, with its norms' calls as `norms`."""
     look = _looked(block)
     attends, writes = _pair(block, look)
     (after, attention), (last, mlp) = _without_norm(block, attends.call), _without_norm(block, writes.call)
-    values, into = _attention(block, look, attention, heads)
+    values, into = _attention(block, look, attention, _heads(config))
     parallel, mid = _between(block, attention, mlp, look.path, into)
     paths = {"input_norm": into, "mid": mid, "mlp": mlp, "post_attention_norm": after, "post_mlp_norm": last}
     return {
@@ -102,8 +103,9 @@ def _looked(block: Block) -> Looked:
     return found[0]
 
 
-def _named(block: Block, writers: list[Term]) -> str:
-    return ", ".join(f"{block.name(part.call)}: {type(part.call.module).__name__}" for part in writers) or "no writer"
+def _named(block: Block, parts: list[Term]) -> str:
+    names = [part.op or f"{block.name(part.call)}: {type(part.call.module).__name__}" for part in parts]
+    return " + ".join(names) or "nothing"
 
 
 def _pair(block: Block, look: Looked) -> tuple[Term, Term]:
@@ -171,6 +173,13 @@ def _attention(block: Block, look: Looked, writer: Called, heads: int) -> tuple[
     names = {"out_proj": below(look.path, out.path), "value": below(look.path, value.path)}
     opened = {} if look.interface else {"opened": _opened(block, look, names["value"])}
     return {**names, **layout, **opened}, _input_norm(block, look, value)
+
+
+def _heads(config: Any) -> int:
+    try:
+        return config.num_attention_heads
+    except Exception:  # noqa: BLE001 - a configuration raises what it likes
+        raise Unlike("its layers differ in heads, or its configuration does not say how many there are") from None
 
 
 def _projection(block: Block, node: Node | None, within: str) -> Called | None:

@@ -25,6 +25,7 @@ from unwrite.model.weights import offloaded
 
 # A number that was measured is one of the configuration within this; so much of a cap is told from logits below it.
 _NAMED, _BELOW = 1e-5, 0.9
+_STREAM = 3  # prompt, position, d_model
 # Where the paths of a block begin, if not at the block itself.
 _ROOTS = {"out_proj": "attention", "value": "attention", "act": "mlp"}
 _PATHS = ("input_norm", "attention", "mid", "mlp", "post_attention_norm", "post_mlp_norm", *_ROOTS)
@@ -46,7 +47,7 @@ def discovered(hf: Any) -> Family:
         return _row(traced(hf), hf)
     except Unlike as why:
         raise ModelError(
-            f"{kind} is no row of the table of families, and none can be found: {why}",
+            f"{kind} has no row in the table of families, and none can be found: {why}",
             expected="blocks that add what attention and an MLP write to one stream",
             fix="see 'How to add a family' in CONTRIBUTING.md",
         ) from None
@@ -55,7 +56,7 @@ def discovered(hf: Any) -> Family:
 def _row(trace: Trace, hf: Any) -> Family:
     path, calls = _stack(trace, hf)
     blocks = [Block(trace, call) for call in calls]
-    found = [said(block, _heads(hf)) for block in blocks]
+    found = [said(block, text_config(hf.config)) for block in blocks]
     final, (tokens, scale, positions) = _final_norm(trace, path, calls[-1]), _start(trace, calls[0])
     decoder = _around(trace, [path, *(call.path for call in (final, tokens, positions) if call is not None)])
     kind = _kind([call for part in found for call in part.pop("norms")] + [final])
@@ -68,28 +69,22 @@ def _row(trace: Trace, hf: Any) -> Family:
     )  # fmt: skip
 
 
-def _heads(hf: Any) -> int:
-    try:
-        return text_config(hf.config).num_attention_heads
-    except Exception:  # noqa: BLE001 - configurations raise what they like
-        raise Unlike("its layers have different numbers of heads, or its configuration does not say how many") from None
-
-
 # The blocks.
 
 
 def _stack(trace: Trace, hf: nn.Module) -> tuple[str, list[Called]]:
-    """The longest list of modules that ran one after the other, each reading and giving one stream."""
+    """The longest of the outermost lists of modules that ran one after the other, each reading and giving a stream."""
     found = {path: calls for path, part in hf.named_modules() if (calls := _chain(trace, path, part))}
-    streams = {path: calls for path, calls in found.items() if calls[0].gave.dim() == 3}
-    if not streams:
-        lanes = any(calls[0].gave.dim() == 4 for calls in found.values())
-        raise Unlike("it keeps several streams" if lanes else "no list of blocks reads and gives one stream")
-    path = max(streams, key=lambda path: len(streams[path]))
-    for one, after in zip(streams[path], streams[path][1:], strict=False):
+    if not found:
+        raise Unlike("no list of blocks that all ran, each reading and giving one stream")
+    outermost = min(path.count(".") for path in found)
+    path, calls = max(found.items(), key=lambda item: (item[0].count(".") == outermost, len(item[1])))
+    if calls[0].gave.dim() != _STREAM:
+        raise Unlike("it keeps several streams: its blocks read and give more than one vector at a position")
+    for one, after in zip(calls, calls[1:], strict=False):
         if bare(one.made) is not bare(after.reads):
             raise Unlike("something is done to the stream between its blocks")
-    return path, streams[path]
+    return path, calls
 
 
 def _chain(trace: Trace, path: str, part: nn.Module) -> list[Called]:
@@ -100,7 +95,8 @@ def _chain(trace: Trace, path: str, part: nn.Module) -> list[Called]:
     calls = [found[0] for found in each if len(found) == 1]
     shapes = {None if x is None else x.shape for call in calls for x in (call.read, call.gave)}
     in_order = calls == sorted(calls, key=trace.calls.index)
-    return calls if in_order and len(calls) == len(each) and len(shapes) == 1 else []
+    streams = len(shapes) == 1 and calls[0].gave.dim() >= _STREAM
+    return calls if streams and in_order and len(calls) == len(each) else []
 
 
 def _agreed(blocks: Sequence[Block], found: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -146,13 +142,15 @@ def _start(trace: Trace, first: Called) -> tuple[Called, float, Called | None]:
     """What gives the embedding of tokens, its factor, and what gives that of positions."""
     assert first.reads is not None  # noqa: S101 (a block that reads nothing is refused before)
     parts = list(terms(first.reads, None, partial(trace.maker, within="")))
-    if odd := [part.op.removesuffix("Backward0") for part in parts if part.op]:
+    if odd := [part.op for part in parts if part.op]:
         raise Unlike(f"the stream starts with what no module gives ({', '.join(odd)})")
     start = {trace.start} - {None}
     tokens = [part for part in parts if behind(part.call.made, start)]
     others = [part for part in parts if part not in tokens]
     if len(tokens) != 1 or len(others) > 1 or any(part.factor != 1 for part in others):
         raise Unlike(f"the stream starts with {len(tokens)} embeddings of tokens and {len(others)} others")
+    if others and others[0].call.gave.dim() != _STREAM:
+        raise Unlike("its vectors of positions are made once for all prompts, without an axis of prompts")
     _once(trace, tokens[0].call)
     return tokens[0].call, tokens[0].factor, others[0].call if others else None
 

@@ -18,6 +18,7 @@ _SAME = {
     "SqueezeBackward1",
 }
 _PARAMETER = "torch::autograd::AccumulateGrad"
+_WORDS = {_PARAMETER: "a constant", "MulBackward0": "a product"}
 
 
 class Term(NamedTuple):
@@ -111,15 +112,17 @@ def terms(node: Node, source: Node | None, maker: Callable[[Node], Any]) -> Iter
     leads = leading(node, source)
 
     def parts(at: Node | None, factor: float) -> Iterator[Term]:
-        if at is None or (at is not source and not leads.get(at) and maker(at) is not None):
-            yield Term(factor, None, "a constant") if at is None else Term(factor, maker(at))
+        if at is None:
+            yield Term(factor, None, _WORDS[_PARAMETER])
+        elif at is not source and not leads.get(at) and maker(at) is not None:
+            yield Term(factor, maker(at))
         elif at is source:
             yield Term(factor, None)
         elif below := addends(at):
             for share, part in below:
                 yield from parts(part, factor * share)
         else:
-            yield Term(factor, None, at.name())
+            yield Term(factor, None, _WORDS.get(at.name()) or at.name().removesuffix("Backward0"))
 
     return parts(node, 1.0)
 

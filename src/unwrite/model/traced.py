@@ -95,19 +95,30 @@ def traced(hf: Any) -> Trace:
 
     By transformers' attention interface where the model asks it; else as the model is; else openly.
     """
-    trace = Trace()
+    trace, failed = None, None
     for way in (_by_interface, _as_it_is, _openly):
-        trace = Trace()
-        with ExitStack() as stack:
-            stack.enter_context(evaluating(hf))
-            stack.enter_context(in_float32(hf) if _half(hf) else nullcontext())
-            stack.enter_context(hooked(_hooks(hf, trace)))
-            stack.enter_context(way(hf, trace))
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(scalars_kept())
-            trace.output = hf(input_ids=_ids(hf), use_cache=False)
+        try:
+            trace = _pass(hf, way)
+        except Exception as error:  # noqa: BLE001 - not every model runs in every way; of one that runs in none, the last
+            failed = error
+            continue
         if trace.looked or any(call.pattern is not None for call in trace.calls):
-            break
+            return trace
+    if trace is None and failed is not None:
+        raise failed
+    return trace or Trace()
+
+
+def _pass(hf: Any, way: Callable[[Any, Trace], AbstractContextManager[object]]) -> Trace:
+    trace = Trace()
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(hf))
+        stack.enter_context(in_float32(hf) if _half(hf) else nullcontext())
+        stack.enter_context(hooked(_hooks(hf, trace)))
+        stack.enter_context(way(hf, trace))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(scalars_kept())
+        trace.output = hf(input_ids=_ids(hf), use_cache=False)
     return trace
 
 
