@@ -162,7 +162,7 @@ def _around_interface(lm: Model, around: Around, eager: bool) -> Iterator[None]:
 
 
 def _eager_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """The mask of eager attention, if any; its least float64 would be −∞ in a float32 softmax, and NaN in a row of padding."""
+    """The mask of eager attention, if any; its least float64 would be −∞ in a float32 softmax: NaN in a padded row."""
     mask = eager_mask(*args, **kwargs)
     if mask is None or mask.dtype != torch.float64:
         return mask

@@ -5,11 +5,10 @@ What a row of the table cannot say raises `Unlike`, with the reason in the struc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from unwrite.model.sums import Node, Term, bare, behind, chain, is_product, leading, terms
@@ -37,7 +36,7 @@ class Block:
             raise Unlike("a block is not given the stream, or gives none")
         leads = leading(out, source)
         if not leads.get(out, False):
-            parts = _named(self, [*terms(out, None, maker)])
+            parts = _named(self, [*terms(out, None, partial(trace.innermost, within=call.path))])
             raise Unlike(f"the block's output is not a sum that holds its input (it is {parts})")
         self.source, self.states = source, {source, *(node for node, true in leads.items() if true)}
         self.writers = _writers([*terms(out, source, maker)])

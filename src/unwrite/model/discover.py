@@ -6,8 +6,9 @@ and never written into the table, since it need not hold of another model of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial, reduce
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def _row(trace: Trace, hf: Any) -> Family:
     final, (tokens, scale, positions) = _final_norm(trace, path, calls[-1]), _start(trace, calls[0])
     decoder = _around(trace, [path, *(call.path for call in (final, tokens, positions) if call is not None)])
     kind = _kind([call for part in found for call in part.pop("norms")] + [final])
-    logit_scale, logit_cap = (1.0, None) if trace.head is None else _logits(trace, final, hf)
+    logit_scale, logit_cap = (1.0, None) if trace.head is None else _logits(trace, trace.head, final, hf)
     numbers = {"embed_scale": scale, "logit_scale": logit_scale, "logit_cap": logit_cap}
     return Family(
         decoder=decoder, blocks=below(decoder, path), embed=below(decoder, tokens.path),
@@ -81,7 +82,7 @@ def _stack(trace: Trace, hf: nn.Module) -> tuple[str, list[Called]]:
     path, calls = max(found.items(), key=lambda item: (item[0].count(".") == outermost, len(item[1])))
     if calls[0].gave.dim() != _STREAM:
         raise Unlike("it keeps several streams: its blocks read and give more than one vector at a position")
-    for one, after in zip(calls, calls[1:], strict=False):
+    for one, after in pairwise(calls):
         if bare(one.made) is not bare(after.reads):
             raise Unlike("something is done to the stream between its blocks")
     return path, calls
@@ -178,10 +179,10 @@ def _around(trace: Trace, paths: Sequence[str]) -> str:
     return ".".join(common)
 
 
-def _logits(trace: Trace, final: Called, hf: Any) -> tuple[float, float | None]:
+def _logits(trace: Trace, loud: Tensor, final: Called, hf: Any) -> tuple[float, float | None]:
     """Scale and cap of the logits: what the model makes of loud ones. A cap is a number of the configuration."""
     head = next(call for call in reversed(trace.calls) if call.module is hf.get_output_embeddings())
-    got, raw = (x.detach().cpu().double().flatten() for x in (first_of(trace.output), trace.head))
+    got, raw = (x.detach().cpu().double().flatten() for x in (first_of(trace.output), loud))
     if head.read is None or head.read.shape != final.gave.shape or got.shape != raw.shape:
         raise Unlike("the unembedding does not read what the final norm gives")
     before, rest = _fitted(head.read.double().flatten(), final.gave.double().flatten())
@@ -207,14 +208,10 @@ def _capped(got: Tensor, raw: Tensor, cap: float) -> tuple[float, float]:
     return factor, float((got - cap * torch.tanh(factor * raw / cap)).norm() / got.norm())
 
 
-def _numbers(hf: Any) -> Iterator[float]:
+def _numbers(hf: Any) -> list[float]:
     """The positive numbers that stand in a configuration."""
-    values = {value for config in (hf.config, text_config(hf.config)) for value in _plain(config)}
-    yield from sorted(float(value) for value in values if value > 0)
-
-
-def _plain(config: Any) -> list[float]:
-    return [value for value in config.to_dict().values() if type(value) in (int, float)]
+    values = [value for config in (hf.config, text_config(hf.config)) for value in config.to_dict().values()]
+    return sorted({float(value) for value in values if type(value) in (int, float) and value > 0})
 
 
 def _settled(found: dict[str, Any], hf: Any) -> dict[str, Any]:

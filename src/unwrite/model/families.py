@@ -201,6 +201,7 @@ FAMILIES: dict[str, Family] = {
         embed="word_embeddings",
         final_norm="ln_f",
         input_norm="ln_attn|input_layernorm",
+        mid="ln_mlp|post_attention_layernorm",
         attention="self_attention",
         interface=False,
         opened=_falcon_opened,

@@ -14,7 +14,7 @@ continued  a run continued from a later position, over the keys and values kept 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -138,19 +138,26 @@ def _read(lm: Model, stream: Float[Tensor, "row d_model"], logits: _Rows) -> tup
 
 @contextmanager
 def _ends_of_mlps(lm: Model) -> Iterator[dict[nn.Module, Tensor]]:
-    """Inside the `with`, what every MLP puts out, and what the last projection in it does, where it has one."""
+    """Inside the `with`, what every MLP puts out, and what the last projection in it does."""
     found: dict[nn.Module, Tensor] = {}
-    ends = {part for layer in lm.layers for part in (layer.mlp, maybe(layer.mlp, lm.row.act)) if part is not None}
+    ends = {part for layer in lm.layers for part in (layer.mlp, *_last(lm, layer))}
     with hooked(after(part, kept(found, part, copied=True)) for part in ends):
         yield found
 
 
-def _mlp_error(lm: Model, layer: Layer, ends: Mapping[nn.Module, Tensor]) -> float:
+def _last(lm: Model, layer: Layer) -> Iterable[nn.Module]:
+    """The last projection of an MLP; where there seems to be none, whatever could be it."""
     last = maybe(layer.mlp, lm.row.act)
-    if last is None:  # a mixture of experts
-        return 0.0
+    return _projections(layer.mlp) if last is None else [last]
+
+
+def _mlp_error(lm: Model, layer: Layer, ends: Mapping[nn.Module, Tensor]) -> float:
+    last, whole = maybe(layer.mlp, lm.row.act), ends[layer.mlp]
+    if last is None:  # a mixture of experts, of which no projection gives the whole
+        every = [ends[part] for part in _last(lm, layer) if part in ends]
+        return float("inf") if any(torch.equal(part, whole) for part in every) else 0.0
     into = sum(sizes(part)[1] for part in _projections(layer.mlp) if part is not last)
-    got, want = (ends[part].flatten(0, -2) for part in (last, layer.mlp))
+    got, want = (part.flatten(0, -2) for part in (ends[last], whole))
     # Both factors of a gated one read the stream, so twice as much goes in.
     if not hasattr(last, "weight") or got.shape != want.shape or (into >= 2 * sizes(last)[0]) != lm.row.gated:
         return float("inf")

@@ -100,7 +100,8 @@ def leading(node: Node | None, source: Node | None) -> dict[Node, bool]:
         if at is None or at is source:
             return at is source and at is not None
         if at not in found:
-            found[at] = any([leads(below) for _, below in addends(at)])
+            each = [leads(below) for _, below in addends(at)]  # all are asked, so that all are found
+            found[at] = any(each)
         return found[at]
 
     leads(node)
@@ -127,7 +128,7 @@ def terms(node: Node, source: Node | None, maker: Callable[[Node], Any]) -> Iter
     return parts(node, 1.0)
 
 
-def behind(node: Node | None, marks: Collection[Node]) -> set[Node]:
+def behind(node: Node | None, marks: Collection[Node | None]) -> set[Node]:
     """Which of the marks are met first on the ways down from a node, whatever is done there."""
     met: set[Node] = set()
     seen: set[Node] = set()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import eager_mask
 
-from unwrite.model.attention import AttendInstead, Attended, eager_of, implementation, registered
+from unwrite.model.attention import Attended, AttendInstead, eager_of, implementation, registered
 from unwrite.model.capture import evaluating
 from unwrite.model.hooks import Call, Handle, after, called, hooked, put_out
 from unwrite.model.inside import text_config
@@ -88,6 +88,10 @@ class Trace:
     def maker(self, node: Node | None, within: str) -> Called | None:
         """The outermost of them."""
         return next(iter(self.makers(node, within)), None)
+
+    def innermost(self, node: Node | None, within: str) -> Called | None:
+        """The innermost of them."""
+        return next(reversed(self.makers(node, within)), None)
 
 
 def traced(hf: Any) -> Trace:
