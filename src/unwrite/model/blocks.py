@@ -5,21 +5,22 @@ What a row of the table cannot say raises `Unlike`, with the reason in the struc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from unwrite.model.sums import Node, Term, bare, behind, chain, is_product, leading, terms
-from unwrite.model.traced import Called, Looked, Trace, is_pattern
+from unwrite.model.sums import Op, Term, bare, behind, chain, is_product, leading, terms
+from unwrite.model.traced import Called, Looked, Traced, is_pattern
 from unwrite.model.view import is_norm, norm_scale
 from unwrite.model.weights import weight_of
 
 # Relative: what is the same in float32, where the sum is made in another order.
 SAME = 1e-4
 # Whether a norm removes the mean, and what is added to its weight.
-Kind = tuple[bool, float]
+NormKind = tuple[bool, float]
 
 
 class Unlike(Exception):
@@ -29,7 +30,7 @@ class Unlike(Exception):
 class Block:
     """One block: the state of the stream that it reads, those on the way, and what it adds."""
 
-    def __init__(self, trace: Trace, call: Called):
+    def __init__(self, trace: Traced, call: Called):
         self.trace, self.path, self.module = trace, call.path, call.module
         source, out, maker = bare(call.reads), call.made, partial(trace.maker, within=call.path)
         if source is None or out is None:
@@ -38,16 +39,16 @@ class Block:
         if not leads.get(out, False):
             parts = _named(self, [*terms(out, None, partial(trace.innermost, within=call.path))])
             raise Unlike(f"the block's output is not a sum that holds its input (it is {parts})")
-        self.source, self.states = source, {source, *(node for node, true in leads.items() if true)}
+        self.source, self.states = source, {source, *(op for op, true in leads.items() if true)}
         self.writers = _writers([*terms(out, source, maker)])
 
     def name(self, call: Called | None) -> str | None:
         """The path of a module from the block."""
         return None if call is None else below(self.path, call.path)
 
-    def states_behind(self, node: Node | None) -> set[Node | None]:
+    def states_behind(self, op: Op | None) -> set[Op | None]:
         """The states of the stream that something rests on."""
-        return {bare(met) for met in behind(node, self.states)}
+        return {bare(met) for met in behind(op, self.states)}
 
     def calls(self, within: str = "") -> Iterator[Called]:
         """What ran inside of the block, or of a module of it."""
@@ -60,27 +61,65 @@ def below(root: str, path: str) -> str:
 
 
 def _writers(parts: list[Term]) -> list[Term]:
-    gain = sum(part.factor for part in parts if part.call is None and not part.op)
+    gain = sum(part.factor for part in parts if part.call is None and not part.other)
     if abs(gain - 1) > SAME:
         raise Unlike(f"the block multiplies its stream by {gain:.3g}")
-    if odd := [part.op for part in parts if part.op]:
+    if odd := [part.other for part in parts if part.other]:
         raise Unlike(f"the block adds what no module gives ({', '.join(odd)})")
     return [part for part in parts if part.call is not None]
 
 
-def said(block: Block, config: Any) -> dict[str, Any]:
-    """What one block says of the row, with its norms' calls as `norms`."""
+def _leads(root: str = "", lacking: bool = False) -> Any:
+    """A path from the block or from the module of another path; `lacking`: some layers may have no such module."""
+    return field(metadata={"root": root, "lacking": lacking})
+
+
+@dataclass(frozen=True)
+class Said:
+    """What one block says of the row, under the names of its fields, and the norms that it was told from."""
+
+    input_norm: str | None = _leads()
+    attention: str = _leads()
+    mid: str | None = _leads()
+    mlp: str = _leads()
+    post_attention_norm: str | None = _leads()
+    post_mlp_norm: str | None = _leads()
+    out_proj: str = _leads("attention")
+    value: str = _leads("attention")
+    act: str | None = _leads("mlp", lacking=True)
+    grouped_values: bool
+    kv_heads: int
+    gated: bool | None  # None in a mixture of experts
+    interface: bool
+    opened: Mapping[str, str]
+    parallel: bool
+    residual_scale: float
+    norms: tuple[Called, ...]
+
+    @classmethod
+    def paths(cls) -> dict[str, Mapping[str, Any]]:
+        """The fields that are paths: where each begins, and whether some layers may lack it."""
+        return {part.name: part.metadata for part in fields(cls) if part.metadata}
+
+
+def said(block: Block, config: Any) -> Said:
+    """What a block says. Raises Unlike for what a row cannot say."""
     look = _looked(block)
     attends, writes = _pair(block, look)
     (after, attention), (last, mlp) = _without_norm(block, attends.call), _without_norm(block, writes.call)
-    values, into = _attention(block, look, attention, _heads(config))
+    out, value, layout = _attention(block, look, attention, _heads(config))
+    into = _input_norm(block, look, value)
     parallel, mid = _between(block, attention, mlp, look.path, into)
-    paths = {"input_norm": into, "mid": mid, "mlp": mlp, "post_attention_norm": after, "post_mlp_norm": last}
-    return {
-        **{name: block.name(call) for name, call in paths.items()}, **values, **_hidden(block, mlp),
-        "attention": below(block.path, look.path), "parallel": parallel, "residual_scale": attends.factor,
-        "interface": look.interface, "norms": [call for call in (into, after, last) if call is not None],
-    }  # fmt: skip
+    hidden, gated = _hidden(block, mlp)
+    return Said(
+        input_norm=block.name(into), attention=below(block.path, look.path), mid=block.name(mid),
+        mlp=below(block.path, mlp.path), post_attention_norm=block.name(after), post_mlp_norm=block.name(last),
+        out_proj=below(look.path, out.path), value=below(look.path, value.path),
+        act=None if hidden is None else below(mlp.path, hidden.path), gated=gated,
+        grouped_values=layout[0], kv_heads=layout[1], interface=look.interface, opened=_opened(block, look, value),
+        parallel=parallel, residual_scale=attends.factor,
+        norms=tuple(call for call in (into, after, last) if call is not None),
+    )  # fmt: skip
 
 
 # What writes.
@@ -103,7 +142,7 @@ def _looked(block: Block) -> Looked:
 
 
 def _named(block: Block, parts: list[Term]) -> str:
-    names = [part.op or f"{block.name(part.call)}: {type(part.call.module).__name__}" for part in parts]
+    names = [part.other or f"{block.name(part.call)}: {type(part.call.module).__name__}" for part in parts]
     return " + ".join(names) or "nothing"
 
 
@@ -123,13 +162,13 @@ def _without_norm(block: Block, call: Called) -> tuple[Called | None, Called]:
     """A norm through which a writer writes, and the writer before it."""
     if not norm_kinds(call):
         return None, call
-    for node in chain(call.reads):
-        if (writer := block.trace.maker(node, block.path)) is not None:
+    for op in chain(call.reads):
+        if (writer := block.trace.maker(op, block.path)) is not None:
             return call, writer
     raise Unlike(f"{block.name(call)} is a norm of what no module gives")
 
 
-def norm_kinds(call: Called) -> dict[Kind, float]:
+def norm_kinds(call: Called) -> dict[NormKind, float]:
     """The kinds of norm that a module is, with the relative error of each; none for what is no norm."""
     x = call.read
     if x is None or not is_norm(call.module) or x.shape != call.gave.shape:
@@ -158,8 +197,8 @@ def _double(weight: Tensor | None, x: Tensor) -> Tensor | None:
 # Attention.
 
 
-def _attention(block: Block, look: Looked, writer: Called, heads: int) -> tuple[dict[str, Any], Called | None]:
-    """Where its projections are, and the norm through which values read the stream."""
+def _attention(block: Block, look: Looked, writer: Called, heads: int) -> tuple[Called, Called, tuple[bool, int]]:
+    """Its out-projection, what makes its values, and how these lie: in groups or last, of how many heads."""
     out = _projection(block, writer.made, look.path)
     if out is None or out.read is None:
         raise Unlike(f"what attention writes ({block.name(writer)}) comes out of no projection in it")
@@ -168,10 +207,7 @@ def _attention(block: Block, look: Looked, writer: Called, heads: int) -> tuple[
     z = out.read.reshape(*out.gave.shape[:2], heads, -1)
     if look.z is not None and not _same(look.z.flatten(), z.flatten()):
         raise Unlike("head outputs are gated or normed: the out-projection does not read pattern × values itself")
-    value, layout = _values(block, look, z)
-    names = {"out_proj": below(look.path, out.path), "value": below(look.path, value.path)}
-    opened = {} if look.interface else {"opened": _opened(block, look, names["value"])}
-    return {**names, **layout, **opened}, _input_norm(block, look, value)
+    return (out, *_values(block, look, z))
 
 
 def _heads(config: Any) -> int:
@@ -181,9 +217,9 @@ def _heads(config: Any) -> int:
         raise Unlike("its layers differ in heads, or its configuration does not say how many there are") from None
 
 
-def _projection(block: Block, node: Node | None, within: str) -> Called | None:
-    """The linear map that gave what a node made, in another shape perhaps."""
-    for at in chain(node):
+def _projection(block: Block, op: Op | None, within: str) -> Called | None:
+    """The linear map that gave what a op made, in another shape perhaps."""
+    for at in chain(op):
         for call in block.trace.makers(at, within):
             if _is_projection(call.module):
                 return call
@@ -200,7 +236,7 @@ def _same(got: Tensor, want: Tensor) -> bool:
     return got.shape == want.shape and bool((got - want).norm() <= SAME * want.norm())
 
 
-def _values(block: Block, look: Looked, z: Tensor) -> tuple[Called, dict[str, Any]]:
+def _values(block: Block, look: Looked, z: Tensor) -> tuple[Called, tuple[bool, int]]:
     """The projection whose outputs, the last or those last in every group, are what attention carries."""
     heads = z.shape[2]
     for call in reversed([*block.calls(look.path)]):
@@ -210,7 +246,7 @@ def _values(block: Block, look: Looked, z: Tensor) -> tuple[Called, dict[str, An
         for kv in (kv for kv in range(heads, 0, -1) if heads % kv == 0):
             for grouped, value in _layouts(rows, kv, z.shape[3]):
                 if _carried(value.repeat_interleave(heads // kv, 2), look, z):
-                    return call, {"grouped_values": grouped, "kv_heads": kv}
+                    return call, (grouped, kv)
     raise Unlike(_why(block, look, look.reads))
 
 
@@ -231,17 +267,17 @@ def _carried(value: Tensor, look: Looked, z: Tensor) -> bool:
     return pattern.shape[1] == z.shape[2] and _same((pattern @ value.transpose(1, 2)).transpose(1, 2), z)
 
 
-def _why(block: Block, look: Looked, node: Node | None) -> str:
+def _why(block: Block, look: Looked, op: Op | None) -> str:
     """What stands between the stream and the values."""
     norms = {call.made: call for call in block.calls(look.path) if norm_kinds(call) and call.made is not None}
-    if met := behind(node, {*norms, *block.states}) & norms.keys():
+    if met := behind(op, {*norms, *block.states}) & norms.keys():
         norm = norms[next(iter(met))]
         readers = [call for call in block.calls(look.path) if bare(call.reads) is bare(norm.made)]
         if reader := next((call for call in readers if _is_projection(call.module)), None):
             latent = f"{below(look.path, reader.path)} reads the norm {below(look.path, norm.path)} inside attention"
             return f"latent values (MLA): {latent}"
         return f"values are normed: attention carries what {below(look.path, norm.path)} gives"
-    if node is not None and block.states_behind(node) != {block.source}:
+    if op is not None and block.states_behind(op) != {block.source}:
         return "values of an earlier layer, or of another state than the block reads"
     return "no projection of its attention gives the values that it carries"
 
@@ -250,17 +286,20 @@ def _input_norm(block: Block, look: Looked, value: Called) -> Called | None:
     """The norm between the stream that the block reads and its values; None where they read it bare."""
     if bare(value.reads) is block.source:
         return None
-    for node in chain(value.reads):
-        for call in reversed(block.trace.makers(node, block.path)):
+    for op in chain(value.reads):
+        for call in reversed(block.trace.makers(op, block.path)):
             if bare(call.reads) is block.source and norm_kinds(call):
                 return call
     reason = _why(block, look, value.reads)
     raise Unlike(reason if "(MLA)" in reason else "values do not read a norm of what the block reads")
 
 
-def _opened(block: Block, look: Looked, value: str) -> dict[str, str]:
+def _opened(block: Block, look: Looked, value: Called) -> dict[str, str]:
+    """Which modules put out values and pattern just as attention uses them, where no function can be put in."""
+    if look.interface:
+        return {}
     shown = [call for call in block.calls(look.path) if is_pattern(call.gave)]
-    return {"v": value} | ({"pattern": below(look.path, shown[-1].path)} if shown else {})
+    return {"v": below(look.path, value.path)} | ({"pattern": below(look.path, shown[-1].path)} if shown else {})
 
 
 # The MLP.
@@ -286,11 +325,11 @@ def _between(
     return False, min(used, key=lambda call: call.path.count("."))
 
 
-def _hidden(block: Block, mlp: Called) -> dict[str, Any]:
-    """The projection that reads the MLP's hidden activations (None in a mixture of experts), and are they a product?"""
+def _hidden(block: Block, mlp: Called) -> tuple[Called | None, bool | None]:
+    """The projection that reads the MLP's hidden activations, and are they a product? None in a mixture of experts."""
     last = mlp if _is_projection(mlp.module) else _projection(block, mlp.made, mlp.path)
     if last is None:
-        return {"act": None, "gated": None}
-    within = mlp.path if last is not mlp else block.path
-    activation = any(block.trace.maker(node, within) is not None for node in chain(last.reads))
-    return {"act": below(mlp.path, last.path), "gated": is_product(last.reads) and not activation}
+        return None, None
+    within = block.path if last is mlp else mlp.path
+    activation = any(block.trace.maker(op, within) is not None for op in chain(last.reads))
+    return last, is_product(last.reads) and not activation

@@ -15,21 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from unwrite.errors import ModelError
-from unwrite.model.blocks import SAME, Block, Kind, Unlike, below, norm_kinds, said
+from unwrite.model.blocks import SAME, Block, NormKind, Said, Unlike, below, norm_kinds, said
 from unwrite.model.families import Family
 from unwrite.model.hooks import first_of
-from unwrite.model.inside import find, text_config
+from unwrite.model.inside import find, head_of, text_config
 from unwrite.model.single import HALVES
 from unwrite.model.sums import bare, behind, terms
-from unwrite.model.traced import Called, Trace, traced
+from unwrite.model.traced import Called, Traced, traced
 from unwrite.model.weights import offloaded
 
 # A number that was measured is one of the configuration within this; so much of a cap is told from logits below it.
 _NAMED, _BELOW = 1e-5, 0.9
 _STREAM = 3  # prompt, position, d_model
-# Where the paths of a block begin, if not at the block itself.
-_ROOTS = {"out_proj": "attention", "value": "attention", "act": "mlp"}
-_PATHS = ("input_norm", "attention", "mid", "mlp", "post_attention_norm", "post_mlp_norm", *_ROOTS)
 
 
 def discovered(hf: Any) -> Family:
@@ -54,14 +51,14 @@ def discovered(hf: Any) -> Family:
         ) from None
 
 
-def _row(trace: Trace, hf: Any) -> Family:
+def _row(trace: Traced, hf: Any) -> Family:
     path, calls = _stack(trace, hf)
     blocks = [Block(trace, call) for call in calls]
     found = [said(block, text_config(hf.config)) for block in blocks]
     final, (tokens, scale, positions) = _final_norm(trace, path, calls[-1]), _start(trace, calls[0])
     decoder = _around(trace, [path, *(call.path for call in (final, tokens, positions) if call is not None)])
-    kind = _kind([call for part in found for call in part.pop("norms")] + [final])
-    logit_scale, logit_cap = (1.0, None) if trace.head is None else _logits(trace, trace.head, final, hf)
+    kind = _kind([call for part in found for call in part.norms] + [final])
+    logit_scale, logit_cap = (1.0, None) if trace.loud is None else _logits(trace, trace.loud, final, hf)
     numbers = {"embed_scale": scale, "logit_scale": logit_scale, "logit_cap": logit_cap}
     return Family(
         decoder=decoder, blocks=below(decoder, path), embed=below(decoder, tokens.path),
@@ -73,7 +70,7 @@ def _row(trace: Trace, hf: Any) -> Family:
 # The blocks.
 
 
-def _stack(trace: Trace, hf: nn.Module) -> tuple[str, list[Called]]:
+def _stack(trace: Traced, hf: nn.Module) -> tuple[str, list[Called]]:
     """The longest of the outermost lists of modules that ran one after the other, each reading and giving a stream."""
     found = {path: calls for path, part in hf.named_modules() if (calls := _chain(trace, path, part))}
     if not found:
@@ -88,7 +85,7 @@ def _stack(trace: Trace, hf: nn.Module) -> tuple[str, list[Called]]:
     return path, calls
 
 
-def _chain(trace: Trace, path: str, part: nn.Module) -> list[Called]:
+def _chain(trace: Traced, path: str, part: nn.Module) -> list[Called]:
     """The calls of a list's children, if each ran once, in order, on what has one shape."""
     if not isinstance(part, (nn.ModuleList, nn.Sequential)):
         return []
@@ -100,34 +97,37 @@ def _chain(trace: Trace, path: str, part: nn.Module) -> list[Called]:
     return calls if streams and in_order and len(calls) == len(each) else []
 
 
-def _agreed(blocks: Sequence[Block], found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _agreed(blocks: Sequence[Block], found: Sequence[Said]) -> dict[str, Any]:
     """What all blocks say alike; of paths, the names that lead to the right module in each."""
-    told = {name: [part[name] for part in found] for name in found[0] if name not in _PATHS}
-    told["gated"] = [gated for gated in told["gated"] if gated is not None] or [True]
-    for name, values in told.items():
+    agreed: dict[str, Any] = {name: _path(name, blocks, found) for name in Said.paths()}
+    # A mixture of experts shows no product, and is one with what its router gives.
+    told = {"gated": [part.gated for part in found if part.gated is not None] or [True]}
+    for name in ("grouped_values", "kv_heads", "interface", "opened", "parallel", "residual_scale", "gated"):
+        values = told.get(name) or [getattr(part, name) for part in found]
         if any(value != values[0] for value in values):
             raise Unlike(f"its layers differ in {name.replace('_', ' ')}")
-    return {name: values[0] for name, values in told.items()} | {name: _path(name, blocks, found) for name in _PATHS}
+        agreed[name] = values[0]
+    return agreed
 
 
-def _path(name: str, blocks: Sequence[Block], found: Sequence[dict[str, Any]]) -> str | None:
-    paths = [part[name] for part in found]
+def _path(name: str, blocks: Sequence[Block], found: Sequence[Said]) -> str | None:
+    """The path of all blocks; where they differ, that of the first module of several that exists."""
+    lacking, start = Said.paths()[name]["lacking"], Said.paths()[name]["root"]
+    paths = [getattr(part, name) for part in found]
     distinct = [*dict.fromkeys(path for path in paths if path is not None)]
-    if name == "act" and not distinct:
-        return Family.act  # a mixture of experts has none
-    if not distinct or (None in paths and name != "act"):
-        if distinct:
-            raise Unlike(f"some of its layers have no {name.replace('_', ' ')}")
-        return None
+    if not distinct:
+        return getattr(Family, name) if lacking else None
+    if None in paths and not lacking:
+        raise Unlike(f"some of its layers have no {name.replace('_', ' ')}")
     joined = "|".join(distinct)
-    for block, part in zip(blocks, found, strict=True):
-        root = find(block.module, part[_ROOTS[name]]) if name in _ROOTS else block.module
-        if part[name] is not None and find(root, joined) is not find(root, part[name]):
+    for block, part, path in zip(blocks, found, paths, strict=True):
+        root = find(block.module, getattr(part, start)) if start else block.module
+        if path is not None and find(root, joined) is not find(root, path):
             raise Unlike(f"its layers differ in what their {name.replace('_', ' ')} is")
     return joined
 
 
-def _kind(norms: Sequence[Called]) -> Kind:
+def _kind(norms: Sequence[Called]) -> NormKind:
     """The kind of norm that all of them are; that of the least error where several would do."""
     fits = [norm_kinds(call) for call in norms]
     common = reduce(lambda one, other: one & other, (set(fit) for fit in fits))
@@ -139,13 +139,15 @@ def _kind(norms: Sequence[Called]) -> Kind:
 # Before the blocks, and after them.
 
 
-def _start(trace: Trace, first: Called) -> tuple[Called, float, Called | None]:
+def _start(trace: Traced, first: Called) -> tuple[Called, float, Called | None]:
     """What gives the embedding of tokens, its factor, and what gives that of positions."""
     assert first.reads is not None  # noqa: S101 (a block that reads nothing is refused before)
     parts = list(terms(first.reads, None, partial(trace.maker, within="")))
-    if odd := [part.op for part in parts if part.op]:
+    if odd := [part.other for part in parts if part.other]:
         raise Unlike(f"the stream starts with what no module gives ({', '.join(odd)})")
-    start = {trace.start} - {None}
+    if trace.start is None:
+        raise Unlike("its embedding of tokens is not called")
+    start = {trace.start}
     tokens = [part for part in parts if behind(part.call.made, start)]
     others = [part for part in parts if part not in tokens]
     if len(tokens) != 1 or len(others) > 1 or any(part.factor != 1 for part in others):
@@ -156,12 +158,12 @@ def _start(trace: Trace, first: Called) -> tuple[Called, float, Called | None]:
     return tokens[0].call, tokens[0].factor, others[0].call if others else None
 
 
-def _once(trace: Trace, call: Called) -> None:
+def _once(trace: Traced, call: Called) -> None:
     if len(trace.of(call.path)) > 1:
         raise Unlike(f"one module, {call.path}, is called in several places")
 
 
-def _final_norm(trace: Trace, path: str, last: Called) -> Called:
+def _final_norm(trace: Traced, path: str, last: Called) -> Called:
     out = bare(last.made)
     for call in trace.calls:
         if bare(call.reads) is out and not call.within(path) and norm_kinds(call):
@@ -170,7 +172,7 @@ def _final_norm(trace: Trace, path: str, last: Called) -> Called:
     raise Unlike("no norm reads what its last block gives")
 
 
-def _around(trace: Trace, paths: Sequence[str]) -> str:
+def _around(trace: Traced, paths: Sequence[str]) -> str:
     """The innermost module that was called and holds all of these."""
     parts = [path.split(".")[:-1] for path in paths]
     common = [names[0] for names in zip(*parts, strict=False) if len({*names}) == 1]
@@ -179,21 +181,20 @@ def _around(trace: Trace, paths: Sequence[str]) -> str:
     return ".".join(common)
 
 
-def _logits(trace: Trace, loud: Tensor, final: Called, hf: Any) -> tuple[float, float | None]:
+def _logits(trace: Traced, loud: Tensor, final: Called, hf: Any) -> tuple[float, float | None]:
     """Scale and cap of the logits: what the model makes of loud ones. A cap is a number of the configuration."""
-    head = next(call for call in reversed(trace.calls) if call.module is hf.get_output_embeddings())
+    head = next(call for call in reversed(trace.calls) if call.module is head_of(hf))
     got, raw = (x.detach().cpu().double().flatten() for x in (first_of(trace.output), loud))
     if head.read is None or head.read.shape != final.gave.shape or got.shape != raw.shape:
         raise Unlike("the unembedding does not read what the final norm gives")
     before, rest = _fitted(head.read.double().flatten(), final.gave.double().flatten())
     if rest > SAME:
         raise Unlike("something stands between the final norm and the unembedding")
-    fits = [(_fitted(got, raw), None)]
-    fits += [(_capped(got, raw, cap), cap) for cap in _numbers(hf) if bool((got.abs() <= cap).all())]
-    (scale, error), cap = next((fit for fit in fits if fit[0][1] <= SAME), fits[0])
-    if error > SAME:
-        raise Unlike("the logits are no scaled or capped unembedding of the final norm")
-    return before * scale, cap
+    for cap in (None, *(number for number in _numbers(hf) if bool((got.abs() <= number).all()))):
+        scale, rest = _fitted(got, raw) if cap is None else _capped(got, raw, cap)
+        if rest <= SAME:
+            return before * scale, cap
+    raise Unlike("the logits are no scaled or capped unembedding of the final norm")
 
 
 def _fitted(got: Tensor, raw: Tensor) -> tuple[float, float]:

@@ -46,6 +46,11 @@ def class_of(config: Any) -> Any:
     return AutoModelForCausalLM if causal else AutoModelForMultimodalLM
 
 
+def head_of(hf: Any) -> nn.Module | None:
+    """What makes logits of normed streams, where a model has it."""
+    return hf.get_output_embeddings()
+
+
 def require_decoder(hf: Any) -> None:
     """Raise ModelError for what stands on a decoder and gives other numbers than logits, as classifiers do."""
     if hf.get_output_embeddings() is None and hf.base_model is not hf:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-Node = torch.autograd.graph.Node
+Op = torch.autograd.graph.Node
 
 # The same numbers in another shape, order of axes, memory or dtype.
 _SAME = {
@@ -22,14 +22,14 @@ _WORDS = {_PARAMETER: "a constant", "MulBackward0": "a product"}
 
 
 class Term(NamedTuple):
-    """One part of a sum: `factor` times what a call of a module gave, or times the source (no call, no `op`).
+    """One part of a sum: `factor` times what a call of a module gave, or times the source (no call, no `other`).
 
-    `op` names what made a part that no module gave.
+    `other` says what made a part that no module gave.
     """
 
     factor: float
     call: Any
-    op: str = ""
+    other: str = ""
 
 
 def scalars_kept() -> AbstractContextManager[Any]:
@@ -39,41 +39,41 @@ def scalars_kept() -> AbstractContextManager[Any]:
     )
 
 
-def bare(node: Node | None) -> Node | None:
-    """The node whose numbers this one has, beyond whatever only shapes, copies or casts them."""
-    while node is not None and node.name() in _SAME:
-        node = node.next_functions[0][0]
-    return node
+def bare(op: Op | None) -> Op | None:
+    """The op whose numbers this one has, beyond whatever only shapes, copies or casts them."""
+    while op is not None and op.name() in _SAME:
+        op = op.next_functions[0][0]
+    return op
 
 
-def chain(node: Node | None) -> Iterator[Node]:
-    """A node and those below it with the same numbers."""
-    while node is not None:
-        yield node
-        node = node.next_functions[0][0] if node.name() in _SAME else None
+def chain(op: Op | None) -> Iterator[Op]:
+    """A op and those below it with the same numbers."""
+    while op is not None:
+        yield op
+        op = op.next_functions[0][0] if op.name() in _SAME else None
 
 
-def addends(node: Node) -> list[tuple[float, Node | None]]:
+def addends(op: Op) -> list[tuple[float, Op | None]]:
     """Factors and nodes that this one is the sum of; none for whatever is not linear with constants."""
-    name, before = node.name(), [part for part, _ in node.next_functions]
+    name, before = op.name(), [part for part, _ in op.next_functions]
     if name in _SAME:
         return [(1.0, before[0])]
     if name in ("AddBackward0", "SubBackward0"):
-        alpha = float(getattr(node, "_saved_alpha", 1.0))
+        alpha = float(getattr(op, "_saved_alpha", 1.0))
         return [(1.0, before[0]), (alpha if name[0] == "A" else -alpha, (*before, None)[1])]
     if name == "NegBackward0":
         return [(-1.0, before[0])]
     if name in ("MulBackward0", "DivBackward0"):
-        return _times(node, name == "DivBackward0", *(*before, None)[:2])
+        return _times(op, name == "DivBackward0", *(*before, None)[:2])
     return []
 
 
-def _times(node: Any, divides: bool, one: Node | None, other: Node | None) -> list[tuple[float, Node | None]]:
+def _times(op: Any, divides: bool, one: Op | None, other: Op | None) -> list[tuple[float, Op | None]]:
     """A product with one constant number."""
     if _varies(one) and not _varies(other):
-        factor, varying = node._saved_other, one
+        factor, varying = op._saved_other, one
     elif _varies(other) and not _varies(one) and not divides:
-        factor, varying = node._saved_self, other
+        factor, varying = op._saved_self, other
     else:
         return []
     if not isinstance(factor, Tensor) or factor.numel() != 1:
@@ -81,22 +81,22 @@ def _times(node: Any, divides: bool, one: Node | None, other: Node | None) -> li
     return [(1.0 / float(factor) if divides else float(factor), varying)]
 
 
-def _varies(node: Node | None) -> bool:
-    return node is not None and node.name() != _PARAMETER
+def _varies(op: Op | None) -> bool:
+    return op is not None and op.name() != _PARAMETER
 
 
-def is_product(node: Node | None) -> bool:
+def is_product(op: Op | None) -> bool:
     """Is this, but for constants, a product of two things of which neither is one?"""
-    while node is not None and len(below := addends(node)) == 1:
-        node = below[0][1]
-    return node is not None and node.name() == "MulBackward0" and all(_varies(part) for part, _ in node.next_functions)
+    while op is not None and len(below := addends(op)) == 1:
+        op = below[0][1]
+    return op is not None and op.name() == "MulBackward0" and all(_varies(part) for part, _ in op.next_functions)
 
 
-def leading(node: Node | None, source: Node | None) -> dict[Node, bool]:
-    """Every node on the way down by sums alone -> does one of its addends lead to `source`?"""
-    found: dict[Node, bool] = {}
+def leading(op: Op | None, source: Op | None) -> dict[Op, bool]:
+    """Every op on the way down by sums alone -> does one of its addends lead to `source`?"""
+    found: dict[Op, bool] = {}
 
-    def leads(at: Node | None) -> bool:
+    def leads(at: Op | None) -> bool:
         if at is None or at is source:
             return at is source and at is not None
         if at not in found:
@@ -104,15 +104,15 @@ def leading(node: Node | None, source: Node | None) -> dict[Node, bool]:
             found[at] = any(each)
         return found[at]
 
-    leads(node)
+    leads(op)
     return found
 
 
-def terms(node: Node, source: Node | None, maker: Callable[[Node], Any]) -> Iterator[Term]:
-    """`node` as a sum of `source` and of what `maker` says that modules gave; as few and as large parts as can be."""
-    leads = leading(node, source)
+def terms(op: Op, source: Op | None, maker: Callable[[Op], Any]) -> Iterator[Term]:
+    """`op` as a sum of `source` and of what `maker` says that modules gave; as few and as large parts as can be."""
+    leads = leading(op, source)
 
-    def parts(at: Node | None, factor: float) -> Iterator[Term]:
+    def parts(at: Op | None, factor: float) -> Iterator[Term]:
         if at is None:
             yield Term(factor, None, _WORDS[_PARAMETER])
         elif at is not source and not leads.get(at) and maker(at) is not None:
@@ -125,14 +125,14 @@ def terms(node: Node, source: Node | None, maker: Callable[[Node], Any]) -> Iter
         else:
             yield Term(factor, None, _WORDS.get(at.name()) or at.name().removesuffix("Backward0"))
 
-    return parts(node, 1.0)
+    return parts(op, 1.0)
 
 
-def behind(node: Node | None, marks: Collection[Node | None]) -> set[Node]:
-    """Which of the marks are met first on the ways down from a node, whatever is done there."""
-    met: set[Node] = set()
-    seen: set[Node] = set()
-    ahead = [node]
+def behind(op: Op | None, marks: Collection[Op | None]) -> set[Op]:
+    """Which of the marks are met first on the ways down from a op, whatever is done there."""
+    met: set[Op] = set()
+    seen: set[Op] = set()
+    ahead = [op]
     while ahead:
         at = ahead.pop()
         if at is None or at in seen:

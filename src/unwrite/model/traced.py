@@ -15,9 +15,9 @@ from transformers.masking_utils import eager_mask
 from unwrite.model.attention import Attended, AttendInstead, eager_of, implementation, registered
 from unwrite.model.capture import evaluating
 from unwrite.model.hooks import Call, Handle, after, called, hooked, put_out
-from unwrite.model.inside import text_config
+from unwrite.model.inside import head_of, text_config
 from unwrite.model.single import HALVES, in_float32
-from unwrite.model.sums import Node, scalars_kept
+from unwrite.model.sums import Op, scalars_kept
 from unwrite.model.weights import home
 
 # Prompts and tokens of the pass.
@@ -35,11 +35,11 @@ class Called:
     path: str
     module: nn.Module
     read: Tensor | None
-    reads: Node | None
+    reads: Op | None
     gave: Tensor
-    made: Node | None
+    made: Op | None
     pattern: Tensor | None = None  # [prompt, head, query, key], where it puts one out beside, and what made that
-    shows: Node | None = None
+    shows: Op | None = None
 
     def within(self, path: str) -> bool:
         """Is this module below another one, and not that one itself?"""
@@ -55,46 +55,58 @@ class Looked:
     """
 
     path: str
-    made: Node | None
+    made: Op | None
     pattern: Tensor | None = None
     value: Tensor | None = None
     z: Tensor | None = None
-    reads: Node | None = None
+    reads: Op | None = None
     sinks: bool = False
     interface: bool = False
 
 
 @dataclass(eq=False)
-class Trace:
-    """One forward pass: calls in the order in which they ended. `start` made the embedding of the tokens."""
+class Traced:
+    """One forward pass: calls in the order in which they ended, also `at` a path and `making` what an operation made.
+
+    `start` made the embedding of the tokens; `loud` is what the unembedding gave.
+    """
 
     calls: list[Called] = field(default_factory=list)
     looked: list[Looked] = field(default_factory=list)
-    running: list[tuple[str, Tensor | None, Node | None]] = field(default_factory=list)
-    start: Node | None = None
-    head: Tensor | None = None
+    running: list[tuple[str, Tensor | None, Op | None]] = field(default_factory=list)
+    start: Op | None = None
+    loud: Tensor | None = None
     output: Any = None
+    at: dict[str, list[Called]] = field(default_factory=dict)
+    making: dict[Op | None, list[Called]] = field(default_factory=dict)
+
+    def add(self, call: Called) -> None:
+        """One more call that has ended."""
+        self.calls.append(call)
+        self.at.setdefault(call.path, []).append(call)
+        # What hands on the very tensor that it read (dropout that does nothing) makes nothing.
+        if call.made is not call.reads:
+            self.making.setdefault(call.made, []).append(call)
 
     def of(self, path: str) -> list[Called]:
         """All calls of a module."""
-        return [call for call in self.calls if call.path == path]
+        return self.at.get(path, [])
 
-    def makers(self, node: Node | None, within: str) -> list[Called]:
-        """The modules below `within` that gave exactly what this node made, the outermost first."""
-        # What hands on the very tensor that it read (dropout that does nothing) makes nothing.
-        found = [call for call in self.calls if call.made is node and call.reads is not node and call.within(within)]
+    def makers(self, op: Op | None, within: str) -> list[Called]:
+        """The modules below `within` that gave exactly what an operation made, the outermost first."""
+        found = [call for call in self.making.get(op, []) if call.within(within)]
         return sorted(found, key=lambda call: call.path.count("."))
 
-    def maker(self, node: Node | None, within: str) -> Called | None:
+    def maker(self, op: Op | None, within: str) -> Called | None:
         """The outermost of them."""
-        return next(iter(self.makers(node, within)), None)
+        return next(iter(self.makers(op, within)), None)
 
-    def innermost(self, node: Node | None, within: str) -> Called | None:
+    def innermost(self, op: Op | None, within: str) -> Called | None:
         """The innermost of them."""
-        return next(reversed(self.makers(node, within)), None)
+        return next(reversed(self.makers(op, within)), None)
 
 
-def traced(hf: Any) -> Trace:
+def traced(hf: Any) -> Traced:
     """What a pass of a few random ids does; its logits are made loud where the unembedding gives them.
 
     By transformers' attention interface where the model asks it; else as the model is; else openly.
@@ -110,11 +122,11 @@ def traced(hf: Any) -> Trace:
             return trace
     if trace is None and failed is not None:
         raise failed
-    return trace or Trace()
+    return trace or Traced()
 
 
-def _pass(hf: Any, way: Callable[[Any, Trace], AbstractContextManager[object]]) -> Trace:
-    trace = Trace()
+def _pass(hf: Any, way: Callable[[Any, Traced], AbstractContextManager[object]]) -> Traced:
+    trace = Traced()
     with ExitStack() as stack:
         stack.enter_context(evaluating(hf))
         stack.enter_context(in_float32(hf) if _half(hf) else nullcontext())
@@ -135,8 +147,8 @@ def _ids(hf: Any) -> Tensor:
     return torch.randint(ids, _SHAPE, generator=torch.Generator().manual_seed(3)).to(home(hf))
 
 
-def _hooks(hf: Any, trace: Trace) -> Iterator[Handle]:
-    tokens, head = hf.get_input_embeddings(), hf.get_output_embeddings()
+def _hooks(hf: Any, trace: Traced) -> Iterator[Handle]:
+    tokens, head = hf.get_input_embeddings(), head_of(hf)
     for part in hf.modules():
         # All that comes after an embedding is in the graph, whether or not weights ask for slopes.
         if part is tokens or isinstance(part, nn.Embedding):
@@ -148,20 +160,20 @@ def _hooks(hf: Any, trace: Trace) -> Iterator[Handle]:
         yield put_out(part, partial(_end, trace, part, part is tokens))
 
 
-def _loud(trace: Trace, logits: Tensor) -> Tensor:
+def _loud(trace: Traced, logits: Tensor) -> Tensor:
     logits = logits * (LOUD / logits.detach().abs().amax().clamp_min(torch.finfo(logits.dtype).tiny))
-    trace.head = _copy(logits)
+    trace.loud = _copy(logits)
     return logits
 
 
-def _begin(trace: Trace, path: str, call: Call) -> None:
+def _begin(trace: Traced, path: str, call: Call) -> None:
     args, named = call
     given = [named.get("hidden_states"), *args, *named.values()]
     read = next((part for part in given if isinstance(part, Tensor)), None)
     trace.running.append((path, _copy(read), None if read is None else read.grad_fn))
 
 
-def _end(trace: Trace, module: nn.Module, is_start: bool, output: Any) -> None:
+def _end(trace: Traced, module: nn.Module, is_start: bool, output: Any) -> None:
     path, read, reads = trace.running.pop()
     parts = _tensors(output)
     if not parts or not path:
@@ -171,7 +183,7 @@ def _end(trace: Trace, module: nn.Module, is_start: bool, output: Any) -> None:
     pattern = next((part for part in parts[1:] if is_pattern(part)), None)
     # Some blocks go on to add into the very tensor that a module gave.
     shows = None if pattern is None else pattern.grad_fn
-    trace.calls.append(Called(path, module, read, reads, _copy(parts[0]), made, _copy(pattern), shows))
+    trace.add(Called(path, module, read, reads, _copy(parts[0]), made, _copy(pattern), shows))
 
 
 def _tensors(output: Any) -> list[Tensor]:
@@ -191,7 +203,7 @@ def _copy(part: Any) -> Any:
     return None if part is None else part.detach().to("cpu", copy=True)
 
 
-def _by_interface(hf: Any, trace: Trace) -> AbstractContextManager[object]:
+def _by_interface(hf: Any, trace: Traced) -> AbstractContextManager[object]:
     paths = {module: path for path, module in hf.named_modules()}
 
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *seen: Any, **settings: Any) -> Attended:
@@ -204,7 +216,7 @@ def _by_interface(hf: Any, trace: Trace) -> AbstractContextManager[object]:
     return registered(text_config(hf.config), attend, eager_mask)
 
 
-def _as_it_is(hf: Any, trace: Trace) -> AbstractContextManager[object]:
+def _as_it_is(hf: Any, trace: Traced) -> AbstractContextManager[object]:
     """Torch's own attention function is seen, where a family calls it by itself."""
     attention: Callable[..., Tensor] = nn.functional.scaled_dot_product_attention
 
@@ -217,5 +229,5 @@ def _as_it_is(hf: Any, trace: Trace) -> AbstractContextManager[object]:
     return AttendInstead(attend)
 
 
-def _openly(hf: Any, _: Trace) -> AbstractContextManager[object]:
+def _openly(hf: Any, _: Traced) -> AbstractContextManager[object]:
     return implementation(text_config(hf.config), "eager")
