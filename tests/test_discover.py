@@ -21,6 +21,7 @@ from conftest import REAL
 from test_families import ADDITIVE, error, some_ids, written
 from twin import Truth
 from unwrite.errors import ModelError
+from unwrite.model import discover, sums
 from unwrite.model import load as loading
 from unwrite.model.certificate import IDENTITIES
 from unwrite.model.discover import discovered
@@ -242,6 +243,73 @@ def test_finding_a_row_costs_few_short_passes(family: str, most: int, nameless: 
     assert counted.backward == 0
 
 
+def test_a_row_is_found_of_a_decoder_without_a_head() -> None:
+    hf = unknown("olmo3", 1)
+    lm, whole = view(hf.model), view(hf)
+    assert (lm.about["row"], lm.has_head, lm.nodes) == ("found", False, whole.nodes)
+    assert lm.row.decoder == ""
+    assert lm.certificate.ok
+
+
+def test_a_row_is_found_whatever_mode_torch_is_in() -> None:
+    hf = unknown("smollm3")
+    with torch.inference_mode():
+        assert view(hf).certificate.ok
+    with torch.no_grad():
+        assert view(hf).certificate.ok
+
+
+def test_half_precision_that_is_brought_in_for_every_pass_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(discover, "offloaded", lambda hf: True)
+    assert view(unknown("smollm3")).about["row"] == "found"
+    with pytest.raises(ModelError, match=r"found in float32 alone.*Next: load it with dtype='float32'"):
+        view(unknown("smollm3").half())
+
+
+def test_a_model_without_weights_is_refused() -> None:
+    with torch.device("meta"):
+        hf = AutoModelForCausalLM.from_config(AutoConfig.for_model("smollm3", **_COMMON), dtype=torch.bfloat16)
+    with pytest.raises(ModelError, match=r"is empty \(on the device meta\)"):
+        view(hf)
+
+
+# What the graph of a pass says.
+
+
+def leaf() -> Tensor:
+    """What a module gave, as far as a graph can say: no sum, and no constant multiple."""
+    return torch.randn(3, requires_grad=True).exp()
+
+
+def test_a_sum_is_taken_apart_with_its_factors() -> None:
+    x, a, b = leaf(), leaf(), leaf()
+    out = (x.view(1, 3) - (0.5 * a).view(1, 3)).to(torch.float64).reshape(3) + torch.sub(b, x, alpha=0.25) / 2
+    made = {a.grad_fn: "a", b.grad_fn: "b"}
+    assert out.grad_fn is not None
+    parts = [(part.factor, part.call or part.other) for part in sums.terms(out.grad_fn, x.grad_fn, made.get)]
+    assert parts == [(1.0, ""), (-0.5, "a"), (0.5, "b"), (-0.125, "")]
+
+
+def test_what_is_no_sum_is_named_and_the_largest_part_is_taken() -> None:
+    x, a = leaf(), leaf()
+    both = a + 1.0 * a
+    out = x + both + x * a + torch.ones(3)
+    assert out.grad_fn is not None
+    parts = [(part.call, part.other) for part in sums.terms(out.grad_fn, x.grad_fn, {both.grad_fn: "both"}.get)]
+    assert parts == [(None, ""), ("both", ""), (None, "a product"), (None, "a constant")]
+    assert sums.is_product(((x * a) * 2.0).grad_fn)
+    assert not sums.is_product((x * 2.0).grad_fn)
+    assert sums.behind((x * a).sin().grad_fn, {x.grad_fn, both.grad_fn}) == {x.grad_fn}
+
+
+def test_a_pass_keeps_no_second_copy_of_weights() -> None:
+    weight, x = torch.randn(4, 4), torch.randn(4, requires_grad=True)
+    with sums.scalars_kept():
+        out: Any = 3.0 * (weight @ x)
+    assert float(out.grad_fn._saved_self if out.grad_fn._saved_other is None else out.grad_fn._saved_other) == 3.0
+    assert out.grad_fn.next_functions[0][0]._saved_self.numel() == 0
+
+
 # Is a false row refused, also where it was found?
 
 Change = Callable[[Family, Any], dict[str, Any] | None]
@@ -339,7 +407,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "several calls": (lambda: unknown("diffllama"), "the block calls attention 2 times"),
     "a gain": (lambda: unknown("zaya", head_dim=8, num_experts=2, router_hidden_size=16), "not a sum that holds"),
     "sinks": (
-        lambda: unknown("granite_swa", sliding_window=4), "attention sinks: rows of the pattern sum below 1"
+        lambda: unknown("granite_swa", sliding_window=4), "attention sinks: rows of the pattern do not sum to 1"
     ),
     "a mixer": (
         lambda: unknown("jamba", num_experts=2, num_experts_per_tok=1, mamba_d_state=8, mamba_dt_rank=4,

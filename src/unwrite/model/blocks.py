@@ -137,7 +137,7 @@ def _looked(block: Block) -> Looked:
         inner = max(shown, key=lambda call: call.path.count("."))
         return Looked(inner.path, inner.shows, inner.pattern)
     if found[0].sinks or not (found[0].pattern is None or is_pattern(found[0].pattern)):
-        raise Unlike("attention sinks: rows of the pattern sum below 1, so heads have no constant part")
+        raise Unlike("attention sinks: rows of the pattern do not sum to 1, so heads have no constant part")
     return found[0]
 
 
@@ -218,7 +218,7 @@ def _heads(config: Any) -> int:
 
 
 def _projection(block: Block, op: Op | None, within: str) -> Called | None:
-    """The linear map that gave what a op made, in another shape perhaps."""
+    """The linear map that gave what an operation made, in another shape perhaps."""
     for at in chain(op):
         for call in block.trace.makers(at, within):
             if _is_projection(call.module):

@@ -22,7 +22,7 @@ from unwrite.model.inside import find, head_of, text_config
 from unwrite.model.single import HALVES
 from unwrite.model.sums import bare, behind, terms
 from unwrite.model.traced import Called, Traced, traced
-from unwrite.model.weights import offloaded
+from unwrite.model.weights import offloaded, weight_of
 
 # A number that was measured is one of the configuration within this; so much of a cap is told from logits below it.
 _NAMED, _BELOW = 1e-5, 0.9
@@ -36,11 +36,8 @@ def discovered(hf: Any) -> Family:
     in float32 where weights are in half precision.
     """
     kind = text_config(hf.config).model_type
-    if hf.get_input_embeddings().weight.dtype in HALVES and offloaded(hf):
-        raise ModelError(
-            f"{kind} has no row in the table of families, and one can be found in float32 alone",
-            got="weights of half precision that are brought in for every pass", fix="load it with dtype='float32'",
-        )  # fmt: skip
+    if offloaded(hf):
+        _require_float32(hf, kind)
     try:
         return _row(traced(hf), hf)
     except Unlike as why:
@@ -49,6 +46,16 @@ def discovered(hf: Any) -> Family:
             expected="blocks that add what attention and an MLP write to one stream",
             fix="see 'How to add a family' in CONTRIBUTING.md",
         ) from None
+
+
+def _require_float32(hf: Any, kind: str) -> None:
+    """Raise ModelError for half precision that cannot be lent as float32, and for weights that are nowhere."""
+    weight = weight_of(hf.get_input_embeddings())
+    if weight is not None and weight.dtype in HALVES:
+        raise ModelError(
+            f"{kind} has no row in the table of families, and one can be found in float32 alone",
+            got="weights of half precision that are brought in for every pass", fix="load it with dtype='float32'",
+        )  # fmt: skip
 
 
 def _row(trace: Traced, hf: Any) -> Family:
