@@ -259,6 +259,15 @@ def test_a_row_is_found_whatever_mode_torch_is_in() -> None:
         assert view(hf).certificate.ok
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_is_found_of_a_model_that_was_made_in_inference_mode(dtype: torch.dtype) -> None:
+    with torch.inference_mode():
+        hf = unknown("phimoe").to(dtype)
+    before = dict(hf.named_parameters())
+    assert view(hf).about["row"] == "found"
+    assert all(part is before[name] for name, part in hf.named_parameters())
+
+
 def test_half_precision_that_is_brought_in_for_every_pass_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(discover, "offloaded", lambda hf: True)
     assert view(unknown("smollm3")).about["row"] == "found"

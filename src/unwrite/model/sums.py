@@ -40,21 +40,21 @@ def scalars_kept() -> AbstractContextManager[Any]:
 
 
 def bare(op: Op | None) -> Op | None:
-    """The op whose numbers this one has, beyond whatever only shapes, copies or casts them."""
+    """The operation whose numbers this one has, beyond whatever only shapes, copies or casts them."""
     while op is not None and op.name() in _SAME:
         op = op.next_functions[0][0]
     return op
 
 
 def chain(op: Op | None) -> Iterator[Op]:
-    """A op and those below it with the same numbers."""
+    """An operation and those below it with the same numbers."""
     while op is not None:
         yield op
         op = op.next_functions[0][0] if op.name() in _SAME else None
 
 
 def addends(op: Op) -> list[tuple[float, Op | None]]:
-    """Factors and nodes that this one is the sum of; none for whatever is not linear with constants."""
+    """Factors and operations that this one is the sum of; none for whatever is not linear with constants."""
     name, before = op.name(), [part for part, _ in op.next_functions]
     if name in _SAME:
         return [(1.0, before[0])]
@@ -93,7 +93,7 @@ def is_product(op: Op | None) -> bool:
 
 
 def leading(op: Op | None, source: Op | None) -> dict[Op, bool]:
-    """Every op on the way down by sums alone -> does one of its addends lead to `source`?"""
+    """Every operation on the way down by sums alone -> does one of its addends lead to `source`?"""
     found: dict[Op, bool] = {}
 
     def leads(at: Op | None) -> bool:
@@ -129,7 +129,7 @@ def terms(op: Op, source: Op | None, maker: Callable[[Op], Any]) -> Iterator[Ter
 
 
 def behind(op: Op | None, marks: Collection[Op | None]) -> set[Op]:
-    """Which of the marks are met first on the ways down from a op, whatever is done there."""
+    """Which of the marks are met first on the ways down from an operation, whatever is done there."""
     met: set[Op] = set()
     seen: set[Op] = set()
     ahead = [op]

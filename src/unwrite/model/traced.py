@@ -18,7 +18,7 @@ from unwrite.model.hooks import Call, Handle, after, called, hooked, put_out
 from unwrite.model.inside import head_of, text_config
 from unwrite.model.single import HALVES, in_float32
 from unwrite.model.sums import Op, scalars_kept
-from unwrite.model.weights import home
+from unwrite.model.weights import followed, home
 
 # Prompts and tokens of the pass.
 _SHAPE = (2, 7)
@@ -129,6 +129,7 @@ def _pass(hf: Any, way: Callable[[Any, Traced], AbstractContextManager[object]])
     trace = Traced()
     with ExitStack() as stack:
         stack.enter_context(evaluating(hf))
+        stack.enter_context(followed(hf))
         stack.enter_context(in_float32(hf) if _half(hf) else nullcontext())
         stack.enter_context(hooked(_hooks(hf, trace)))
         stack.enter_context(way(hf, trace))
