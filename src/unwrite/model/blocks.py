@@ -74,7 +74,7 @@ def _leads(root: str = "", lacking: bool = False) -> Any:
     return field(metadata={"root": root, "lacking": lacking})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Said:
     """What one block says of the row, under the names of its fields, and the norms that it was told from."""
 

@@ -30,7 +30,7 @@ _SUM = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class Called:
-    """One call of a module: copies of what it read and gave, and the nodes of autograd's graph that made them."""
+    """One call of a module: copies of what it read and gave, and the operations that made these."""
 
     path: str
     module: nn.Module
