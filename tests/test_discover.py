@@ -170,6 +170,29 @@ def test_a_node_of_a_found_row_writes_what_removing_it_takes_away(kind: str, con
     assert error(written(lm, truth.ids), listed, states) < 1e-6
 
 
+@pytest.mark.promise("exact")
+@pytest.mark.parametrize("kind", ["mpt", "gpt_bigcode", "cohere2", "phimoe"])
+def test_a_found_head_puts_out_its_pattern_times_its_values(kind: str) -> None:
+    lm = view(unknown(kind, 2))
+    with uw.trace(lm, "L1H2.pattern", "L1H2.v", "L1H2.z") as seen, torch.no_grad():
+        lm.hf(some_ids(lm.hf))
+    pattern, values, z = (seen[f"L1H2.{part}"] for part in ("pattern", "v", "z"))
+    torch.testing.assert_close(pattern.sum(-1), torch.ones(2, 7))
+    torch.testing.assert_close(pattern @ values, z)
+
+
+def test_values_beside_queries_and_keys_are_edited_alone() -> None:
+    lm, names = view(unknown("mpt", 2)), [f"L1H{head}.z" for head in range(4)]
+    ids = some_ids(lm.hf)
+    with uw.trace(lm, *names) as clean, torch.no_grad():
+        lm.hf(ids)
+    with uw.trace(lm, *names, edits=uw.Edit.set("L1H2.v", 0.0)) as edited, torch.no_grad():
+        lm.hf(ids)
+    assert edited["L1H2.z"].abs().max() == 0 < clean["L1H2.z"].abs().max()
+    for name in {*names} - {"L1H2.z"}:
+        torch.testing.assert_close(edited[name], clean[name], rtol=0, atol=0)
+
+
 @pytest.mark.promise("provenance")
 def test_a_found_row_is_said_everywhere(nameless: Callable[[str], Family]) -> None:
     hf = tiny.model("llama", 0, torch.float32)
