@@ -45,6 +45,8 @@ _SHARING = {
 _GEMMA4 = {**_SHARING, "per_layer_config": {str(layer): {"head_dim": 16} for layer in (1, 3, 5)}}
 _ALL_SHARED = {"text_config": {**_GEMMA4, "num_kv_shared_layers": 6, "hidden_size_per_layer_input": 0,
                                "vocab_size_per_layer_input": 0}}  # fmt: skip
+# As in checkpoints; a fresh configuration lacks it, and then the model's own code fails on padded prompts.
+_MARKED = {"vision_start_token_id": 151652}
 _WORDS = {"vocabulary_map": {"<image>": 100, "<|extra_200|>": 101}}
 # A tower of its own: the one that these would have is made by timm and reads images with pillow.
 _TOWER = {"vision_config": SiglipVisionConfig(
@@ -62,7 +64,8 @@ OWN: dict[str, Settings] = {
     "deepseek_ocr2_text": {**_ROUTED, "mlp_layer_types": _in_turn("dense", "sparse")},
     "deepseek_v2": _ROUTED,
     "dots3_note_text": {
-        "per_layer_config": {layer: {"num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 24, "qk_nope_head_dim": 12}
+        "per_layer_config": {layer: {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "kv_lora_rank": 24,
+                                     "qk_nope_head_dim": 12}
                              for layer in ("2", "3")},
     },
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
@@ -115,8 +118,10 @@ OWN: dict[str, Settings] = {
     "paddleocr_vl_text": _FOUR,
     "perception_lm": _TOWER,
     "qwen2_5_omni_text": _FOUR,
+    "qwen2_5_omni_thinker": _MARKED,
     "qwen2_5_vl_text": _FOUR,
     "qwen2_vl_text": _FOUR,
+    "qwen3_omni_moe_thinker": _MARKED,
     "qwen4_exp_text": {
         "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 64,
         "indexer_compress_ratio": 4,
