@@ -164,7 +164,8 @@ def _opened(records: Iterable[Record]) -> Iterator[str]:
         if one["status"] in (BY_HAND, FOUND):
             asked = [one.get("methods", {}).get(name, "") for name in APPLIED]
             marks = ["✓" if answer == "yes" else _plain(answer) for answer in asked]
-            yield _row(f"`{one['type']}`", one["status"], *(f"{one['errors'][name]:.0e}" for name in NEEDED), *marks)
+            errors = [_size(one["errors"].get(name)) for name in IDENTITIES]
+            yield _row(f"`{one['type']}`", one["status"], *errors, *marks)
     yield ""
 
 
