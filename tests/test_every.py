@@ -9,11 +9,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import Tensor, nn
 
 import every
 import survey
+import unwrite as uw
+from methods import PAIRS
 from survey import COMMAND, OPENED, PAGE, STATUSES, TYPES
 from unwrite.errors import ModelError
+from unwrite.model.hooks import first_of
+from unwrite.model.load import view
 
 VERSIONS, RECORDS = survey.kept()
 KNOWN = {(one["mapping"], one["type"]): one for one in RECORDS}
@@ -63,6 +68,56 @@ def test_a_method_that_does_not_apply_says_why_and_none_breaks() -> None:
     assert not [answer for answer in answers if answer.startswith(survey.BUG)]
 
 
+# Of a few always, of all that open with --slow: llama4's mixtures of experts give the rows of all prompts in one list.
+EXECUTED = ("llama", "llama4_text", "glm4_moe")
+OPEN = [one["type"] for one in RECORDS if one["mapping"] == "text" and "errors" in one]
+
+
+@surveyed
+@pytest.mark.promise("executed")
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in EXECUTED else pytest.mark.slow) for kind in OPEN]
+)
+def test_exact_effects_of_an_mlp_are_those_of_a_patch_by_plain_hooks(kind: str) -> None:
+    hf = every.model(kind)
+    lm = view(hf)
+    got = uw.effects(lm, PAIRS, ["MLP1"]).data["effect"].sel(node="MLP1").values
+    base, source = torch.as_tensor(PAIRS.base.ids), torch.as_tensor(PAIRS.source.ids)
+    written = _written(hf, lm.layers[1].mlp_end, source)
+    clean, positions = _difference(hf, base), range(base.shape[1])
+    patched = [_difference(hf, base, lm.layers[1].mlp_end, written, position) for position in positions]
+    want = torch.stack(patched, 1) - clean[:, None]
+    assert want.abs().max() > 1e-3
+    assert torch.allclose(torch.as_tensor(got).to(want), want, atol=1e-5)
+
+
+def _written(hf: Any, module: nn.Module, ids: Tensor) -> Tensor:
+    """What a module puts out for each prompt and position."""
+    seen: list[Tensor] = []
+    handle = module.register_forward_hook(lambda _, __, output: seen.append(first_of(output)))
+    with torch.no_grad():
+        hf(input_ids=ids, use_cache=False)
+    handle.remove()
+    return seen[0].reshape(*ids.shape, -1)
+
+
+def _difference(hf: Any, ids: Tensor, module: nn.Module | None = None, put: Any = None, at: int = 0) -> Tensor:
+    """The last row's logit of token 5 above that of token 9, where `module` puts out another write at one position."""
+
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        own = first_of(output)
+        new = own.reshape(put.shape).clone()
+        new[:, at] = put[:, at]
+        return new.reshape(own.shape) if output is own else (new.reshape(own.shape), *output[1:])
+
+    handle = module.register_forward_hook(hook) if module is not None else None
+    with torch.no_grad():
+        logits = hf(input_ids=ids, use_cache=False).logits[:, -1]
+    if handle is not None:
+        handle.remove()
+    return logits[:, 5] - logits[:, 9]
+
+
 # What is surveyed, and with what.
 
 
@@ -106,10 +161,10 @@ def test_a_refusal_that_was_caught_and_not_made_is_an_inner_error(error: BaseExc
 def test_whatever_view_raises_is_in_the_record(
     error: Exception, status: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def view(hf: Any) -> None:
+    def refuse(hf: Any) -> None:
         raise error
 
-    monkeypatch.setattr(survey, "view", view)
+    monkeypatch.setattr(survey, "view", refuse)
     found = survey.record("llama", "text")
     assert (found["status"], found["why"]) == (status, str(error).split(". ")[0])
 
