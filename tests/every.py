@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Pret
 from transformers.models.auto import modeling_auto as auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from own import DROPPED, OWN, STARTS
+from own import DROPPED, OWN
 
 Given = Mapping[str, Any]
 
@@ -64,8 +64,7 @@ _NUMBERS: tuple[tuple[str, int | Callable[[int, Given], int]], ...] = (
     (r"\w*(key_value_heads|kv_heads?)\w*|kv_n_heads", _key_heads),
     (r"linear_num_key_heads|index_n_heads|n_mamba_heads", 2),
     (r"mamba_(n|num)_heads", 8),
-    (r"(\w*num_|n_|resampler_|resampler_n_|attention_|\w+coder_attention_)*(attention_|value_|linear_)?heads?(_swa)?", HEADS),
-    (r"num_query_groups|linear_num_heads", HEADS),
+    (r"(\w*num_|n_|resampler_|resampler_n_|\w+coder_)*(attention_|value_)?heads?(_swa)?|num_query_groups", HEADS),
     (r"qk_rope_head_dim|rotary_dim", HEAD // 2),
     (r"codebook_size|num_embeddings|encoder_hash_byte_group_vocab", CONTEXT),
     (r"qk_head_dim", HEAD + HEAD // 2),
@@ -77,7 +76,8 @@ _NUMBERS: tuple[tuple[str, int | Callable[[int, Given], int]], ...] = (
     (r"(\w+_)?intermediate_size(_mlp)?|n_inner|(\w+_)?ffn_(hidden_size|dim)|d_ff|dff|dim_ff|mlp_dim|d_inner", INNER),
     (r"mamba_d_ssm", INNER),
     (r"hidden_size_per_layer_input|ple_embed_dim|gated_norm_rank", HEAD),
-    (r"(\w+_)?hidden_sizes?(_global)?|adapter_input_size|(base|conv|downsample)_channels|nemo_conv_channels|(\w+_)?(embed(ding)?|hidden|proj|model|projection|output|input|in|out)_dim", WIDTH),
+    (r"(\w+_)?hidden_sizes?(_global)?|adapter_input_size|(base|conv|downsample|nemo_conv)_channels", WIDTH),
+    (r"(\w+_)?(embed(ding)?|hidden|proj|model|projection|output|input|in|out)_dim", WIDTH),
     (r"n_embe?d?|d_model|word_embed_proj_dim|dim|lru_width", WIDTH),
     (r"num_experts_per_tok(en)?|moe_top_?k|top_k_experts|moe_k|moe_num_experts_per_tok|experts_per_token", 2),
     (r"(num_|n_|moe_num_)+(local_|routed_|moe_)?experts", 4),
@@ -88,8 +88,8 @@ _NUMBERS: tuple[tuple[str, int | Callable[[int, Given], int]], ...] = (
     (r"(mamba_d_|ssm_|mamba_)?state(_size)?", 8),
     (r"(mamba_)?chunk_size", 8),
     (r"mamba_dt_rank|time_step_rank|laurel_rank|hc_lowrank", 4),
-    (r"max_position_embeddings|max_sou?rce_positions|max_target_positions|n_positions|n_ctx|max_seq_len|seq_length", CONTEXT),
-    (r"context_length|original_max_position_embeddings|model_max_length", CONTEXT),
+    (r"(original_)?max_position_embeddings|max_(source|target)_positions|n_positions|n_ctx", CONTEXT),
+    (r"max_seq_len|seq_length|context_length|model_max_length", CONTEXT),
     (r"image_size|crop_size", 32),
     (r"patch_size", 16),
 )  # fmt: skip
@@ -98,7 +98,7 @@ _NUMBERS: tuple[tuple[str, int | Callable[[int, Given], int]], ...] = (
 def config(kind: str, **overrides: Any) -> PretrainedConfig:
     """A small configuration of a type of transformers, as its class makes it."""
     made = CONFIG_MAPPING[kind]
-    given = made(**STARTS.get(kind, {})).to_dict()
+    given = made().to_dict()
     return made(**{**_smaller(given), **overrides})
 
 

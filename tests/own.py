@@ -15,12 +15,6 @@ Settings = dict[str, Any]
 # Settings that a configuration makes again from others, or that only say where it is from.
 DROPPED = ("transformers_version", "architectures", "dtype", "_name_or_path", "auto_map", "per_layer_config",
            "id2label", "label2id")  # fmt: skip
-# Without which a class cannot be made at all.
-_UNSHARED = {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}}
-STARTS: dict[str, Settings] = {
-    "gemma4_assistant": _UNSHARED,
-    "gemma4_unified_assistant": _UNSHARED,
-}
 
 
 def _turned(**sections: Any) -> Settings:
@@ -43,8 +37,6 @@ _SHARING = {
     "layer_types": ["sliding_attention", "full_attention"] * 3,
 }
 _GEMMA4 = {**_SHARING, "per_layer_config": {str(layer): {"head_dim": 16} for layer in (1, 3, 5)}}
-_ALL_SHARED = {"text_config": {**_GEMMA4, "num_kv_shared_layers": 6, "hidden_size_per_layer_input": 0,
-                               "vocab_size_per_layer_input": 0}}  # fmt: skip
 # As in checkpoints; a fresh configuration lacks it, and then the model's own code fails on padded prompts.
 _MARKED = {"vision_start_token_id": 151652}
 _WORDS = {"vocabulary_map": {"<image>": 100, "<|extra_200|>": 101}}
@@ -64,9 +56,11 @@ OWN: dict[str, Settings] = {
     "deepseek_ocr2_text": {**_ROUTED, "mlp_layer_types": _in_turn("dense", "sparse")},
     "deepseek_v2": _ROUTED,
     "dots3_note_text": {
-        "per_layer_config": {layer: {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "kv_lora_rank": 24,
-                                     "qk_nope_head_dim": 12}
-                             for layer in ("2", "3")},
+        "per_layer_config": {
+            layer: {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "kv_lora_rank": 24,
+                    "qk_nope_head_dim": 12}
+            for layer in ("2", "3")
+        },
     },
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
     "dots1": _ROUTED,
@@ -79,9 +73,7 @@ OWN: dict[str, Settings] = {
     },
     "fast_vlm": _TOWER,
     "gemma3n_text": {**_SHARING, "intermediate_size": [64] * 6, "activation_sparsity_pattern": [0.95] * 2 + [0.0] * 4},
-    "gemma4_assistant": _ALL_SHARED,
     "gemma4_text": _GEMMA4,
-    "gemma4_unified_assistant": _ALL_SHARED,
     "gemma4_unified_text": _GEMMA4,
     "glm46v_text": _FOUR,
     "glm4v_moe_text": _TWO,

@@ -84,7 +84,7 @@ def _asked(lm: Model, methods: Sequence[str]) -> dict[str, dict[str, str]]:
 
 
 def _answer(lm: Model, method: str) -> str:
-    """"yes", or why a method does not apply."""
+    """ "yes", or why a method does not apply."""
     try:
         with few_draws():
             METHODS[method](lm)
@@ -124,10 +124,10 @@ _TITLES = {"text": "Causal language models", "images": "Models of images and tex
 _HEAD = """# Model types
 
 Which models open? One tiny random model of every type of transformers {transformers} (torch {torch}, float32, a width
-of about 32, all parameters drawn), handed to unwrite. **By hand**: its parts are named by a row of
-`model/families.py`. **Found**: by a row that was found from one forward pass. Either way the certificate has measured
-that the parts add up, and the columns give its largest errors. **Refused**: with the reason. **Not made**: no tiny model
-of it was made, which says nothing about it.
+of about 32, all parameters drawn), handed to unwrite. **By hand**: its parts are named by a row of `model/families.py`.
+**Found**: by a row that was found from one forward pass. Either way the certificate has measured that the parts add up,
+and the columns give its largest errors. **Refused**: with the reason. **Not made**: no tiny model of it was made here,
+which says nothing about it.
 
 | | types | by hand | found | refused | not made |
 |---|---|---|---|---|---|
