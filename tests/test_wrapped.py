@@ -85,9 +85,7 @@ def built(family: str = "llama") -> Any:
 def close(got: uw.Result, want: uw.Result) -> None:
     for name, part in want.data.data_vars.items():
         if part.dtype.kind == "f":
-            # An error of nothing is the root of what rounding leaves: 1e-16 is 1e-8.
-            atol = 1e-8 if str(name).endswith("_se") else 1e-9
-            np.testing.assert_allclose(got[name], part, rtol=1e-7, atol=atol, err_msg=str(name))
+            np.testing.assert_allclose(got[name], part, rtol=1e-7, atol=1e-9, err_msg=str(name))
 
 
 WHERE = [("o_proj",), ("v_proj", "o_proj", "down_proj", "gate_proj"), ("lm_head",)]
