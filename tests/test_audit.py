@@ -236,7 +236,7 @@ def test_a_verification_in_an_audit_is_that_of_the_method(audited) -> None:
         np.testing.assert_array_equal(mine.values, part.values, err_msg=str(name))
         if part.dtype.kind in "fi":
             assert (mine.attrs["units"], mine.attrs["equation"]) == (part.attrs["units"], part.attrs["equation"])
-    for name in ("verdict", "erasers", "readers", "decodable_note", "causal_share_note"):
+    for name in ("verdict", "erasers", "readers", "read_note", "decodable_note", "causal_share_note"):
         assert one[name].item() == alone.attrs[name]
 
 

@@ -397,6 +397,16 @@ def test_planted_readers_are_named_and_a_write_that_nobody_reads_says_so(verifie
     assert "L1H0 read it more" in sentence(verified["L0H0"]) or "L1H0, " in sentence(verified["L0H0"])
 
 
+def test_of_a_few_documents_nobody_is_called_a_reader_and_nobody_is_said_to_read_nothing() -> None:
+    truth = planted("gpt2")
+    lm = view(truth.hf, truth.tokenizer)
+    few, enough = (uw.verify(lm, windows(PROSE, truth.tokenizer, n=n, length=48), "L0H0") for n in (5, 6))
+    assert few.data.attrs["readers"] == ""
+    assert "Who reads it is not measurable: 5 documents, at least 6 are needed." in sentence(few)
+    assert "L1H0" in enough.data.attrs["readers"].split()
+    assert enough.data.attrs["read_note"] == ""
+
+
 def test_named_erasers_take_one_pass_and_give_the_same_numbers(monkeypatch) -> None:
     lm = model("llama", 1)
     ids, real, runs = ids_of(lm, 4), without.clean, []

@@ -25,7 +25,7 @@ HEADER = (
     Column("erasers", holds="words"),
 )
 # What is an attribute of one result, and in an audit, of several of them, a variable; and what is told of all writers.
-WORDS = ("verdict", "erasers", "causal_share_note", "readers", "decodable_note", "n_clusters")
+WORDS = ("verdict", "erasers", "causal_share_note", "readers", "read_note", "decodable_note", "n_clusters")
 TOLD = ("documents", "rows", "sinks", "weigh")
 
 

@@ -71,7 +71,7 @@ def _readers(result: Result) -> str:
     data = result.data
     if data["read_generic"].isnull().all():
         return ""
-    if note := data.attrs.get("read_note"):
+    if note := data.attrs["read_note"]:
         return f" Who reads it is not measurable: {note}."
     names = data.attrs["readers"].split()
     if names:
