@@ -478,6 +478,17 @@ def test_a_share_worked_by_hand() -> None:
     assert (share.item(), error.item()) == (0.5, 0.25)
 
 
+@given(st.lists(st.floats(0.1, 10), min_size=2, max_size=40), st.floats(-3, 3))
+def test_an_error_of_rounding_alone_is_none_and_a_small_one_stays(x: list[float], share: float) -> None:
+    energy = torch.tensor(x, dtype=torch.float64)[:, None]
+    near = share * energy[:, None] + 1e-3 * energy[:, None] * (torch.arange(len(x)) % 2)[:, None, None]
+    exact, apart = (ClusterSums.over(np.arange(len(x)), y, energy).share()[1] for y in (share * energy[:, None], near))
+    assert exact.item() == 0
+    residual = near[:, 0] - near.sum() / energy.sum() * energy
+    want = float((len(x) / (len(x) - 1) * residual.square().sum()).sqrt() / energy.sum())
+    assert apart.item() == pytest.approx(want, rel=1e-3)
+
+
 @pytest.mark.promise("statistics")
 @given(st.lists(st.integers(1, 4), min_size=2, max_size=8), st.randoms(use_true_random=False))
 def test_share_and_error_are_the_formulas_wherever_clusters_are_split(sizes: list[int], rng: random.Random) -> None:

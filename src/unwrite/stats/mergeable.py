@@ -284,7 +284,7 @@ class ClusterSums:
         return ClusterSums(self.n, self.y, self.yy, self.xy, self.x, self.xx, ())._close(list(self.open))
 
     def share(self) -> tuple[Float[np.ndarray, "node writer"], Float[np.ndarray, "node writer"]]:
-        """ΣY / ΣX and its standard error; NaN where ΣX is 0, no error below two clusters.
+        """ΣY / ΣX and its standard error; NaN where ΣX is 0, no error below two clusters, 0 for one of rounding alone.
 
         SE² = n/(n-1) · (ΣY² - 2β ΣXY + β² ΣX²) / (ΣX)², the delta-method error of a ratio of sums over independent
         clusters.
@@ -293,6 +293,9 @@ class ClusterSums:
         x, y, yy, xy, xx = (part.double().cpu().numpy() for part in (done.x, done.y, done.yy, done.xy, done.xx))
         with np.errstate(divide="ignore", invalid="ignore"):
             share = np.where(x > 0, y / x, np.nan)
-            spread = np.maximum(yy - 2 * share * xy + share**2 * xx, 0.0)
+            parts = np.stack([yy, -2 * share * xy, share**2 * xx])
+            # The root of what rounding leaves of three sums that cancel would be 1e-8, on one machine or another.
+            resolved = parts.sum(0) > done.n * np.finfo(float).eps * np.abs(parts).sum(0)
+            spread = np.where(resolved, parts.sum(0), 0.0)
             correction = done.n / (done.n - 1) if done.n > 1 else math.nan
             return share, np.sqrt(correction * spread) / x
