@@ -177,11 +177,11 @@ def elsewhere(lm: Model) -> Model:
 
 def resumed(asked: Callable[..., uw.Result]) -> uw.Result:
     """What a run finds that was stopped after its first batch and goes on from a file."""
-    seen: list[int] = []
+    seen: list[float] = []
 
     def stop(step: Any) -> None:
         if step.done:  # a sweep speaks also inside of its first batch
-            seen.append(step.done)
+            seen.append(step.done + step.begun)
             if len(seen) == 1:
                 raise KeyboardInterrupt
 
