@@ -147,6 +147,9 @@ FALSE_ROWS: list[tuple[str, dict[str, Any], dict[str, Any], set[str]]] = [
     ("gemma2", {"logit_cap": lambda config: None}, {"final_logit_softcapping": 5.0}, {"logits"}),
     ("gemma2", {"logit_cap": lambda config: None}, {"final_logit_softcapping": 30.0}, {"logits"}),
     ("cohere", {"logit_cap": lambda config: 30.0}, {}, {"logits"}),
+    # caps that a random model's own logits are far from
+    ("gemma2", {"logit_cap": lambda config: None}, {"final_logit_softcapping": 200.0}, {"logits"}),
+    ("llama", {"logit_cap": lambda config: 200.0}, {}, {"logits"}),
     ("granite", {"embed_scale": lambda config: 1.01 * config.embedding_multiplier}, {}, {"stream", "locations"}),
     ("granite", {"residual_scale": lambda config: 1.01 * config.residual_multiplier}, {}, {"stream", "locations"}),
     ("granite", {"logit_scale": lambda config: 1.01 / config.logits_scaling}, {}, {"logits"}),
@@ -174,6 +177,7 @@ FALSE_ROWS: list[tuple[str, dict[str, Any], dict[str, Any], set[str]]] = [
     # what is inside of an MLP
     ("llama", {"act": "up_proj"}, {}, {"mlp"}),
     ("llama", {"act": "gate_proj"}, {}, {"mlp"}),
+    ("llama", {"act": "nowhere"}, {}, {"mlp"}),
     ("gpt2", {"act": "c_fc"}, {}, {"mlp"}),
     ("llama", {"gated": False}, {}, {"mlp"}),
     ("gpt_neox", {"gated": True}, {}, {"mlp"}),

@@ -82,7 +82,7 @@ def _open_attention(lm: Model, found: Patterns) -> Iterator[None]:
         found[layer_of[module]] = pattern.detach().to(lm.device)
         return (pattern @ key_value).transpose(1, 2).contiguous(), pattern
 
-    with _registered(lm, attend, eager_mask):
+    with registered(lm.config, attend, eager_mask):
         yield
 
 
@@ -133,7 +133,7 @@ def scoring(lm: Model) -> Iterator[dict[int, Scored]]:
         pattern = _pattern(query, key, attention_mask, **settings)
         return (pattern @ values).transpose(1, 2).contiguous(), pattern
 
-    with _registered(lm, attend, eager_mask):
+    with registered(lm.config, attend, eager_mask):
         yield found
 
 
@@ -157,14 +157,16 @@ def _around_interface(lm: Model, around: Around, eager: bool) -> Iterator[None]:
     opened = own == "eager" and _own(lm) != "eager"
     attend = partial(_attend_interface, around, layer_of, own, opened)
     mask = _eager_mask if own == "eager" else AttentionMaskInterface._global_mapping.get(own)
-    with _registered(lm, attend, mask):
+    with registered(lm.config, attend, mask):
         yield
 
 
-def _eager_mask(*args: Any, **kwargs: Any) -> Tensor:
-    """The mask of eager attention; its least float64 would be −∞ in a float32 softmax, and NaN in a row of padding."""
+def _eager_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The mask of eager attention, if any; its least float64 would be −∞ in a float32 softmax: NaN in a padded row."""
     mask = eager_mask(*args, **kwargs)
-    return mask.clamp_min(torch.finfo(torch.float32).min) if mask.dtype == torch.float64 else mask
+    if mask is None or mask.dtype != torch.float64:
+        return mask
+    return mask.clamp_min(torch.finfo(torch.float32).min)
 
 
 def _attend_interface(
@@ -175,7 +177,7 @@ def _attend_interface(
     assert query is not None and key is not None and value is not None  # noqa: S101, PT018
     if opened and mask:
         mask[0] = _added(mask[0], query.dtype)
-    function, shared = ALL_ATTENTION_FUNCTIONS.get(own) or _eager(module), key.shape[1]
+    function, shared = ALL_ATTENTION_FUNCTIONS.get(own) or eager_of(module), key.shape[1]
     attend: Attend = lambda query, key, value: function(  # noqa: E731
         module if key.shape[1] == shared else _Ungrouped(module), query, key, value, *mask, **settings
     )
@@ -232,7 +234,7 @@ def _calls(module: nn.Module, attend: Callable[..., Tensor]) -> Iterator[None]:
     before, forward = module.__dict__.get("forward"), module.forward
 
     def shown(*args: Any, **kwargs: Any) -> Any:
-        with _Instead(attend):
+        with AttendInstead(attend):
             return forward(*args, **kwargs)
 
     module.forward = shown
@@ -244,8 +246,8 @@ def _calls(module: nn.Module, attend: Callable[..., Tensor]) -> Iterator[None]:
             module.forward = before
 
 
-class _Instead(TorchFunctionMode):
-    """Puts another function in the place of torch's attention."""
+class AttendInstead(TorchFunctionMode):
+    """Inside the `with`, another function is in the place of torch's attention."""
 
     def __init__(self, attend: Callable[..., Tensor]):
         super().__init__()
@@ -278,7 +280,7 @@ def _own(lm: Model) -> str:
     return "eager" if name is None or any(word in name for word in ("flash", "flex", "paged", "|")) else name
 
 
-def _eager(module: nn.Module) -> Callable[..., Attended]:
+def eager_of(module: nn.Module) -> Callable[..., Attended]:
     """The eager attention function of a module's family."""
     for kind in type(module).__mro__:
         if function := getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None):
@@ -290,8 +292,9 @@ def _eager(module: nn.Module) -> Callable[..., Attended]:
 
 
 @contextmanager
-def _registered(lm: Model, attend: Callable[..., Any], mask: Callable[..., Any] | None) -> Iterator[None]:
-    if str(lm.config._attn_implementation).startswith(_NAME):
+def registered(config: Any, attend: Callable[..., Any], mask: Callable[..., Any] | None) -> Iterator[None]:
+    """Inside the `with`, `attend` is what attends in a model of this configuration, under masks that `mask` makes."""
+    if str(config._attn_implementation).startswith(_NAME):
         raise ModelError(
             "attention of this model is already opened by an enclosing `with`", fix="close the trace around it first"
         )
@@ -302,7 +305,7 @@ def _registered(lm: Model, attend: Callable[..., Any], mask: Callable[..., Any] 
         if mask is not None:
             AttentionMaskInterface.register(name, mask)
         ALL_ATTENTION_FUNCTIONS[name] = attend
-        with implementation(lm, name):
+        with implementation(config, name):
             yield
     finally:
         ALL_ATTENTION_FUNCTIONS._local_mapping.pop(name, None)
@@ -340,17 +343,17 @@ def _returned_weights(lm: Model, found: Patterns) -> Iterator[None]:
         found[layer] = pattern.detach().to(lm.device)
 
     seen = (after(layer.attention, partial(keep, layer.index), item=1) for layer in lm.layers)
-    with hooked(seen), implementation(lm, "eager"):
+    with hooked(seen), implementation(lm.config, "eager"):
         yield
 
 
 @contextmanager
-def implementation(lm: Model, name: str) -> Iterator[None]:
-    """Inside the `with`, the model's attention goes by this name."""
+def implementation(config: Any, name: str) -> Iterator[None]:
+    """Inside the `with`, the attention of models of this configuration goes by this name."""
     # The configuration is what every forward pass reads; the model's own setter refuses families such as falcon.
-    before = lm.config._attn_implementation
-    lm.config._attn_implementation = name
+    before = config._attn_implementation
+    config._attn_implementation = name
     try:
         yield
     finally:
-        lm.config._attn_implementation = before
+        config._attn_implementation = before

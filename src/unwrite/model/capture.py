@@ -152,7 +152,7 @@ def _part(whole: Tensor, only: Tensor | None) -> Tensor:
 
 
 def _like(output: Tensor, record: Recording) -> Tensor:
-    return output.reshape(*record.shape, -1)
+    return output if output.dim() == 3 else output.reshape(*record.shape, -1)
 
 
 @torch.no_grad()

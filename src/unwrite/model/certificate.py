@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from unwrite.errors import ModelError, PrecisionError
+from unwrite.model.families import BY_HAND
 from unwrite.model.identities import added, beyond, output_of, relative
 from unwrite.model.lengths import affordable, switches
 from unwrite.model.projections import as_matrices
@@ -61,6 +62,7 @@ class Certificate(Mapping[str, float]):
     # Of half precision: how far the logits are from those of float32, and the errors there, of the same weights.
     rounding: float | None = None
     single: Mapping[str, float] = field(default_factory=dict)
+    row: str = BY_HAND  # or FOUND
 
     def __getitem__(self, identity: str) -> float:
         return self.errors[identity]
@@ -109,7 +111,7 @@ class Certificate(Mapping[str, float]):
             said += f"; {' and '.join(missing)} not checked: there is no language-model head"
         if self.unchecked is not None:
             said += f"; not checked beyond {self.unchecked:,} tokens, where the model computes otherwise"
-        return said
+        return said if self.row == BY_HAND else f"{said}; row: {self.row}"
 
     def require(self, model: str) -> None:
         """Raise ModelError naming the failing identities unless all hold that every method needs."""
@@ -156,7 +158,8 @@ def certify(lm: Model) -> Certificate:
     unchecked = next((length for length in longer if length not in tried), None)
     rounding, single = _in_float32(lm, folded)
     limit = _limit(lm) if rounding is None else max(_ROUNDING, _OF_ROUNDING * rounding)
-    return Certificate(_worst(lm, found), limit, str(lm.dtype).removeprefix("torch."), unchecked, rounding, single)
+    dtype, row = str(lm.dtype).removeprefix("torch."), lm.about.get("row", BY_HAND)
+    return Certificate(_worst(lm, found), limit, dtype, unchecked, rounding, single, row)
 
 
 def _in_float32(lm: Model, folded: tuple[Folded, ...]) -> tuple[float | None, dict[str, float]]:

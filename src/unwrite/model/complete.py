@@ -31,6 +31,11 @@ def whole(source: str, name: str, config: Any, options: dict[str, Any]) -> PreTr
 
 
 def _require_head(config: Any) -> None:
+    if type(config) not in class_of(config)._model_mapping and not hasattr(config, "auto_map"):
+        raise ModelError(
+            f"transformers has no model that makes logits of text from {config.model_type} by itself",
+            expected=f"a type of {class_of(config).__name__}", fix="load the model that it is a part of",
+        )  # fmt: skip
     others = [getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES") for kind in _OTHER]
     for name in getattr(config, "architectures", None) or ():
         if any(name in names.values() for names in others):

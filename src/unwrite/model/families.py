@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 Config = Any
+# Where a model's row comes from: this table, or `discover`.
+BY_HAND, FOUND = "by hand", "found"
 
 
 def _no(config: Config) -> bool:
@@ -50,7 +52,7 @@ class Family:
     # From a block.
     input_norm: str | None = "input_layernorm"
     attention: str = "self_attn"
-    mid: str = "post_attention_layernorm"  # the module whose input is the stream between attention and MLP
+    mid: str | None = "post_attention_layernorm"  # the module whose input is the stream between attention and MLP
     mlp: str = "mlp"  # the module whose output the MLP writes, or hands to post_mlp_norm
     post_attention_norm: str | None = None
     post_mlp_norm: str | None = None
@@ -199,6 +201,7 @@ FAMILIES: dict[str, Family] = {
         embed="word_embeddings",
         final_norm="ln_f",
         input_norm="ln_attn|input_layernorm",
+        mid="ln_mlp|post_attention_layernorm",
         attention="self_attention",
         interface=False,
         opened=_falcon_opened,

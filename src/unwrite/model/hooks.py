@@ -97,6 +97,15 @@ def ended(module: nn.Module, end: Callable[[], object]) -> Handle:
     return module.register_forward_hook(hook, always_call=True)
 
 
+def put_out(module: nn.Module, visit: Callable[[Any], object]) -> Handle:
+    """Show `visit` all that a module puts out, as it is."""
+
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        visit(output)
+
+    return module.register_forward_hook(hook)
+
+
 @dataclass(frozen=True, eq=False)
 class _Begin:
     begin: Callable[[Call], object]

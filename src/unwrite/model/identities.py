@@ -3,7 +3,7 @@
 heads      the heads' writes and the bias (from weights alone) sum to what each attention block really adds
 stream     all nodes sum to the final state of the stream
 locations  the nodes so far sum to every earlier state (in a parallel block, also to what its MLP reads)
-logits     final norm and unembedding of that sum give the model's logits
+logits     final norm and unembedding of that sum give the model's logits, small ones and such as reach a cap
 values     with pattern and norm frozen, what all earlier nodes put into a head through its values is what it writes
 mlp        what reads an MLP's hidden activation gives what the MLP writes, and a gated one has two factors
 causal     another last token moves no logit before it
@@ -14,8 +14,9 @@ continued  a run continued from a later position, over the keys and values kept 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -37,6 +38,8 @@ from unwrite.nodes import Location
 
 # So many of a vocabulary's logits are read from their rows.
 _ROWS = 1024
+# More than any cap in use; logits that are twice this show one.
+_CAP = 60.0
 # So many rows of a long prompt are compared.
 _LAST = 4
 Ids = Int[Tensor, "prompt position"]
@@ -100,6 +103,16 @@ def _bounded(lm: Model, logits: Tensor) -> Tensor:
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
+def _loud(lm: Model, ids: Int[Tensor, "1 position"], stream: Float[Tensor, "position d_model"], dtype: Any) -> float:
+    """The same where the unembedding gives so much that a cap is reached, or would be: small logits show none."""
+    raw = through(lm.head, through(lm.final_norm, stream.to(dtype)))
+    scale = abs(lm.row.logit_scale(lm.config)) * raw.abs().amax().clamp_min(torch.finfo(raw.dtype).tiny)
+    louder = 2 * (lm.row.logit_cap(lm.config) or _CAP) / scale
+    with hooked([after(lm.head, lambda logits: logits * louder.to(logits))]):
+        own = output_of(lm, ids)[0]
+    return relative(_bounded(lm, raw * louder)[None], own)
+
+
 def relative(parts: Float[Tensor, "part row d"], truth: Float[Tensor, "row d"]) -> float:
     """Worst over rows: ‖Σ parts − truth‖ relative to the larger of ‖truth‖ and the largest part.
 
@@ -125,24 +138,37 @@ def _read(lm: Model, stream: Float[Tensor, "row d_model"], logits: _Rows) -> tup
 
 @contextmanager
 def _ends_of_mlps(lm: Model) -> Iterator[dict[nn.Module, Tensor]]:
-    """Inside the `with`, what every MLP puts out, and what the last projection in it does, where it has one."""
+    """Inside the `with`, what every MLP puts out, and what the last projection in it does."""
     found: dict[nn.Module, Tensor] = {}
-    ends = {part for layer in lm.layers for part in (layer.mlp, maybe(layer.mlp, lm.row.act)) if part is not None}
+    ends = {part for layer in lm.layers for part in (layer.mlp, *_last(lm, layer))}
     with hooked(after(part, kept(found, part, copied=True)) for part in ends):
         yield found
 
 
-def _mlp_error(lm: Model, layer: Layer, ends: Mapping[nn.Module, Tensor]) -> float:
+def _last(lm: Model, layer: Layer) -> Iterable[nn.Module]:
+    """The last projection of an MLP; where there seems to be none, whatever could be it."""
     last = maybe(layer.mlp, lm.row.act)
-    if last is None:  # a mixture of experts
-        return 0.0
-    parts = [part for part in getattr(layer.mlp, "_orig_mod", layer.mlp).children() if part is not last]
-    into = sum(sizes(part)[1] for part in parts if getattr(part, "out_features", getattr(part, "nf", None)))
-    got, want = (ends[part].flatten(0, -2) for part in (last, layer.mlp))
+    return _projections(layer.mlp) if last is None else [last]
+
+
+def _mlp_error(lm: Model, layer: Layer, ends: Mapping[nn.Module, Tensor]) -> float:
+    last, whole = maybe(layer.mlp, lm.row.act), ends[layer.mlp]
+    if last is None:  # a mixture of experts, of which no projection gives the whole
+        every = [ends[part] for part in _last(lm, layer) if part in ends]
+        return float("inf") if any(torch.equal(part, whole) for part in every) else 0.0
+    into = sum(sizes(part)[1] for part in _projections(layer.mlp) if part is not last)
+    got, want = (part.flatten(0, -2) for part in (ends[last], whole))
     # Both factors of a gated one read the stream, so twice as much goes in.
     if not hasattr(last, "weight") or got.shape != want.shape or (into >= 2 * sizes(last)[0]) != lm.row.gated:
         return float("inf")
     return relative(got[None], want)
+
+
+def _projections(module: nn.Module) -> Iterator[nn.Module]:
+    """The projections inside of a module, without what is inside of these."""
+    for part in module.children():
+        sized = getattr(part, "out_features", getattr(part, "nf", None)) is not None
+        yield from [part] if sized else _projections(part)
 
 
 def _opened(lm: Model, folded: tuple[Folded, ...], ids: Ids, mask: Mask, closed: _Rows) -> Errors:
@@ -164,6 +190,8 @@ def _of_positions(
     yield "causal", relative(logits[-1:, :-1], logits[0, :-1])
     inputs, cached = kept_run(lm, ids[:1])
     yield "continued", relative(finished(lm, inputs[-1][0], dtype)[None], logits[0])
+    if lm.has_head:
+        yield "logits", _loud(lm, ids[:1], inputs[-1][0], dtype)
     # Early rows alone are fewer than the switch of a model that computes otherwise beyond it.
     for start in {ids.shape[1] // 2 + 1, *([1] if switches(lm) else [])}:
         yield "continued", continues(lm, ids[:1], inputs, cached, start, min(2, ids.shape[1] - start))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from torch import nn
@@ -11,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 from unwrite.errors import ModelError
 from unwrite.model.families import FAMILIES, REFUSED, Family
 
-_KNOWN = f"one of {', '.join(FAMILIES)}"
+_KNOWN = f"one of {', '.join(FAMILIES)}, or another decoder with one residual stream"
 # What to do with a model that cannot be run.
 BY_ITSELF = "see that it runs by itself: model(input_ids=ids).logits"
 INNER = "if it does not run on text alone, pass the causal language model inside of it"
@@ -22,8 +21,11 @@ def text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
-def row_of(config: Any) -> Family:
-    """The row of the decoder that reads text. Raises ModelError for what has none, or cannot be decomposed."""
+def row_of(config: Any) -> Family | None:
+    """The row of the decoder that reads text; None where the table has none, and one is to be found.
+
+    Raises ModelError for what cannot be decomposed.
+    """
     around, config = config, text_config(config)
     family = config.model_type
     if getattr(around, "is_encoder_decoder", False):
@@ -31,15 +33,7 @@ def row_of(config: Any) -> Family:
     for name in (around.model_type, family):
         if name in REFUSED:
             raise ModelError(f"{name} cannot be decomposed exactly: {REFUSED[name]}", expected=_KNOWN)
-    if family not in FAMILIES:
-        near = ", ".join(difflib.get_close_matches(family, FAMILIES, n=3, cutoff=0.3))
-        raise ModelError(
-            f"unknown architecture {family}",
-            expected=_KNOWN,
-            fix=f"see 'How to add a family' in CONTRIBUTING.md{f'; nearest: {near}' if near else ''}",
-        )
-    row = FAMILIES[family]
-    if why := row.refuse(config):
+    if (row := FAMILIES.get(family)) is not None and (why := row.refuse(config)):
         raise ModelError(
             f"this {family} configuration cannot be decomposed exactly: {why}", expected=f"a {family} without that"
         )
@@ -50,6 +44,11 @@ def class_of(config: Any) -> Any:
     """The class of transformers that makes logits of text from such a configuration."""
     causal = text_config(config) is config or type(config) in AutoModelForCausalLM._model_mapping
     return AutoModelForCausalLM if causal else AutoModelForMultimodalLM
+
+
+def head_of(hf: Any) -> nn.Module | None:
+    """What makes logits of normed streams, where a model has it."""
+    return hf.get_output_embeddings()
 
 
 def require_decoder(hf: Any) -> None:

@@ -20,6 +20,8 @@ from unwrite.files import possible
 from unwrite.model.capture import evaluating
 from unwrite.model.certificate import certify
 from unwrite.model.complete import whole
+from unwrite.model.discover import discovered
+from unwrite.model.families import BY_HAND, FOUND
 from unwrite.model.gguf import configuration, from_gguf, gguf_file
 from unwrite.model.inside import BY_ITSELF, INNER, class_of, require_decoder, row_of, text_config
 from unwrite.model.legacy import checkpoint, from_legacy, is_legacy, tokenizer_folder, tokenizer_name
@@ -108,12 +110,12 @@ def unwrapped(source: Any) -> Any:
 
 def view(hf: PreTrainedModel, tokenizer: Any = None, convention: str = "paper", name: str = "") -> Model:
     """A certified `Model` on a Hugging Face model in memory. Raises ModelError as `load` does."""
-    family = text_config(hf.config).model_type
-    row = row_of(hf.config)
+    family, row = text_config(hf.config).model_type, row_of(hf.config)
     require_decoder(hf)
     about = {"name": name or type(hf).__name__, "commit": getattr(hf.config, "_commit_hash", None)}
-    lm = Model(hf, tokenizer, family, row, convention, about)
+    about["row"] = FOUND if row is None else BY_HAND
     try:
+        lm = Model(hf, tokenizer, family, row or discovered(hf), convention, about)
         require_linear(lm, *(part for layer in lm.layers for part in (layer.out_proj, layer.value)))
         with evaluating(hf):
             certificate = certify(lm)
@@ -140,7 +142,8 @@ def outline(source: str | Path, dtype: torch.dtype | str | None = None) -> Model
         return None
     try:
         config = AutoConfig.from_pretrained(place)
-        row = row_of(config)
+        if (row := row_of(config)) is None:  # it is found from what a model computes
+            return None
         with torch.device("meta"):
             hf = class_of(config).from_config(config, dtype=dtype or config.dtype or torch.float32)
     except UnwriteError:

@@ -83,7 +83,7 @@ class Model:
     def config(self) -> Any:
         """The Hugging Face configuration; of a model that reads more than text, that of its text decoder."""
         whole = self.hf.config
-        return whole if text_config(whole) is whole else self.decoder.config
+        return whole if text_config(whole) is whole else getattr(self.decoder, "config", text_config(whole))
 
     @cached_property
     def decoder(self) -> nn.Module:

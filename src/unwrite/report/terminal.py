@@ -172,8 +172,9 @@ def headline(result: Result) -> str:
     """Model, shape and convention in one line."""
     model = result.provenance["model"]
     centred = ", centred" if model["centred"] else ""
+    row = f" · row: {model['row']}" if model.get("row", "by hand") != "by hand" else ""
     return (
-        f"{model['name']} · {model['family']} · {model['layers']} layers × {model['heads']} heads, d_model "
+        f"{model['name']} · {model['family']}{row} · {model['layers']} layers × {model['heads']} heads, d_model "
         f"{model['d_model']} · {model['dtype']} on {model['device']} · convention {model['convention']}{centred}"
     )
 

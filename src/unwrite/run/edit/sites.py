@@ -320,7 +320,9 @@ def _attended(lm: Model, site: Site) -> Place:
     # One head's copy of what its group reads from one place is nowhere.
     editable = site.kind not in ("k", "v") or lm.kv_heads == lm.n_heads
     if not lm.row.grouped_values:
-        return Place(point, lambda tensor, _: tensor.unflatten(-1, (-1, lm.head_dim)), own, editable=editable)
+        first = -lm.kv_heads if part == "v" else 0  # beside queries and keys, values are the last
+        shared: View = lambda tensor, _: tensor.unflatten(-1, (-1, lm.head_dim))[..., first:, :]  # noqa: E731
+        return Place(point, shared, own, editable=editable)
     each = lm.n_heads // lm.kv_heads
     item = {"q": site.head % each, "k": -2, "v": -1}[part]
     fused: View = lambda tensor, _: tensor.unflatten(-1, (lm.kv_heads, each + 2, lm.head_dim))[..., item, :]  # noqa: E731

@@ -219,7 +219,7 @@ def _opened(run: _Run) -> Iterator[AbstractContextManager[None]]:
     if kinds:
         yield around_attention(run.lm, run.attend, eager="pattern" in kinds)
     elif any(site.kind == "pattern" for site in run.places):
-        yield implementation(run.lm, "eager")
+        yield implementation(run.lm.config, "eager")
 
 
 def _hooks(run: _Run) -> Iterator[Handle]:

@@ -1,0 +1,335 @@
+"""What writes into the stream in one block, and through which modules? Read off the trace of one pass, block by block.
+
+What a row of the table cannot say raises `Unlike`, with the reason in the structure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from unwrite.model.sums import Op, Term, bare, behind, chain, is_product, leading, terms
+from unwrite.model.traced import Called, Looked, Traced, is_pattern
+from unwrite.model.view import is_norm, norm_scale
+from unwrite.model.weights import weight_of
+
+# Relative: what is the same in float32, where the sum is made in another order.
+SAME = 1e-4
+# Whether a norm removes the mean, and what is added to its weight.
+NormKind = tuple[bool, float]
+
+
+class Unlike(Exception):
+    """What in a model's structure no row can say."""
+
+
+class Block:
+    """One block: the state of the stream that it reads, those on the way, and what it adds."""
+
+    def __init__(self, trace: Traced, call: Called):
+        self.trace, self.path, self.module = trace, call.path, call.module
+        source, out, maker = bare(call.reads), call.made, partial(trace.maker, within=call.path)
+        if source is None or out is None:
+            raise Unlike("a block is not given the stream, or gives none")
+        leads = leading(out, source)
+        if not leads.get(out, False):
+            parts = _named(self, [*terms(out, None, partial(trace.innermost, within=call.path))])
+            raise Unlike(f"the block's output is not a sum that holds its input (it is {parts})")
+        self.source, self.states = source, {source, *(op for op, true in leads.items() if true)}
+        self.writers = _writers([*terms(out, source, maker)])
+
+    def name(self, call: Called | None) -> str | None:
+        """The path of a module from the block."""
+        return None if call is None else below(self.path, call.path)
+
+    def states_behind(self, op: Op | None) -> set[Op | None]:
+        """The states of the stream that something rests on."""
+        return {bare(met) for met in behind(op, self.states)}
+
+    def calls(self, within: str = "") -> Iterator[Called]:
+        """What ran inside of the block, or of a module of it."""
+        return (call for call in self.trace.calls if call.within(within or self.path))
+
+
+def below(root: str, path: str) -> str:
+    """A path as it is from `root`, where it lies."""
+    return path if not root else path.removeprefix(root).removeprefix(".")
+
+
+def _writers(parts: list[Term]) -> list[Term]:
+    gain = sum(part.factor for part in parts if part.call is None and not part.other)
+    if abs(gain - 1) > SAME:
+        raise Unlike(f"the block multiplies its stream by {gain:.3g}")
+    if odd := [part.other for part in parts if part.other]:
+        raise Unlike(f"the block adds what no module gives ({', '.join(odd)})")
+    return [part for part in parts if part.call is not None]
+
+
+def _leads(root: str = "", lacking: bool = False) -> Any:
+    """A path from the block or from the module of another path; `lacking`: some layers may have no such module."""
+    return field(metadata={"root": root, "lacking": lacking})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """What one block says of the row, under the names of its fields, and the norms that it was told from."""
+
+    input_norm: str | None = _leads()
+    attention: str = _leads()
+    mid: str | None = _leads()
+    mlp: str = _leads()
+    post_attention_norm: str | None = _leads()
+    post_mlp_norm: str | None = _leads()
+    out_proj: str = _leads("attention")
+    value: str = _leads("attention")
+    act: str | None = _leads("mlp", lacking=True)
+    grouped_values: bool
+    kv_heads: int
+    gated: bool | None  # None in a mixture of experts
+    interface: bool
+    opened: Mapping[str, str]
+    parallel: bool
+    residual_scale: float
+    norms: tuple[Called, ...]
+
+    @classmethod
+    def paths(cls) -> dict[str, Mapping[str, Any]]:
+        """The fields that are paths: where each begins, and whether some layers may lack it."""
+        return {part.name: part.metadata for part in fields(cls) if part.metadata}
+
+
+def said(block: Block, config: Any) -> Said:
+    """What a block says. Raises Unlike for what a row cannot say."""
+    look = _looked(block)
+    attends, writes = _pair(block, look)
+    (after, attention), (last, mlp) = _without_norm(block, attends.call), _without_norm(block, writes.call)
+    out, value, layout = _attention(block, look, attention, _heads(config))
+    into = _input_norm(block, look, value)
+    parallel, mid = _between(block, attention, mlp, look.path, into)
+    hidden, gated = _hidden(block, mlp)
+    return Said(
+        input_norm=block.name(into), attention=below(block.path, look.path), mid=block.name(mid),
+        mlp=below(block.path, mlp.path), post_attention_norm=block.name(after), post_mlp_norm=block.name(last),
+        out_proj=below(look.path, out.path), value=below(look.path, value.path),
+        act=None if hidden is None else below(mlp.path, hidden.path), gated=gated,
+        grouped_values=layout[0], kv_heads=layout[1], interface=look.interface, opened=_opened(block, look, value),
+        parallel=parallel, residual_scale=attends.factor,
+        norms=tuple(call for call in (into, after, last) if call is not None),
+    )  # fmt: skip
+
+
+# What writes.
+
+
+def _looked(block: Block) -> Looked:
+    """The one call of attention in a block."""
+    found = [look for look in block.trace.looked if look.path.startswith(f"{block.path}.")]
+    if len(found) > 1:
+        raise Unlike(f"the block calls attention {len(found)} times")
+    shown = [call for call in block.calls() if call.pattern is not None]
+    if not found and not shown:
+        raise Unlike(f"no attention with a pattern in a block ({_named(block, block.writers)})")
+    if not found:
+        inner = max(shown, key=lambda call: call.path.count("."))
+        return Looked(inner.path, inner.shows, inner.pattern)
+    if found[0].sinks or not (found[0].pattern is None or is_pattern(found[0].pattern)):
+        raise Unlike("attention sinks: rows of the pattern do not sum to 1, so heads have no constant part")
+    return found[0]
+
+
+def _named(block: Block, parts: list[Term]) -> str:
+    names = [part.other or f"{block.name(part.call)}: {type(part.call.module).__name__}" for part in parts]
+    return " + ".join(names) or "nothing"
+
+
+def _pair(block: Block, look: Looked) -> tuple[Term, Term]:
+    """What attention writes, and what the MLP does."""
+    marks = block.states | ({look.made} if look.made is not None else set())
+    attends = [part for part in block.writers if look.made in behind(part.call.made, marks)]
+    others = [part for part in block.writers if part not in attends]
+    if len(attends) != 1 or len(others) != 1:
+        raise Unlike(f"not one attention and one MLP write in a block ({_named(block, block.writers)})")
+    if abs(attends[0].factor - others[0].factor) > SAME * abs(others[0].factor):
+        raise Unlike("what attention and MLP write is multiplied by different numbers")
+    return attends[0], others[0]
+
+
+def _without_norm(block: Block, call: Called) -> tuple[Called | None, Called]:
+    """A norm through which a writer writes, and the writer before it."""
+    if not norm_kinds(call):
+        return None, call
+    for op in chain(call.reads):
+        if (writer := block.trace.maker(op, block.path)) is not None:
+            return call, writer
+    raise Unlike(f"{block.name(call)} is a norm of what no module gives")
+
+
+def norm_kinds(call: Called) -> dict[NormKind, float]:
+    """The kinds of norm that a module is, with the relative error of each; none for what is no norm."""
+    x = call.read
+    if x is None or not is_norm(call.module) or x.shape != call.gave.shape:
+        return {}
+    held = [getattr(call.module, name, None) for name in ("weight", "bias")]
+    if any(isinstance(part, Tensor) and not part.is_meta and part.shape != x.shape[-1:] for part in held):
+        return {}
+    found = {(mean, offset): _off(call, mean, offset) for mean in (False, True) for offset in (0.0, 1.0)}
+    return {kind: error for kind, error in found.items() if error <= SAME}
+
+
+def _off(call: Called, mean: bool, offset: float) -> float:
+    x, gave = call.read, call.gave.double()
+    assert x is not None  # noqa: S101 (asked before)
+    x = x.double()
+    weight, bias = (_double(weight_of(call.module, name), x) for name in ("weight", "bias"))
+    made = (x - x.mean(-1, keepdim=True) if mean else x) * norm_scale(x, call.module, mean)[..., None]
+    made = (made if weight is None else made * (weight + offset)) + (0.0 if bias is None else bias)
+    return float((made - gave).norm() / gave.norm())
+
+
+def _double(weight: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if weight is None else weight.detach().to(x)
+
+
+# Attention.
+
+
+def _attention(block: Block, look: Looked, writer: Called, heads: int) -> tuple[Called, Called, tuple[bool, int]]:
+    """Its out-projection, what makes its values, and how these lie: in groups or last, of how many heads."""
+    out = _projection(block, writer.made, look.path)
+    if out is None or out.read is None:
+        raise Unlike(f"what attention writes ({block.name(writer)}) comes out of no projection in it")
+    if out.read.shape[-1] % heads:
+        raise Unlike(f"what its out-projection reads does not divide into {heads} heads")
+    z = out.read.reshape(*out.gave.shape[:2], heads, -1)
+    if look.z is not None and not _same(look.z.flatten(), z.flatten()):
+        raise Unlike("head outputs are gated or normed: the out-projection does not read pattern × values itself")
+    return (out, *_values(block, look, z))
+
+
+def _heads(config: Any) -> int:
+    try:
+        return config.num_attention_heads
+    except Exception:  # noqa: BLE001 - a configuration raises what it likes
+        raise Unlike("its layers differ in heads, or its configuration does not say how many there are") from None
+
+
+def _projection(block: Block, op: Op | None, within: str) -> Called | None:
+    """The linear map that gave what an operation made, in another shape perhaps."""
+    for at in chain(op):
+        for call in block.trace.makers(at, within):
+            if _is_projection(call.module):
+                return call
+    return None
+
+
+def _is_projection(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    matrix = isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding)
+    return matrix or all(isinstance(getattr(module, f"{side}_features", None), int) for side in ("in", "out"))
+
+
+def _same(got: Tensor, want: Tensor) -> bool:
+    return got.shape == want.shape and bool((got - want).norm() <= SAME * want.norm())
+
+
+def _values(block: Block, look: Looked, z: Tensor) -> tuple[Called, tuple[bool, int]]:
+    """The projection whose outputs, the last or those last in every group, are what attention carries."""
+    heads = z.shape[2]
+    for call in reversed([*block.calls(look.path)]):
+        if not _is_projection(call.module) or call.gave.numel() % (z.shape[0] * z.shape[1]):
+            continue
+        rows = call.gave.reshape(*z.shape[:2], -1)
+        for kv in (kv for kv in range(heads, 0, -1) if heads % kv == 0):
+            for grouped, value in _layouts(rows, kv, z.shape[3]):
+                if _carried(value.repeat_interleave(heads // kv, 2), look, z):
+                    return call, (grouped, kv)
+    raise Unlike(_why(block, look, look.reads))
+
+
+def _layouts(rows: Tensor, kv: int, width: int) -> Iterator[tuple[bool, Tensor]]:
+    if rows.shape[-1] >= kv * width:
+        yield False, rows[..., -kv * width :].unflatten(-1, (kv, width))
+    if rows.shape[-1] % (kv * width) == 0:
+        yield True, rows.unflatten(-1, (kv, -1, width))[..., -1, :]
+
+
+def _carried(value: Tensor, look: Looked, z: Tensor) -> bool:
+    """Are these the values [prompt, key, head, d_head] of the pass?"""
+    if look.value is not None:
+        own = look.value.transpose(1, 2)
+        return z.shape[2] % own.shape[2] == 0 and _same(own.repeat_interleave(z.shape[2] // own.shape[2], 2), value)
+    pattern = look.pattern
+    assert pattern is not None  # noqa: S101 (one of both was seen)
+    return pattern.shape[1] == z.shape[2] and _same((pattern @ value.transpose(1, 2)).transpose(1, 2), z)
+
+
+def _why(block: Block, look: Looked, op: Op | None) -> str:
+    """What stands between the stream and the values."""
+    norms = {call.made: call for call in block.calls(look.path) if norm_kinds(call) and call.made is not None}
+    if met := behind(op, {*norms, *block.states}) & norms.keys():
+        norm = norms[next(iter(met))]
+        readers = [call for call in block.calls(look.path) if bare(call.reads) is bare(norm.made)]
+        if reader := next((call for call in readers if _is_projection(call.module)), None):
+            latent = f"{below(look.path, reader.path)} reads the norm {below(look.path, norm.path)} inside attention"
+            return f"latent values (MLA): {latent}"
+        return f"values are normed: attention carries what {below(look.path, norm.path)} gives"
+    if op is not None and block.states_behind(op) != {block.source}:
+        return "values of an earlier layer, or of another state than the block reads"
+    return "no projection of its attention gives the values that it carries"
+
+
+def _input_norm(block: Block, look: Looked, value: Called) -> Called | None:
+    """The norm between the stream that the block reads and its values; None where they read it bare."""
+    if bare(value.reads) is block.source:
+        return None
+    for op in chain(value.reads):
+        for call in reversed(block.trace.makers(op, block.path)):
+            if bare(call.reads) is block.source and norm_kinds(call):
+                return call
+    reason = _why(block, look, value.reads)
+    raise Unlike(reason if "(MLA)" in reason else "values do not read a norm of what the block reads")
+
+
+def _opened(block: Block, look: Looked, value: Called) -> dict[str, str]:
+    """Which modules put out values and pattern just as attention uses them, where no function can be put in."""
+    if look.interface:
+        return {}
+    shown = [call for call in block.calls(look.path) if is_pattern(call.gave)]
+    return {"v": below(look.path, value.path)} | ({"pattern": below(look.path, shown[-1].path)} if shown else {})
+
+
+# The MLP.
+
+
+def _between(
+    block: Block, attention: Called, mlp: Called, attends: str, into: Called | None
+) -> tuple[bool, Called | None]:
+    """Do both read one state of the stream, and which module reads the one before the MLP (beside what both share)?"""
+    if block.states_behind(attention.made) != {block.source}:
+        raise Unlike("attention does not read the stream as the block reads it")
+    met = block.states_behind(mlp.made)
+    if len(met) != 1:
+        raise Unlike(f"the MLP reads {len(met)} states of the stream")
+    (state,) = met
+    makers = {call.made: call for call in block.calls() if not call.path.startswith(f"{attends}.")}
+    readers = [call for call in makers.values() if bare(call.reads) is state and call.path != attends]
+    used = [call for call in readers if call is mlp or call.made in behind(mlp.made, block.states | {call.made})]
+    if state is block.source:
+        return True, next((call for call in used if into is None or call.path != into.path), None)
+    if not used:
+        raise Unlike("no module reads the stream between attention and MLP")
+    return False, min(used, key=lambda call: call.path.count("."))
+
+
+def _hidden(block: Block, mlp: Called) -> tuple[Called | None, bool | None]:
+    """The projection that reads the MLP's hidden activations, and are they a product? None in a mixture of experts."""
+    last = mlp if _is_projection(mlp.module) else _projection(block, mlp.made, mlp.path)
+    if last is None:
+        return None, None
+    within = block.path if last is mlp else mlp.path
+    activation = any(block.trace.maker(op, within) is not None for op in chain(last.reads))
+    return last, is_product(last.reads) and not activation
