@@ -118,6 +118,8 @@ def test_doctor_measures_identities_memory_and_time() -> None:
     diagnosis = uw.doctor(lm, n=100, length=128)
     assert diagnosis.ok
     assert {check.name for check in diagnosis.checks} >= {f"identity {name}" for name in lm.certificate}
+    row = next(check.found for check in diagnosis.checks if check.name == "row by hand")
+    assert "write to one stream; heads (attn: values c_attn, out-projection c_proj) read ln_1; MLPs (mlp.c_proj)" in row
     assert diagnosis.memory > sum(parameter.nbytes for parameter in lm.hf.parameters())
     assert diagnosis.seconds > 0
     assert [need.stage for need in diagnosis.stages] == ["scan", "survival", "verify", "dla"]

@@ -13,6 +13,7 @@ import torch
 from unwrite.errors import whole
 from unwrite.model import devices
 from unwrite.model.devices import Region, placed, size
+from unwrite.model.families import BY_HAND
 from unwrite.model.load import outline, places
 from unwrite.model.view import Model, require_model
 from unwrite.model.weights import DISK
@@ -83,7 +84,8 @@ def doctor(
     """
     require_model(lm)
     n, length = _size(n, length, lm)
-    checks = [
+    checks = [Check(f"row {lm.about.get('row', BY_HAND)}", True, _row(lm))]
+    checks += [
         Check(f"identity {name}", lm.certificate.holds(name), f"relative error {error:.1e}")
         for name, error in lm.certificate.items()
     ]
@@ -146,6 +148,29 @@ def _fits(regions: Sequence[Region], here: str, scan: int, loaded: bool) -> list
         name = "memory" if len(devices) == 1 else f"memory of {place}"
         found.append(Check(name, need <= free, f"{size(need)} needed, {size(free)} there", fix))
     return found
+
+
+def _row(lm: Model) -> str:
+    """Where heads, MLPs and norms of the model are taken to be, and by what is multiplied, in words."""
+    row, mid = lm.row, lm.row.mid
+    through = {
+        part: f" and write through {norm}" if norm else ""
+        for part, norm in {"attention": row.post_attention_norm, "mlp": row.post_mlp_norm}.items()
+    }
+    down = f"{row.mlp}.{row.act}" if row.act else row.mlp
+    factors = {
+        "the embedding is": row.embed_scale(lm.config), "writes of blocks are": lm.residual_scale,
+        "logits are": row.logit_scale(lm.config),
+    }  # fmt: skip
+    said = [
+        f"{len(lm.layers)} blocks ({row.decoder}.{row.blocks}) write to one stream",
+        f"heads ({row.attention}: values {row.value}, out-projection {row.out_proj}) read "
+        f"{row.input_norm or 'the bare stream'}{through['attention']}",
+        f"MLPs ({down}) read {'beside attention' if lm.parallel else f'what {mid} is given'}{through['mlp']}",
+        *(f"{what} times {by:g}" for what, by in factors.items() if by != 1),
+    ]
+    cap = row.logit_cap(lm.config)
+    return "; ".join(said + ([] if cap is None else [f"logits are capped at {cap:g}"]))
 
 
 def _tokenizer(lm: Model) -> str:
