@@ -159,8 +159,9 @@ def _one_row(mlp: nn.Module, row: Int[Tensor, " run"]) -> Iterator[None]:
         if len(shape[-1]) != 3:
             return None
         whole = first.new_zeros(*shape[-1][:2], first.shape[-1])
-        whole[run.to(first.device), row.to(first.device)] = first[:, 0]
-        return whole
+        whole[run.to(first.device), row.to(first.device)] = first.flatten(0, -2)
+        # Some mixtures of experts give the rows of all prompts in one list.
+        return whole if first.dim() == 3 else whole.flatten(0, 1)
 
     with hooked([before(mlp, narrow), after(mlp, widen)]):
         yield
