@@ -68,8 +68,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if "shared" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.shared)
+        for fixture in ("shared", "real"):
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(fixture)
         for marker in ("slow", "gpu", "shared", "real"):
             if item.get_closest_marker(marker) and (reason := _missing(marker, config)):
                 item.add_marker(pytest.mark.skip(reason=reason))
@@ -93,6 +94,12 @@ def _missing(marker: str, config: pytest.Config) -> str | None:
 def shared() -> Path:
     """The neighbour folder with real models and corpora; a test that asks for it is marked `shared`."""
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def real() -> Path:
+    """The folder of models that are too large to lie beside the project; a test that asks for it is marked `real`."""
+    return Path(str(REAL))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 import tiny
 import unwrite as uw
-from conftest import REAL
 from test_families import ADDITIVE, error, some_ids, written
 from twin import Truth
 from unwrite.errors import ModelError
@@ -133,12 +132,11 @@ def test_a_row_written_by_hand_is_found_again(family: str, seed: int) -> None:
     assert found.interface or "v" in opened
 
 
-@pytest.mark.real
 @pytest.mark.parametrize("name", ["smollm2-135m", "gemma3-270m"])
-def test_the_row_of_a_real_model_is_found_again(name: str, nameless: Callable[[str], Family]) -> None:
-    hand = uw.load(f"{REAL}/{name}")
+def test_the_row_of_a_real_model_is_found_again(name: str, real: Path, nameless: Callable[[str], Family]) -> None:
+    hand = uw.load(str(real / name))
     row = nameless(hand.family)
-    found = uw.load(f"{REAL}/{name}")
+    found = uw.load(str(real / name))
     assert found.certificate.ok
     assert [str(part) for part in found.parts] == [str(part) for part in hand.parts]
     assert numbers(hand.hf, found.row) == numbers(hand.hf, row)
