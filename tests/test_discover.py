@@ -439,10 +439,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "sinks": (
         lambda: unknown("granite_swa", sliding_window=4), "attention sinks: rows of the pattern do not sum to 1"
     ),
-    "a mixer": (
-        lambda: unknown("jamba", num_experts=2, num_experts_per_tok=1, mamba_d_state=8, mamba_dt_rank=4,
-                        attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False),
-        r"no attention with a pattern in a block \(mamba: JambaMambaMixer",
+    "attention beside a mixer": (
+        lambda: unknown("falcon_h1", mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1),
+        r"not one attention and one MLP write in a block \(mamba: FalconH1Mixer \+ self_attn: FalconH1Attention",
     ),
     "one norm in two places": (lambda: unknown("nanochat"), "one module, model.norm, is called in several places"),
     "positions of no module": (

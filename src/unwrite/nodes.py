@@ -23,8 +23,9 @@ class Kind:
     """One kind of what can be recorded or edited: how its sites are called, how many there are, what they can be.
 
     `printed` is their printed name, `also` other spellings as regular expressions; `per` says of what there is one:
-    the "model", a "layer", a "head", "kv_head" or "neuron" of a layer. `group` is what all of them are called together
-    where they can be patched from another run; they `write` into the stream as nodes do, `send` or `receive` on a path.
+    the "model", a "layer", a "head", "mixer", "kv_head" or "neuron" of a layer. `group` is what all of them are called
+    together where they can be patched from another run; they `write` into the stream as nodes do, `send` or `receive`
+    on a path.
     """
 
     printed: str
@@ -61,6 +62,8 @@ KINDS: dict[str, Kind] = {
     "pattern": Kind("L{layer}H{head}.pattern", "head"),
     "z": Kind("L{layer}H{head}.z", "head"),
     "head": Kind("L{layer}H{head}", "head", "heads", _PAIRS, writes=True, sends=True, receives=True),
+    "mixer_z": Kind("L{layer}M{head}.z", "mixer"),
+    "mixer": Kind("L{layer}M{head}", "mixer", "heads", writes=True, sends=True, receives=True),
     "bias": Kind("L{layer}.bias", writes=True),
     "attn_out": Kind("L{layer}.attn_out", "layer", "attn_out", (r"blocks\.(\d+)\.hook_attn_out",), sends=True),
     "mid": Kind("resid_mid{layer}", "layer", "resid", (r"blocks\.(\d+)\.hook_resid_mid",)),
@@ -73,6 +76,8 @@ KINDS: dict[str, Kind] = {
 }
 _ORDER = {name: place for place, name in enumerate(KINDS)}
 _STATES = ("pre", "mid", "post")
+# What writes through one projection of its layer: heads of attention, and those of a mixer, which has no pattern.
+PROJECTED = ("head", "mixer")
 # What `uw.effects` can be asked of: a group and the kinds in it.
 GROUPS: dict[str, tuple[str, ...]] = {
     group: tuple(name for name, kind in KINDS.items() if kind.group == group)
@@ -224,13 +229,14 @@ def nearest(name: object, available: Iterable[object]) -> str | None:
 def reads(reader: Node, writer: Node, parallel: bool) -> bool:
     """Can `reader`'s input contain what `writer` wrote?
 
-    Only a head or MLP reads; it reads earlier layers, and in a sequential block the MLP reads its layer's attention.
+    Only a head, mixer or MLP reads; it reads earlier layers, and in a sequential block the MLP its layer's attention.
     """
-    if reader.kind not in ("head", "mlp"):
+    if reader.kind not in (*PROJECTED, "mlp"):
         return False
     if writer.layer < reader.layer:
         return True
-    return not parallel and reader.kind == "mlp" and writer.layer == reader.layer and writer.kind in ("head", "bias")
+    own = writer.layer == reader.layer and writer.kind in (*PROJECTED, "bias")
+    return not parallel and reader.kind == "mlp" and own
 
 
 def choose(names: Iterable[object] | Node | None, available: Sequence[Node]) -> tuple[Node, ...]:

@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from unwrite.errors import ModelError
 from unwrite.model.hooks import after, hooked
-from unwrite.model.view import Model
+from unwrite.model.view import Layer, Model
 
 _NAME = "unwrite"
 Patterns = dict[int, Float[Tensor, "prompt head query key"]]
@@ -42,8 +42,11 @@ def patterns(lm: Model) -> Iterator[Patterns]:
     what it was. Raises ModelError for attention with learned sinks, whose rows do not sum to 1, and where attention
     that is opened would not be the model's own.
     """
-    lm.require("opened")
     found: Patterns = {}
+    if not lm.applies("opened"):  # there are none
+        yield found
+        return
+    lm.require("opened")
     with _open(lm, found):
         yield found
 
@@ -71,7 +74,7 @@ def _open_torch(lm: Model, found: Patterns) -> AbstractContextManager[None]:
 
 @contextmanager
 def _open_attention(lm: Model, found: Patterns) -> Iterator[None]:
-    layer_of = {layer.attention: layer.index for layer in lm.layers}
+    layer_of = {layer.attention: layer.index for layer in lm.layers if layer.attends}
     closed = _own(lm) != "eager"
 
     def attend(
@@ -121,7 +124,7 @@ def scoring(lm: Model) -> Iterator[dict[int, Scored]]:
         raise ModelError(f"the scores of {lm.family}'s attention are not shown by any module", fix="use method='atp'")
     lm.require("opened")
     found: dict[int, Scored] = {}
-    layer_of = {layer.attention: layer.index for layer in lm.layers}
+    layer_of = {layer.attention: layer.index for layer in lm.layers if layer.attends}
 
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **settings: Any):
         exact = torch.promote_types(query.dtype, torch.float32)
@@ -153,7 +156,8 @@ def around_attention(lm: Model, around: Around, eager: bool) -> Iterator[None]:
 
 @contextmanager
 def _around_interface(lm: Model, around: Around, eager: bool) -> Iterator[None]:
-    own, layer_of = "eager" if eager else _own(lm), {layer.attention: layer.index for layer in lm.layers}
+    own = "eager" if eager else _own(lm)
+    layer_of = {layer.attention: layer.index for layer in lm.layers if layer.attends}
     opened = own == "eager" and _own(lm) != "eager"
     attend = partial(_attend_interface, around, layer_of, own, opened)
     mask = _eager_mask if own == "eager" else AttentionMaskInterface._global_mapping.get(own)
@@ -187,17 +191,18 @@ def _attend_interface(
 @contextmanager
 def _around_torch(lm: Model, around: Around, eager: bool) -> Iterator[None]:
     with ExitStack() as stack:
-        for layer in lm.layers:
-            attend = partial(_attend_torch, lm, partial(around, layer.index), eager)
+        for layer in (layer for layer in lm.layers if layer.attends):
+            attend = partial(_attend_torch, layer, partial(around, layer.index), eager)
             stack.enter_context(_calls(layer.attention, attend))
         yield
 
 
 def _attend_torch(
-    lm: Model, around: Callable[..., Attended], eager: bool, query: Tensor, key: Tensor, value: Tensor, **settings: Any
-) -> Tensor:
+    layer: Layer, around: Callable[..., Attended], eager: bool, query: Tensor, key: Tensor, value: Tensor,
+    **settings: Any,
+) -> Tensor:  # fmt: skip
     # A family may have given every query head its copy already; the call stays as it is where nobody changes them.
-    each = max(1, key.shape[1] // lm.kv_heads)
+    each = max(1, key.shape[1] // layer.kv_heads)
     shared_key, shared_value = key[:, ::each], value[:, ::each]
     function = _torch_with_pattern if eager else _torch_alone
     attend: Attend = lambda query, own_key, own_value: function(  # noqa: E731
@@ -342,7 +347,7 @@ def _returned_weights(lm: Model, found: Patterns) -> Iterator[None]:
     def keep(layer: int, pattern: Tensor) -> None:
         found[layer] = pattern.detach().to(lm.device)
 
-    seen = (after(layer.attention, partial(keep, layer.index), item=1) for layer in lm.layers)
+    seen = (after(layer.attention, partial(keep, layer.index), item=1) for layer in lm.layers if layer.attends)
     with hooked(seen), implementation(lm.config, "eager"):
         yield
 

@@ -5,14 +5,14 @@ What a row of the table cannot say raises `Unlike`, with the reason in the struc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from unwrite.model.sums import Op, Term, bare, behind, chain, is_product, leading, terms
+from unwrite.model.sums import Op, Term, bare, behind, chain, is_product, leading, merged_from, terms
 from unwrite.model.traced import Called, Looked, Traced, is_pattern
 from unwrite.model.view import is_norm, norm_scale
 from unwrite.model.weights import weight_of
@@ -69,9 +69,9 @@ def _writers(parts: list[Term]) -> list[Term]:
     return [part for part in parts if part.call is not None]
 
 
-def _leads(root: str = "", lacking: bool = False) -> Any:
-    """A path from the block or from the module of another path; `lacking`: some layers may have no such module."""
-    return field(metadata={"root": root, "lacking": lacking})
+def _leads(root: str = "", always: bool = False) -> Any:
+    """A path from the block or from the module of another path; `always`: a row names one, if no layer has it, too."""
+    return field(metadata={"root": root, "always": always})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,60 +79,86 @@ class Said:
     """What one block says of the row, under the names of its fields, and the norms that it was told from."""
 
     input_norm: str | None = _leads()
-    attention: str = _leads()
+    attention: str | None = _leads(always=True)  # or a mixer
     mid: str | None = _leads()
-    mlp: str = _leads()
+    mlp: str | None = _leads(always=True)
     post_attention_norm: str | None = _leads()
     post_mlp_norm: str | None = _leads()
-    out_proj: str = _leads("attention")
-    value: str = _leads("attention")
-    act: str | None = _leads("mlp", lacking=True)
-    grouped_values: bool
-    kv_heads: int
-    gated: bool | None  # None in a mixture of experts
-    interface: bool
-    opened: Mapping[str, str]
-    parallel: bool
+    out_proj: str | None = _leads("attention", always=True)
+    value: str | None = _leads("attention", always=True)
+    act: str | None = _leads("mlp", always=True)
+    # None where there is nothing of which this could be said, as of a mixture of experts whether it is gated.
+    grouped_values: bool | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    gated: bool | None = None
+    interface: bool | None = None
+    opened: Mapping[str, str] | None = None
+    parallel: bool | None = None
     residual_scale: float
     norms: tuple[Called, ...]
 
     @classmethod
     def paths(cls) -> dict[str, Mapping[str, Any]]:
-        """The fields that are paths: where each begins, and whether some layers may lack it."""
+        """The fields that are paths: where each begins, and whether a row always names one."""
         return {part.name: part.metadata for part in fields(cls) if part.metadata}
 
 
-def said(block: Block, config: Any) -> Said:
-    """What a block says. Raises Unlike for what a row cannot say."""
-    look = _looked(block)
-    attends, writes = _pair(block, look)
-    (after, attention), (last, mlp) = _without_norm(block, attends.call), _without_norm(block, writes.call)
-    out, value, layout = _attention(block, look, attention, _heads(config))
-    into = _input_norm(block, look, value)
-    parallel, mid = _between(block, attention, mlp, look.path, into)
-    hidden, gated = _hidden(block, mlp)
-    return Said(
-        input_norm=block.name(into), attention=below(block.path, look.path), mid=block.name(mid),
-        mlp=below(block.path, mlp.path), post_attention_norm=block.name(after), post_mlp_norm=block.name(last),
-        out_proj=below(look.path, out.path), value=below(look.path, value.path),
-        act=None if hidden is None else below(mlp.path, hidden.path), gated=gated,
-        grouped_values=layout[0], kv_heads=layout[1], interface=look.interface, opened=_opened(block, look, value),
-        parallel=parallel, residual_scale=attends.factor,
-        norms=tuple(call for call in (into, after, last) if call is not None),
-    )  # fmt: skip
+def said(block: Block, mixes: Collection[str]) -> Said:
+    """What a block says, where of what writes without attention these `mixes` mix positions.
+
+    Raises Unlike for what a row cannot say.
+    """
+    look = looked(block)
+    first, second = _pair(block, look, mixes)
+    (after, mixer), (last, mlp) = (
+        (None, None) if part is None else _without_norm(block, part.call) for part in (first, second)
+    )
+    path = "" if mixer is None else mixer.path if look is None else look.path
+    found: dict[str, Any] = {}
+    if look is not None and mixer is not None:
+        into, found = _attending(block, look, mixer)
+    elif mixer is not None:
+        into, found = _norm_before(block, mixer), _mixer(block, mixer)
+    else:
+        into = None if mlp is None else _norm_before(block, mlp)
+    if mixer is not None and mlp is not None:
+        parallel, mid = _between(block, mixer, mlp, path, into)
+        found |= {"parallel": parallel, "mid": block.name(mid)}
+    if mlp is not None:
+        hidden, gated = _hidden(block, mlp)
+        act = None if hidden is None else below(mlp.path, hidden.path)
+        found |= {"mlp": below(block.path, mlp.path), "act": act, "gated": gated}
+    found |= {
+        "input_norm": block.name(into), "post_attention_norm": block.name(after), "post_mlp_norm": block.name(last),
+        "attention": below(block.path, path) if path else None,
+    }  # fmt: skip
+    scale = next(part.factor for part in (first, second) if part is not None)
+    norms = tuple(call for call in (into, after, last) if call is not None)
+    return Said(**{**dict.fromkeys(Said.paths()), **found}, residual_scale=scale, norms=norms)
+
+
+def _attending(block: Block, look: Looked, writer: Called) -> tuple[Called | None, dict[str, Any]]:
+    """The norm before attention, and what is said of attention."""
+    out, value, layout, heads = _attention(block, look, writer)
+    return _input_norm(block, look, value), {
+        "out_proj": below(look.path, out.path), "value": below(look.path, value.path), "grouped_values": layout[0],
+        "kv_heads": layout[1], "heads": heads, "interface": look.interface, "opened": _opened(block, look, value),
+    }  # fmt: skip
 
 
 # What writes.
 
 
-def _looked(block: Block) -> Looked:
-    """The one call of attention in a block."""
-    found = [look for look in block.trace.looked if look.path.startswith(f"{block.path}.")]
+def looked(block: Block) -> Looked | None:
+    """The one call of attention in what writes in a block, if any."""
+    roots = [root for part in block.writers for root in _roots(block, part.call)]
+    found = [look for look in block.trace.looked if any(_in(look.path, root) for root in roots)]
     if len(found) > 1:
         raise Unlike(f"the block calls attention {len(found)} times")
-    shown = [call for call in block.calls() if call.pattern is not None]
+    shown = [call for call in block.calls() if call.pattern is not None and any(_in(call.path, root) for root in roots)]
     if not found and not shown:
-        raise Unlike(f"no attention with a pattern in a block ({_named(block, block.writers)})")
+        return None
     if not found:
         inner = max(shown, key=lambda call: call.path.count("."))
         return Looked(inner.path, inner.shows, inner.pattern)
@@ -141,21 +167,55 @@ def _looked(block: Block) -> Looked:
     return found[0]
 
 
+def _roots(block: Block, writer: Called) -> list[str]:
+    """A writer's path, or that of what writes through the norm that it is."""
+    below_it = (block.trace.maker(op, block.path) for op in chain(writer.reads)) if norm_kinds(writer) else ()
+    return [writer.path, *(call.path for call in below_it if call is not None)]
+
+
+def _in(path: str, root: str) -> bool:
+    """Is one of both inside of the other? BLOOM's attention is given the stream, and only its projection writes."""
+    return f"{path}.".startswith(f"{root}.") or root.startswith(f"{path}.")
+
+
 def _named(block: Block, parts: list[Term]) -> str:
     names = [part.other or f"{block.name(part.call)}: {type(part.call.module).__name__}" for part in parts]
     return " + ".join(names) or "nothing"
 
 
-def _pair(block: Block, look: Looked) -> tuple[Term, Term]:
-    """What attention writes, and what the MLP does."""
-    marks = block.states | ({look.made} if look.made is not None else set())
-    attends = [part for part in block.writers if look.made in behind(part.call.made, marks)]
+def _pair(block: Block, look: Looked | None, mixes: Collection[str]) -> tuple[Term | None, Term | None]:
+    """What attention, or a mixer, writes, and what the MLP does; not both need be there."""
+    made = None if look is None else look.made
+    marks = block.states | ({made} if made is not None else set())
+    attends = [one for one in block.writers if writer(block, one).path in mixes or made in behind(one.call.made, marks)]
     others = [part for part in block.writers if part not in attends]
-    if len(attends) != 1 or len(others) != 1:
+    if len(attends) > 1 or len(others) > 1 or not block.writers:
         raise Unlike(f"not one attention and one MLP write in a block ({_named(block, block.writers)})")
-    if abs(attends[0].factor - others[0].factor) > SAME * abs(others[0].factor):
+    if len(block.writers) > 1 and abs(attends[0].factor - others[0].factor) > SAME * abs(others[0].factor):
         raise Unlike("what attention and MLP write is multiplied by different numbers")
-    return attends[0], others[0]
+    return next(iter(attends), None), next(iter(others), None)
+
+
+def _mixer(block: Block, mixer: Called) -> dict[str, Any]:
+    """The projection through which a mixer writes, and its heads: the axis that was apart before; else it is one."""
+    out = _projection(block, mixer.made, mixer.path)
+    if out is None or out.read is None:
+        raise Unlike(f"what a mixer writes ({block.name(mixer)}) comes out of no projection in it")
+    width = out.read.shape[-1]
+    heads = width // (merged_from(out.reads, width) or width)
+    return {"out_proj": below(mixer.path, out.path), "heads": heads}
+
+
+def _norm_before(block: Block, writer: Called) -> Called | None:
+    """The norm through which a writer reads what the block reads; None where it reads that bare."""
+    norms = [call for call in block.calls() if bare(call.reads) is block.source and norm_kinds(call)]
+    used = [call for call in norms if call.made in behind(writer.made, block.states | {call.made})]
+    return used[0] if used else None
+
+
+def writer(block: Block, term: Term) -> Called:
+    """The module that writes a term, before a norm through which it does."""
+    return _without_norm(block, term.call)[1]
 
 
 def _without_norm(block: Block, call: Called) -> tuple[Called | None, Called]:
@@ -197,24 +257,20 @@ def _double(weight: Tensor | None, x: Tensor) -> Tensor | None:
 # Attention.
 
 
-def _attention(block: Block, look: Looked, writer: Called, heads: int) -> tuple[Called, Called, tuple[bool, int]]:
-    """Its out-projection, what makes its values, and how these lie: in groups or last, of how many heads."""
+def _attention(block: Block, look: Looked, writer: Called) -> tuple[Called, Called, tuple[bool, int], int]:
+    """Its out-projection, what makes its values, how these lie: in groups or last, of how many heads; its own heads."""
     out = _projection(block, writer.made, look.path)
     if out is None or out.read is None:
         raise Unlike(f"what attention writes ({block.name(writer)}) comes out of no projection in it")
+    seen = look.z if look.z is not None else look.pattern
+    assert seen is not None  # noqa: S101 (one of both was seen)
+    heads = seen.shape[2 if look.z is not None else 1]
     if out.read.shape[-1] % heads:
         raise Unlike(f"what its out-projection reads does not divide into {heads} heads")
     z = out.read.reshape(*out.gave.shape[:2], heads, -1)
     if look.z is not None and not _same(look.z.flatten(), z.flatten()):
         raise Unlike("head outputs are gated or normed: the out-projection does not read pattern × values itself")
-    return (out, *_values(block, look, z))
-
-
-def _heads(config: Any) -> int:
-    try:
-        return config.num_attention_heads
-    except Exception:  # noqa: BLE001 - a configuration raises what it likes
-        raise Unlike("its layers differ in heads, or its configuration does not say how many there are") from None
+    return (out, *_values(block, look, z), heads)
 
 
 def _projection(block: Block, op: Op | None, within: str) -> Called | None:

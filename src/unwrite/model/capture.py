@@ -36,8 +36,8 @@ class Recording:
     @property
     def writes(self) -> Writes:
         """The nodes' writes with rows [prompt, position]."""
-        layers = range(len(self.z))
-        return Writes(tuple(self.z[i] for i in layers), tuple(self.gain.get(i) for i in layers), self.vectors)
+        z, gain = ({layer: part[layer] for layer in sorted(part)} for part in (self.z, self.gain))
+        return Writes(z, gain, self.vectors)
 
 
 @contextmanager
@@ -105,7 +105,7 @@ def _layer_hooks(lm: Model, layer: Layer, fold: Folded, record: Recording) -> It
     def keep_z(z: Tensor) -> None:
         z, record.shape = z.detach(), (z.shape[0], z.shape[1])
         z = _part(z.clone() if record.only is None else z, record.only).to(lm.device, lm.compute_dtype)
-        z = z.unflatten(-1, (lm.n_heads, lm.head_dim))
+        z = z.unflatten(-1, (layer.heads, layer.head_dim))
         record.z[layer.index] = z if fold.constant is None else z - fold.constant
 
     def keep_gain(attention: Tensor, norm: nn.Module) -> None:
@@ -115,21 +115,25 @@ def _layer_hooks(lm: Model, layer: Layer, fold: Folded, record: Recording) -> It
         record.gain[layer.index] = scale
         record.z[layer.index] *= scale[..., None, None]
 
-    yield before(layer.out_proj, keep_z)
-    if (norm := layer.post_attention_norm) is not None:
-        yield before(norm, lambda attention: keep_gain(attention, norm))
-    keep_mlp = _keep(record.vectors, Node("mlp", layer.index), lm, lm.residual_scale)
-    # OPT flattens prompts and positions before its MLP.
-    yield after(layer.mlp_end, lambda output: keep_mlp(_like(output, record), record.only))
+    if layer.heads:
+        yield before(layer.out_proj, keep_z)
+        if (norm := layer.post_attention_norm) is not None:
+            yield before(norm, lambda attention: keep_gain(attention, norm))
+    if layer.has_mlp:
+        keep_mlp = _keep(record.vectors, Node("mlp", layer.index), lm, lm.residual_scale)
+        # OPT flattens prompts and positions before its MLP.
+        yield after(layer.mlp_end, lambda output: keep_mlp(_like(output, record), record.only))
 
 
 def _truth_hooks(lm: Model, layer: Layer, record: Recording) -> Iterator[Handle]:
     yield before(layer.block, _keep(record.stream, layer.reads, lm))
-    if layer.mid is not None:  # in a parallel block too: it must read what attention reads
+    # In a parallel block too: it must read what attention reads.
+    if layer.mid is not None:
         yield between_both(lm, layer, layer.mid, record)
     if layer.index == len(lm.layers) - 1:
         yield before(lm.final_norm, _keep(record.stream, Location("post", layer.index), lm))
-    yield after(layer.attention_end, _keep(record.attention, layer.index, lm, lm.residual_scale))
+    if layer.heads:
+        yield after(layer.attention_end, _keep(record.attention, layer.index, lm, lm.residual_scale))
 
 
 def between_both(lm: Model, layer: Layer, mid: nn.Module, record: Recording) -> Handle:

@@ -21,7 +21,7 @@ from unwrite.model.identities import added, beyond, output_of, relative
 from unwrite.model.lengths import affordable, switches
 from unwrite.model.projections import as_matrices
 from unwrite.model.single import HALVES, in_float32
-from unwrite.model.view import OF_HEAD, Folded, Model, fold
+from unwrite.model.view import ABSENT, Folded, Model, fold
 from unwrite.model.weights import offloaded
 
 NEEDED = ("heads", "stream", "locations", "logits", "values", "causal")
@@ -107,8 +107,9 @@ class Certificate(Mapping[str, float]):
         if self.rounding is not None:
             said += f"; its logits are {self.rounding:.0e} from those of float32, where the same weights are exact to "
             said += f"{max(self.single.values()):.0e}"
-        if missing := [name for name in IDENTITIES if name not in self.errors]:
-            said += f"; {' and '.join(missing)} not checked: there is no language-model head"
+        missing = [name for name in IDENTITIES if name not in self.errors]
+        for why in dict.fromkeys(ABSENT[name] for name in missing):
+            said += f"; {' and '.join(name for name in missing if ABSENT[name] == why)} not checked: {why}"
         if self.unchecked is not None:
             said += f"; not checked beyond {self.unchecked:,} tokens, where the model computes otherwise"
         return said if self.row == BY_HAND else f"{said}; row: {self.row}"
@@ -177,7 +178,7 @@ def _in_float32(lm: Model, folded: tuple[Folded, ...]) -> tuple[float | None, di
 
 
 def _worst(lm: Model, found: Iterable[tuple[str, float]]) -> dict[str, float]:
-    worst = dict.fromkeys((str(name) for name in IDENTITIES if lm.has_head or name not in OF_HEAD), 0.0)
+    worst = dict.fromkeys((str(name) for name in IDENTITIES if lm.applies(name)), 0.0)
     for identity, error in found:
         # max() would drop a NaN.
         worst[identity] = error if not error <= worst[identity] else worst[identity]

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from unwrite.errors import plain
-from unwrite.model.cache import Past, empty, kept_of, remembering, with_past
+from unwrite.model.cache import Cache, Past, empty, kept_of, remembering, with_past
 from unwrite.model.capture import evaluating
 from unwrite.model.hooks import Call, before, called, first_of, hooked, kept, reads_instead
 from unwrite.model.view import Layer, Model
@@ -43,15 +43,19 @@ def block(layer: Layer, call: Call, x: Tensor | None = None) -> Tensor:
 
 @torch.no_grad()
 def kept_run(lm: Model, ids: Int[Tensor, "prompt position"]) -> tuple[Inputs, list[Past]]:
-    """One whole run: what each block read and, last, the final stream; and every layer's keys and values."""
+    """One whole run: what each block read and, last, the final stream; and every layer's keys and values, if it can be
+    continued over these.
+    """
     found: dict[int, Tensor] = {}
-    cache, modules = empty(), (*(layer.block for layer in lm.layers), lm.final_norm)
+    past = {"use_cache": True, "past_key_values": empty()} if lm.applies("continued") else {"use_cache": False}
+    modules = (*(layer.block for layer in lm.layers), lm.final_norm)
     with ExitStack() as stack:
         stack.enter_context(evaluating(lm.hf))
         # Copies: some blocks add into what they were given.
         stack.enter_context(hooked(before(module, kept(found, i, copied=True)) for i, module in enumerate(modules)))
-        lm.decoder(input_ids=ids.to(lm.device), use_cache=True, past_key_values=cache)
-    return [found[index].to(lm.device) for index in range(len(modules))], kept_of(cache, len(lm.layers))
+        lm.decoder(input_ids=ids.to(lm.device), **past)
+    inputs, cache = [found[index].to(lm.device) for index in range(len(modules))], past.get("past_key_values")
+    return inputs, kept_of(cache, len(lm.layers)) if isinstance(cache, Cache) else []
 
 
 @torch.no_grad()
@@ -88,6 +92,8 @@ def block_from(
 def continued(lm: Model, ids: Int[Tensor, "prompt position"], inputs: Sequence[Tensor], kept: Sequence[Past]) -> bool:
     """Is a part of a run over prompts of this length the same part of the whole run? Measured once for each length."""
     length = ids.shape[1]
+    if not lm.applies("continued"):
+        return False
     if length not in lm.whole:
         limit = _UNCERTIFIED if lm.certificate is None else lm.certificate.allowed("continued")
         starts = {1, length // 2} - {0, length}

@@ -7,6 +7,7 @@ and never written into the table, since it need not hold of another model of the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from functools import partial, reduce
 from itertools import pairwise
 from typing import Any
@@ -15,17 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from unwrite.errors import ModelError
-from unwrite.model.blocks import SAME, Block, NormKind, Said, Unlike, below, norm_kinds, said
-from unwrite.model.families import Family
+from unwrite.model.blocks import SAME, Block, NormKind, Said, Unlike, below, looked, norm_kinds, said, writer
+from unwrite.model.families import Family, Where
 from unwrite.model.hooks import first_of
-from unwrite.model.inside import find, head_of, text_config
+from unwrite.model.inside import head_of, maybe, text_config
 from unwrite.model.single import HALVES
 from unwrite.model.sums import bare, behind, terms
-from unwrite.model.traced import Called, Traced, traced
+from unwrite.model.traced import Called, Traced, mixing, traced
 from unwrite.model.weights import offloaded, weight_of
 
 # A number that was measured is one of the configuration within this; so much of a cap is told from logits below it.
 _NAMED, _BELOW = 1e-5, 0.9
+_NORMS = ("input_norm", "post_attention_norm", "post_mlp_norm")
+# What is said of the row where no layer says it. A mixture of experts shows no product, and is one with its router's.
+_UNKNOWN: dict[str, Any] = {
+    "grouped_values": False, "interface": True, "opened": {}, "parallel": False, "residual_scale": 1.0, "gated": True,
+}  # fmt: skip
 _STREAM = 3  # prompt, position, d_model
 
 
@@ -61,7 +67,9 @@ def _require_float32(hf: Any, kind: str) -> None:
 def _row(trace: Traced, hf: Any) -> Family:
     path, calls = _stack(trace, hf)
     blocks = [Block(trace, call) for call in calls]
-    found = [said(block, text_config(hf.config)) for block in blocks]
+    bare_of = [writer(block, part).path for block in blocks if looked(block) is None for part in block.writers]
+    mixes = mixing(hf, bare_of) if bare_of else ()
+    found = [said(block, mixes) for block in blocks]
     final, (tokens, scale, positions) = _final_norm(trace, path, calls[-1]), _start(trace, calls[0])
     decoder = _around(trace, [path, *(call.path for call in (final, tokens, positions) if call is not None)])
     kind = _kind([call for part in found for call in part.norms] + [final])
@@ -107,30 +115,35 @@ def _chain(trace: Traced, path: str, part: nn.Module) -> list[Called]:
 def _agreed(blocks: Sequence[Block], found: Sequence[Said]) -> dict[str, Any]:
     """What all blocks say alike; of paths, the names that lead to the right module in each."""
     agreed: dict[str, Any] = {name: _path(name, blocks, found) for name in Said.paths()}
-    # A mixture of experts shows no product, and is one with what its router gives.
-    told = {"gated": [part.gated for part in found if part.gated is not None] or [True]}
-    for name in ("grouped_values", "kv_heads", "interface", "opened", "parallel", "residual_scale", "gated"):
-        values = told.get(name) or [getattr(part, name) for part in found]
+    for name, unknown in _UNKNOWN.items():
+        values = [value for part in found if (value := getattr(part, name)) is not None] or [unknown]
         if any(value != values[0] for value in values):
             raise Unlike(f"its layers differ in {name.replace('_', ' ')}")
         agreed[name] = values[0]
-    return agreed
+    mixers = {i: part.heads for i, part in enumerate(found) if part.heads is not None and part.value is None}
+    of_layers = {name: [getattr(part, name) or 0 for part in found] for name in ("heads", "kv_heads")}
+    return {**agreed, "mixers": mixers, **{name: _alike(numbers) for name, numbers in of_layers.items()}}
 
 
-def _path(name: str, blocks: Sequence[Block], found: Sequence[Said]) -> str | None:
-    """The path of all blocks; where they differ, that of the first module of several that exists."""
-    lacking, start = Said.paths()[name]["lacking"], Said.paths()[name]["root"]
+def _alike(numbers: list[int]) -> int | list[int]:
+    """The one number of all layers; else that of each."""
+    return numbers[0] if len({*numbers}) == 1 else numbers
+
+
+def _path(name: str, blocks: Sequence[Block], found: Sequence[Said]) -> Where:
+    """The path of all blocks; where they differ, that of the first module of several that exists, else that of each."""
+    start = Said.paths()[name]["root"]
     paths = [getattr(part, name) for part in found]
     distinct = [*dict.fromkeys(path for path in paths if path is not None)]
     if not distinct:
-        return getattr(Family, name) if lacking else None
-    if None in paths and not lacking:
-        raise Unlike(f"some of its layers have no {name.replace('_', ' ')}")
+        return getattr(Family, name) if Said.paths()[name]["always"] else None
     joined = "|".join(distinct)
     for block, part, path in zip(blocks, found, paths, strict=True):
-        root = find(block.module, getattr(part, start)) if start else block.module
-        if path is not None and find(root, joined) is not find(root, path):
-            raise Unlike(f"its layers differ in what their {name.replace('_', ' ')} is")
+        root = maybe(block.module, getattr(part, start)) if start else block.module
+        # What has no attention, or no MLP, is asked for none, so there may be a module of that name.
+        asked = path is not None or (name in _NORMS and root is not None)
+        if asked and maybe(root, joined) is not maybe(root, path):
+            return tuple(paths)
     return joined
 
 
@@ -226,7 +239,7 @@ def _settled(found: dict[str, Any], hf: Any) -> dict[str, Any]:
     """The fields of a row, numbers as the configuration has them where it does, functions where a row has functions."""
     for name in ("embed_scale", "residual_scale", "logit_scale"):
         found[name] = _named(found[name], hf)
-    functions = ("kv_heads", "parallel", "opened", "embed_scale", "residual_scale", "logit_scale", "logit_cap")
+    functions = {part.name for part in fields(Family) if callable(getattr(Family, part.name, None))}
     return {name: _always(value) if name in functions else value for name, value in found.items()}
 
 

@@ -6,11 +6,12 @@ Paths are attribute paths; "a|b" means the first that exists. Numbers that a con
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 Config = Any
+Where = Any  # a str, or None where there is nothing; or a tuple of these, one for each layer
 # Where a model's row comes from: this table, or `discover`.
 BY_HAND, FOUND = "by hand", "found"
 
@@ -35,6 +36,14 @@ def _nowhere(config: Config) -> Mapping[str, str]:
     return {}
 
 
+def _no_mixers(config: Config) -> Mapping[int, int]:
+    return {}
+
+
+def _heads(config: Config) -> int:
+    return config.num_attention_heads
+
+
 def _kv_heads(config: Config) -> int:
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
@@ -50,18 +59,21 @@ class Family:
     pos_embed: str | None = None
     final_norm: str = "norm"
     # From a block.
-    input_norm: str | None = "input_layernorm"
-    attention: str = "self_attn"
-    mid: str | None = "post_attention_layernorm"  # the module whose input is the stream between attention and MLP
-    mlp: str = "mlp"  # the module whose output the MLP writes, or hands to post_mlp_norm
-    post_attention_norm: str | None = None
-    post_mlp_norm: str | None = None
+    input_norm: Where = "input_layernorm"
+    attention: Where = "self_attn"  # or what is in its place: a mixer; a layer without its out_proj has neither
+    mid: Where = "post_attention_layernorm"  # the module whose input is the stream between attention and MLP
+    mlp: Where = "mlp"  # the module whose output the MLP writes, or hands to post_mlp_norm; a layer may have none
+    post_attention_norm: Where = None
+    post_mlp_norm: Where = None
     act: str = "down_proj"  # from `mlp`: the projection that reads the hidden activation ("": `mlp` itself)
     # From the attention module.
-    out_proj: str = "o_proj"
-    value: str = "v_proj"  # its last outputs are the values, unless they are grouped
+    out_proj: Where = "o_proj"
+    value: Where = "v_proj"  # its last outputs are the values, unless they are grouped
     grouped_values: bool = False  # fused as [kv head, (its query heads, key, value), head_dim]
-    kv_heads: Callable[[Config], int] = _kv_heads
+    heads: Callable[[Config], int | Sequence[int]] = _heads  # of all layers alike, or of each
+    kv_heads: Callable[[Config], int | Sequence[int]] = _kv_heads
+    # Layers where something without a pattern mixes positions in the place of attention -> its heads.
+    mixers: Callable[[Config], Mapping[int, int]] = _no_mixers
     gated: bool = True  # the MLP multiplies an activation by a second projection
     # What the configuration decides.
     layer_norm: bool = False  # every reader removes the mean over d_model
@@ -76,6 +88,11 @@ class Family:
     logit_scale: Callable[[Config], float] = _one
     logit_cap: Callable[[Config], float | None] = _none
     refuse: Callable[[Config], str | None] = _none  # why this configuration cannot be expressed
+
+    def of_layer(self, index: int) -> Family:
+        """The same with the paths of one layer."""
+        each = {name: part[index] for name, part in vars(self).items() if isinstance(part, tuple)}
+        return replace(self, **each) if each else self
 
 
 def _opt_refusal(config: Config) -> str | None:
@@ -245,8 +262,5 @@ REFUSED: dict[str, str] = {
     "gemma4": "it normalises values",
     "deepseek_v2": "latent attention: values are compressed and shared across heads through a norm",
     "deepseek_v3": "latent attention: values are compressed and shared across heads through a norm",
-    "qwen3_next": "gated and linear attention: a head's write is not its pattern times its values",
-    "mamba": "it has no attention heads",
-    "mamba2": "it has no attention heads",
     "rwkv": "it has no attention heads",
 }

@@ -34,7 +34,7 @@ from unwrite.model.values import carry, into_values, value_scale
 from unwrite.model.view import Folded, Layer, Model, norm_scale, value_constant, value_weights
 from unwrite.model.weights import through
 from unwrite.model.writes import Writes, expand
-from unwrite.nodes import Location
+from unwrite.nodes import PROJECTED, Location
 
 # So many of a vocabulary's logits are read from their rows.
 _ROWS = 1024
@@ -58,7 +58,7 @@ def added(lm: Model, folded: tuple[Folded, ...], ids: Ids, mask: Mask, dtype: to
     logits = whole[mask]
     nodes = expand(lm, folded, _per_prompt(record, mask).map(lambda part: part[mask]))
     rows = {state: x[mask] for state, x in record.stream.items()}
-    for layer in lm.layers:
+    for layer in (layer for layer in lm.layers if layer.heads):
         yield "heads", relative(_attention_nodes(lm, nodes, layer), record.attention[layer.index][mask])
     holds = lm.holds().to(nodes.device)
     for state, held in zip(lm.states, holds, strict=True):
@@ -68,11 +68,12 @@ def added(lm: Model, folded: tuple[Folded, ...], ids: Ids, mask: Mask, dtype: to
             if (read := rows.get(Location("mid", layer.index))) is not None:
                 yield "locations", relative(nodes[_earlier(lm, layer)], read)
     stream = nodes.sum(0)
-    yield from (("mlp", _mlp_error(lm, layer, ends)) for layer in lm.layers)
+    yield from (("mlp", _mlp_error(lm, layer, ends)) for layer in lm.layers if layer.has_mlp)
     yield "logits" if lm.has_head else "stream", relative(finished(lm, stream, dtype)[None], logits)
     if lm.has_head:
         yield "reading", relative(*_read(lm, stream, logits))
-    yield from _opened(lm, folded, ids, mask, logits)
+    if lm.applies("opened"):
+        yield from _opened(lm, folded, ids, mask, logits)
     if mask.all():
         yield from _of_positions(lm, ids, whole, dtype)
 
@@ -140,19 +141,19 @@ def _read(lm: Model, stream: Float[Tensor, "row d_model"], logits: _Rows) -> tup
 def _ends_of_mlps(lm: Model) -> Iterator[dict[nn.Module, Tensor]]:
     """Inside the `with`, what every MLP puts out, and what the last projection in it does."""
     found: dict[nn.Module, Tensor] = {}
-    ends = {part for layer in lm.layers for part in (layer.mlp, *_last(lm, layer))}
+    ends = {part for layer in lm.layers if layer.has_mlp for part in (layer.mlp, *_last(lm, layer))}
     with hooked(after(part, kept(found, part, copied=True)) for part in ends):
         yield found
 
 
 def _last(lm: Model, layer: Layer) -> Iterable[nn.Module]:
     """The last projection of an MLP; where there seems to be none, whatever could be it."""
-    last = maybe(layer.mlp, lm.row.act)
+    last = maybe(layer.mlp, lm.row.of_layer(layer.index).act)
     return _projections(layer.mlp) if last is None else [last]
 
 
 def _mlp_error(lm: Model, layer: Layer, ends: Mapping[nn.Module, Tensor]) -> float:
-    last, whole = maybe(layer.mlp, lm.row.act), ends[layer.mlp]
+    last, whole = maybe(layer.mlp, lm.row.of_layer(layer.index).act), ends[layer.mlp]
     if last is None:  # a mixture of experts, of which no projection gives the whole
         every = [ends[part] for part in _last(lm, layer) if part in ends]
         return float("inf") if any(torch.equal(part, whole) for part in every) else 0.0
@@ -189,9 +190,11 @@ def _of_positions(
     """The last of the prompts is the first one but for its last token."""
     yield "causal", relative(logits[-1:, :-1], logits[0, :-1])
     inputs, cached = kept_run(lm, ids[:1])
-    yield "continued", relative(finished(lm, inputs[-1][0], dtype)[None], logits[0])
     if lm.has_head:
         yield "logits", _loud(lm, ids[:1], inputs[-1][0], dtype)
+    if not lm.applies("continued"):
+        return
+    yield "continued", relative(finished(lm, inputs[-1][0], dtype)[None], logits[0])
     # Early rows alone are fewer than the switch of a model that computes otherwise beyond it.
     for start in {ids.shape[1] // 2 + 1, *([1] if switches(lm) else [])}:
         yield "continued", continues(lm, ids[:1], inputs, cached, start, min(2, ids.shape[1] - start))
@@ -206,7 +209,7 @@ def _earlier(lm: Model, layer: Layer) -> list[int]:
 
 
 def _attention_nodes(lm: Model, nodes: Tensor, layer: Layer) -> Tensor:
-    kept = [i for i, node in enumerate(lm.parts) if node.layer == layer.index and node.kind in ("head", "bias")]
+    kept = [i for i, node in enumerate(lm.parts) if node.layer == layer.index and node.kind in (*PROJECTED, "bias")]
     return nodes[kept]
 
 
@@ -217,9 +220,13 @@ def beyond(lm: Model, folded: tuple[Folded, ...], ids: Int[Tensor, "1 position"]
         own = first_of(lm.decoder(input_ids=ids, use_cache=False))[0, last].to(ids.device)
     stream = expand(lm, folded, record.writes.map(lambda part: part[0, last])).sum(0)
     yield "stream", relative(through(lm.final_norm, stream.to(lm.dtype))[None], own)
+    if not lm.applies("opened"):
+        return
     with patterns(lm):
         opened = first_of(lm.decoder(input_ids=ids, use_cache=False))[0, last].to(ids.device)
     yield "opened", relative(opened[None], own)
+    if not lm.applies("continued"):
+        return
     inputs, cached = kept_run(lm, ids)
     for start in (1, ids.shape[1] - 2):
         yield "continued", continues(lm, ids, inputs, cached, start, 2)
@@ -229,6 +236,8 @@ def _values_error(lm: Model, folded: tuple[Folded, ...], mask: Mask, record: Rec
     everywhere = expand(lm, folded, _per_prompt(record, mask).map(lambda part: part.flatten(0, 1)))
     worst = 0.0
     for layer, folds in zip(lm.layers, folded, strict=True):
+        if not layer.attends:
+            continue
         stream = everywhere[_earlier(lm, layer)].sum(0).unflatten(0, mask.shape)
         normed = into_values(lm, layer, stream, value_scale(lm, layer, stream))
         gain = record.gain.get(layer.index)

@@ -116,7 +116,8 @@ def view(hf: PreTrainedModel, tokenizer: Any = None, convention: str = "paper", 
     about["row"] = FOUND if row is None else BY_HAND
     try:
         lm = Model(hf, tokenizer, family, row or discovered(hf), convention, about)
-        require_linear(lm, *(part for layer in lm.layers for part in (layer.out_proj, layer.value)))
+        made = (layer.modules.get(name) for layer in lm.layers for name in ("out_proj", "value"))
+        require_linear(lm, *(part for part in made if part is not None))
         with evaluating(hf):
             certificate = certify(lm)
     except UnwriteError:

@@ -130,7 +130,7 @@ def _of_layer(
 
 
 def _stacks(lm: Model, layer: Layer) -> Iterator[tuple[str, Tensor]]:
-    for name, weight in layer.mlp.named_parameters():
+    for name, weight in layer.mlp.named_parameters() if layer.has_mlp else ():
         if weight.dim() == _STACK and weight.shape[-1] == lm.d_model and "down" not in name:
             yield name, weight
 

@@ -85,6 +85,33 @@ def _varies(op: Op | None) -> bool:
     return op is not None and op.name() != _PARAMETER
 
 
+# What is done to each channel of a position by itself, or to all of them by one number.
+_LAID_OUT = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
+_CHANNELS = ("Mul", "Div", "Add", "Sub", "Neg", "Silu", "Sigmoid", "Pow", "Rsqrt", "Mean", "Norm", "ToCopy", "Clone")
+
+
+def merged_from(op: Op | None, width: int) -> int | None:
+    """The last axis of what was laid out as `width` channels, if it was apart from another one before.
+
+    Looked for as far down as channels are only scaled, gated and normed; of several the one farthest down, since a norm
+    takes channels apart, and together again.
+    """
+    seen: set[Op] = set()
+
+    def apart(at: Op | None) -> int | None:
+        if at is None or at in seen:
+            return None
+        seen.add(at)
+        last = int((getattr(at, "_saved_self_sym_sizes", None) or [width])[-1])
+        if at.name() in _LAID_OUT or any(word in at.name() for word in _CHANNELS):
+            found = next((found for part, _ in at.next_functions if (found := apart(part)) is not None), None)
+            merges = at.name() in _LAID_OUT and 1 < last < width and width % last == 0
+            return found or (last if merges else None)
+        return None
+
+    return apart(op)
+
+
 def is_product(op: Op | None) -> bool:
     """Is this, but for constants, a product of two things of which neither is one?"""
     while op is not None and len(below := addends(op)) == 1:

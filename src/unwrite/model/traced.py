@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +14,7 @@ from transformers.masking_utils import eager_mask
 
 from unwrite.model.attention import Attended, AttendInstead, eager_of, implementation, registered
 from unwrite.model.capture import evaluating
-from unwrite.model.hooks import Call, Handle, after, called, hooked, put_out
+from unwrite.model.hooks import Call, Handle, after, called, hooked, put_out, read_of, reads_instead
 from unwrite.model.inside import head_of, text_config
 from unwrite.model.single import HALVES, in_float32
 from unwrite.model.sums import Op, scalars_kept
@@ -26,6 +26,8 @@ _SHAPE = (2, 7)
 LOUD = 100.0
 # Rows of a pattern sum to 1, whatever it is called.
 _SUM = 1e-3
+# Of a change of an earlier position, relative to what is written, beyond any rounding.
+_MIXED = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +140,29 @@ def _pass(hf: Any, way: Callable[[Any, Traced], AbstractContextManager[object]])
         stack.enter_context(scalars_kept())
         trace.output = hf(input_ids=_ids(hf), use_cache=False)
     return trace
+
+
+def mixing(hf: Any, paths: Collection[str]) -> set[str]:
+    """Which of these modules give a later position something of an earlier one: each is called with another one."""
+    calls: dict[str, Call] = {}
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(hf))
+        stack.enter_context(followed(hf))
+        stack.enter_context(in_float32(hf) if _half(hf) else nullcontext())
+        stack.enter_context(torch.no_grad())
+        modules = {path: hf.get_submodule(path) for path in paths}
+        with hooked(called(part, partial(calls.__setitem__, path)) for path, part in modules.items()):
+            hf(input_ids=_ids(hf), use_cache=False)
+        return {path for path, call in calls.items() if _mixes(modules[path], call)}
+
+
+def _mixes(module: nn.Module, call: Call) -> bool:
+    read = read_of(call)
+    changed = read.clone()
+    changed[:, 0] += read[:, 1] - read[:, 2]
+    one, other = (module(*args, **named) for args, named in (call, reads_instead(call, changed)))
+    one, other = (_tensors(part)[0].reshape(*read.shape[:2], -1)[:, 1:] for part in (one, other))
+    return bool((one - other).abs().amax() > _MIXED * one.abs().amax())
 
 
 def _half(hf: Any) -> bool:

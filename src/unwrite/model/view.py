@@ -7,7 +7,7 @@ where it must, and never changes a weight of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -24,24 +24,84 @@ from unwrite.model.weights import home, weight_of
 from unwrite.nodes import Location, Node
 
 CONVENTIONS = ("paper", "raw")
+# What a layer may lack.
+_CALLED = {"attention": "attention", "out_proj": "attention", "value": "values of attention", "mlp": "MLP"}
 # The identities of a certificate that a model without a language-model head has not.
 OF_HEAD = ("logits", "reading")
+_ATTENTION, _MIXER = "no layer has attention", "what a mixer keeps of earlier positions is no keys and values"
+# Why a model that has not something has no such identity.
+ABSENT = {
+    **dict.fromkeys(OF_HEAD, "there is no language-model head"), **dict.fromkeys(("values", "opened"), _ATTENTION),
+    "continued": _MIXER, "mlp": "no layer has an MLP",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The modules of one block that read or write the stream."""
+    """The modules of one block that read or write the stream.
+
+    `attention` is what mixes positions: attention, or in its place a mixer, which has no pattern and no values. Its
+    `heads`, each `head_dim` wide, write through `out_proj`; `kv_heads` are the key/value heads that they share. A layer
+    may lack it, and has no heads then, or lack an MLP. Raises ModelError where a module is asked for that it lacks.
+    """
 
     index: int
     block: nn.Module
-    attention: nn.Module
-    out_proj: nn.Module
-    value: nn.Module
+    modules: Mapping[str, nn.Module]  # attention, out_proj, value and mlp, as far as there are any
     input_norm: nn.Module | None
     mid: nn.Module | None
-    mlp: nn.Module
     post_attention_norm: nn.Module | None
     post_mlp_norm: nn.Module | None
+    heads: int
+    kv_heads: int
+
+    @property
+    def attention(self) -> nn.Module:
+        """What mixes positions."""
+        return self._module("attention")
+
+    @property
+    def out_proj(self) -> nn.Module:
+        """The projection through which it writes."""
+        return self._module("out_proj")
+
+    @property
+    def value(self) -> nn.Module:
+        """What makes the values of its attention."""
+        return self._module("value")
+
+    @property
+    def mlp(self) -> nn.Module:
+        """Its MLP."""
+        return self._module("mlp")
+
+    def _module(self, name: str) -> nn.Module:
+        if name not in self.modules:
+            raise ModelError(
+                f"layer {self.index} has no {_CALLED[name]}", got=f"a layer with {' and '.join(self.modules)}",
+                fix="ask it of another layer",
+            )  # fmt: skip
+        return self.modules[name]
+
+    @property
+    def attends(self) -> bool:
+        """Has it attention, with values and a pattern?"""
+        return "value" in self.modules
+
+    @property
+    def has_mlp(self) -> bool:
+        """Has it an MLP?"""
+        return "mlp" in self.modules
+
+    @property
+    def kind(self) -> str:
+        """The kind of the nodes that write through `out_proj`."""
+        return "head" if self.attends else "mixer"
+
+    @property
+    def head_dim(self) -> int:
+        """How wide what a head hands to `out_proj` is."""
+        return sizes(self.out_proj)[0] // self.heads if self.heads else 0
 
     @property
     def reads(self) -> Location:
@@ -104,9 +164,7 @@ class Model:
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
         """The blocks, first to last."""
-        return tuple(
-            _layer(self.row, i, block) for i, block in enumerate(find(self.decoder, self.row.blocks).children())
-        )
+        return tuple(_layer(self, i, block) for i, block in enumerate(find(self.decoder, self.row.blocks).children()))
 
     @cached_property
     def final_norm(self) -> nn.Module:
@@ -125,15 +183,15 @@ class Model:
         return tuple(start + [node for layer in self.layers for node in self._written(layer)])
 
     def _written(self, layer: Layer) -> list[Node]:
-        heads = [Node("head", layer.index, head) for head in range(self.n_heads)]
+        heads = [Node(layer.kind, layer.index, head) for head in range(layer.heads)]
         bias = [Node("bias", layer.index)] if _has_constant(self, layer) else []
-        return [*heads, *bias, Node("mlp", layer.index)]
+        return [*heads, *bias, *([Node("mlp", layer.index)] if layer.has_mlp else [])]
 
     @cached_property
     def states(self) -> tuple[Location, ...]:
         """The states of the stream that this model has, first to last."""
-        between = [] if self.parallel else ["mid"]
-        states = [Location(state, layer.index) for layer in self.layers for state in [*between, "post"]]
+        both = [not self.parallel and layer.heads > 0 and layer.has_mlp for layer in self.layers]
+        states = [Location(state, i) for i, mid in enumerate(both) for state in (["mid"] if mid else []) + ["post"]]
         return (Location("pre", 0), *states)
 
     def after(self, node: Node) -> Location:
@@ -166,23 +224,23 @@ class Model:
 
     @property
     def n_heads(self) -> int:
-        """Query heads of a layer."""
-        return self.config.num_attention_heads
+        """Heads of a layer; of that which has most."""
+        return max(layer.heads for layer in self.layers)
 
     @property
     def kv_heads(self) -> int:
-        """Key/value heads of a layer."""
-        return self.row.kv_heads(self.config)
+        """Key/value heads of a layer; of that which has most."""
+        return max(layer.kv_heads for layer in self.layers)
 
-    @cached_property
+    @property
     def head_dim(self) -> int:
-        """Width of a head's values."""
-        return sizes(self.layers[0].out_proj)[0] // self.n_heads
+        """Width of a head's values; the largest."""
+        return max(layer.head_dim for layer in self.layers)
 
     @cached_property
     def d_model(self) -> int:
         """Width of the stream."""
-        return sizes(self.layers[0].out_proj)[1]
+        return self.hf.get_input_embeddings().weight.shape[1]
 
     @property
     def vocabulary(self) -> int:
@@ -213,6 +271,16 @@ class Model:
         """Which nodes have written when the stream is in each state."""
         return torch.tensor([[state.holds(node, self.parallel) for node in self.parts] for state in self.states])
 
+    def applies(self, identity: str) -> bool:
+        """Does this identity say anything of this model?"""
+        if identity in OF_HEAD:
+            return self.has_head
+        if identity in ("values", "opened"):
+            return any(layer.attends for layer in self.layers)
+        if identity == "mlp":
+            return any(layer.has_mlp for layer in self.layers)
+        return identity != "continued" or all(layer.attends for layer in self.layers if layer.heads)
+
     def proved(self, identity: str) -> bool:
         """Does the certificate say that this identity holds? Where there is none yet, nothing is denied."""
         return self.certificate is None or self.certificate.holds(identity)
@@ -221,6 +289,11 @@ class Model:
         """Raise ModelError naming this identity, by what rests on it, unless it holds."""
         if identity in OF_HEAD and not self.has_head:
             raise headless(self.hf)
+        if not self.applies(identity):
+            raise ModelError(
+                f"{self.about.get('name', self.family)} cannot be asked for that: {ABSENT[identity]}",
+                got=f"what rests on the identity {identity}", fix="use what does not need it, as scan and survival",
+            )  # fmt: skip
         if not self.proved(identity):
             self.certificate.refuse(self.about.get("name", self.family), [identity])
 
@@ -244,25 +317,43 @@ def embedding_rows(hf: Any) -> int:
     return hf.get_input_embeddings().weight.shape[0]
 
 
-def _layer(row: Family, index: int, block: nn.Module) -> Layer:
-    attention = find(block, row.attention)
+def _layer(lm: Model, index: int, block: nn.Module) -> Layer:
+    row, mixers = lm.row.of_layer(index), lm.row.mixers(lm.config)
+    modules = _modules(row, block, index in mixers)
+    heads = mixers.get(index) or _of_layer(row.heads, lm.config, index)
     return Layer(
         index,
         block,
-        attention,
-        out_proj=find(attention, row.out_proj),
-        value=find(attention, row.value),
+        modules,
         input_norm=maybe(block, row.input_norm),
-        mid=maybe(block, row.mid),
-        mlp=find(block, row.mlp),
+        mid=maybe(block, row.mid) if {"out_proj", "mlp"} <= {*modules} else None,
         post_attention_norm=maybe(block, row.post_attention_norm),
         post_mlp_norm=maybe(block, row.post_mlp_norm),
+        heads=heads if "out_proj" in modules else 0,
+        kv_heads=_of_layer(row.kv_heads, lm.config, index) if "value" in modules else 0,
     )
 
 
+def _modules(row: Family, block: nn.Module, mixes: bool) -> dict[str, nn.Module]:
+    """What there is of attention, or a mixer, and MLP; where both have one path, what has an out-projection is none."""
+    attention, mlp = maybe(block, row.attention), maybe(block, row.mlp)
+    out_proj = maybe(attention, row.out_proj)
+    value = None if mixes or out_proj is None else find(attention or block, row.value)
+    mixing = {} if out_proj is None else {"attention": attention, "out_proj": out_proj, "value": value}
+    every = {**mixing, "mlp": None if mixing and mlp is attention else mlp}
+    return {name: module for name, module in every.items() if module is not None}
+
+
+def _of_layer(number: Callable[[Any], int | Sequence[int]], config: Any, index: int) -> int:
+    every = number(config)
+    return every if isinstance(every, int) else every[index]
+
+
 def _has_constant(lm: Model, layer: Layer) -> bool:
-    projections = (layer.out_proj, layer.value) if lm.convention == "paper" else (layer.out_proj,)
-    of_norm = lm.convention == "paper" and getattr(layer.input_norm, "bias", None) is not None
+    """Is there anything constant in what attention writes? All that a mixer makes of a bias moves with its input."""
+    moved = lm.convention == "paper" and layer.attends
+    projections = [layer.modules[name] for name in ("out_proj", "value")[: 1 + moved] if name in layer.modules]
+    of_norm = moved and getattr(layer.input_norm, "bias", None) is not None
     return of_norm or any(has_bias(lm, projection) for projection in projections)
 
 
@@ -291,12 +382,15 @@ def fold(lm: Model) -> tuple[Folded, ...]:
 
 def folded(lm: Model, layer: Layer, detach: bool = True) -> Folded:
     """`Folded` of one layer; with `detach` False in the graph of autograd."""
+    if not layer.heads:
+        nothing = torch.zeros(0, 0, lm.d_model, dtype=lm.compute_dtype, device=lm.device)
+        return Folded(nothing, None, nothing.sum((0, 1)))
     scale = lm.residual_scale
     gain = gain_of(layer.post_attention_norm, lm, detach)
     shape: Callable[[Tensor], Tensor] = lambda write: centre(write if gain is None else write * gain, lm)  # noqa: E731
-    weight = _exact(lm, matrix_of(lm, layer.out_proj, detach), detach).view(lm.n_heads, lm.head_dim, lm.d_model)
+    weight = _exact(lm, matrix_of(lm, layer.out_proj, detach), detach).view(layer.heads, layer.head_dim, lm.d_model)
     w_o = shape(weight if scale == 1.0 else weight * scale)
-    constant = value_constant(lm, layer, detach) if lm.convention == "paper" else None
+    constant = value_constant(lm, layer, detach) if lm.convention == "paper" and layer.attends else None
     parts = [] if constant is None else [torch.einsum("hk,hkd->d", constant, w_o)]
     if (bias := bias_of(lm, layer.out_proj, detach)) is not None:
         parts.append(shape(_exact(lm, bias, detach) * scale))
@@ -332,10 +426,10 @@ def norm_scale(x: Float[Tensor, "*rows d_model"], norm: nn.Module, centred: bool
 
 def value_columns(lm: Model, layer: Layer) -> Bool[Tensor, " output"]:
     """Which outputs of the module that makes the values are values; the others are queries and keys."""
-    width = lm.kv_heads * lm.head_dim
+    width = layer.kv_heads * layer.head_dim
     is_value = torch.zeros(sizes(layer.value)[1], dtype=torch.bool, device=lm.device)
     if lm.row.grouped_values:
-        is_value.view(lm.kv_heads, -1, lm.head_dim)[:, -1] = True
+        is_value.view(layer.kv_heads, -1, layer.head_dim)[:, -1] = True
     else:
         is_value[-width:] = True
     return is_value
@@ -347,11 +441,11 @@ def value_weights(
     """W_V and its bias for every query head (a group's heads share theirs)."""
     weight, bias = _exact(lm, matrix_of(lm, layer.value, detach), detach), bias_of(lm, layer.value, detach)
     both = weight if bias is None else torch.cat([weight, _exact(lm, bias, detach)[None]])
-    kv, width = lm.kv_heads, lm.head_dim
+    kv, width = layer.kv_heads, layer.head_dim
     values = both[:, value_columns(lm, layer)].unflatten(1, (kv, width))
-    heads = values.transpose(0, 1).repeat_interleave(lm.n_heads // kv, dim=0)
+    heads = values.transpose(0, 1).repeat_interleave(layer.heads // kv, dim=0)
     if bias is None:
-        return heads, heads.new_zeros(lm.n_heads, width)
+        return heads, heads.new_zeros(layer.heads, width)
     return heads[:, :-1], heads[:, -1]
 
 

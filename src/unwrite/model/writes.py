@@ -11,54 +11,55 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unwrite.model.view import Folded, Model
-from unwrite.nodes import Node, parse_node
+from unwrite.nodes import PROJECTED, Node, parse_node
 
 
 @dataclass(frozen=True)
 class Writes:
     """What every node adds to the stream at some rows (prompts × positions, or sums over them), as factors.
 
-    `z[layer]` is already multiplied by a post-norm's frozen scale, `gain[layer]` is that scale (None: 1), by which the
-    bias is multiplied; `vectors` are embed, pos_embed and the MLPs.
+    `z[layer]`, of layers with heads, is already multiplied by a post-norm's frozen scale, `gain[layer]` is that scale
+    (none: 1), by which the bias is multiplied; `vectors` are embed, pos_embed and the MLPs.
     """
 
-    z: tuple[Float[Tensor, "*rows head d_head"], ...]
-    gain: tuple[Float[Tensor, "*rows"] | None, ...]
+    z: Mapping[int, Float[Tensor, "*rows head d_head"]]
+    gain: Mapping[int, Float[Tensor, "*rows"]]
     vectors: Mapping[Node, Float[Tensor, "*rows d_model"]]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Writes:
         """Apply a function of the leading row axes (a slice, a sum) to every factor."""
         return Writes(
-            tuple(map(change, self.z)),
-            tuple(None if gain is None else change(gain) for gain in self.gain),
+            {layer: change(z) for layer, z in self.z.items()},
+            {layer: change(gain) for layer, gain in self.gain.items()},
             {node: change(vector) for node, vector in self.vectors.items()},
         )
 
     def tensors(self) -> dict[str, Tensor]:
         """All factors by name."""
-        scales = {f"gain{i}": gain for i, gain in enumerate(self.gain) if gain is not None}
+        scales = {f"gain{layer}": gain for layer, gain in self.gain.items()}
         vectors = {str(node): vector for node, vector in self.vectors.items()}
-        return {f"z{i}": z for i, z in enumerate(self.z)} | scales | vectors
+        return {f"z{layer}": z for layer, z in self.z.items()} | scales | vectors
 
     @staticmethod
     def of_tensors(named: Mapping[str, Tensor]) -> Writes:
         """What `tensors` was made of."""
-        layers = range(sum(name.startswith("z") for name in named))
         vectors = {parse_node(name): part for name, part in named.items() if name[0] != "z" and name[:4] != "gain"}
-        return Writes(tuple(named[f"z{i}"] for i in layers), tuple(named.get(f"gain{i}") for i in layers), vectors)
+        z, gain = ({int(name.removeprefix(kind)): part for name, part in named.items() if name.startswith(kind)}
+                   for kind in ("z", "gain"))  # fmt: skip
+        return Writes(dict(sorted(z.items())), dict(sorted(gain.items())), vectors)
 
     def __add__(self, other: Writes) -> Writes:
-        gain = tuple(None if a is None or b is None else a + b for a, b in zip(self.gain, other.gain, strict=True))
-        vectors = {node: vector + other.vectors[node] for node, vector in self.vectors.items()}
-        return Writes(tuple(a + b for a, b in zip(self.z, other.z, strict=True)), gain, vectors)
+        z, gain = ({layer: part + theirs[layer] for layer, part in own.items()}
+                   for own, theirs in ((self.z, other.z), (self.gain, other.gain)))  # fmt: skip
+        return Writes(z, gain, {node: vector + other.vectors[node] for node, vector in self.vectors.items()})
 
 
 def write_of(lm: Model, folded: Sequence[Folded], writes: Writes, node: Node) -> Float[Tensor, "*rows d_model"]:
     """What one node adds to the stream, in full, from the factors of all writes."""
-    if node.kind == "head":
+    if node.kind in PROJECTED:
         return writes.z[node.layer][..., node.head, :] @ folded[node.layer].w_o[node.head]
     if node.kind == "bias":
-        bias, gain = folded[node.layer].bias, writes.gain[node.layer]
+        bias, gain = folded[node.layer].bias, writes.gain.get(node.layer)
         return bias.expand(*writes.z[node.layer].shape[:-2], -1) if gain is None else gain[..., None] * bias
     return writes.vectors[node]
 
@@ -75,16 +76,17 @@ def expand(
     `count`: how many rows each row sums up; a bias without post-norm is written once per row. `among`: which nodes, one
     of `blocks`.
     """
-    row, parts = writes.z[0], lm.parts[among]
+    row, parts = writes.vectors[Node("embed")], lm.parts[among]
     out = row.new_empty(len(parts), row.shape[0], lm.d_model)
     for at, node in enumerate(parts):
-        if node.kind == "head" and node.head == 0:
-            torch.bmm(writes.z[node.layer].transpose(0, 1), folded[node.layer].w_o, out=out[at : at + lm.n_heads])
+        if node.kind in PROJECTED and node.head == 0:
+            z, w_o = writes.z[node.layer], folded[node.layer].w_o
+            torch.bmm(z.transpose(0, 1), w_o, out=out[at : at + len(w_o)])
         elif node.kind == "bias":
-            gain, bias = writes.gain[node.layer], folded[node.layer].bias
+            gain, bias = writes.gain.get(node.layer), folded[node.layer].bias
             times = torch.as_tensor(count if gain is None else gain, dtype=out.dtype, device=out.device)
             out[at] = times.reshape(-1, 1) * bias
-        elif node.kind != "head":
+        elif node.kind not in PROJECTED:
             out[at] = writes.vectors[node]
     return out
 

@@ -169,7 +169,8 @@ def _chosen(lm: Model, removed: xr.Dataset, most: int) -> dict[str, str]:
     for i in sorted(range(len(gap)), key=lambda i: (not lost[i], gap[i])):
         node = parse_node(str(removed["writer"].values[i]))
         # Heads that share keys and values tend to tell the same story.
-        group = (node.layer, node.kind, node.head * lm.kv_heads // lm.n_heads if node.kind == "head" else 0)
+        layer = lm.layers[node.layer]
+        group = (node.layer, node.kind, node.head * layer.kv_heads // layer.heads if node.kind == "head" else node.head)
         if group not in groups and len(chosen) < most:
             groups.add(group)
             what = str(verdict[i]) if lost[i] else "among the lowest beside ordinary writes"

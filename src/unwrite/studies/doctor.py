@@ -13,7 +13,7 @@ import torch
 from unwrite.errors import whole
 from unwrite.model import devices
 from unwrite.model.devices import Region, placed, size
-from unwrite.model.families import BY_HAND
+from unwrite.model.families import BY_HAND, Where
 from unwrite.model.load import outline, places
 from unwrite.model.view import Model, require_model
 from unwrite.model.weights import DISK
@@ -152,25 +152,40 @@ def _fits(regions: Sequence[Region], here: str, scan: int, loaded: bool) -> list
 
 def _row(lm: Model) -> str:
     """Where heads, MLPs and norms of the model are taken to be, and by what is multiplied, in words."""
-    row, mid = lm.row, lm.row.mid
-    through = {
-        part: f" and write through {norm}" if norm else ""
-        for part, norm in {"attention": row.post_attention_norm, "mlp": row.post_mlp_norm}.items()
-    }
-    down = f"{row.mlp}.{row.act}" if row.act else row.mlp
-    factors = {
-        "the embedding is": row.embed_scale(lm.config), "writes of blocks are": lm.residual_scale,
-        "logits are": row.logit_scale(lm.config),
+    row, factors = lm.row, {
+        "the embedding is": lm.row.embed_scale(lm.config), "writes of blocks are": lm.residual_scale,
+        "logits are": lm.row.logit_scale(lm.config),
     }  # fmt: skip
-    said = [
-        f"{len(lm.layers)} blocks ({row.decoder}.{row.blocks}) write to one stream",
-        f"heads ({row.attention}: values {row.value}, out-projection {row.out_proj}) read "
-        f"{row.input_norm or 'the bare stream'}{through['attention']}",
-        f"MLPs ({down}) read {'beside attention' if lm.parallel else f'what {mid} is given'}{through['mlp']}",
-        *(f"{what} times {by:g}" for what, by in factors.items() if by != 1),
-    ]
+    at = {name: _paths(getattr(row, name)) for name in ("attention", "value", "out_proj", "input_norm", "mid", "mlp")}
+    attention, mlp = (
+        norm and f" and write through {_paths(norm)}" for norm in (row.post_attention_norm, row.post_mlp_norm)
+    )
+    down = f"{at['mlp']}.{row.act}" if row.act else at["mlp"]
+    mixers, mlps = (
+        [layer for layer in lm.layers if layer.heads and not layer.attends],
+        any(x.has_mlp for x in lm.layers),
+    )
+    said = [f"{len(lm.layers)} blocks ({row.decoder}.{row.blocks}) write to one stream"]
+    if any(layer.attends for layer in lm.layers):
+        said += [
+            f"heads ({at['attention']}: values {at['value']}, out-projection {at['out_proj']}) read "
+            f"{at['input_norm'] or 'the bare stream'}{attention or ''}"
+        ]
+    if mixers:
+        where = ", ".join(str(layer.index) for layer in mixers)
+        said += [f"in layers {where} mixers ({at['attention']}) are in the place of attention: no pattern, no values"]
+    if mlps:
+        read = "beside attention" if lm.parallel else f"what {at['mid'] or at['input_norm']} is given"
+        said += [f"MLPs ({down}) read {read}{mlp or ''}"]
+    said += [f"{what} times {by:g}" for what, by in factors.items() if by != 1]
     cap = row.logit_cap(lm.config)
     return "; ".join(said + ([] if cap is None else [f"logits are capped at {cap:g}"]))
+
+
+def _paths(path: Where) -> str:
+    """A path of the row, or those that it has in different layers."""
+    every = path if isinstance(path, tuple) else (path,)
+    return " or ".join(dict.fromkeys(part for part in every if part))
 
 
 def _tokenizer(lm: Model) -> str:

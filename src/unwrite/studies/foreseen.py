@@ -142,7 +142,7 @@ def _survival(
 ) -> Taken:
     """A few late writers are tried; of a prompt's runs each block costs what it costs there."""
     first = max(0, len(lm.layers) - _LATE)
-    late = [Node("head", first, head) for head in range(min(3, lm.n_heads))]
+    late = [node for node in lm.parts if node.layer >= first and node.kind != "bias"][:3]
     tried = _tried(lambda tell: survival(lm, ids, late, decoys=_TRIED_DECOYS, listener=tell), 1, clock)
     # Few writers have more stand-ins each.
     of, as_tried = (1 + sum(stand_ins(len(writers), decoys=n).values()) for n in (None, _TRIED_DECOYS))

@@ -33,7 +33,7 @@ def _width(lm: Model) -> int:
 
 def _folded(lm: Model) -> int:
     """W_O of all heads, in the dtype in which writes are computed."""
-    return len(lm.layers) * lm.n_heads * lm.head_dim * lm.d_model * _width(lm)
+    return sum(layer.heads * layer.head_dim for layer in lm.layers) * lm.d_model * _width(lm)
 
 
 def _factors(lm: Model) -> int:

@@ -38,7 +38,7 @@ class Rules:
     """How each kind of module is seen by the backward pass.
 
     `norm` "free" or "held"; `mlp` "free", "relp" or "stopped"; `attention` "free", "values" (queries and keys stopped:
-    the pattern is a constant) or "stopped".
+    the pattern is a constant) or "stopped". A mixer has no values to follow: it is stopped where attention is not free.
     """
 
     norm: str = "free"
@@ -87,10 +87,15 @@ def put(lm: Model, rules: Rules) -> Iterator[Handle]:
 
 def _norms(layer: Layer) -> Iterator[nn.Module]:
     """Every norm on the way of the stream; those of queries and keys are part of the attention."""
-    inside = set(layer.attention.modules())
+    inside = _inside(layer)
     for module in layer.block.modules():
         if module not in inside and is_norm(module):
             yield module
+
+
+def _inside(layer: Layer) -> set[nn.Module]:
+    """Whatever is part of a layer's attention."""
+    return set(layer.attention.modules()) if layer.heads else set()
 
 
 def _held(lm: Model, norm: nn.Module, x: Tensor, output: Tensor) -> Tensor:
@@ -106,12 +111,14 @@ def _stopped(module: nn.Module) -> Handle:
 
 
 def _mlp_rules(lm: Model, layer: Layer, rule: str) -> Iterator[Handle]:
+    if not layer.has_mlp:
+        return
     product = last_projection(lm, layer)
     if rule == "stopped":
         yield _stopped(layer.mlp) if product is None else before(product, Tensor.detach)
     if rule != "relp":
         return
-    inside = set(layer.attention.modules())
+    inside = _inside(layer)
     for name, module in layer.block.named_modules():
         if module not in inside and _is_activation(module):
             yield between(module, _as_factor)
@@ -137,10 +144,12 @@ def _halved(x: Tensor) -> Tensor:
 
 
 def _attention_rules(lm: Model, layer: Layer, rule: str) -> Iterator[Handle]:
-    if rule == "free":
+    if rule == "free" or not layer.heads:
         return
-    values = value_columns(lm, layer)
+    if not layer.attends:
+        rule = "stopped"
     if rule == "values":
+        values = value_columns(lm, layer)
         yield after(layer.value, lambda made: _follow(made, made * values.to(made.device)))
     followed = (layer.out_proj, *([layer.value] if rule == "values" else []))
     # Of what is followed all parts are: an adapter lies beside the weight that it adapts.

@@ -22,7 +22,7 @@ from unwrite.model.hooks import Point
 from unwrite.model.inside import find
 from unwrite.model.projections import sizes
 from unwrite.model.view import Folded, Layer, Model, centre, folded, norm_scale, value_columns
-from unwrite.nodes import KINDS, Location, Site, nearest, parse_site
+from unwrite.nodes import KINDS, PROJECTED, Location, Site, nearest, parse_site
 
 
 @dataclass(frozen=True)
@@ -133,16 +133,21 @@ def every(lm: Model, kind: str) -> Iterator[Site]:
     per = KINDS[kind].per
     if per == "model":
         yield Site(kind, 0 if kind == "pre" else -1)
-    elif not (kind == "mid" and lm.parallel):
-        for layer in lm.layers:
-            count = _count(lm, kind, layer)
+        return
+    for layer in lm.layers:
+        count = _count(lm, kind, layer)
+        if _lacks(lm, kind, layer) is None:
             yield from (Site(kind, layer.index, unit) for unit in ((-1,) if count is None else range(count)))
 
 
 def _count(lm: Model, kind: str, layer: Layer) -> int | None:
     """How many sites of a kind a layer has, where they are numbered."""
     per = KINDS[kind].per
-    return mlp_width(lm, layer) if per == "neuron" else {"head": lm.n_heads, "kv_head": lm.kv_heads}.get(per)
+    if per == "neuron":
+        return mlp_width(lm, layer)
+    attends = int(layer.attends)
+    heads = {"head": attends * layer.heads, "kv_head": layer.kv_heads, "mixer": (1 - attends) * layer.heads}
+    return heads.get(per)
 
 
 def _sites(lm: Model) -> Iterator[Site]:
@@ -159,8 +164,8 @@ def _refusal(lm: Model, site: Site) -> str | None:
     if not 0 <= site.layer < len(lm.layers):
         return f"a layer from 0 to {len(lm.layers) - 1}"
     layer, part = lm.layers[site.layer], site.kind.removeprefix("shared_")
-    if site.kind == "mid" and lm.parallel:
-        return "no state between attention and MLP: its blocks are parallel"
+    if (why := _lacks(lm, site.kind, layer)) is not None:
+        return why
     if site.kind in ("act", "neuron") and last_projection(lm, layer) is None:
         return "an MLP with one last projection; this one is a mixture of experts"
     if (count := _count(lm, site.kind, layer)) is not None and not 0 <= site.head < count:
@@ -170,8 +175,24 @@ def _refusal(lm: Model, site: Site) -> str | None:
     return None
 
 
+def _lacks(lm: Model, kind: str, layer: Layer) -> str | None:
+    """Why a layer has no site of a kind, whatever its number; None where it can have some."""
+    if kind == "mid" and Location("mid", layer.index) not in lm.states:
+        why = "its blocks are parallel" if lm.parallel else "there are not both in this layer"
+        return f"no state between attention and MLP: {why}"
+    if kind in ("act", "neuron", "mlp") and not layer.has_mlp:
+        return "an MLP; this layer has none"
+    if kind in ("v_input", "pattern", "z") or KINDS[kind].group in ("q", "k", "v", "shared_k", "shared_v"):
+        instead = f" but a mixer (L{layer.index}M0.z): it has no pattern, queries, keys or values" * bool(layer.heads)
+        return None if layer.attends else f"a layer with attention; this one has none{instead}"
+    if kind == "mixer_z" and (layer.attends or not layer.heads):
+        return "a mixer; this layer has none"
+    return None if kind != "attn_out" or layer.heads else "a layer with attention or a mixer; this one has neither"
+
+
 def _group(lm: Model, site: Site) -> int:
-    return site.head if site.kind.startswith("shared") else site.head * lm.kv_heads // lm.n_heads
+    layer = lm.layers[site.layer]
+    return site.head if site.kind.startswith("shared") else site.head * layer.kv_heads // layer.heads
 
 
 def _written(lm: Model, module: nn.Module, scale: float) -> Place:
@@ -229,7 +250,7 @@ def _head(lm: Model, site: Site) -> Place:
 
 def _head_write(lm: Model, site: Site, z: Point, tensor: Tensor, now: Pass) -> Tensor:
     layer = lm.layers[site.layer]
-    weights, own = now.weights(lm, layer), now.kept[z].unflatten(-1, (lm.n_heads, lm.head_dim))[:, :, site.head]
+    weights, own = now.weights(lm, layer), now.kept[z].unflatten(-1, (layer.heads, layer.head_dim))[:, :, site.head]
     own = own.to(tensor.device, lm.compute_dtype)
     if weights.constant is not None:
         own = own - weights.constant[site.head].to(own.device)
@@ -258,7 +279,8 @@ def _post_scaled(lm: Model, layer: Layer, write: Tensor, now: Pass) -> Tensor:
 
 
 def _z(lm: Model, site: Site) -> Place:
-    point, shape = Point(lm.layers[site.layer].out_proj, before=True), (lm.n_heads, lm.head_dim)
+    layer = lm.layers[site.layer]
+    point, shape = Point(layer.out_proj, before=True), (layer.heads, layer.head_dim)
     return Place(point, lambda tensor, _: tensor.unflatten(-1, shape), lambda view: view[:, :, site.head])
 
 
@@ -276,15 +298,15 @@ def _neuron(lm: Model, site: Site) -> Place:
 
 
 def mlp_width(lm: Model, layer: Layer) -> int:
-    """Hidden activations of a layer's MLP; 0 for a mixture of experts."""
-    projection = last_projection(lm, layer)
+    """Hidden activations of a layer's MLP; 0 for a mixture of experts, and where there is none."""
+    projection = last_projection(lm, layer) if layer.has_mlp else None
     return 0 if projection is None else sizes(projection)[0]
 
 
 def last_projection(lm: Model, layer: Layer) -> nn.Module | None:
     """What reads the MLP's hidden activations; None in a mixture of experts."""
     try:
-        return find(layer.mlp, lm.row.act)
+        return find(layer.mlp, lm.row.of_layer(layer.index).act)
     except AttributeError:  # a mixture of experts
         return None
 
@@ -318,20 +340,20 @@ def _attended(lm: Model, site: Site) -> Place:
     if part == "pattern":
         return Place(point, by_head, own)
     # One head's copy of what its group reads from one place is nowhere.
-    editable = site.kind not in ("k", "v") or lm.kv_heads == lm.n_heads
+    editable = site.kind not in ("k", "v") or layer.kv_heads == layer.heads
     if not lm.row.grouped_values:
-        first = -lm.kv_heads if part == "v" else 0  # beside queries and keys, values are the last
-        shared: View = lambda tensor, _: tensor.unflatten(-1, (-1, lm.head_dim))[..., first:, :]  # noqa: E731
+        first = -layer.kv_heads if part == "v" else 0  # beside queries and keys, values are the last
+        shared: View = lambda tensor, _: tensor.unflatten(-1, (-1, layer.head_dim))[..., first:, :]  # noqa: E731
         return Place(point, shared, own, editable=editable)
-    each = lm.n_heads // lm.kv_heads
+    each = layer.heads // layer.kv_heads
     item = {"q": site.head % each, "k": -2, "v": -1}[part]
-    fused: View = lambda tensor, _: tensor.unflatten(-1, (lm.kv_heads, each + 2, lm.head_dim))[..., item, :]  # noqa: E731
+    fused: View = lambda tensor, _: tensor.unflatten(-1, (layer.kv_heads, each + 2, layer.head_dim))[..., item, :]  # noqa: E731
     return Place(point, fused, lambda view: view[:, :, _group(lm, site)], editable=editable)
 
 
 def _row(lm: Model, site: Site, heads: int) -> int:
     """The row of a site on an axis of query heads, or of the key/value heads that they share."""
-    return site.head if site.kind.startswith("shared") or heads == lm.n_heads else _group(lm, site)
+    return site.head if site.kind.startswith("shared") or heads == lm.layers[site.layer].heads else _group(lm, site)
 
 
 _FINDERS: dict[str, Callable[[Model, Site], Place]] = {
@@ -340,13 +362,13 @@ _FINDERS: dict[str, Callable[[Model, Site], Place]] = {
     "pre": _state,
     "mid": _mid,
     "post": _state,
-    "head": _head,
+    **dict.fromkeys(PROJECTED, _head),
     "bias": _bias,
     "attn_out": _attn_out,
     "mlp": _mlp,
     "act": _act,
     "neuron": _neuron,
-    "z": _z,
+    **dict.fromkeys(("z", "mixer_z"), _z),
     "v_input": _v_input,
     **dict.fromkeys(("q", "k", "v", "pattern", "shared_k", "shared_v"), _attended),
 }

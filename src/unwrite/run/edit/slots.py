@@ -2,7 +2,7 @@
 
 A patch puts a node's value of another run in the place of its own. Kinds, with the names of their nodes:
 
-heads      "L2H3"         z, what a head hands to W_O          q, k, v             "L2H3.q"  a query head's own copy
+heads      "L2H3", "L2M3" z, what a head hands to W_O          q, k, v             "L2H3.q"  a query head's own copy
 attn_out   "L2.attn_out"  all that a layer's attention writes  shared_k, shared_v  "L2KV1.k" what its group shares
 mlp_out    "MLP2"         what an MLP writes                   neurons             "MLP2.act[17]"
 resid      "resid_mid2"   a state of the stream                embed               "embed" the embeddings
@@ -35,7 +35,7 @@ SCORED = ("q", "k", "shared_k")
 _STATES = ("embed", "pre", "post")
 _ATTENDED = ("q", "k", "v", "shared_k", "shared_v")
 # Where the sites of a kind are patched in the tensor of another kind.
-_IN = {"head": "z", "mid": "attn_out"}
+_IN = {"head": "z", "mixer": "mixer_z", "mid": "attn_out"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +133,7 @@ def _slot(lm: Model, kind: str, index: int, sites: tuple[Site, ...]) -> Slot:
         raise NodeError(f"{sites[0]} cannot be patched from another run", expected=f"a node of {', '.join(GROUPS)}")
     found = place(lm, Site(_IN.get(kind, kind), index, min(sites[0].head, 0)), edited=True)
     by_module = kind in _ATTENDED and isinstance(found.point, Point)
-    if by_module and lm.row.grouped_values and lm.kv_heads < lm.n_heads:
+    if by_module and lm.row.grouped_values and lm.layers[index].kv_heads < lm.layers[index].heads:
         raise NodeError(
             f"{kind} of {lm.family} cannot be patched by module hooks", fix="load it with attn_implementation='sdpa'"
         )

@@ -39,7 +39,7 @@ class Clean:
 
     def written(self, record: Recording) -> Iterator[Float[Tensor, "node prompt position d_model"]]:
         """What every node wrote in this run or in one continued from it: in write order, a block at a time."""
-        rows = next(iter(record.z.values())).shape[:2]
+        rows = record.vectors[Node("embed")].shape[:2]
         writes = record.writes.map(lambda part: part.expand(rows[0], *part.shape[1:]).flatten(0, 1))
         for among in blocks(self.lm):
             yield expand(self.lm, tuple(self.folded), writes, among=among).unflatten(1, rows)
@@ -47,7 +47,7 @@ class Clean:
     def write(self, node: Node) -> Float[Tensor, "prompt position d_model"]:
         """What one node wrote in this run."""
         own = write_of(self.lm, self.folded, self.record.writes, node)
-        return own.expand(*self.record.z[0].shape[:2], -1)
+        return own.expand(*self.record.vectors[Node("embed")].shape[:2], -1)
 
     def input(self, layer: int) -> Float[Tensor, "prompt position d_model"]:
         """The stream as this layer's block was given it, wherever the layer before it computes."""
@@ -58,7 +58,10 @@ class Clean:
         return value_scale(self.lm, layer, self.record.stream[layer.reads])
 
     def carried(self, layer: int, vector: Tensor) -> Float[Tensor, "prompt position head d_model"]:
-        """C of eq. 3: what this layer's heads write because `vector` is in the stream, pattern and norms held."""
+        """C of eq. 3: what this layer's heads write because `vector` is in the stream, pattern and norms held.
+
+        Raises ModelError for a layer without attention.
+        """
         block = self.lm.layers[layer]
         through = through_values(self.lm, block, self.patterns[layer], vector, self.scale(block))
         return torch.einsum("bthk,hkd->bthd", self.post_scaled(block, through), self.folded[layer].w_o)

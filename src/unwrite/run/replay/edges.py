@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unwrite.errors import NodeError
 from unwrite.model.view import Model
-from unwrite.nodes import GROUPS, KINDS, Site
+from unwrite.nodes import GROUPS, KINDS, PROJECTED, Site
 from unwrite.run.edit.sites import named
 from unwrite.run.edit.slots import Slot, slots
 
@@ -130,11 +130,12 @@ def _writes(name: str, sites: Sequence[Site]) -> tuple[Write, ...]:
     """Heads of one layer are one write: behind a post-norm what they write together is no sum."""
     heads: dict[int, list[int]] = {}
     for site in sites:
-        if site.kind == "head":
+        if site.kind in PROJECTED:
             heads.setdefault(site.layer, []).append(site.head)
     if twice := [site for site in sites if site.kind == "attn_out" and site.layer in heads]:
         raise NodeError(
             f"{name} names heads twice", got=f"{twice[0]} and heads of its layer", fix="name one or the other"
         )
-    whole = [Write(site.kind, site.layer) for site in sites if site.kind != "head"]
-    return (*whole, *(Write("head", layer, tuple(sorted(own))) for layer, own in heads.items()))
+    whole = [Write(site.kind, site.layer) for site in sites if site.kind not in PROJECTED]
+    kinds = {site.layer: site.kind for site in sites if site.kind in PROJECTED}
+    return (*whole, *(Write(kinds[layer], layer, tuple(sorted(own))) for layer, own in heads.items()))

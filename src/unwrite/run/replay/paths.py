@@ -19,6 +19,7 @@ from torch import Tensor
 
 from unwrite.model.continued import Calls
 from unwrite.model.view import Model
+from unwrite.nodes import PROJECTED
 from unwrite.run.edit.slots import Slot, Values, Visit, visiting
 from unwrite.run.replay.clean import Base
 from unwrite.run.replay.edges import LOGITS, Ends, Write, read_at
@@ -63,7 +64,7 @@ def _first_change(base: Base, source: Values) -> int | None:
 def _delta(base: Base, source: Values, ends: Ends, write: Write) -> Float[Tensor, "pair position d_model"]:
     """What a write puts into the stream more when it is set to its source value."""
     slot = next(s for s in ends.sent if s.kind == write.kind and (write.kind == "embed" or s.layer == write.layer))
-    if write.kind != "head":
+    if write.kind not in PROJECTED:
         change = (source[slot] - base.values[slot])[:, :, 0]
         return change if write.kind == "embed" else change * base.lm.residual_scale
     before = base.values[ends.z[write.layer]]

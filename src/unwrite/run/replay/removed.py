@@ -47,7 +47,8 @@ Seen = Callable[[int, int, Recording], object]
 
 def begins(lm: Model, node: Node) -> int:
     """The first block that a run goes through in which this node's write is changed."""
-    return node.layer + int(node.kind == "mlp" or node.layer < 0 or lm.parallel)
+    inside = node.kind != "mlp" and Location("mid", node.layer) in lm.states
+    return node.layer + int(not inside)
 
 
 def in_order(lm: Model, nodes: Sequence[Node]) -> list[int]:

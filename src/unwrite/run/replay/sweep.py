@@ -122,7 +122,8 @@ def _step(runs: Runs, first: Calls, source: Values, wave: Sequence[Jobs], rows: 
     if n:
         last = index + 1 == len(runs.base.lm.layers)
         row = runs.base.row[runs.pair[:n]] - runs.start
-        with _one_row(runs.base.lm.layers[index].mlp, row) if last else nullcontext():
+        layer = runs.base.lm.layers[index]
+        with _one_row(layer.mlp, row) if last and layer.has_mlp else nullcontext():
             found.append(runs.block(index, x[:n]))
     for part in inside:
         # Where later rows of the block do not see it, they are not run.

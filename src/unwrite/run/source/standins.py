@@ -20,7 +20,7 @@ from torch import Tensor
 
 from unwrite.model.view import Folded, Model, centre
 from unwrite.model.writes import Writes, write_of
-from unwrite.nodes import Node
+from unwrite.nodes import PROJECTED, Node
 from unwrite.run.source.rotations import rotation
 
 _Write = Float[Tensor, "prompt position d_model"]
@@ -51,11 +51,11 @@ class Others:
         """What nodes write, each so many times, summed up; all heads of a layer in one product."""
         found: Any = 0.0
         for layer in dict.fromkeys(node.layer for node in nodes):
-            if heads := [i for i, node in enumerate(nodes) if node.layer == layer and node.kind == "head"]:
+            if heads := [i for i, node in enumerate(nodes) if node.layer == layer and node.kind in PROJECTED]:
                 each = self._writes.z[layer] * times[heads[0] : heads[-1] + 1].t()[:, None, :, None]
                 found += each.flatten(-2) @ self._folded[layer].w_o.flatten(0, 1)
         for i, node in enumerate(nodes):
-            if node.kind != "head":
+            if node.kind not in PROJECTED:
                 found += times[i][:, None, None] * self._writes.vectors[node]
         return found
 

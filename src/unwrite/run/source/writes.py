@@ -138,7 +138,7 @@ class Pool:
         kept = (batch.counted * weight).to(self.lm.device)
         writes = run(self.lm, batch.ids, self.folded)
         # The embedding first: through attention what is none at one position reaches all, be its weight 0 there.
-        for factor in (*writes.vectors.values(), *writes.z):
+        for factor in (*writes.vectors.values(), *writes.z.values()):
             finite = factor.flatten(2).isfinite().all(-1)
             batch.require_numbers(finite | (kept == 0), "what a mean is taken over")
         return writes.map(lambda factor: torch.einsum("bt...,bt->t...", factor, kept.to(factor.dtype)))

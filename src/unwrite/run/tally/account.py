@@ -19,7 +19,7 @@ from torch import Tensor
 from unwrite.model.capture import Recording
 from unwrite.model.view import Folded, Model
 from unwrite.model.writes import blocks, expand
-from unwrite.nodes import Location
+from unwrite.nodes import PROJECTED, Location
 from unwrite.run.answer.logits import Question, capped, linear, measure, normed_measure
 from unwrite.run.backward.rules import RULES
 from unwrite.run.backward.slopes import cotangents
@@ -129,11 +129,11 @@ class Direct:
         """Of the nodes of a block in runs of these prompts; `at` takes every run's read row out of what is recorded."""
         r, found = self.linear[0][prompt], []
         for node in self.asked.lm.parts[self.nodes[layer]]:
-            if node.kind == "head" and node.head == 0:
+            if node.kind in PROJECTED and node.head == 0:
                 found.append(torch.einsum("nhk,nhk->hn", at(record.z[layer]), self._heads[layer][prompt]))
             elif node.kind == "bias":
                 own, gain = r @ self.asked.folded[layer].bias, record.gain.get(layer)
                 found.append((own if gain is None else own * at(gain))[None])
-            elif node.kind != "head":
+            elif node.kind not in PROJECTED:
                 found.append((at(record.vectors[node]) * r).sum(-1)[None])
         return torch.cat(found)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from unwrite.model.capture import Recording, recording
 from unwrite.model.continued import Calls, block_from
+from unwrite.nodes import PROJECTED
 from unwrite.run.loop.finite import not_finite
 from unwrite.run.replay.clean import clean
 from unwrite.run.replay.removed import alone
@@ -72,8 +73,7 @@ def _donors(asked: Asked, pool: Pool, row: int) -> Iterator[_Donors]:
     for some in (texts[start : start + step] for start in range(0, len(texts), step)):
         run = clean(lm, torch.from_numpy(pool.tokens.ids[some, : row + 1]), asked.folded)
         at_row = run.record.writes.map(partial(_at, n=len(some), row=row))
-        gain = {i: one for i, one in enumerate(at_row.gain) if one is not None}
-        record = Recording(dict(enumerate(at_row.z)), gain, dict(at_row.vectors))
+        record = Recording(dict(at_row.z), dict(at_row.gain), dict(at_row.vectors))
         yield _Donors(some, [run.input(i)[:, row].clone() for i in range(len(lm.layers))], record, calls)
 
 
@@ -95,7 +95,7 @@ def _values(asked: Asked, direct: Direct, i: int, donors: _Donors) -> Float[Tens
                 record.z[layer] = record.z[layer] * (held / record.gain[layer])[..., None, None]
                 record.gain[layer] = held.expand_as(record.gain[layer])
             query.append(direct.of(layer, record, lambda x, at=at: x[:, at], prompt))
-    attention = torch.tensor([node.kind in ("head", "bias") for node in lm.parts], device=context.device)
+    attention = torch.tensor([node.kind in (*PROJECTED, "bias") for node in lm.parts], device=context.device)
     return torch.stack([torch.where(attention[:, None], torch.cat(query), context), context])
 
 

@@ -245,16 +245,17 @@ class _Chunk:
         """What each node of a layer writes along the write, and how much of that because it is there."""
         of, lm, along = self.of, self.of.lm, self.along[: len(own)]
         prompt, w, folds = self.prompt[own], self.w[own], self.of.asked.folded[layer]
-        first = of.at[Node("head", layer, 0)]
-        heads = slice(first, first + lm.n_heads)
-        read = (along @ folds.w_o.flatten(0, 1).t()).unflatten(-1, (lm.n_heads, lm.head_dim))
-        z, clean = record.z[layer], self._clean(of.run.record.z[layer], own)
-        of.share[prompt, w, heads] = _both(clean * read)
-        of.acts[prompt, w, heads] = _both((clean - z).mul_(read))
-        mlp = Node("mlp", layer)
-        written, clean = record.vectors[mlp], self._clean(of.run.record.vectors[mlp], own)
-        of.share[prompt, w, of.at[mlp]] = _both(clean * along)
-        of.acts[prompt, w, of.at[mlp]] = _both((clean - written).mul_(along))
+        if layer in record.z:
+            first, (count, width, _) = of.at[Node(lm.layers[layer].kind, layer, 0)], folds.w_o.shape
+            heads = slice(first, first + count)
+            read = (along @ folds.w_o.flatten(0, 1).t()).unflatten(-1, (count, width))
+            z, clean = record.z[layer], self._clean(of.run.record.z[layer], own)
+            of.share[prompt, w, heads] = _both(clean * read)
+            of.acts[prompt, w, heads] = _both((clean - z).mul_(read))
+        if (mlp := Node("mlp", layer)) in of.at:
+            written, clean = record.vectors[mlp], self._clean(of.run.record.vectors[mlp], own)
+            of.share[prompt, w, of.at[mlp]] = _both(clean * along)
+            of.acts[prompt, w, of.at[mlp]] = _both((clean - written).mul_(along))
         if (bias := Node("bias", layer)) in of.at:
             onto, gain = along @ folds.bias, of.run.record.gain.get(layer)
             at = of.at[bias]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unwrite.model.capture import Recording
 from unwrite.model.view import Model, fold
-from unwrite.nodes import Node
+from unwrite.nodes import PROJECTED, Location, Node
 from unwrite.prompts.tokens import Tokens
 from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.ledger import Ledger
@@ -220,8 +220,8 @@ class WithoutTally:
         by_node = write.new_zeros(len(self.lm.parts), *write.shape[:2])
         whole, survival = write, []
         for state in self.lm.states:
-            reads = state.state == ("post" if self.lm.parallel else "mid")
-            if reads and state.layer > self.writer.layer:
+            reads = state.layer > self.writer.layer and self.lm.layers[state.layer].attends
+            if reads and (state.state == "mid" or Location("mid", state.layer) not in self.lm.states):
                 by_node[self._heads(state.layer)] = along(run.carried(state.layer, write).movedim(2, 0), write)
                 whole = whole + run.carried(state.layer, whole).sum(2)
             survival.append(dot(whole, write))
@@ -230,7 +230,7 @@ class WithoutTally:
     def _heads(self, layer: int) -> slice:
         """Where the heads of a layer are among the nodes."""
         first = self.lm.parts.index(Node("head", layer, 0))
-        return slice(first, first + self.lm.n_heads)
+        return slice(first, first + self.lm.layers[layer].heads)
 
     def _read(self, run: Clean, vector: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         """Σ‖·‖² of what each node writes because it reads `vector`, and each MLP's part of that along the vector."""
@@ -239,7 +239,8 @@ class WithoutTally:
         onto, energy = vector.new_zeros(len(vector), n, dtype=exact), vector.new_zeros(n, dtype=exact)
         for layer in range(self.writer.layer + 1, len(self.lm.layers)):
             # Behind a prompt, padding would read it.
-            energy[self._heads(layer)] = squares(run.carried(layer, vector).movedim(2, 0) * kept[..., None])
+            if self.lm.layers[layer].attends:
+                energy[self._heads(layer)] = squares(run.carried(layer, vector).movedim(2, 0) * kept[..., None])
         there = vector.ne(0).any(-1, keepdim=True)  # elsewhere the difference is rounding
         for layer, change in one_reader(run, vector, mlps).items():
             index = self.lm.parts.index(Node("mlp", layer))
@@ -352,6 +353,6 @@ class Round:
 def _space(tally: WithoutTally) -> Float[Tensor, "d_model rank"]:
     """An orthonormal basis of what a head can write; empty for a writer that is no head."""
     writer = tally.writer
-    if writer.kind != "head":
+    if writer.kind not in PROJECTED:
         return tally.folded[0].w_o.new_zeros(tally.lm.d_model, 0)
     return torch.linalg.qr(tally.folded[writer.layer].w_o[writer.head].t()).Q
