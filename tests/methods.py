@@ -15,6 +15,7 @@ import torch
 
 import unwrite as uw
 from unwrite.model.view import Model
+from unwrite.nodes import PROJECTED, parse_node
 from unwrite.run.tally import without
 from unwrite.stats import bootstrap
 
@@ -25,6 +26,18 @@ Method = Callable[..., uw.Result]
 IDS = torch.randint(3, 50, (4, 6), generator=torch.Generator().manual_seed(0))
 PAIRS = uw.pairs(IDS[:2], IDS[2:], 5, 9)
 HEADS = ("L0H0", "L1H1")
+
+
+def there(lm: Model, *names: str) -> list[str]:
+    """Nodes of these names; for a head of a layer without attention one of its mixer, or of the next that has one."""
+    found: dict[str, None] = {}
+    for node in map(parse_node, names):
+        if node.kind == "head":
+            later = [one for one in lm.parts if one.kind in PROJECTED and one.layer >= node.layer]
+            own = [one for one in later if one.layer == later[0].layer]
+            node = own[node.head % len(own)]
+        found |= {str(node): None} if node in lm.parts else {}
+    return [*found]
 
 
 def _star(lm: Model, **kept: Any) -> uw.Result:
@@ -44,14 +57,14 @@ def _estimated(method: str) -> Method:
 # The first word is the public name.
 METHODS: dict[str, Method] = {
     "scan": lambda lm, **kept: uw.scan(lm, IDS, **kept),
-    "survival": lambda lm, **kept: uw.survival(lm, IDS, ["embed", "L0H1", "MLP0"], decoys=2, **kept),
-    "verify": lambda lm, **kept: uw.verify(lm, IDS, "L0H0", **kept),
+    "survival": lambda lm, **kept: uw.survival(lm, IDS, there(lm, "embed", "L0H1", "MLP0"), decoys=2, **kept),
+    "verify": lambda lm, **kept: uw.verify(lm, IDS, there(lm, "L0H0")[0], **kept),
     "verify erasers": lambda lm, **kept: uw.verify(lm, IDS, "L0H0", ["L1H0"], **kept),
     "dla texts": lambda lm, **kept: uw.dla(lm, IDS[:2], texts=IDS[2:], **kept),
     "dla": lambda lm, **kept: uw.dla(lm, IDS[:2], 5, 9, replace="resample", **kept),
     "corpus_dla": lambda lm, **kept: uw.corpus_dla(lm, IDS, "L0H0", ["L1H0"], **kept),
     "adversarial": lambda lm, **kept: uw.adversarial(lm, IDS, "L0H0", **kept),
-    "effects": lambda lm, **kept: uw.effects(lm, PAIRS, [*HEADS, "MLP0"], **kept),
+    "effects": lambda lm, **kept: uw.effects(lm, PAIRS, there(lm, *HEADS, "MLP0"), **kept),
     "effects atp": _estimated("atp"),
     "effects atp*": _star,
     "effects relp": _estimated("relp"),

@@ -440,7 +440,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: unknown("granite_swa", sliding_window=4), "attention sinks: rows of the pattern do not sum to 1"
     ),
     "attention beside a mixer": (
-        lambda: unknown("falcon_h1", mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1),
+        lambda: unknown("falcon_h1", mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8),
         r"not one attention and one MLP write in a block \(mamba: FalconH1Mixer \+ self_attn: FalconH1Attention",
     ),
     "one norm in two places": (lambda: unknown("nanochat"), "one module, model.norm, is called in several places"),

@@ -73,10 +73,11 @@ def verify(
     `caused` / `opposed` and `opposed_pr`, quantiles of the erasers' summed ratio; the paper's view `pr`, `level`, clean
     and patched; `space`, the stream's energy in the head's own output space, `into_space` that of every node's write;
     `read`, the part of a node's energy that it writes because it reads the write (heads through values; MLPs
-    one-reader: D = MLP(x) − MLP(x − o_w)), `read_generic` the same for turned writes, `readers` the nodes above that
-    (below six documents none: `read_note`); `one_reader_share` of MLPs, D along the write; `decodable`, held-out R² of
-    a linear map of the write's token part (NaN: `decodable_note`); `level_at` and `survival_at` the end, by groups of
-    positions from `place` on; `strip_level` and `strip_survival`, by token (`strip_token`), at each `example`.
+    one-reader: D = MLP(x) − MLP(x − o_w); NaN for mixers, of which it is not known), `read_generic` the same for
+    turned writes, `readers` the nodes above that (below six documents none: `read_note`); `one_reader_share` of MLPs,
+    D along the write; `decodable`, held-out R² of a linear map of the write's token part (NaN: `decodable_note`);
+    `level_at` and `survival_at` the end, by groups of positions from `place` on; `strip_level` and `strip_survival`,
+    by token (`strip_token`), at each `example`.
     Raises NodeError for an unknown writer, or an eraser that could not read it; NumericError for one that never writes.
 
     Example: `uw.verify(lm, tokens, "L0H2")["survival"]`
@@ -124,7 +125,7 @@ def _dataset(tally: WithoutTally) -> xr.Dataset:
     lm = tally.lm
     after = np.array([state.holds(tally.writer, lm.parallel) for state in lm.states])
     later = np.array([tally.later(node) for node in lm.parts])
-    at, by = ("location",), ("node",)
+    at, by, (unseen, behind) = ("location",), ("node",), tally.unseen()
     survival, generic = value["survival"], np.stack([value[f"rotation {k}"] for k in range(ROTATIONS)])
     spread = np.quantile(generic, (0.025, 0.975), axis=0)
     with_, without = value["share"], value["share_without"]
@@ -151,9 +152,11 @@ def _dataset(tally: WithoutTally) -> xr.Dataset:
         ),
         "acts": quantity(by, np.where(later, with_ - without, 0.0), "1", "a − b"),
         "acts_se": quantity(by, error["acts"], "1", "clustered by prompt"),
-        "v_share": quantity(by, value["v_share"], "1", "Σ⟨C, o_w⟩ / Σ‖o_w‖², C of eq. 3"),
-        "v_share_se": quantity(by, error["v_share"], "1", "clustered by prompt"),
-        "v_survival": quantity(at, np.where(after, value["v_survival"], np.nan), "1", "1 + Σ v_net up to here"),
+        "v_share": quantity(by, np.where(unseen, np.nan, value["v_share"]), "1", "Σ⟨C, o_w⟩ / Σ‖o_w‖², C of eq. 3"),
+        "v_share_se": quantity(by, np.where(unseen, np.nan, error["v_share"]), "1", "clustered by prompt"),
+        "v_survival": quantity(
+            at, np.where(after & ~behind, value["v_survival"], np.nan), "1", "1 + Σ v_net up to here"
+        ),
     }
     shown = {**_used(tally, value, error), **_quantiles(tally), **_places(tally), **_strips(tally)}
     return xr.Dataset({**own, **shown}, _coordinates(tally))
@@ -170,7 +173,12 @@ def _used(tally: WithoutTally, value: dict[str, np.ndarray], error: dict[str, np
     generic = np.stack([np.maximum(mean - reach, 0), mean, mean + reach], 1)
     by, at = ("node",), ("location",)
     return {
-        "read": quantity(by, read, "1", "Σ‖C‖² / Σ‖o_e‖², C of eq. 3; of an MLP one-reader Σ‖D‖² / Σ‖o_e‖²"),
+        "read": quantity(
+            by,
+            np.where(tally.unseen()[0], np.nan, read),
+            "1",
+            "Σ‖C‖² / Σ‖o_e‖², C of eq. 3; of an MLP one-reader Σ‖D‖² / Σ‖o_e‖²",
+        ),
         "read_generic": quantity(
             (*by, "bound"),
             np.where(later[:, None], generic, np.nan),
@@ -196,11 +204,12 @@ def _used(tally: WithoutTally, value: dict[str, np.ndarray], error: dict[str, np
 def _quantiles(tally: WithoutTally) -> dict[str, xr.Variable]:
     n = len(tally.lm.parts)
     both = np.stack([tally.ratios[condition].quantiles(QUANTILES) for condition in CONDITIONS])
+    values = np.where(tally.unseen()[0][:, None], np.nan, tally.ratios["values"].quantiles(QUANTILES))
     return {
         "opposed_pr": quantity(
             ("quantile",), tally.ratios["opposed"].quantiles(QUANTILES)[0], "1", "⟨Σ over erasers of o_e, o_w⟩ / ‖o_w‖²"
         ),
-        "v_pr": quantity(("node", "quantile"), tally.ratios["values"].quantiles(QUANTILES), "1", "⟨C, o_w⟩ / ‖o_w‖²"),
+        "v_pr": quantity(("node", "quantile"), values, "1", "⟨C, o_w⟩ / ‖o_w‖²"),
         "pr": quantity(("condition", "node", "quantile"), both[:, :n], "1", "⟨o_e, clean o_w⟩ / ‖o_w‖²"),
         "level": quantity(("condition", "location", "quantile"), both[:, n:], "1", "⟨x, clean o_w⟩ / ‖o_w‖²"),
     }
@@ -314,6 +323,6 @@ def _classes(data: xr.Dataset, tally: WithoutTally, t: float) -> Iterator[str]:
         elif is_there("v_share", i):
             yield "reads it through values"
         elif is_there("acts", i):
-            yield "reads it another way"
+            yield "reads it another way" if node.kind != "mixer" else "reads it"
         else:
             yield "acts without it" if abs(data["share"].values[i]) >= MATERIAL_SHARE else ""

@@ -22,10 +22,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from unwrite.errors import ModelError
 from unwrite.model.attention import Patterns, around_attention, is_called, patterns
 from unwrite.model.capture import Recording, evaluating, recording
-from unwrite.model.continued import continues, kept_run
-from unwrite.model.hooks import after, first_of, hooked, kept
+from unwrite.model.continued import Calls, calling, continues, kept_run
+from unwrite.model.hooks import after, first_of, hooked, kept, read_of
 from unwrite.model.inside import maybe
 from unwrite.model.lengths import switches
 from unwrite.model.projections import sizes
@@ -53,8 +54,10 @@ def added(lm: Model, folded: tuple[Folded, ...], ids: Ids, mask: Mask, dtype: to
 
     `dtype` is that in which the model computes now.
     """
-    with recording(lm, folded, truth=True) as record, _ends_of_mlps(lm) as ends:
+    with recording(lm, folded, truth=True) as record, _ends_of_mlps(lm) as ends, calling(lm) as calls:
         whole = output_of(lm, ids, mask)
+    if mask.all():
+        _require_stream_alone(lm, calls)
     logits = whole[mask]
     nodes = expand(lm, folded, _per_prompt(record, mask).map(lambda part: part[mask]))
     rows = {state: x[mask] for state, x in record.stream.items()}
@@ -112,6 +115,22 @@ def _loud(lm: Model, ids: Int[Tensor, "1 position"], stream: Float[Tensor, "posi
     with hooked([after(lm.head, lambda logits: logits * louder.to(logits))]):
         own = output_of(lm, ids)[0]
     return relative(_bounded(lm, raw * louder)[None], own)
+
+
+def _require_stream_alone(lm: Model, calls: Calls) -> None:
+    """Raise ModelError for blocks that are given something else of a prompt: a run that begins at one has only that."""
+    for layer in lm.layers:
+        args, named = calls[layer.index]
+        given = {**{f"argument {i}": part for i, part in enumerate(args)}, **named}
+        stream = read_of(calls[layer.index])
+        for name, part in given.items():
+            rows = part if isinstance(part, Tensor) and part is not stream and len(part) == len(stream) else None
+            if rows is not None and not torch.equal(rows, rows[:1].expand_as(rows)):
+                raise ModelError(
+                    f"the blocks of {lm.about.get('name', lm.family)} read something beside the stream",
+                    got=f"layer {layer.index}, which is given {name}, another one for another prompt",
+                    expected="blocks that know of a prompt what is in the stream",
+                )  # fmt: skip
 
 
 def relative(parts: Float[Tensor, "part row d"], truth: Float[Tensor, "row d"]) -> float:

@@ -315,6 +315,13 @@ class WithoutTally:
         """Which nodes could take in the write: heads of later layers, and later MLPs."""
         return np.array([self.later(node) and node.kind in ("head", "mlp") for node in self.lm.parts])
 
+    def unseen(self) -> tuple[Bool[np.ndarray, " node"], Bool[np.ndarray, " location"]]:
+        """Later mixers, of which nobody knows what they read through values; states that hold something of one."""
+        mixers = [node.layer for node in self.lm.parts if node.kind == "mixer" and self.later(node)]
+        first = min(mixers, default=len(self.lm.layers))
+        nodes = np.array([node.kind == "mixer" and node.layer in mixers for node in self.lm.parts])
+        return nodes, np.array([state.layer >= first for state in self.lm.states])
+
     def reads(self) -> tuple[Float[np.ndarray, " node"], Float[np.ndarray, "draw node"]]:
         """Energy that a node writes because it reads the write, over all it writes; the same for turned writes."""
         energy = self._totals["nodes"].total().cpu().numpy()
