@@ -16,6 +16,7 @@ import every
 import unwrite as uw
 from methods import IDS, PAIRS, few_draws
 from unwrite.errors import ModelError, NodeError
+from unwrite.model.discover import discovered
 from unwrite.model.load import view
 from unwrite.model.view import Model
 
@@ -195,3 +196,15 @@ def test_a_mixer_has_no_pattern(site: str, says: str) -> None:
 def test_blocks_that_are_given_more_than_the_stream_are_refused() -> None:
     with pytest.raises(ModelError, match="blocks of Zamba2ForCausalLM read something beside the stream"):
         view(every.model("zamba2"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_finding_what_mixes_costs_few_short_passes(kind: str) -> None:
+    hf, passes = every.model(kind), []
+    with hooks(
+        hf.register_forward_pre_hook(lambda *seen: passes.append(seen[2]["input_ids"].numel()), with_kwargs=True)
+    ):
+        discovered(hf)
+    # Beside them, mixers and MLPs of layers without attention are called once more: about one pass at most.
+    assert 1 <= len(passes) <= 3
+    assert max(passes) <= 2 * 9

@@ -67,8 +67,7 @@ def _require_float32(hf: Any, kind: str) -> None:
 def _row(trace: Traced, hf: Any) -> Family:
     path, calls = _stack(trace, hf)
     blocks = [Block(trace, call) for call in calls]
-    bare_of = [writer(block, part).path for block in blocks if looked(block) is None for part in block.writers]
-    mixes = mixing(hf, bare_of) if bare_of else ()
+    mixes = mixing(hf, [writer(block, part) for block in blocks if looked(block) is None for part in block.writers])
     found = [said(block, mixes) for block in blocks]
     final, (tokens, scale, positions) = _final_norm(trace, path, calls[-1]), _start(trace, calls[0])
     decoder = _around(trace, [path, *(call.path for call in (final, tokens, positions) if call is not None)])

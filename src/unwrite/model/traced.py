@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,6 +42,7 @@ class Called:
     made: Op | None
     pattern: Tensor | None = None  # [prompt, head, query, key], where it puts one out beside, and what made that
     shows: Op | None = None
+    given: Call | None = None  # as it was called
 
     def within(self, path: str) -> bool:
         """Is this module below another one, and not that one itself?"""
@@ -75,7 +76,7 @@ class Traced:
 
     calls: list[Called] = field(default_factory=list)
     looked: list[Looked] = field(default_factory=list)
-    running: list[tuple[str, Tensor | None, Op | None]] = field(default_factory=list)
+    running: list[tuple[str, Tensor | None, Op | None, Call]] = field(default_factory=list)
     start: Op | None = None
     loud: Tensor | None = None
     output: Any = None
@@ -130,9 +131,8 @@ def traced(hf: Any) -> Traced:
 def _pass(hf: Any, way: Callable[[Any, Traced], AbstractContextManager[object]]) -> Traced:
     trace = Traced()
     with ExitStack() as stack:
-        stack.enter_context(evaluating(hf))
-        stack.enter_context(followed(hf))
-        stack.enter_context(in_float32(hf) if _half(hf) else nullcontext())
+        for inside in _lent(hf):
+            stack.enter_context(inside)
         stack.enter_context(hooked(_hooks(hf, trace)))
         stack.enter_context(way(hf, trace))
         stack.enter_context(torch.inference_mode(mode=False))
@@ -142,27 +142,31 @@ def _pass(hf: Any, way: Callable[[Any, Traced], AbstractContextManager[object]])
     return trace
 
 
-def mixing(hf: Any, paths: Collection[str]) -> set[str]:
-    """Which of these modules give a later position something of an earlier one: each is called with another one."""
-    calls: dict[str, Call] = {}
+@torch.no_grad()
+def mixing(hf: Any, calls: Iterable[Called]) -> set[str]:
+    """Which modules give later positions something of an earlier one: each is called again with another first one."""
     with ExitStack() as stack:
-        stack.enter_context(evaluating(hf))
-        stack.enter_context(followed(hf))
-        stack.enter_context(in_float32(hf) if _half(hf) else nullcontext())
-        stack.enter_context(torch.no_grad())
-        modules = {path: hf.get_submodule(path) for path in paths}
-        with hooked(called(part, partial(calls.__setitem__, path)) for path, part in modules.items()):
-            hf(input_ids=_ids(hf), use_cache=False)
-        return {path for path, call in calls.items() if _mixes(modules[path], call)}
+        for inside in _lent(hf):
+            stack.enter_context(inside)
+        return {call.path for call in calls if _mixes(call)}
 
 
-def _mixes(module: nn.Module, call: Call) -> bool:
-    read = read_of(call)
-    changed = read.clone()
-    changed[:, 0] += read[:, 1] - read[:, 2]
-    one, other = (module(*args, **named) for args, named in (call, reads_instead(call, changed)))
-    one, other = (_tensors(part)[0].reshape(*read.shape[:2], -1)[:, 1:] for part in (one, other))
+def _mixes(call: Called) -> bool:
+    """The prompts' last tokens are not changed, so what becomes of them tells."""
+    assert call.given is not None and call.read is not None  # noqa: S101, PT018 (what writes in a block reads)
+    read = call.read.clone()
+    read[:, 0] += read[:, 1] - read[:, 2]
+    args, named = reads_instead(call.given, read.to(read_of(call.given)))
+    made = _copy(_tensors(call.module(*args, **named))[0])
+    one, other = (part.reshape(*read.shape[:2], -1)[:, 1:] for part in (call.gave, made))
     return bool((one - other).abs().amax() > _MIXED * one.abs().amax())
+
+
+def _lent(hf: Any) -> Iterator[AbstractContextManager[object]]:
+    """How modules are called here: not training, with their own weights, in float32."""
+    yield evaluating(hf)
+    yield followed(hf)
+    yield in_float32(hf) if _half(hf) else nullcontext()
 
 
 def _half(hf: Any) -> bool:
@@ -197,11 +201,11 @@ def _begin(trace: Traced, path: str, call: Call) -> None:
     args, named = call
     given = [named.get("hidden_states"), *args, *named.values()]
     read = next((part for part in given if isinstance(part, Tensor)), None)
-    trace.running.append((path, _copy(read), None if read is None else read.grad_fn))
+    trace.running.append((path, _copy(read), None if read is None else read.grad_fn, call))
 
 
 def _end(trace: Traced, module: nn.Module, is_start: bool, output: Any) -> None:
-    path, read, reads = trace.running.pop()
+    path, read, reads, given = trace.running.pop()
     parts = _tensors(output)
     if not parts or not path:
         return
@@ -210,7 +214,7 @@ def _end(trace: Traced, module: nn.Module, is_start: bool, output: Any) -> None:
     pattern = next((part for part in parts[1:] if is_pattern(part)), None)
     # Some blocks go on to add into the very tensor that a module gave.
     shows = None if pattern is None else pattern.grad_fn
-    trace.add(Called(path, module, read, reads, _copy(parts[0]), made, _copy(pattern), shows))
+    trace.add(Called(path, module, read, reads, _copy(parts[0]), made, _copy(pattern), shows, given))
 
 
 def _tensors(output: Any) -> list[Tensor]:
