@@ -128,7 +128,7 @@ def said(block: Block, mixes: Collection[str]) -> Said:
     if mlp is not None:
         hidden, gated = _hidden(block, mlp)
         act = None if hidden is None else below(mlp.path, hidden.path)
-        found |= {"mlp": below(block.path, mlp.path), "act": act, "gated": gated}
+        found.update(mlp=below(block.path, mlp.path), act=act, gated=gated)
     found |= {
         "input_norm": block.name(into), "post_attention_norm": block.name(after), "post_mlp_norm": block.name(last),
         "attention": below(block.path, path) if path else None,

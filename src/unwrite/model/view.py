@@ -7,7 +7,7 @@ where it must, and never changes a weight of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,14 +18,13 @@ from torch import Tensor, nn
 
 from unwrite.errors import ModelError, shown
 from unwrite.model.families import Family
-from unwrite.model.inside import decoder_of, find, headless, maybe, text_config
+from unwrite.model.inside import decoder_of, find, headless, text_config
+from unwrite.model.layers import Layer, layer_of
 from unwrite.model.projections import Effective, bias_of, has_bias, matrix_of, sizes
 from unwrite.model.weights import home, weight_of
 from unwrite.nodes import Location, Node
 
 CONVENTIONS = ("paper", "raw")
-# What a layer may lack.
-_CALLED = {"attention": "attention", "out_proj": "attention", "value": "values of attention", "mlp": "MLP"}
 # The identities of a certificate that a model without a language-model head has not.
 OF_HEAD = ("logits", "reading")
 _ATTENTION, _MIXER = "no layer has attention", "what a mixer keeps of earlier positions is no keys and values"
@@ -34,89 +33,6 @@ ABSENT = {
     **dict.fromkeys(OF_HEAD, "there is no language-model head"), **dict.fromkeys(("values", "opened"), _ATTENTION),
     "continued": _MIXER, "mlp": "no layer has an MLP",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The modules of one block that read or write the stream.
-
-    `attention` is what mixes positions: attention, or in its place a mixer, which has no pattern and no values. Its
-    `heads`, each `head_dim` wide, write through `out_proj`; `kv_heads` are the key/value heads that they share. A layer
-    may lack it, and has no heads then, or lack an MLP. Raises ModelError where a module is asked for that it lacks.
-    """
-
-    index: int
-    block: nn.Module
-    modules: Mapping[str, nn.Module]  # attention, out_proj, value and mlp, as far as there are any
-    input_norm: nn.Module | None
-    mid: nn.Module | None
-    post_attention_norm: nn.Module | None
-    post_mlp_norm: nn.Module | None
-    heads: int
-    kv_heads: int
-
-    @property
-    def attention(self) -> nn.Module:
-        """What mixes positions."""
-        return self._module("attention")
-
-    @property
-    def out_proj(self) -> nn.Module:
-        """The projection through which it writes."""
-        return self._module("out_proj")
-
-    @property
-    def value(self) -> nn.Module:
-        """What makes the values of its attention."""
-        return self._module("value")
-
-    @property
-    def mlp(self) -> nn.Module:
-        """Its MLP."""
-        return self._module("mlp")
-
-    def _module(self, name: str) -> nn.Module:
-        if name not in self.modules:
-            raise ModelError(
-                f"layer {self.index} has no {_CALLED[name]}", got=f"a layer with {' and '.join(self.modules)}",
-                fix="ask it of another layer",
-            )  # fmt: skip
-        return self.modules[name]
-
-    @property
-    def attends(self) -> bool:
-        """Has it attention, with values and a pattern?"""
-        return "value" in self.modules
-
-    @property
-    def has_mlp(self) -> bool:
-        """Has it an MLP?"""
-        return "mlp" in self.modules
-
-    @property
-    def kind(self) -> str:
-        """The kind of the nodes that write through `out_proj`."""
-        return "head" if self.attends else "mixer"
-
-    @property
-    def head_dim(self) -> int:
-        """How wide what a head hands to `out_proj` is."""
-        return sizes(self.out_proj)[0] // self.heads if self.heads else 0
-
-    @property
-    def reads(self) -> Location:
-        """The state of the stream that this block reads."""
-        return Location("post", self.index - 1) if self.index else Location("pre", 0)
-
-    @property
-    def attention_end(self) -> nn.Module:
-        """What puts out all that attention writes, still apart from the stream."""
-        return self.post_attention_norm or self.out_proj
-
-    @property
-    def mlp_end(self) -> nn.Module:
-        """What puts out all that the MLP writes, still apart from the stream."""
-        return self.post_mlp_norm or self.mlp
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +80,8 @@ class Model:
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
         """The blocks, first to last."""
-        return tuple(_layer(self, i, block) for i, block in enumerate(find(self.decoder, self.row.blocks).children()))
+        blocks = find(self.decoder, self.row.blocks).children()
+        return tuple(layer_of(self.row, self.config, i, block) for i, block in enumerate(blocks))
 
     @cached_property
     def final_norm(self) -> nn.Module:
@@ -315,38 +232,6 @@ def require_model(lm: object) -> None:
 def embedding_rows(hf: Any) -> int:
     """Number of token ids that a Hugging Face model can embed."""
     return hf.get_input_embeddings().weight.shape[0]
-
-
-def _layer(lm: Model, index: int, block: nn.Module) -> Layer:
-    row, mixers = lm.row.of_layer(index), lm.row.mixers(lm.config)
-    modules = _modules(row, block, index in mixers)
-    heads = mixers.get(index) or _of_layer(row.heads, lm.config, index)
-    return Layer(
-        index,
-        block,
-        modules,
-        input_norm=maybe(block, row.input_norm),
-        mid=maybe(block, row.mid) if {"out_proj", "mlp"} <= {*modules} else None,
-        post_attention_norm=maybe(block, row.post_attention_norm),
-        post_mlp_norm=maybe(block, row.post_mlp_norm),
-        heads=heads if "out_proj" in modules else 0,
-        kv_heads=_of_layer(row.kv_heads, lm.config, index) if "value" in modules else 0,
-    )
-
-
-def _modules(row: Family, block: nn.Module, mixes: bool) -> dict[str, nn.Module]:
-    """What there is of attention, or a mixer, and MLP; where both have one path, what has an out-projection is none."""
-    attention, mlp = maybe(block, row.attention), maybe(block, row.mlp)
-    out_proj = maybe(attention, row.out_proj)
-    value = None if mixes or out_proj is None else find(attention or block, row.value)
-    mixing = {} if out_proj is None else {"attention": attention, "out_proj": out_proj, "value": value}
-    every = {**mixing, "mlp": None if mixing and mlp is attention else mlp}
-    return {name: module for name, module in every.items() if module is not None}
-
-
-def _of_layer(number: Callable[[Any], int | Sequence[int]], config: Any, index: int) -> int:
-    every = number(config)
-    return every if isinstance(every, int) else every[index]
 
 
 def _has_constant(lm: Model, layer: Layer) -> bool:
