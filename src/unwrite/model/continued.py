@@ -64,7 +64,7 @@ def calls_from(lm: Model, ids: Int[Tensor, "1 position"], kept: Sequence[Past], 
 
     Where nothing is `kept`, start is 0, and the model is asked for no cache.
     """
-    past = {i: (keys[:1, :, :start], values[:1, :, :start]) for i, (keys, values) in enumerate(kept)}
+    past = {i: tuple(part[:1, :, :start] for part in own) for i, own in enumerate(kept)}
     cache = {"use_cache": True, "past_key_values": remembering(past, len(lm.layers))} if kept else {"use_cache": False}
     with evaluating(lm.hf), calling(lm) as calls:
         lm.decoder(input_ids=ids[:, start:end], **cache)
@@ -83,8 +83,8 @@ def block_from(
     """What a block makes of rows `start` and later of runs that before them are runs of the prompts `pair`."""
     past = None
     if kept:
-        keys, remembered = (part[pair.to(part.device), :, :start] for part in kept[index])
-        past = remembering({index: (keys, remembered)}, len(lm.layers))
+        own = tuple(part[pair.to(part.device), :, :start] for part in kept[index])
+        past = remembering({index: own}, len(lm.layers))
     with evaluating(lm.hf):
         return block(lm.layers[index], with_past(calls[index], past, len(pair)), x).to(pair.device)
 

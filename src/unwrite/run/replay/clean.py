@@ -63,7 +63,8 @@ class Clean:
         Raises ModelError for a layer without attention.
         """
         block = self.lm.layers[layer]
-        through = through_values(self.lm, block, self.patterns[layer], vector, self.scale(block))
+        gate = self.patterns.gate.get(layer)
+        through = through_values(self.lm, block, self.patterns[layer], vector, self.scale(block), gate)
         return torch.einsum("bthk,hkd->bthd", self.post_scaled(block, through), self.folded[layer].w_o)
 
     def post_scaled(self, layer: Layer, z: Tensor) -> Tensor:
@@ -78,11 +79,11 @@ def clean(
 ) -> Clean:
     """Run the base model once over left-aligned prompts. With patterns, its attention is computed openly."""
     with ExitStack() as stack:
-        found = stack.enter_context(patterns(lm) if with_patterns else nullcontext({}))
+        found = stack.enter_context(patterns(lm) if with_patterns else nullcontext(Patterns()))
         record = stack.enter_context(recording(lm, folded, truth=True))
         calls = stack.enter_context(calling(lm))
         lm.decoder(input_ids=ids.to(lm.device), use_cache=False)
-    return Clean(lm, folded, record, calls, dict(found))
+    return Clean(lm, folded, record, calls, found)
 
 
 @dataclass(frozen=True, eq=False)
