@@ -144,14 +144,15 @@ def scoring(lm: Model) -> Iterator[dict[int, Scored]]:
 
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **settings: Any):
         exact = torch.promote_types(query.dtype, torch.float32)
-        attention_mask = chosen(attention_mask, query, key, settings)
+        mask = chosen(attention_mask, query, key, settings)
+        assert mask is not None  # noqa: S101 (that of eager attention, asked for below)
         keys, values = (per_query_head(shared, query) for shared in (key, value))
-        visible = attention_mask[..., : key.shape[-2]] > torch.finfo(attention_mask.dtype).min / 2
+        visible = mask[..., : key.shape[-2]] > torch.finfo(mask.dtype).min / 2
         scores = partial(scores_of, **settings)
         seen = [part.detach().to(lm.device, exact) for part in (query, keys, values)]
         sink = None if (own := settings.get("s_aux")) is None else own.detach().flatten().to(lm.device, exact)
         found[layer_of[module]] = Scored(seen[0], seen[1], seen[2], visible.to(lm.device), key.shape[1], scores, sink)
-        pattern = pattern_of(query, key, attention_mask, **settings)
+        pattern = pattern_of(query, key, mask, **settings)
         return (pattern @ values).transpose(1, 2).contiguous(), pattern
 
     with registered(lm.config, attend, eager_mask):

@@ -7,6 +7,7 @@ out-projection then reads has the slope g. A norm is followed as if its scale we
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -40,6 +41,9 @@ def multiplied(lm: Model, found: dict[int, Tensor]) -> Iterator[None]:
             stack.enter_context(torch.inference_mode(mode=False))
             stack.enter_context(torch.no_grad())
         stack.enter_context(forward_ad.dual_level())
+        with warnings.catch_warnings():  # at first use torch makes rules by means that it warns of
+            warnings.simplefilter("ignore", DeprecationWarning)
+            sloped(lm, torch.zeros(()))
         attending = [layer for layer in lm.layers if layer.attends]
         stack.enter_context(hooked(before(layer.out_proj, partial(_seen, lm, layer, found)) for layer in attending))
         norms = (layer.head_norm for layer in attending if layer.head_norm is not None)
