@@ -409,18 +409,8 @@ FALSE: dict[str, Change] = {
     "no sinks": lambda row, config: {"sinks": False} if row.sinks else None,
 }
 MUTATED = (
-    "minicpm3",
-    "afmoe",
-    "bitnet",
-    "gpt_oss",
-    "olmo3",
-    "smollm3",
-    "glm4",
-    "cohere2",
-    "nemotron",
-    "granitemoe",
-    "vaultgemma",
-    "gpt_bigcode",
+    *("olmo3", "smollm3", "glm4", "cohere2", "nemotron", "granitemoe", "vaultgemma", "gpt_bigcode"),
+    *("minicpm3", "afmoe", "bitnet", "gpt_oss"),
 )
 
 
@@ -471,7 +461,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "several calls": (lambda: unknown("diffllama"), "the block calls attention 2 times"),
     "a gain": (lambda: unknown("zaya", head_dim=8, num_experts=2, router_hidden_size=16), "not a sum that holds"),
     "attention beside a mixer": (
-        lambda: unknown("falcon_h1", mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1),
+        lambda: unknown("falcon_h1", mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8,
+                        mamba_n_groups=1),
         r"not one attention and one MLP write in a block \(mamba: FalconH1Mixer \+ self_attn: FalconH1Attention",
     ),
     "one norm in two places": (lambda: unknown("nanochat"), "one module, model.norm, is called in several places"),

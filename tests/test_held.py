@@ -26,7 +26,7 @@ from test_discover import unknown
 from test_families import some_ids, written
 from test_saturation import brute_force
 from twin import Truth
-from unwrite.errors import NodeError
+from unwrite.errors import ModelError, NodeError
 from unwrite.model import identities, values
 from unwrite.model.attention import Scored, eager_of, patterns
 from unwrite.model.certificate import certify
@@ -409,6 +409,12 @@ def test_the_input_of_such_values_is_not_edited_over_a_cache() -> None:
 
 
 # Sinks in AtP*, and keys that a scorer chooses.
+
+
+@pytest.mark.parametrize("kind", GATED)
+def test_steps_through_the_softmax_of_gated_heads_are_refused(kind: str) -> None:
+    with pytest.raises(ModelError, match=r"heads of .* are gated or normed.*Next: use method='atp'"):
+        uw.effects(model(kind), contrasts((6,)), "q", method="atp*")
 
 
 @pytest.mark.parametrize("sink", [-2.0, 1.0, 30.0])

@@ -24,7 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from unwrite.errors import ModelError
-from unwrite.model.gates import multiplied, sloped
+from unwrite.model.gates import has_gates, multiplied, sloped
 from unwrite.model.hooks import after, hooked
 from unwrite.model.softmax import added, chosen, pattern_of, per_query_head, scores_of
 from unwrite.model.view import Layer, Model
@@ -134,10 +134,16 @@ class Scored:
 def scoring(lm: Model) -> Iterator[dict[int, Scored]]:
     """Inside the `with`, every forward pass leaves layer -> what its attention was called with, in float32 or better.
 
-    Raises ModelError for a family whose attention does not go through transformers' interface.
+    Raises ModelError for a family whose attention does not go through transformers' interface, and where something
+    stands between attention and the out-projection.
     """
     if not lm.row.interface:
         raise ModelError(f"the scores of {lm.family}'s attention are not shown by any module", fix="use method='atp'")
+    if has_gates(lm):
+        raise ModelError(
+            f"heads of {lm.family} are gated or normed, so the slope of what they give is not that at a pattern",
+            fix="use method='atp'",
+        )
     lm.require("opened")
     found: dict[int, Scored] = {}
     layer_of = {layer.attention: layer.index for layer in lm.layers if layer.attends}

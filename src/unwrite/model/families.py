@@ -260,10 +260,3 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": _LLAMA,
     "qwen3_moe": _LLAMA,
 }
-
-# Families of transformers that are known and cannot be expressed, with the reason given to the user.
-REFUSED: dict[str, str] = {
-    "gemma3n": "it normalises values and keeps several parallel streams",
-    "gemma4": "it normalises values",
-    "rwkv": "it has no attention heads",
-}
