@@ -17,7 +17,7 @@ from torch import Tensor
 from unwrite.model.attention import Patterns, patterns
 from unwrite.model.cache import Past
 from unwrite.model.capture import Recording, evaluating, recording
-from unwrite.model.continued import Calls, calling, calls_from, continued, kept_run
+from unwrite.model.continued import Calls, apart, calling, calls_from, continued, kept_run
 from unwrite.model.hooks import read_of
 from unwrite.model.values import through_values, value_scale
 from unwrite.model.view import Folded, Layer, Model
@@ -82,6 +82,7 @@ def clean(
         found = stack.enter_context(patterns(lm) if with_patterns else nullcontext(Patterns()))
         record = stack.enter_context(recording(lm, folded, truth=True))
         calls = stack.enter_context(calling(lm))
+        stack.enter_context(apart(lm))
         lm.decoder(input_ids=ids.to(lm.device), use_cache=False)
     return Clean(lm, folded, record, calls, found)
 
@@ -125,6 +126,7 @@ def base_run(lm: Model, ids: Int[Tensor, "pair position"], row: Int[Tensor, " pa
     """Run left-aligned base prompts once and keep what patched runs will need."""
     with ExitStack() as stack:
         stack.enter_context(evaluating(lm.hf))
+        stack.enter_context(apart(lm))
         found = stack.enter_context(watching(lm, slots))
         inputs, kept = kept_run(lm, ids)
     kept = kept if continued(lm, ids, inputs, kept) else []
