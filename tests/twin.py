@@ -41,7 +41,7 @@ _FINAL = {
     "opt": "model.decoder.final_layer_norm",
     "phi": "model.final_layernorm",
 }
-_POST_NORM = ("gemma2", "gemma3_text", "olmo2")
+_POST_NORM = ("gemma2", "gemma3_text", "olmo2", "afmoe")
 
 Hook = Callable[..., Any]
 
@@ -201,8 +201,8 @@ def _output(keep: Callable[[Tensor], Any]) -> Hook:
     return lambda module, args, kwargs, output: keep((output if isinstance(output, Tensor) else output[0]).clone())
 
 
-def _nothing(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-    return output * 0
+def _nothing(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    return output * 0 if isinstance(output, Tensor) else (output[0] * 0, *output[1:])
 
 
 def _reads(value: Tensor) -> Hook:

@@ -148,7 +148,8 @@ class _Tally:
             values += run.carried(layer, write)[:, :, heads].sum(2)
             block, pattern = self.lm.layers[layer], run.patterns[layer]
             itself = torch.eye(pattern.shape[-1], dtype=pattern.dtype, device=pattern.device).expand_as(pattern)
-            z = run.post_scaled(block, through_values(self.lm, block, itself, write, run.scale(block)))
+            gate = run.patterns.gate.get(layer)
+            z = run.post_scaled(block, through_values(self.lm, block, itself, write, run.scale(block), gate))
             own += torch.einsum("bthk,hkd->btd", z[:, :, heads], self.folded[layer].w_o[heads])
         return write, raw, values, own
 

@@ -10,9 +10,9 @@ computes eagerly: by default it calls torch's own function, and with alibi the t
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,14 +24,36 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from unwrite.errors import ModelError
+from unwrite.model.gates import has_gates, multiplied, sloped
 from unwrite.model.hooks import after, hooked
+from unwrite.model.softmax import added, chosen, pattern_of, per_query_head, scores_of
 from unwrite.model.view import Layer, Model
 
 _NAME = "unwrite"
-Patterns = dict[int, Float[Tensor, "prompt head query key"]]
 Attended = tuple[Tensor, Tensor | None]  # [prompt, query, head, d_head], and the pattern if it was computed
 Attend = Callable[[Tensor, Tensor, Tensor], Attended]  # of queries, keys and values as [prompt, head, position, d_head]
 Around = Callable[[int, Attend, Tensor, Tensor, Tensor], Attended]
+
+
+@dataclass(frozen=True, eq=False)
+class Patterns(Mapping[int, Tensor]):
+    """Layer -> attention pattern [prompt, head, query, key], per query head; its rows sum to 1, or with sinks to less.
+
+    `gate`: layer -> what the heads' outputs [prompt, query, head, d_head] were multiplied by before the out-projection,
+    in models where they are; a norm among that is its gain times its scale.
+    """
+
+    pattern: dict[int, Tensor] = field(default_factory=dict)
+    gate: dict[int, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, layer: int) -> Tensor:
+        return self.pattern[layer]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.pattern)
+
+    def __len__(self) -> int:
+        return len(self.pattern)
 
 
 @contextmanager
@@ -39,10 +61,9 @@ def patterns(lm: Model) -> Iterator[Patterns]:
     """Inside the `with`, every forward pass leaves layer -> attention pattern (per query head) in the mapping.
 
     The model computes attention openly while it lasts, in its own dtype; afterwards its attention implementation is
-    what it was. Raises ModelError for attention with learned sinks, whose rows do not sum to 1, and where attention
-    that is opened would not be the model's own.
+    what it was. Raises ModelError where attention that is opened would not be the model's own.
     """
-    found: Patterns = {}
+    found = Patterns()
     if not lm.applies("opened"):  # there are none
         yield found
         return
@@ -66,7 +87,7 @@ def _open_torch(lm: Model, found: Patterns) -> AbstractContextManager[None]:
     def around(layer: int, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Attended:
         out, pattern = attend(query, key, value)
         if pattern is not None:
-            found[layer] = pattern.detach().to(lm.device)
+            found.pattern[layer] = pattern.detach().to(lm.device)
         return out, pattern
 
     return around_attention(lm, around, eager=True)
@@ -80,22 +101,15 @@ def _open_attention(lm: Model, found: Patterns) -> Iterator[None]:
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
     ):
-        mask = _added(attention_mask, query.dtype) if closed else attention_mask
-        pattern, key_value = _pattern(query, key, mask, **settings), per_query_head(value, query)
-        found[layer_of[module]] = pattern.detach().to(lm.device)
-        return (pattern @ key_value).transpose(1, 2).contiguous(), pattern
+        mask = added(attention_mask, query.dtype) if closed else attention_mask
+        mask = chosen(mask, query, key, settings)
+        pattern, key_value = pattern_of(query, key, mask, **settings), per_query_head(value, query)
+        found.pattern[layer_of[module]] = pattern.detach().to(lm.device)
+        out = (pattern @ key_value).transpose(1, 2).contiguous()
+        return sloped(lm, out), pattern
 
-    with registered(lm.config, attend, eager_mask):
+    with multiplied(lm, found.gate), registered(lm.config, attend, eager_mask):
         yield
-
-
-def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A mask as scores take it: a caller's own may say which keys are seen, which closed attention understands."""
-    if mask is None or mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(
-        ~mask, max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +117,8 @@ class Scored:
     """What one layer's attention was called with: queries, keys and values of every query head, and its scores.
 
     `scores` gives those of other queries or keys, after the scaling and soft-cap of the model and before the softmax;
-    `visible` says which keys a query sees, `shared` how many keys and values the heads have between them.
+    `visible` says which keys a query sees, `shared` how many keys and values the heads have between them, `sink` what
+    each head's softmax takes beside its scores, if anything.
     """
 
     query: Float[Tensor, "prompt head query d_head"]
@@ -112,28 +127,38 @@ class Scored:
     visible: Bool[Tensor, "_ _ query key"]
     shared: int
     scores: Callable[[Tensor, Tensor], Float[Tensor, "prompt head query key"]]
+    sink: Float[Tensor, " head"] | None = None
 
 
 @contextmanager
 def scoring(lm: Model) -> Iterator[dict[int, Scored]]:
     """Inside the `with`, every forward pass leaves layer -> what its attention was called with, in float32 or better.
 
-    Raises ModelError for a family whose attention does not go through transformers' interface.
+    Raises ModelError for a family whose attention does not go through transformers' interface, and where something
+    stands between attention and the out-projection.
     """
     if not lm.row.interface:
         raise ModelError(f"the scores of {lm.family}'s attention are not shown by any module", fix="use method='atp'")
+    if has_gates(lm):
+        raise ModelError(
+            f"heads of {lm.family} are gated or normed, so the slope of what they give is not that at a pattern",
+            fix="use method='atp'",
+        )
     lm.require("opened")
     found: dict[int, Scored] = {}
     layer_of = {layer.attention: layer.index for layer in lm.layers if layer.attends}
 
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **settings: Any):
         exact = torch.promote_types(query.dtype, torch.float32)
+        mask = chosen(attention_mask, query, key, settings)
+        assert mask is not None  # noqa: S101 (that of eager attention, asked for below)
         keys, values = (per_query_head(shared, query) for shared in (key, value))
-        visible = attention_mask[..., : key.shape[-2]] > torch.finfo(attention_mask.dtype).min / 2
-        scores = partial(_scores, **settings)
+        visible = mask[..., : key.shape[-2]] > torch.finfo(mask.dtype).min / 2
+        scores = partial(scores_of, **settings)
         seen = [part.detach().to(lm.device, exact) for part in (query, keys, values)]
-        found[layer_of[module]] = Scored(seen[0], seen[1], seen[2], visible.to(lm.device), key.shape[1], scores)
-        pattern = _pattern(query, key, attention_mask, **settings)
+        sink = None if (own := settings.get("s_aux")) is None else own.detach().flatten().to(lm.device, exact)
+        found[layer_of[module]] = Scored(seen[0], seen[1], seen[2], visible.to(lm.device), key.shape[1], scores, sink)
+        pattern = pattern_of(query, key, mask, **settings)
         return (pattern @ values).transpose(1, 2).contiguous(), pattern
 
     with registered(lm.config, attend, eager_mask):
@@ -180,11 +205,18 @@ def _attend_interface(
     query, key, value, *mask = seen
     assert query is not None and key is not None and value is not None  # noqa: S101, PT018
     if opened and mask:
-        mask[0] = _added(mask[0], query.dtype)
+        mask[0] = added(mask[0], query.dtype)
+    if mask:
+        mask[0] = chosen(mask[0], query, key, settings)
     function, shared = ALL_ATTENTION_FUNCTIONS.get(own) or eager_of(module), key.shape[1]
-    attend: Attend = lambda query, key, value: function(  # noqa: E731
-        module if key.shape[1] == shared else _Ungrouped(module), query, key, value, *mask, **settings
-    )
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Attended:
+        whose = module if key.shape[1] == shared else _Ungrouped(module)
+        out, pattern = function(whose, query, key, value, *mask, **settings)
+        # Some families scale what a head gives by what its sink leaves, and return the pattern before that.
+        sunk = pattern is not None and settings.get("s_aux") is not None
+        return out, pattern_of(query, key, *mask, **settings).to(out.dtype) if sunk else pattern
+
     return around(layer_of[module], attend, query, key, value)
 
 
@@ -228,7 +260,7 @@ def _torch_with_pattern(
         attn_mask = attn_mask.tril() if is_causal else attn_mask
     if attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=exact).masked_fill(~attn_mask, torch.finfo(exact).min)
-    pattern = _pattern(query.to(exact), key.to(exact), attn_mask.to(exact), scaling=rest.get("scale")).to(query.dtype)
+    pattern = pattern_of(query.to(exact), key.to(exact), attn_mask.to(exact), scaling=rest.get("scale")).to(query.dtype)
     pattern = nn.functional.dropout(pattern, rest.get("dropout_p", 0.0))
     return (pattern @ per_query_head(value, query)).transpose(1, 2), pattern
 
@@ -317,35 +349,10 @@ def registered(config: Any, attend: Callable[..., Any], mask: Callable[..., Any]
         AttentionMaskInterface._global_mapping.pop(name, None)
 
 
-def _pattern(
-    query: Tensor, key: Tensor, mask: Tensor | None, **settings: Any
-) -> Float[Tensor, "prompt head query key"]:
-    if settings.get("s_aux") is not None:
-        raise ModelError(
-            "attention has learned sinks: rows of its pattern sum below 1, so heads have no constant part",
-            expected="patterns whose rows sum to 1",
-        )
-    scores = _scores(query, key, **settings)
-    return torch.softmax(scores if mask is None else scores + mask[..., : key.shape[-2]], dim=-1)
-
-
-def _scores(
-    query: Tensor, key: Tensor, scaling: float | None = None, softcap: float | None = None, **rest: Any
-) -> Float[Tensor, "prompt head query key"]:
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = query @ per_query_head(key, query).transpose(2, 3) * scale
-    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
-
-
-def per_query_head(shared: Tensor, query: Tensor) -> Tensor:
-    """Keys or values of every query head, from those of the key/value heads that they share."""
-    return shared.repeat_interleave(query.shape[1] // shared.shape[1], dim=1)
-
-
 @contextmanager
 def _returned_weights(lm: Model, found: Patterns) -> Iterator[None]:
     def keep(layer: int, pattern: Tensor) -> None:
-        found[layer] = pattern.detach().to(lm.device)
+        found.pattern[layer] = pattern.detach().to(lm.device)
 
     seen = (after(layer.attention, partial(keep, layer.index), item=1) for layer in lm.layers if layer.attends)
     with hooked(seen), implementation(lm.config, "eager"):

@@ -86,8 +86,13 @@ class Said:
     post_mlp_norm: str | None = _leads()
     out_proj: str | None = _leads("attention", always=True)
     value: str | None = _leads("attention", always=True)
+    latent: str | None = _leads("attention")
+    latent_norm: str | None = _leads("attention")
+    head_norm: str | None = _leads("attention")
     act: str | None = _leads("mlp", always=True)
     # None where there is nothing of which this could be said, as of a mixture of experts whether it is gated.
+    gated_heads: bool | None = None
+    sinks: bool | None = None
     grouped_values: bool | None = None
     heads: int | None = None
     kv_heads: int | None = None
@@ -116,8 +121,9 @@ def said(block: Block, mixes: Collection[str]) -> Said:
     )
     path = "" if mixer is None else mixer.path if look is None else look.path
     found: dict[str, Any] = {}
+    inside: list[Called | None] = []
     if look is not None and mixer is not None:
-        into, found = _attending(block, look, mixer)
+        into, inside, found = _attending(block, look, mixer)
     elif mixer is not None:
         into, found = _norm_before(block, mixer), _mixer(block, mixer)
     else:
@@ -134,16 +140,20 @@ def said(block: Block, mixes: Collection[str]) -> Said:
         "attention": below(block.path, path) if path else None,
     }  # fmt: skip
     scale = next(part.factor for part in (first, second) if part is not None)
-    norms = tuple(call for call in (into, after, last) if call is not None)
+    norms = tuple(call for call in (into, *inside, after, last) if call is not None)
     return Said(**{**dict.fromkeys(Said.paths()), **found}, residual_scale=scale, norms=norms)
 
 
-def _attending(block: Block, look: Looked, writer: Called) -> tuple[Called | None, dict[str, Any]]:
-    """The norm before attention, and what is said of attention."""
+def _attending(block: Block, look: Looked, writer: Called) -> tuple[Called | None, list[Called | None], dict[str, Any]]:
+    """The norm before attention, those on the way through it, and what is said of it."""
     out, value, layout, heads = _attention(block, look, writer)
-    return _input_norm(block, look, value), {
-        "out_proj": below(look.path, out.path), "value": below(look.path, value.path), "grouped_values": layout[0],
-        "kv_heads": layout[1], "heads": heads, "interface": look.interface, "opened": _opened(block, look, value),
+    head_norm, gated_heads = _between_heads(block, look, out)
+    latent, latent_norm = _latent(block, look, value)
+    paths = {"out_proj": out, "value": value, "latent": latent, "latent_norm": latent_norm, "head_norm": head_norm}
+    return _input_norm(block, look, latent or value), [latent_norm, head_norm], {
+        **{name: call and below(look.path, call.path) for name, call in paths.items()},
+        "grouped_values": layout[0], "kv_heads": layout[1], "heads": heads, "interface": look.interface,
+        "opened": _opened(block, look, value), "gated_heads": gated_heads, "sinks": look.sinks,
     }  # fmt: skip
 
 
@@ -162,8 +172,8 @@ def looked(block: Block) -> Looked | None:
     if not found:
         inner = max(shown, key=lambda call: call.path.count("."))
         return Looked(inner.path, inner.shows, inner.pattern)
-    if found[0].sinks or not (found[0].pattern is None or is_pattern(found[0].pattern)):
-        raise Unlike("attention sinks: rows of the pattern do not sum to 1, so heads have no constant part")
+    if not (found[0].sinks or found[0].pattern is None or is_pattern(found[0].pattern)):
+        raise Unlike("rows of the pattern do not sum to 1, and attention is given no sinks that say why")
     return found[0]
 
 
@@ -268,9 +278,25 @@ def _attention(block: Block, look: Looked, writer: Called) -> tuple[Called, Call
     if out.read.shape[-1] % heads:
         raise Unlike(f"what its out-projection reads does not divide into {heads} heads")
     z = out.read.reshape(*out.gave.shape[:2], heads, -1)
-    if look.z is not None and not _same(look.z.flatten(), z.flatten()):
-        raise Unlike("head outputs are gated or normed: the out-projection does not read pattern × values itself")
+    if look.z is not None and look.z.shape != z.shape:
+        raise Unlike("the out-projection reads something else than the output of every head")
     return (out, *_values(block, look, z), heads)
+
+
+def _between_heads(block: Block, look: Looked, out: Called) -> tuple[Called | None, bool]:
+    """Through which norm does the out-projection read what attention gives, and is that multiplied on its way?"""
+    if look.z is None or out.read is None or _same(look.z.flatten(), out.read.flatten()):
+        return None, False
+    end, op, norm, gated = bare(look.made), out.reads, None, False
+    while bare(op) is not end:
+        same = [*chain(op)]
+        call = next((call for at in same for call in block.trace.makers(at, look.path) if norm_kinds(call)), None)
+        held = [] if op is None else [part for part, _ in same[-1].next_functions if behind(part, {end})]
+        product = op is not None and same[-1].name() == "MulBackward0" and len(held) == 1
+        if not product and (call is None or all(mean for mean, _ in norm_kinds(call))):
+            raise Unlike("the out-projection reads something else of what attention gives than a product with it")
+        norm, gated, op = call or norm, gated or call is None, held[0] if call is None else call.reads
+    return norm, gated
 
 
 def _projection(block: Block, op: Op | None, within: str) -> Called | None:
@@ -309,8 +335,8 @@ def _values(block: Block, look: Looked, z: Tensor) -> tuple[Called, tuple[bool, 
 def _layouts(rows: Tensor, kv: int, width: int) -> Iterator[tuple[bool, Tensor]]:
     if rows.shape[-1] >= kv * width:
         yield False, rows[..., -kv * width :].unflatten(-1, (kv, width))
-    if rows.shape[-1] % (kv * width) == 0:
-        yield True, rows.unflatten(-1, (kv, -1, width))[..., -1, :]
+        if rows.shape[-1] % kv == 0:
+            yield True, rows.unflatten(-1, (kv, -1))[..., -width:]
 
 
 def _carried(value: Tensor, look: Looked, z: Tensor) -> bool:
@@ -330,12 +356,26 @@ def _why(block: Block, look: Looked, op: Op | None) -> str:
         norm = norms[next(iter(met))]
         readers = [call for call in block.calls(look.path) if bare(call.reads) is bare(norm.made)]
         if reader := next((call for call in readers if _is_projection(call.module)), None):
-            latent = f"{below(look.path, reader.path)} reads the norm {below(look.path, norm.path)} inside attention"
-            return f"latent values (MLA): {latent}"
+            between = f"{below(look.path, reader.path)} reads the norm {below(look.path, norm.path)}"
+            return f"its values are made in more steps than two projections and a norm between them ({between})"
         return f"values are normed: attention carries what {below(look.path, norm.path)} gives"
     if op is not None and block.states_behind(op) != {block.source}:
         return "values of an earlier layer, or of another state than the block reads"
     return "no projection of its attention gives the values that it carries"
+
+
+def _latent(block: Block, look: Looked, value: Called) -> tuple[Called, Called] | tuple[None, None]:
+    """Where values are made in two steps: the projection whose first outputs are normed for the one that gives them."""
+    inside = [*block.calls(look.path)]
+    for norm in (call for op in chain(value.reads) for call in block.trace.makers(op, look.path)):
+        if norm.read is None or value.read is None or not norm_kinds(norm):
+            continue
+        width = norm.read.shape[-1]
+        for call in inside:
+            wide = _is_projection(call.module) and call.gave.shape[-1] >= width
+            if wide and _same(call.gave[..., :width].flatten(), norm.read.flatten()):
+                return call, norm
+    return None, None
 
 
 def _input_norm(block: Block, look: Looked, value: Called) -> Called | None:
@@ -346,8 +386,7 @@ def _input_norm(block: Block, look: Looked, value: Called) -> Called | None:
         for call in reversed(block.trace.makers(op, block.path)):
             if bare(call.reads) is block.source and norm_kinds(call):
                 return call
-    reason = _why(block, look, value.reads)
-    raise Unlike(reason if "(MLA)" in reason else "values do not read a norm of what the block reads")
+    raise Unlike("values do not read a norm of what the block reads")
 
 
 def _opened(block: Block, look: Looked, value: Called) -> dict[str, str]:
@@ -387,5 +426,6 @@ def _hidden(block: Block, mlp: Called) -> tuple[Called | None, bool | None]:
     if last is None:
         return None, None
     within = block.path if last is mlp else mlp.path
-    activation = any(block.trace.maker(op, within) is not None for op in chain(last.reads))
-    return last, is_product(last.reads) and not activation
+    makers = [call for op in chain(last.reads) if (call := block.trace.maker(op, within)) is not None]
+    normed = next((call.reads for call in makers if norm_kinds(call)), None)
+    return last, is_product(normed) if normed is not None else is_product(last.reads) and not makers

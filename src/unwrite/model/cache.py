@@ -11,43 +11,54 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicIndexedLayer
 
 from unwrite.model.hooks import Call
 
-Past = tuple[Float[Tensor, "prompt kv_head position d_head"], Float[Tensor, "prompt kv_head position d_head"]]
+# Keys and values, or what both are made of, and keys of a scorer that says where attention looks, where there is one.
+Past = tuple[Float[Tensor, "prompt _heads position _d"], ...]
 
 
 def empty() -> Cache:
     """A cache for a run that begins at position 0."""
-    return DynamicCache()
+    # Some attention looks only where a scorer with keys of its own says, and then asks the cache for those.
+    return Cache(layer_class_to_replicate=DynamicIndexedLayer)
 
 
 def kept_of(cache: Cache, layers: int) -> list[Past]:
     """Keys and values of every layer after a run; none at all where some layer kept none under its own number."""
-    kept: list[Any] = [
-        (getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in list[Any](cache.layers)
-    ]
-    whole = len(kept) == layers and all(part is not None for pair in kept for part in pair)
+    kept: list[Any] = [_kept(layer) for layer in list[Any](cache.layers)]
+    whole = len(kept) == layers and all(part is not None for past in kept for part in past)
     return kept if whole else []
 
 
-class _Remembered(DynamicLayer):
+def _kept(layer: Any) -> tuple[Any, ...]:
+    scorer = getattr(layer, "indexer_keys", None)
+    pair = (getattr(layer, "keys", None), getattr(layer, "values", None))
+    return pair if scorer is None else (*pair, scorer[:, None])
+
+
+class _Remembered(DynamicIndexedLayer):
     """Earlier positions of one layer. New ones are attended to and not remembered, so that it serves many passes."""
 
-    def __init__(self, keys: Tensor, values: Tensor):
+    def __init__(self, keys: Tensor, values: Tensor, scorer: Tensor | None = None):
         super().__init__()
         self.lazy_initialization(keys, values)
         self.keys: Tensor = keys
         self.values: Tensor = values
+        self.scorer = scorer
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
 
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        known = [] if self.scorer is None else [self.scorer[:, 0]]
+        return torch.cat([*known, indexer_key_states], 1)
+
 
 def remembering(kept: Mapping[int, Past], layers: int) -> Cache:
     """A cache in which some of the layers know earlier positions, for any number of passes that bring the next ones."""
-    return Cache(layers=[_Remembered(*kept[i]) if i in kept else DynamicLayer() for i in range(layers)])
+    return Cache(layers=[_Remembered(*kept[i]) if i in kept else DynamicIndexedLayer() for i in range(layers)])
 
 
 def with_past(call: Call, cache: Cache | None, prompts: int) -> Call:

@@ -11,15 +11,17 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from unwrite.errors import plain
+from unwrite.errors import ModelError, plain
 from unwrite.model.cache import Cache, Past, empty, kept_of, remembering, with_past
 from unwrite.model.capture import evaluating
-from unwrite.model.hooks import Call, before, called, first_of, hooked, kept, reads_instead
+from unwrite.model.hooks import Call, before, called, first_of, hooked, kept, put_out, read_of, reads_instead
+from unwrite.model.lengths import switches
 from unwrite.model.view import Layer, Model
 
 _UNCERTIFIED = 1e-3
@@ -33,6 +35,35 @@ def calling(lm: Model) -> Iterator[Calls]:
     calls: dict[int, Call] = {}
     with hooked(called(layer.block, partial(calls.__setitem__, layer.index)) for layer in lm.layers):
         yield calls
+
+
+@contextmanager
+def apart(lm: Model) -> Iterator[None]:
+    """Inside the `with`, a pass whose blocks cannot be run again one by one raises ModelError.
+
+    Those of some models are handed which keys an earlier block has chosen: on another stream it would choose others,
+    once a prompt has more tokens than are chosen.
+    """
+    made: list[Tensor] = []
+
+    def begin(layer: Layer, call: Call) -> None:
+        length, most = read_of(call).shape[1], min(switches(lm), default=None)
+        handed = [part for part in (*call[0], *call[1].values()) if any(part is other for other in made)]
+        if handed and most is not None and length > most:
+            raise ModelError(
+                f"layer {layer.index} of {lm.family} is handed what another layer made beside the stream, so it cannot "
+                f"be run again by itself", got=f"{length} tokens", expected=f"at most {most}",
+                fix="use shorter prompts, or what runs no layer again, as scan",
+            )  # fmt: skip
+
+    def end(output: Any) -> None:
+        made.extend(part for part in (output[1:] if isinstance(output, tuple) else ()) if isinstance(part, Tensor))
+
+    blocks = [(layer, layer.block) for layer in lm.layers]
+    with hooked(
+        [called(block, partial(begin, layer)) for layer, block in blocks] + [put_out(b, end) for _, b in blocks]
+    ):
+        yield
 
 
 def block(layer: Layer, call: Call, x: Tensor | None = None) -> Tensor:
@@ -64,7 +95,7 @@ def calls_from(lm: Model, ids: Int[Tensor, "1 position"], kept: Sequence[Past], 
 
     Where nothing is `kept`, start is 0, and the model is asked for no cache.
     """
-    past = {i: (keys[:1, :, :start], values[:1, :, :start]) for i, (keys, values) in enumerate(kept)}
+    past = {i: tuple(part[:1, :, :start] for part in own) for i, own in enumerate(kept)}
     cache = {"use_cache": True, "past_key_values": remembering(past, len(lm.layers))} if kept else {"use_cache": False}
     with evaluating(lm.hf), calling(lm) as calls:
         lm.decoder(input_ids=ids[:, start:end], **cache)
@@ -83,8 +114,8 @@ def block_from(
     """What a block makes of rows `start` and later of runs that before them are runs of the prompts `pair`."""
     past = None
     if kept:
-        keys, remembered = (part[pair.to(part.device), :, :start] for part in kept[index])
-        past = remembering({index: (keys, remembered)}, len(lm.layers))
+        own = tuple(part[pair.to(part.device), :, :start] for part in kept[index])
+        past = remembering({index: own}, len(lm.layers))
     with evaluating(lm.hf):
         return block(lm.layers[index], with_past(calls[index], past, len(pair)), x).to(pair.device)
 

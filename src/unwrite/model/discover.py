@@ -27,11 +27,14 @@ from unwrite.model.weights import offloaded, weight_of
 
 # A number that was measured is one of the configuration within this; so much of a cap is told from logits below it.
 _NAMED, _BELOW = 1e-5, 0.9
-_NORMS = ("input_norm", "post_attention_norm", "post_mlp_norm")
+_NORMS = ("input_norm", "post_attention_norm", "post_mlp_norm", "latent", "latent_norm", "head_norm")
 # What is said of the row where no layer says it. A mixture of experts shows no product, and is one with its router's.
 _UNKNOWN: dict[str, Any] = {
     "grouped_values": False, "interface": True, "opened": {}, "parallel": False, "residual_scale": 1.0, "gated": True,
+    "gated_heads": False, "sinks": False,
 }  # fmt: skip
+# What is said of all layers where it is true of some.
+_ANY = ("gated_heads", "sinks")
 _STREAM = 3  # prompt, position, d_model
 
 
@@ -116,6 +119,8 @@ def _agreed(blocks: Sequence[Block], found: Sequence[Said]) -> dict[str, Any]:
     agreed: dict[str, Any] = {name: _path(name, blocks, found) for name in Said.paths()}
     for name, unknown in _UNKNOWN.items():
         values = [value for part in found if (value := getattr(part, name)) is not None] or [unknown]
+        if name in _ANY:
+            values = [any(values)]
         if any(value != values[0] for value in values):
             raise Unlike(f"its layers differ in {name.replace('_', ' ')}")
         agreed[name] = values[0]

@@ -69,7 +69,13 @@ class Family:
     # From the attention module.
     out_proj: Where = "o_proj"
     value: Where = "v_proj"  # its last outputs are the values, unless they are grouped
-    grouped_values: bool = False  # fused as [kv head, (its query heads, key, value), head_dim]
+    grouped_values: bool = False  # fused as [kv head, (its query heads, key, value)], of which values are the last
+    # Where values are made in two steps: the projection whose first outputs are normed for the one that gives values.
+    latent: Where = None
+    latent_norm: Where = None
+    head_norm: Where = None  # the norm through which the out-projection reads what attention gives
+    gated_heads: bool = False  # that is multiplied, number by number, on its way to the out-projection
+    sinks: bool = False  # a softmax has one part more that no key gets, so rows of patterns sum to less than 1
     heads: Callable[[Config], int | Sequence[int]] = _heads  # of all layers alike, or of each
     kv_heads: Callable[[Config], int | Sequence[int]] = _kv_heads
     # Layers where something without a pattern mixes positions in the place of attention -> its heads.
@@ -253,14 +259,4 @@ FAMILIES: dict[str, Family] = {
     "mixtral": _LLAMA,
     "qwen2_moe": _LLAMA,
     "qwen3_moe": _LLAMA,
-}
-
-# Families of transformers that are known and cannot be expressed, with the reason given to the user.
-REFUSED: dict[str, str] = {
-    "gpt_oss": "learned attention sinks: rows of the pattern sum below 1, so heads have no constant part",
-    "gemma3n": "it normalises values and keeps several parallel streams",
-    "gemma4": "it normalises values",
-    "deepseek_v2": "latent attention: values are compressed and shared across heads through a norm",
-    "deepseek_v3": "latent attention: values are compressed and shared across heads through a norm",
-    "rwkv": "it has no attention heads",
 }

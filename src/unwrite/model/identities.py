@@ -31,7 +31,7 @@ from unwrite.model.inside import maybe
 from unwrite.model.lengths import switches
 from unwrite.model.projections import sizes
 from unwrite.model.unembedding import before_norm, rows_of, unembedding
-from unwrite.model.values import carry, into_values, value_scale
+from unwrite.model.values import into_values, looked, of_biases, value_scale
 from unwrite.model.view import Folded, Layer, Model, norm_scale, value_constant, value_weights
 from unwrite.model.weights import through
 from unwrite.model.writes import Writes, expand
@@ -258,23 +258,30 @@ def _values_error(lm: Model, folded: tuple[Folded, ...], mask: Mask, record: Rec
         if not layer.attends:
             continue
         stream = everywhere[_earlier(lm, layer)].sum(0).unflatten(0, mask.shape)
-        normed = into_values(lm, layer, stream, value_scale(lm, layer, stream))
         gain = record.gain.get(layer.index)
         z = record.z[layer.index] if gain is None else record.z[layer.index] / gain[..., None, None]
         constant = value_constant(lm, layer)
         if constant is not None and folds.constant is None:
             z = z - constant
-        error = _head_error(lm, layer, normed, found[layer.index], z, constant, mask)
+        error = _head_error(lm, layer, stream, found, z, constant, mask)
         worst = error if not error <= worst else worst
     return worst
 
 
 def _head_error(
-    lm: Model, layer: Layer, normed: Tensor, pattern: Tensor, z: Tensor, constant: Tensor | None, mask: Tensor
+    lm: Model, layer: Layer, stream: Tensor, found: Patterns, z: Tensor, constant: Tensor | None, mask: Tensor
 ) -> float:
-    """Worst ‖A · normed · W_V − z‖ of a head, relative to A · |normed| · |W_V|, what is summed there."""
-    weight, _ = value_weights(lm, layer)
-    through, summed = carry(pattern, normed, weight)[mask], carry(pattern, normed.abs(), weight.abs())[mask]
+    """Worst ‖g ⊙ A · (x · W_V + rest) − z‖ of a head, relative to |g| ⊙ A · (|x| · |W_V| + |rest|), what is summed.
+
+    x is the normed stream, g what heads are multiplied by (or 1), `rest` what biases put there beside the constant.
+    """
+    (weight, _), normed = value_weights(lm, layer), into_values(lm, layer, stream, value_scale(lm, layer, stream))
+    values, summed = normed[:, None] @ weight, normed.abs()[:, None] @ weight.abs()
+    if (rest := of_biases(lm, layer, stream)) is not None:
+        values, summed = values + rest, summed + rest.abs()
+    through, summed = (looked(found[layer.index], part)[mask] for part in (values, summed))
+    if (gate := found.gate.get(layer.index)) is not None:
+        through, summed = through * gate[mask], summed * gate[mask].abs()
     size = summed.norm(dim=-1) + (0.0 if constant is None else constant.norm(dim=-1))
     error = (through - z[mask]).norm(dim=-1) / size.clamp_min(torch.finfo(z.dtype).tiny)
     return float(error.amax()) if error.isfinite().all() else float("nan")

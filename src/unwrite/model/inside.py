@@ -8,9 +8,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from unwrite.errors import ModelError
-from unwrite.model.families import FAMILIES, REFUSED, Family
+from unwrite.model.families import FAMILIES, Family
 
-_KNOWN = f"one of {', '.join(FAMILIES)}, or another decoder with one residual stream"
 # What to do with a model that cannot be run.
 BY_ITSELF = "see that it runs by itself: model(input_ids=ids).logits"
 INNER = "if it does not run on text alone, pass the causal language model inside of it"
@@ -30,9 +29,6 @@ def row_of(config: Any) -> Family | None:
     family = config.model_type
     if getattr(around, "is_encoder_decoder", False):
         raise ModelError(f"{family} is an encoder–decoder", expected="a decoder with one residual stream")
-    for name in (around.model_type, family):
-        if name in REFUSED:
-            raise ModelError(f"{name} cannot be decomposed exactly: {REFUSED[name]}", expected=_KNOWN)
     if (row := FAMILIES.get(family)) is not None and (why := row.refuse(config)):
         raise ModelError(
             f"this {family} configuration cannot be decomposed exactly: {why}", expected=f"a {family} without that"

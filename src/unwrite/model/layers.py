@@ -29,7 +29,7 @@ class Layer:
 
     index: int
     block: nn.Module
-    modules: Mapping[str, nn.Module]  # attention, out_proj, value and mlp, as far as there are any
+    modules: Mapping[str, nn.Module]  # attention, out_proj, value, latent, its norm, that of heads, mlp: what there is
     input_norm: nn.Module | None
     mid: nn.Module | None
     post_attention_norm: nn.Module | None
@@ -91,6 +91,26 @@ class Layer:
         return Location("post", self.index - 1) if self.index else Location("pre", 0)
 
     @property
+    def latent(self) -> nn.Module | None:
+        """The first of the two projections that make its values, if there are two."""
+        return self.modules.get("latent")
+
+    @property
+    def latent_norm(self) -> nn.Module | None:
+        """The norm between these two."""
+        return self.modules.get("latent_norm")
+
+    @property
+    def head_norm(self) -> nn.Module | None:
+        """The norm between attention and its out-projection, if there is one."""
+        return self.modules.get("head_norm")
+
+    @property
+    def value_norm(self) -> nn.Module | None:
+        """The norm that what makes the values reads."""
+        return self.latent_norm or self.input_norm
+
+    @property
     def attention_end(self) -> nn.Module:
         """What puts out all that attention writes, still apart from the stream."""
         return self.post_attention_norm or self.out_proj
@@ -124,7 +144,8 @@ def _modules(row: Family, block: nn.Module, mixes: bool) -> dict[str, nn.Module]
     attention, mlp = maybe(block, row.attention), maybe(block, row.mlp)
     out_proj = maybe(attention, row.out_proj)
     value = None if mixes or out_proj is None else find(attention or block, row.value)
-    mixing = {} if out_proj is None else {"attention": attention, "out_proj": out_proj, "value": value}
+    beside = {name: maybe(attention, getattr(row, name)) for name in ("latent", "latent_norm", "head_norm")}
+    mixing = {} if out_proj is None else {"attention": attention, "out_proj": out_proj, "value": value, **beside}
     every = {**mixing, "mlp": None if mixing and mlp is attention else mlp}
     return {name: module for name, module in every.items() if module is not None}
 

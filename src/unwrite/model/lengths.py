@@ -1,6 +1,7 @@
 """From how many tokens on does a model compute otherwise, and can a prompt of that length be tried?
 
-Windows and chunks hide keys once a prompt is longer; longrope turns queries and keys by other frequencies.
+Windows, chunks and scorers of keys hide some once a prompt is longer; longrope turns queries and keys by other
+frequencies.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 from unwrite.model.view import Model
 
-_NAMES = ("sliding_window", "attention_chunk_size", "window_size", "original_max_position_embeddings")
+_NAMES = ("sliding_window", "attention_chunk_size", "window_size", "index_topk", "original_max_position_embeddings")
 _SWITCHING = ("longrope",)
 # A prompt is tried if its tokens × the blocks' parameters, and all its attention patterns, are no more than these.
 _WORK, _PATTERNS = 2e10, 2**27

@@ -116,7 +116,7 @@ def view(hf: PreTrainedModel, tokenizer: Any = None, convention: str = "paper", 
     about["row"] = FOUND if row is None else BY_HAND
     try:
         lm = Model(hf, tokenizer, family, row or discovered(hf), convention, about)
-        made = (layer.modules.get(name) for layer in lm.layers for name in ("out_proj", "value"))
+        made = (layer.modules.get(name) for layer in lm.layers for name in ("out_proj", "value", "latent"))
         require_linear(lm, *(part for part in made if part is not None))
         with evaluating(hf):
             certificate = certify(lm)

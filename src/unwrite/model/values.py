@@ -1,45 +1,112 @@
-"""What does a vector in the stream become when heads carry it through their values? Pattern and norm frozen: linear.
+"""What does a vector in the stream become when heads carry it through their values? Pattern and norms frozen: linear.
 
 C_{w→e}(q) = Σ_i A_e[q, i] · norm(o_w(i)) · W_V^e W_O^e (Dao, Lau, Rager, Janiak 2023, eq. 3, with attention weights),
 where norm is linear once its scale is held: centred if it centres, times its gain, times the scale of the clean run.
+Values that are made in two steps (DeepSeek-AI 2024, arXiv 2405.04434, §2.1) have a norm between the two, whose
+scale is held as well: one more number for each position, which all heads share. Where heads' outputs are gated or
+normed before W_O, what they are multiplied by is held at what it was in the run that showed the pattern.
 """
 
 from __future__ import annotations
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from unwrite.model.view import Layer, Model, gain_of, norm_scale, value_weights
+from unwrite.model.projections import bias_of, matrix_of, sizes
+from unwrite.model.view import Layer, Model, gain_of, norm_scale, value_bias, value_constant, value_weights
+from unwrite.model.weights import weight_of
 
 
 def value_scale(
     lm: Model, layer: Layer, stream: Float[Tensor, "prompt position d_model"]
 ) -> Float[Tensor, "prompt position"] | None:
-    """The scale of the norm through which this layer's values read `stream`; None where they read it bare."""
-    return None if layer.input_norm is None else norm_scale(stream, layer.input_norm, lm.row.layer_norm)
+    """The scale of the norm through which this layer's values read `stream`, times that of a norm of their latents.
+
+    None where they read it bare.
+    """
+    scale = None if layer.input_norm is None else norm_scale(stream, layer.input_norm, lm.row.layer_norm)
+    if layer.latent is None:
+        return scale
+    of_latents = latent_scale(lm, layer, stream)
+    return of_latents if scale is None else scale * of_latents
+
+
+def latent_scale(
+    lm: Model, layer: Layer, stream: Float[Tensor, "prompt position d_model"]
+) -> Float[Tensor, "prompt position"]:
+    """The scale of the norm between the two steps in which this layer's values are made of `stream`."""
+    assert layer.latent_norm is not None  # noqa: S101 (asked for where there is one)
+    normed = _linear(lm, layer.input_norm, stream)
+    if layer.input_norm is not None:
+        normed = normed * norm_scale(stream, layer.input_norm, lm.row.layer_norm)[..., None]
+    bias = latent_bias(lm, layer)
+    made = normed @ _down(lm, layer)
+    return norm_scale(made if bias is None else made + bias, layer.latent_norm, lm.row.layer_norm)
+
+
+def latent_bias(lm: Model, layer: Layer) -> Float[Tensor, " latent"] | None:
+    """What biases before the norm of latents put into these; None where there are none."""
+    assert layer.latent is not None  # noqa: S101 (asked for where there is one)
+    down, bias, beta = _down(lm, layer), bias_of(lm, layer.latent), weight_of(layer.input_norm, "bias")
+    parts = [] if beta is None else [beta.detach().to(down) @ down]
+    parts += [] if bias is None else [bias.detach().to(down)[: down.shape[1]]]
+    return sum(parts, down.new_zeros(down.shape[1])) if parts else None
+
+
+def _down(lm: Model, layer: Layer) -> Float[Tensor, "d_model latent"]:
+    """The first of two steps: what its projection puts out besides is no part of the values."""
+    assert layer.latent is not None  # noqa: S101 (asked for where there is one)
+    return matrix_of(lm, layer.latent).detach()[:, : sizes(layer.value)[0]].to(lm.device, lm.compute_dtype)
+
+
+def _linear(lm: Model, norm: nn.Module | None, vector: Tensor) -> Tensor:
+    """What a norm does but for its scale and its bias: centred if it centres, times its gain."""
+    if norm is None:
+        return vector
+    gain = gain_of(norm, lm)
+    centred = vector - vector.mean(-1, keepdim=True) if lm.row.layer_norm else vector
+    return centred if gain is None else centred * gain
 
 
 def into_values(
     lm: Model,
     layer: Layer,
-    vector: Float[Tensor, "prompt position d_model"],
-    scale: Float[Tensor, "prompt position"] | None,
-) -> Float[Tensor, "prompt position d_model"]:
-    """What a vector in the stream is in the values' input, the norm's scale held at `scale` and its bias left out."""
-    if scale is None:
-        return vector
-    gain = gain_of(layer.input_norm, lm)
-    centred = vector - vector.mean(-1, keepdim=True) if lm.row.layer_norm else vector
-    return centred * scale[..., None] if gain is None else centred * scale[..., None] * gain
+    vector: Float[Tensor, "*rows d_model"],
+    scale: Float[Tensor, "*rows"] | None,
+) -> Float[Tensor, "*rows read"]:
+    """What a vector in the stream is in what the values' projection reads, the scale of norms held, without biases."""
+    vector = _linear(lm, layer.input_norm, vector)
+    if layer.latent is not None:
+        vector = from_latents(lm, layer, vector @ _down(lm, layer))
+    return vector if scale is None else vector * scale[..., None]
 
 
-def carry(
-    pattern: Float[Tensor, "prompt head query key"],
-    normed: Float[Tensor, "prompt key d_model"],
-    weight: Float[Tensor, "head d_model d_head"],
+def from_latents(lm: Model, layer: Layer, latents: Float[Tensor, "*rows latent"]) -> Float[Tensor, "*rows read"]:
+    """What the norm of latents makes of a part of them, but for its scale and its bias."""
+    return _linear(lm, layer.latent_norm, latents)
+
+
+def of_biases(
+    lm: Model, layer: Layer, stream: Float[Tensor, "prompt position d_model"]
+) -> Float[Tensor, "prompt head position d_head"] | None:
+    """What biases put into every head's values beside `value_constant`: it varies by position, and stays in the head.
+
+    None where there is nothing of that kind.
+    """
+    parts: list[Tensor] = []
+    if layer.latent is not None and (bias := latent_bias(lm, layer)) is not None:
+        read = from_latents(lm, layer, bias) * latent_scale(lm, layer, stream)[..., None]
+        parts.append(read[:, None] @ value_weights(lm, layer)[0])
+    if value_constant(lm, layer) is None and (bias := value_bias(lm, layer)) is not None:
+        parts.append(bias[None, :, None].expand(len(stream), -1, stream.shape[1], -1))
+    return sum(parts[1:], parts[0]) if parts else None
+
+
+def looked(
+    pattern: Float[Tensor, "prompt head query key"], values: Float[Tensor, "prompt head key d_head"]
 ) -> Float[Tensor, "prompt query head d_head"]:
-    """A · normed · W_V for every query head: its part of z, in float32 or better whatever the pattern is in."""
-    return (pattern.to(normed.dtype) @ (normed[:, None] @ weight)).transpose(1, 2)
+    """A · values: a part of every query head's z, in float32 or better whatever the pattern is in."""
+    return (pattern.to(values.dtype) @ values).transpose(1, 2)
 
 
 def through_values(
@@ -48,6 +115,11 @@ def through_values(
     pattern: Float[Tensor, "prompt head query key"],
     vector: Float[Tensor, "prompt position d_model"],
     scale: Float[Tensor, "prompt position"] | None,
+    gate: Float[Tensor, "prompt position head d_head"] | None = None,
 ) -> Float[Tensor, "prompt position head d_head"]:
-    """The part of this layer's z that is there because `vector` is in the stream it reads (before a post-norm)."""
-    return carry(pattern, into_values(lm, layer, vector, scale), value_weights(lm, layer)[0])
+    """The part of this layer's z that is there because `vector` is in the stream it reads (before a post-norm).
+
+    `gate` is what heads' outputs were multiplied by, where they are: it reads the stream, too, and is held.
+    """
+    z = looked(pattern, into_values(lm, layer, vector, scale)[:, None] @ value_weights(lm, layer)[0])
+    return z if gate is None else z * gate

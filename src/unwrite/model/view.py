@@ -236,9 +236,9 @@ def embedding_rows(hf: Any) -> int:
 
 def _has_constant(lm: Model, layer: Layer) -> bool:
     """Is there anything constant in what attention writes? All that a mixer makes of a bias moves with its input."""
-    moved = lm.convention == "paper" and layer.attends
+    moved = lm.convention == "paper" and layer.attends and _is_constant(lm, layer)
     projections = [layer.modules[name] for name in ("out_proj", "value")[: 1 + moved] if name in layer.modules]
-    of_norm = moved and getattr(layer.input_norm, "bias", None) is not None
+    of_norm = moved and getattr(layer.value_norm, "bias", None) is not None
     return of_norm or any(has_bias(lm, projection) for projection in projections)
 
 
@@ -311,12 +311,9 @@ def norm_scale(x: Float[Tensor, "*rows d_model"], norm: nn.Module, centred: bool
 
 def value_columns(lm: Model, layer: Layer) -> Bool[Tensor, " output"]:
     """Which outputs of the module that makes the values are values; the others are queries and keys."""
-    width = layer.kv_heads * layer.head_dim
     is_value = torch.zeros(sizes(layer.value)[1], dtype=torch.bool, device=lm.device)
-    if lm.row.grouped_values:
-        is_value.view(layer.kv_heads, -1, layer.head_dim)[:, -1] = True
-    else:
-        is_value[-width:] = True
+    groups = layer.kv_heads if lm.row.grouped_values else 1
+    is_value.view(groups, -1)[:, -layer.kv_heads * layer.head_dim // groups :] = True
     return is_value
 
 
@@ -334,12 +331,22 @@ def value_weights(
     return heads[:, :-1], heads[:, -1]
 
 
+def _is_constant(lm: Model, layer: Layer) -> bool:
+    """Do biases put the same into z at every position: do rows of patterns sum to 1, and is z all that they give?"""
+    return not (lm.row.sinks or lm.row.gated_heads) and layer.head_norm is None
+
+
 def value_constant(lm: Model, layer: Layer, detach: bool = True) -> Float[Tensor, "head d_head"] | None:
     """What the value bias and the norm's bias put into every head's z: rows of a pattern sum to 1, so it is constant.
 
-    None where there is neither. (Facts: o_h without constant = o_h − (β W_V + b_V) W_O.)
+    None where it is neither there nor constant. (Facts: o_h without constant = o_h − (β W_V + b_V) W_O.)
     """
-    beta = weight_of(layer.input_norm, "bias")
+    return value_bias(lm, layer, detach) if _is_constant(lm, layer) else None
+
+
+def value_bias(lm: Model, layer: Layer, detach: bool = True) -> Float[Tensor, "head d_head"] | None:
+    """What the bias of the values' projection, and that of the norm that it reads, put into every head's values."""
+    beta = weight_of(layer.value_norm, "bias")
     if beta is None and not has_bias(lm, layer.value):
         return None
     weight, bias = value_weights(lm, layer, detach)

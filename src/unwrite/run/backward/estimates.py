@@ -116,7 +116,8 @@ def _through_softmax(
     """The QK fix of a layer's queries or keys; that of a shared key is the sum over the heads of its group."""
     each = call.query.shape[1] // call.shared if slot.kind == "shared_k" else 1
     heads = (slot.units[:, None] * each + torch.arange(each, device=slot.units.device)).flatten()
-    own = replace(call, query=call.query[:, heads], key=call.key[:, heads], value=call.value[:, heads])
+    sink = None if call.sink is None else call.sink[heads]
+    own = replace(call, query=call.query[:, heads], key=call.key[:, heads], value=call.value[:, heads], sink=sink)
     moved = source.repeat_interleave(each, 2).transpose(1, 2)
     at_z = slope[:, :, heads].transpose(1, 2)
     found = of_queries(own, moved, at_z) if slot.kind == "q" else of_keys(own, moved, at_z)

@@ -7,6 +7,10 @@ net        what later heads write because of a node, through frozen patterns and
 relp       norms held, an activation is the factor act(x)/x, each factor of a gated product gets half; attention is free
            (Jafari et al. 2025, arXiv 2508.21258: LN, identity and half rule)
 gradient   everything differentiated
+
+A norm between the two steps of values, or between heads and the out-projection, is on the way of the stream, and held
+where norms are. What gates heads is part of the attention: stopped or constant with the pattern, and free with it, each
+factor then with its whole gradient: the half rule is for the products of MLPs.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from torch import Tensor, nn
 
 from unwrite.errors import one_of
 from unwrite.model.hooks import Handle, after, before, between
+from unwrite.model.projections import sizes
 from unwrite.model.view import Layer, Model, gain_of, is_norm, norm_scale, value_columns
 from unwrite.run.edit.sites import last_projection
 
@@ -87,7 +92,7 @@ def put(lm: Model, rules: Rules) -> Iterator[Handle]:
 
 def _norms(layer: Layer) -> Iterator[nn.Module]:
     """Every norm on the way of the stream; those of queries and keys are part of the attention."""
-    inside = _inside(layer)
+    inside = _inside(layer) - {layer.latent_norm, layer.head_norm}
     for module in layer.block.modules():
         if module not in inside and is_norm(module):
             yield module
@@ -143,17 +148,24 @@ def _halved(x: Tensor) -> Tensor:
     return _follow(x, x / 2)
 
 
+def _only(columns: Tensor, made: Tensor) -> Tensor:
+    """What a projection puts out, of which only some columns are followed."""
+    return _follow(made, made * columns.to(made.device))
+
+
 def _attention_rules(lm: Model, layer: Layer, rule: str) -> Iterator[Handle]:
     if rule == "free" or not layer.heads:
         return
     if not layer.attends:
         rule = "stopped"
     if rule == "values":
-        values = value_columns(lm, layer)
-        yield after(layer.value, lambda made: _follow(made, made * values.to(made.device)))
-    followed = (layer.out_proj, *([layer.value] if rule == "values" else []))
+        yield after(layer.value, partial(_only, value_columns(lm, layer)))
+        if layer.latent is not None:
+            yield after(layer.latent, partial(_only, torch.arange(sizes(layer.latent)[1]) < sizes(layer.value)[0]))
+    followed = (layer.out_proj, *(layer.modules.get(name) for name in ("head_norm", "value", "latent", "latent_norm")))
     # Of what is followed all parts are: an adapter lies beside the weight that it adapts.
-    parts = {part for module in followed for part in module.modules()}
+    kept = [module for module in followed[: None if rule == "values" else 1] if module is not None]
+    parts = {part for module in kept for part in module.modules()}
     for module in layer.attention.modules():
         around = parts.intersection(module.modules())
         if not around and next(module.parameters(), None) is not None:

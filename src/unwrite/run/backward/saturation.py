@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from unwrite.model.attention import Scored
 
@@ -24,9 +24,12 @@ def of_queries(call: Scored, source: Heads, slope: Heads) -> Float[Tensor, "prom
 
 def of_keys(call: Scored, source: Heads, slope: Heads) -> Float[Tensor, "prompt head position"]:
     """The same for each key by itself, summed over the queries that see it."""
-    scores = call.scores(call.query, call.key).masked_fill(~call.visible, -torch.inf)
-    step = call.scores(call.query, source.to(call.key)) - call.scores(call.query, call.key)
-    return exact_change(scores, step, slope.to(call.query) @ call.value.mT).sum(2)
+    scores = call.scores(call.query, call.key)
+    step, worth = call.scores(call.query, source.to(call.key)) - scores, slope.to(call.query) @ call.value.mT
+    row = _row(call, scores)
+    # No patch moves a sink, and what it gets is worth nothing.
+    step, worth = (nn.functional.pad(part, (0, row.shape[-1] - part.shape[-1])) for part in (step, worth))
+    return exact_change(row, step, worth)[..., : scores.shape[-1]].sum(2)
 
 
 def exact_change(
@@ -69,4 +72,12 @@ def _sigmoid_step(start: Tensor, step: Tensor) -> Tensor:
 
 
 def _softmax(call: Scored, query: Heads, key: Heads) -> Float[Tensor, "prompt head query key"]:
-    return call.scores(query, key).masked_fill(~call.visible, -torch.inf).softmax(-1)
+    return _row(call, call.scores(query, key)).softmax(-1)[..., : key.shape[-2]]
+
+
+def _row(call: Scored, scores: Float[Tensor, "prompt head query key"]) -> Float[Tensor, "prompt head query _key"]:
+    """What the softmax is taken of: −∞ where a query does not see, and last what goes to a sink, if there is one."""
+    seen = scores.masked_fill(~call.visible, -torch.inf)
+    if call.sink is None:
+        return seen
+    return torch.cat([seen, call.sink[:, None, None].expand(*scores.shape[:-1], 1)], -1)

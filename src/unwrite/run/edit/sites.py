@@ -323,8 +323,17 @@ def _values_of(lm: Model, layer: Layer, before: Point, tensor: Tensor, old: Tens
     """What the value projection puts out, with values that read another stream."""
     stream = (now.kept[before] + (new - old).to(now.kept[before].device)).to(now.kept[before].dtype)
     # `forward`, and not a call: hooks see only what the model itself does.
-    normed = stream if layer.input_norm is None else layer.input_norm.forward(stream)
-    return torch.where(value_columns(lm, layer).to(tensor.device), layer.value.forward(normed), tensor)
+    read = stream if layer.input_norm is None else layer.input_norm.forward(stream)
+    if layer.latent is not None and layer.latent_norm is not None:
+        if now.past:
+            raise NodeError(
+                f"L{layer.index}.v_input cannot be edited in a pass that goes on from a cache",
+                got="values that are made anew in every pass, of latents that the cache keeps",
+                fix="give the whole prompt to one pass",
+            )
+        read = layer.latent_norm.forward(layer.latent.forward(read)[..., : sizes(layer.value)[0]])
+    values = layer.value.forward(read).view_as(tensor)
+    return torch.where(value_columns(lm, layer).to(tensor.device), values, tensor)
 
 
 def _attended(lm: Model, site: Site) -> Place:

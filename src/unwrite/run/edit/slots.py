@@ -22,9 +22,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from unwrite.errors import NodeError, several
-from unwrite.model.attention import Attend, Attended, around_attention, per_query_head
+from unwrite.model.attention import Attend, Attended, around_attention
 from unwrite.model.capture import evaluating
 from unwrite.model.hooks import Point, Visit, before, hooked, kept, visited
+from unwrite.model.softmax import per_query_head
 from unwrite.model.view import Model
 from unwrite.nodes import GROUPS, KINDS, Site
 from unwrite.run.edit.sites import Inner, Place, as_one, every, named, place

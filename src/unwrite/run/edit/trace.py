@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from unwrite.errors import ModelError, NodeError, several, shown
-from unwrite.model.attention import Attend, Attended, around_attention, implementation, per_query_head
+from unwrite.model.attention import Attend, Attended, around_attention, implementation
 from unwrite.model.capture import uncompiled
 from unwrite.model.hooks import Call, Handle, Point, called, ended, hooked, listeners, visited
+from unwrite.model.softmax import per_query_head
 from unwrite.model.view import Model, require_model
 from unwrite.model.weights import followed
 from unwrite.nodes import Site, nearest, parse_site

@@ -17,7 +17,7 @@ from torch import Tensor
 from unwrite.model.attention import Patterns, patterns
 from unwrite.model.cache import Past
 from unwrite.model.capture import Recording, evaluating, recording
-from unwrite.model.continued import Calls, calling, calls_from, continued, kept_run
+from unwrite.model.continued import Calls, apart, calling, calls_from, continued, kept_run
 from unwrite.model.hooks import read_of
 from unwrite.model.values import through_values, value_scale
 from unwrite.model.view import Folded, Layer, Model
@@ -63,7 +63,8 @@ class Clean:
         Raises ModelError for a layer without attention.
         """
         block = self.lm.layers[layer]
-        through = through_values(self.lm, block, self.patterns[layer], vector, self.scale(block))
+        gate = self.patterns.gate.get(layer)
+        through = through_values(self.lm, block, self.patterns[layer], vector, self.scale(block), gate)
         return torch.einsum("bthk,hkd->bthd", self.post_scaled(block, through), self.folded[layer].w_o)
 
     def post_scaled(self, layer: Layer, z: Tensor) -> Tensor:
@@ -78,11 +79,12 @@ def clean(
 ) -> Clean:
     """Run the base model once over left-aligned prompts. With patterns, its attention is computed openly."""
     with ExitStack() as stack:
-        found = stack.enter_context(patterns(lm) if with_patterns else nullcontext({}))
+        found = stack.enter_context(patterns(lm) if with_patterns else nullcontext(Patterns()))
         record = stack.enter_context(recording(lm, folded, truth=True))
         calls = stack.enter_context(calling(lm))
+        stack.enter_context(apart(lm))
         lm.decoder(input_ids=ids.to(lm.device), use_cache=False)
-    return Clean(lm, folded, record, calls, dict(found))
+    return Clean(lm, folded, record, calls, found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +126,7 @@ def base_run(lm: Model, ids: Int[Tensor, "pair position"], row: Int[Tensor, " pa
     """Run left-aligned base prompts once and keep what patched runs will need."""
     with ExitStack() as stack:
         stack.enter_context(evaluating(lm.hf))
+        stack.enter_context(apart(lm))
         found = stack.enter_context(watching(lm, slots))
         inputs, kept = kept_run(lm, ids)
     kept = kept if continued(lm, ids, inputs, kept) else []

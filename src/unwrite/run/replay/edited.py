@@ -50,7 +50,8 @@ def hidden(run: Clean, vector: Float[Tensor, "prompt position d_model"], layers:
     with patterns(lm) as found:
 
         def carried(layer: Layer) -> Tensor:
-            through = through_values(lm, layer, found[layer.index], vector, run.scale(layer))
+            gate = found.gate.get(layer.index)
+            through = through_values(lm, layer, found[layer.index], vector, run.scale(layer), gate)
             taken[layer.index] = run.post_scaled(layer, through)
             return -torch.einsum("bthk,hkd->btd", taken[layer.index], run.folded[layer.index].w_o)
 
