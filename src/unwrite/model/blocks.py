@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from unwrite.model.norms import is_norm, norm_scale
 from unwrite.model.sums import Op, Term, bare, behind, chain, is_product, leading, terms
 from unwrite.model.traced import Called, Looked, Traced, is_pattern
-from unwrite.model.view import is_norm, norm_scale
 from unwrite.model.weights import weight_of
 
 # Relative: what is the same in float32, where the sum is made in another order.
@@ -171,7 +171,7 @@ def _without_norm(block: Block, call: Called) -> tuple[Called | None, Called]:
 def norm_kinds(call: Called) -> dict[NormKind, float]:
     """The kinds of norm that a module is, with the relative error of each; none for what is no norm."""
     x = call.read
-    if x is None or not is_norm(call.module) or x.shape != call.gave.shape:
+    if x is None or x.shape != call.gave.shape or not is_norm(call.module, x.shape[-1]):
         return {}
     held = [getattr(call.module, name, None) for name in ("weight", "bias")]
     if any(isinstance(part, Tensor) and not part.is_meta and part.shape != x.shape[-1:] for part in held):

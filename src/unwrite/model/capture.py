@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from unwrite.model.hooks import Handle, after, before, hooked
 from unwrite.model.inside import text_config
-from unwrite.model.view import Folded, Layer, Model, centre, norm_scale
+from unwrite.model.norms import norm_scale
+from unwrite.model.view import Folded, Layer, Model, centre
 from unwrite.model.writes import Writes
 from unwrite.nodes import Location, Node
 

@@ -28,10 +28,11 @@ from unwrite.model.continued import continues, kept_run
 from unwrite.model.hooks import after, first_of, hooked, kept
 from unwrite.model.inside import maybe
 from unwrite.model.lengths import switches
+from unwrite.model.norms import norm_scale
 from unwrite.model.projections import sizes
 from unwrite.model.unembedding import before_norm, rows_of, unembedding
 from unwrite.model.values import carry, into_values, value_scale
-from unwrite.model.view import Folded, Layer, Model, norm_scale, value_constant, value_weights
+from unwrite.model.view import Folded, Layer, Model, value_constant, value_weights
 from unwrite.model.weights import through
 from unwrite.model.writes import Writes, expand
 from unwrite.nodes import Location

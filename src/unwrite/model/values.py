@@ -9,7 +9,8 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from unwrite.model.view import Layer, Model, gain_of, norm_scale, value_weights
+from unwrite.model.norms import norm_scale
+from unwrite.model.view import Layer, Model, gain_of, value_weights
 
 
 def value_scale(

@@ -314,22 +314,6 @@ def gain_of(norm: nn.Module | None, lm: Model, detach: bool = True) -> Float[Ten
     return None if weight is None else _exact(lm, weight, detach) + lm.row.norm_gain_offset
 
 
-_EPSILON = ("eps", "variance_epsilon", "epsilon")
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Does this module itself divide by a root mean square?"""
-    return any(isinstance(getattr(module, name, None), float) for name in _EPSILON)
-
-
-def norm_scale(x: Float[Tensor, "*rows d_model"], norm: nn.Module, centred: bool) -> Float[Tensor, "*rows"]:
-    """1 / sqrt(mean(x²) + eps), x centred first for a LayerNorm: what a norm multiplies by, beside its gain."""
-    eps = next(getattr(norm, name) for name in _EPSILON if hasattr(norm, name))
-    if centred:
-        x = x - x.mean(-1, keepdim=True)
-    return torch.rsqrt(x.pow(2).mean(-1) + eps)
-
-
 def value_columns(lm: Model, layer: Layer) -> Bool[Tensor, " output"]:
     """Which outputs of the module that makes the values are values; the others are queries and keys."""
     width = lm.kv_heads * lm.head_dim

@@ -20,8 +20,9 @@ from unwrite.errors import NodeError
 from unwrite.model.attention import is_called
 from unwrite.model.hooks import Point
 from unwrite.model.inside import find
+from unwrite.model.norms import norm_scale
 from unwrite.model.projections import sizes
-from unwrite.model.view import Folded, Layer, Model, centre, folded, norm_scale, value_columns
+from unwrite.model.view import Folded, Layer, Model, centre, folded, value_columns
 from unwrite.nodes import KINDS, Location, Site, nearest, parse_site
 
 
