@@ -113,7 +113,7 @@ def modules(hf: Any, row: Family) -> dict[str, list[nn.Module | None]]:
 def numbers(hf: Any, row: Family) -> dict[str, Any]:
     """What is no path: functions of the configuration as what they give, a layout of values as the columns."""
     lm = Model(hf, None, hf.config.model_type, row, "raw")
-    left = {*_OF_BLOCK, *_OF_DECODER, "decoder", "refuse", "opened", "grouped_values", "float32_inside"}
+    left = {*_OF_BLOCK, *_OF_DECODER, "decoder", "refuse", "opened", "value_layout", "float32_inside"}
     told = {field.name: getattr(row, field.name) for field in fields(row) if field.name not in left}
     told = {name: value(hf.config) if callable(value) else value for name, value in told.items()}
     return told | {"columns": [value_columns(lm, layer).tolist() for layer in lm.layers]}

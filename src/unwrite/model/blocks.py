@@ -5,7 +5,7 @@ What a row of the table cannot say raises `Unlike`, with the reason in the struc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
@@ -21,6 +21,8 @@ from unwrite.model.weights import weight_of
 SAME = 1e-4
 # Whether a norm removes the mean, and what is added to its weight.
 NormKind = tuple[bool, float]
+# Groups of a projection's outputs, and heads behind the values in each.
+Layout = tuple[int, int]
 
 
 class Unlike(Exception):
@@ -87,8 +89,8 @@ class Said:
     out_proj: str = _leads("attention")
     value: str = _leads("attention")
     act: str | None = _leads("mlp", lacking=True)
-    grouped_values: bool
     kv_heads: int
+    value_layout: Layout
     gated: bool | None  # None in a mixture of experts
     interface: bool
     opened: Mapping[str, str]
@@ -107,7 +109,7 @@ def said(block: Block, config: Any) -> Said:
     look = _looked(block)
     attends, writes = _pair(block, look)
     (after, attention), (last, mlp) = _without_norm(block, attends.call), _without_norm(block, writes.call)
-    out, value, layout = _attention(block, look, attention, _heads(config))
+    out, value, kv_heads, layout = _attention(block, look, attention, _heads(config))
     into = _input_norm(block, look, value)
     parallel, mid = _between(block, attention, mlp, look.path, into)
     hidden, gated = _hidden(block, mlp)
@@ -116,7 +118,7 @@ def said(block: Block, config: Any) -> Said:
         mlp=below(block.path, mlp.path), post_attention_norm=block.name(after), post_mlp_norm=block.name(last),
         out_proj=below(look.path, out.path), value=below(look.path, value.path),
         act=None if hidden is None else below(mlp.path, hidden.path), gated=gated,
-        grouped_values=layout[0], kv_heads=layout[1], interface=look.interface, opened=_opened(block, look, value),
+        kv_heads=kv_heads, value_layout=layout, interface=look.interface, opened=_opened(block, look, value),
         parallel=parallel, residual_scale=attends.factor,
         norms=tuple(call for call in (into, after, last) if call is not None),
     )  # fmt: skip
@@ -197,8 +199,8 @@ def _double(weight: Tensor | None, x: Tensor) -> Tensor | None:
 # Attention.
 
 
-def _attention(block: Block, look: Looked, writer: Called, heads: int) -> tuple[Called, Called, tuple[bool, int]]:
-    """Its out-projection, what makes its values, and how these lie: in groups or last, of how many heads."""
+def _attention(block: Block, look: Looked, writer: Called, heads: int) -> tuple[Called, Called, int, Layout]:
+    """Its out-projection, what makes its values, of how many heads, and how these lie there."""
     out = _projection(block, writer.made, look.path)
     if out is None or out.read is None:
         raise Unlike(f"what attention writes ({block.name(writer)}) comes out of no projection in it")
@@ -236,35 +238,49 @@ def _same(got: Tensor, want: Tensor) -> bool:
     return got.shape == want.shape and bool((got - want).norm() <= SAME * want.norm())
 
 
-def _values(block: Block, look: Looked, z: Tensor) -> tuple[Called, tuple[bool, int]]:
-    """The projection whose outputs, the last or those last in every group, are what attention carries."""
-    heads = z.shape[2]
+def _values(block: Block, look: Looked, z: Tensor) -> tuple[Called, int, Layout]:
+    """The projection among whose outputs are what attention carries, of how many heads, and where they lie there."""
     for call in reversed([*block.calls(look.path)]):
         if not _is_projection(call.module) or call.gave.numel() % (z.shape[0] * z.shape[1]):
             continue
         rows = call.gave.reshape(*z.shape[:2], -1)
-        for kv in (kv for kv in range(heads, 0, -1) if heads % kv == 0):
-            for grouped, value in _layouts(rows, kv, z.shape[3]):
-                if _carried(value.repeat_interleave(heads // kv, 2), look, z):
-                    return call, (grouped, kv)
+        firsts = [_first_column(rows, look, z, head) for head in range(z.shape[2])]
+        if None not in firsts and (found := _layout(firsts, z.shape[3], rows.shape[2])) is not None:
+            return call, *found
     raise Unlike(_why(block, look, look.reads))
 
 
-def _layouts(rows: Tensor, kv: int, width: int) -> Iterator[tuple[bool, Tensor]]:
-    if rows.shape[-1] >= kv * width:
-        yield False, rows[..., -kv * width :].unflatten(-1, (kv, width))
-    if rows.shape[-1] % (kv * width) == 0:
-        yield True, rows.unflatten(-1, (kv, -1, width))[..., -1, :]
-
-
-def _carried(value: Tensor, look: Looked, z: Tensor) -> bool:
-    """Are these the values [prompt, key, head, d_head] of the pass?"""
+def _first_column(rows: Tensor, look: Looked, z: Tensor, head: int) -> int | None:
+    """Where in what a projection puts out [prompt, key, output] the values of a head begin."""
     if look.value is not None:
-        own = look.value.transpose(1, 2)
-        return z.shape[2] % own.shape[2] == 0 and _same(own.repeat_interleave(z.shape[2] // own.shape[2], 2), value)
-    pattern = look.pattern
-    assert pattern is not None  # noqa: S101 (one of both was seen)
-    return pattern.shape[1] == z.shape[2] and _same((pattern @ value.transpose(1, 2)).transpose(1, 2), z)
+        carried, want = rows, look.value[:, head * look.value.shape[1] // z.shape[2]]
+    else:
+        pattern = look.pattern
+        assert pattern is not None  # noqa: S101 (one of both was seen)
+        if pattern.shape[1] != z.shape[2]:
+            return None
+        carried, want = pattern[:, head] @ rows, z[:, :, head]
+    width = want.shape[-1]
+    if carried.shape[-1] < width:
+        return None
+    off = (carried[..., : carried.shape[-1] - width + 1] - want[..., :1]).flatten(0, 1).norm(dim=0)
+    first = int(off.argmin())
+    return first if _same(carried[..., first : first + width], want) else None
+
+
+def _layout(firsts: Sequence[int | None], width: int, outputs: int) -> tuple[int, Layout] | None:
+    """How many key/value heads there are, and the layout in which their values begin at these columns."""
+    own = [*dict.fromkeys(firsts)]
+    kv, heads = len(own), len(firsts)
+    if heads % kv or firsts != [own[head * kv // heads] for head in range(heads)]:
+        return None
+    for groups in (groups for groups in range(1, kv + 1) if kv % groups == outputs % groups == 0):
+        size, each = outputs // groups, kv // groups
+        behind = (size - own[0]) // width - each
+        begins = size - (behind + each) * width
+        if own == [group * size + begins + head * width for group in range(groups) for head in range(each)]:
+            return kv, (groups, behind)
+    return None
 
 
 def _why(block: Block, look: Looked, op: Op | None) -> str:

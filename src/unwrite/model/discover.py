@@ -109,7 +109,7 @@ def _agreed(blocks: Sequence[Block], found: Sequence[Said]) -> dict[str, Any]:
     agreed: dict[str, Any] = {name: _path(name, blocks, found) for name in Said.paths()}
     # A mixture of experts shows no product, and is one with what its router gives.
     told = {"gated": [part.gated for part in found if part.gated is not None] or [True]}
-    for name in ("grouped_values", "kv_heads", "interface", "opened", "parallel", "residual_scale", "gated"):
+    for name in ("value_layout", "kv_heads", "interface", "opened", "parallel", "residual_scale", "gated"):
         values = told.get(name) or [getattr(part, name) for part in found]
         if any(value != values[0] for value in values):
             raise Unlike(f"its layers differ in {name.replace('_', ' ')}")
@@ -226,8 +226,7 @@ def _settled(found: dict[str, Any], hf: Any) -> dict[str, Any]:
     """The fields of a row, numbers as the configuration has them where it does, functions where a row has functions."""
     for name in ("embed_scale", "residual_scale", "logit_scale"):
         found[name] = _named(found[name], hf)
-    functions = ("kv_heads", "parallel", "opened", "embed_scale", "residual_scale", "logit_scale", "logit_cap")
-    return {name: _always(value) if name in functions else value for name, value in found.items()}
+    return {name: _always(value) if callable(getattr(Family, name)) else value for name, value in found.items()}
 
 
 def _named(number: float, hf: Any) -> float:

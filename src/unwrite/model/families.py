@@ -35,6 +35,10 @@ def _nowhere(config: Config) -> Mapping[str, str]:
     return {}
 
 
+def _last(config: Config) -> tuple[int, int]:
+    return 1, 0
+
+
 def _kv_heads(config: Config) -> int:
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
@@ -59,9 +63,11 @@ class Family:
     act: str = "down_proj"  # from `mlp`: the projection that reads the hidden activation ("": `mlp` itself)
     # From the attention module.
     out_proj: str = "o_proj"
-    value: str = "v_proj"  # its last outputs are the values, unless they are grouped
-    grouped_values: bool = False  # fused as [kv head, (its query heads, key, value), head_dim]
+    value: str = "v_proj"
     kv_heads: Callable[[Config], int] = _kv_heads
+    # Its outputs lie in so many equal groups; in each come the values of the group's key/value heads, and behind them
+    # what is as wide as so many heads.
+    value_layout: Callable[[Config], tuple[int, int]] = _last
     gated: bool = True  # the MLP multiplies an activation by a second projection
     # What the configuration decides.
     layer_norm: bool = False  # every reader removes the mean over d_model
@@ -139,7 +145,7 @@ _NEOX = replace(
     act="dense_4h_to_h",
     out_proj="dense",
     value="query_key_value",
-    grouped_values=True,
+    value_layout=lambda config: (config.num_attention_heads, 0),  # [head, (query, key, value), head_dim]
     parallel=lambda config: config.use_parallel_residual,
 )
 
@@ -206,6 +212,7 @@ FAMILIES: dict[str, Family] = {
         interface=False,
         opened=_falcon_opened,
         kv_heads=_falcon_kv_heads,
+        value_layout=lambda config: (_falcon_kv_heads(config), 0),
         parallel=lambda config: config.parallel_attn or config.new_decoder_architecture,
     ),
     "llama": _LLAMA,

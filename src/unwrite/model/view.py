@@ -316,12 +316,11 @@ def gain_of(norm: nn.Module | None, lm: Model, detach: bool = True) -> Float[Ten
 
 def value_columns(lm: Model, layer: Layer) -> Bool[Tensor, " output"]:
     """Which outputs of the module that makes the values are values; the others are queries and keys."""
-    width = lm.kv_heads * lm.head_dim
+    groups, behind = lm.row.value_layout(lm.config)
     is_value = torch.zeros(sizes(layer.value)[1], dtype=torch.bool, device=lm.device)
-    if lm.row.grouped_values:
-        is_value.view(lm.kv_heads, -1, lm.head_dim)[:, -1] = True
-    else:
-        is_value[-width:] = True
+    each = is_value.view(groups, -1)
+    end = each.shape[1] - behind * lm.head_dim
+    each[:, end - lm.kv_heads // groups * lm.head_dim : end] = True
     return is_value
 
 

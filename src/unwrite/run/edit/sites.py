@@ -320,14 +320,25 @@ def _attended(lm: Model, site: Site) -> Place:
         return Place(point, by_head, own)
     # One head's copy of what its group reads from one place is nowhere.
     editable = site.kind not in ("k", "v") or lm.kv_heads == lm.n_heads
-    if not lm.row.grouped_values:
-        first = -lm.kv_heads if part == "v" else 0  # beside queries and keys, values are the last
-        shared: View = lambda tensor, _: tensor.unflatten(-1, (-1, lm.head_dim))[..., first:, :]  # noqa: E731
-        return Place(point, shared, own, editable=editable)
-    each = lm.n_heads // lm.kv_heads
-    item = {"q": site.head % each, "k": -2, "v": -1}[part]
-    fused: View = lambda tensor, _: tensor.unflatten(-1, (lm.kv_heads, each + 2, lm.head_dim))[..., item, :]  # noqa: E731
-    return Place(point, fused, lambda view: view[:, :, _group(lm, site)], editable=editable)
+    by_width: View = lambda tensor, _: tensor.unflatten(-1, (-1, lm.head_dim))  # noqa: E731
+    return Place(point, by_width, lambda view: view[:, :, unit_of(lm, site)], editable=editable)
+
+
+def unit_of(lm: Model, site: Site) -> int:
+    """The row of a site in the view of its place: of a part of attention that a module puts out, which head's width."""
+    part, layer = site.kind.removeprefix("shared_"), lm.layers[max(site.layer, 0)]
+    if part not in ("q", "k", "v") or is_called(lm):
+        return max(site.head, 0)
+    own, (groups, behind) = _group(lm, site), lm.row.value_layout(lm.config)
+    each, opened = lm.kv_heads // groups, lm.row.opened(lm.config)
+    module = find(layer.attention, opened[part])
+    if module is not layer.value:  # a projection of queries or keys alone
+        return site.head if part == "q" else own
+    size = sizes(module)[1] // groups // lm.head_dim
+    values = size - behind - each
+    # Before the values of a group lie its keys, and before these its queries.
+    within = {"q": site.head % max(1, values - each), "k": values - each + own % each, "v": values + own % each}
+    return own // each * size + within[part]
 
 
 def _row(lm: Model, site: Site, heads: int) -> int:

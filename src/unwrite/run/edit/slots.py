@@ -27,7 +27,7 @@ from unwrite.model.capture import evaluating
 from unwrite.model.hooks import Point, Visit, before, hooked, kept, visited
 from unwrite.model.view import Model
 from unwrite.nodes import GROUPS, KINDS, Site
-from unwrite.run.edit.sites import Inner, Place, as_one, every, named, place
+from unwrite.run.edit.sites import Inner, Place, as_one, every, named, place, unit_of
 
 # What the scores of attention are made of: where its pattern is held, they do nothing.
 SCORED = ("q", "k", "shared_k")
@@ -132,12 +132,7 @@ def _slot(lm: Model, kind: str, index: int, sites: tuple[Site, ...]) -> Slot:
     if not KINDS[kind].group:
         raise NodeError(f"{sites[0]} cannot be patched from another run", expected=f"a node of {', '.join(GROUPS)}")
     found = place(lm, Site(_IN.get(kind, kind), index, min(sites[0].head, 0)), edited=True)
-    by_module = kind in _ATTENDED and isinstance(found.point, Point)
-    if by_module and lm.row.grouped_values and lm.kv_heads < lm.n_heads:
-        raise NodeError(
-            f"{kind} of {lm.family} cannot be patched by module hooks", fix="load it with attn_implementation='sdpa'"
-        )
-    units = torch.tensor([max(site.head, 0) for site in sites])
+    units = torch.tensor([unit_of(lm, site) for site in sites])
     return Slot(kind, index, found, sites, units.to(lm.device))
 
 
