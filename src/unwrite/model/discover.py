@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from unwrite.errors import ModelError
 from unwrite.model.blocks import SAME, Block, NormKind, Said, Unlike, below, norm_kinds, said
-from unwrite.model.families import Family
+from unwrite.model.families import REST, Family
 from unwrite.model.hooks import first_of
 from unwrite.model.inside import find, head_of, text_config
 from unwrite.model.single import HALVES
@@ -62,14 +62,14 @@ def _row(trace: Traced, hf: Any) -> Family:
     path, calls = _stack(trace, hf)
     blocks = [Block(trace, call) for call in calls]
     found = [said(block, text_config(hf.config)) for block in blocks]
-    final, (tokens, scale, positions) = _final_norm(trace, path, calls[-1]), _start(trace, calls[0])
-    decoder = _around(trace, [path, *(call.path for call in (final, tokens, positions) if call is not None)])
+    final, (embed, scale, positions) = _final_norm(trace, path, calls[-1]), _start(trace, calls[0])
+    decoder = _around(trace, [path, final.path, *(part for part in (embed, positions) if part)])
     kind = _kind([call for part in found for call in part.norms] + [final])
     logit_scale, logit_cap = (1.0, None) if trace.loud is None else _logits(trace, trace.loud, final, hf)
     numbers = {"embed_scale": scale, "logit_scale": logit_scale, "logit_cap": logit_cap}
     return Family(
-        decoder=decoder, blocks=below(decoder, path), embed=below(decoder, tokens.path),
-        pos_embed=positions and below(decoder, positions.path), final_norm=below(decoder, final.path),
+        decoder=decoder, blocks=below(decoder, path), embed=below(decoder, embed),
+        pos_embed=positions and below(decoder, positions), final_norm=below(decoder, final.path),
         layer_norm=kind[0], norm_gain_offset=kind[1], **_settled(_agreed(blocks, found) | numbers, hf),
     )  # fmt: skip
 
@@ -146,23 +146,24 @@ def _kind(norms: Sequence[Called]) -> NormKind:
 # Before the blocks, and after them.
 
 
-def _start(trace: Traced, first: Called) -> tuple[Called, float, Called | None]:
-    """What gives the embedding of tokens, its factor, and what gives that of positions."""
+def _start(trace: Traced, first: Called) -> tuple[str, float, str | None]:
+    """Which module gives the embedding of tokens, its factor, and which that of positions; REST where no one does."""
     assert first.reads is not None  # noqa: S101 (a block that reads nothing is refused before)
     parts = list(terms(first.reads, None, partial(trace.maker, within="")))
-    if odd := [part.other for part in parts if part.other]:
-        raise Unlike(f"the stream starts with what no module gives ({', '.join(odd)})")
-    if trace.start is None:
-        raise Unlike("its embedding of tokens is not called")
-    start = {trace.start}
-    tokens = [part for part in parts if behind(part.call.made, start)]
+    tokens = [part for part in parts if part.call is not None and behind(part.call.made, {trace.start})]
     others = [part for part in parts if part not in tokens]
-    if len(tokens) != 1 or len(others) > 1 or any(part.factor != 1 for part in others):
-        raise Unlike(f"the stream starts with {len(tokens)} embeddings of tokens and {len(others)} others")
-    if others and others[0].call.gave.dim() != _STREAM:
-        raise Unlike("its vectors of positions are made once for all prompts, without an axis of prompts")
-    _once(trace, tokens[0].call)
-    return tokens[0].call, tokens[0].factor, others[0].call if others else None
+    if len(tokens) != 1 or trace.start is None:
+        odd = ", ".join(part.other or part.call.path for part in others)
+        raise Unlike(f"the stream starts with {len(tokens)} embeddings of tokens" + (f", and {odd}" if odd else ""))
+    (token,) = tokens
+    if len(trace.of(token.call.path)) > 1 and not others:
+        return REST, 1.0, None
+    _once(trace, token.call)
+    if not others:
+        return token.call.path, token.factor, None
+    one = others[0].call if len(others) == 1 and others[0].factor == 1 else None
+    given = one is not None and len(trace.of(one.path)) == 1 and one.gave.dim() == _STREAM
+    return token.call.path, token.factor, one.path if given else REST
 
 
 def _once(trace: Traced, call: Called) -> None:
@@ -174,7 +175,9 @@ def _final_norm(trace: Traced, path: str, last: Called) -> Called:
     out = bare(last.made)
     for call in trace.calls:
         if bare(call.reads) is out and not call.within(path) and norm_kinds(call):
-            _once(trace, call)
+            # Where it ran before, on the embedding, it is its last run that is the final one.
+            if call is not trace.of(call.path)[-1]:
+                _once(trace, call)
             return call
     raise Unlike("no norm reads what its last block gives")
 

@@ -13,6 +13,8 @@ from typing import Any
 Config = Any
 # Where a model's row comes from: this table, or `discover`.
 BY_HAND, FOUND = "by hand", "found"
+# In the place of a path, where no one module gives what is written: all that the first block reads and nothing else is.
+REST = ""
 
 
 def _no(config: Config) -> bool:
@@ -50,8 +52,8 @@ class Family:
     # From the causal model to its decoder; the next four from the decoder.
     decoder: str = "model"
     blocks: str = "layers"
-    embed: str = "embed_tokens"  # the last module of the token path: after an embedding norm, where there is one
-    pos_embed: str | None = None
+    embed: str = "embed_tokens"  # the last module of the token path, after an embedding norm if there is one; or REST
+    pos_embed: str | None = None  # or REST
     final_norm: str = "norm"
     # From a block.
     input_norm: str | None = "input_layernorm"

@@ -2,7 +2,8 @@
 
 heads      the heads' writes and the bias (from weights alone) sum to what each attention block really adds
 stream     all nodes sum to the final state of the stream
-locations  the nodes so far sum to every earlier state (in a parallel block, also to what its MLP reads)
+locations  the nodes so far sum to every earlier state (in a parallel block, also to what its MLP reads), the first of
+           which is what tokens give and what positions do, whatever the tokens are
 logits     final norm and unembedding of that sum give the model's logits, small ones and such as reach a cap
 values     with pattern and norm frozen, what all earlier nodes put into a head through its values is what it writes
 mlp        what reads an MLP's hidden activation gives what the MLP writes, and a gated one has two factors
@@ -35,7 +36,7 @@ from unwrite.model.values import carry, into_values, value_scale
 from unwrite.model.view import Folded, Layer, Model, value_constant, value_weights
 from unwrite.model.weights import through
 from unwrite.model.writes import Writes, expand
-from unwrite.nodes import Location
+from unwrite.nodes import Location, Node
 
 # So many of a vocabulary's logits are read from their rows.
 _ROWS = 1024
@@ -68,6 +69,9 @@ def added(lm: Model, folded: tuple[Folded, ...], ids: Ids, mask: Mask, dtype: to
         for layer in lm.layers:
             if (read := rows.get(Location("mid", layer.index))) is not None:
                 yield "locations", relative(nodes[_earlier(lm, layer)], read)
+    if (positions := record.vectors.get(Node("pos_embed"))) is not None:
+        start = torch.stack([record.vectors[Node("embed")], positions.expand(*mask.shape, -1)])
+        yield "locations", relative(start[:, mask], (start[0] + positions[:1])[mask])
     stream = nodes.sum(0)
     yield from (("mlp", _mlp_error(lm, layer, ends)) for layer in lm.layers)
     yield "logits" if lm.has_head else "stream", relative(finished(lm, stream, dtype)[None], logits)

@@ -121,7 +121,7 @@ class Model:
     @cached_property
     def parts(self) -> tuple[Node, ...]:
         """The nodes in write order; one that is zero by construction is not listed."""
-        start = [Node("embed")] + ([Node("pos_embed")] if self.row.pos_embed else [])
+        start = [Node("embed")] + ([] if self.row.pos_embed is None else [Node("pos_embed")])
         return tuple(start + [node for layer in self.layers for node in self._written(layer)])
 
     def _written(self, layer: Layer) -> list[Node]:

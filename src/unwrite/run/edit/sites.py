@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from unwrite.errors import NodeError
 from unwrite.model.attention import is_called
+from unwrite.model.families import REST
 from unwrite.model.hooks import Point
 from unwrite.model.inside import find
 from unwrite.model.norms import norm_scale
@@ -182,11 +183,25 @@ def _written(lm: Model, module: nn.Module, scale: float) -> Place:
 
 
 def _embed(lm: Model, site: Site) -> Place:
+    if lm.row.embed == REST:
+        return _rest(lm)
     return _written(lm, lm.decoder.get_submodule(lm.row.embed), lm.row.embed_scale(lm.config))
 
 
 def _pos_embed(lm: Model, site: Site) -> Place:
-    return _written(lm, lm.decoder.get_submodule(lm.row.pos_embed or ""), 1.0)
+    path = lm.row.pos_embed
+    return _rest(lm, _embed(lm, site)) if not path else _written(lm, lm.decoder.get_submodule(path), 1.0)
+
+
+def _rest(lm: Model, *others: Place) -> Place:
+    """What the first block reads but for what other sites hold of it."""
+
+    def shown(tensor: Tensor, now: Pass) -> Tensor:
+        held = sum(other.read(now.kept[other.point], now).to(tensor.device) for other in others)
+        return centre(tensor.to(lm.compute_dtype), lm) - held
+
+    points = [other.point for other in others if isinstance(other.point, Point)]
+    return Place(Point(lm.layers[0].block, before=True), shown=shown, keep=tuple(points), adds=True)
 
 
 def _mlp(lm: Model, site: Site) -> Place:
@@ -201,7 +216,8 @@ def _attn_out(lm: Model, site: Site) -> Place:
 def _state(lm: Model, site: Site) -> Place:
     """A state between blocks: what the next block reads, or the final norm."""
     reader = next((layer.block for layer in lm.layers if layer.reads == Location(site.kind, site.layer)), None)
-    point = Point(reader or lm.final_norm, before=True)
+    # What the last block gives: the final norm may have run before, on the embedding.
+    point = Point(reader or lm.layers[-1].block, before=reader is not None)
     if not lm.centred and lm.dtype == lm.compute_dtype:
         return Place(point)
     return Place(point, shown=lambda tensor, now: centre(tensor.to(lm.compute_dtype), lm))

@@ -76,7 +76,7 @@ def donor(lm: Model, pairs: Pairs, asked: tuple[Slot, ...], source: Any) -> Dono
     order = np.arange(len(pairs))
     if not isinstance(source, Model):
         one_of("source", source, DONORS, also="a model of uw.load")
-    own_positions = lm.row.pos_embed and (isinstance(source, Model) or source == "zero")
+    own_positions = lm.row.pos_embed is not None and (isinstance(source, Model) or source == "zero")
     if own_positions and any(slot.kind == "embed" for slot in asked):
         raise NumericError(
             "beside its embedding the stream holds positions of the model's own", fix="patch 'resid_pre0', or use mean"
