@@ -12,15 +12,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from unwrite.model.norms import is_norm, norm_scale
-from unwrite.model.sums import Op, Term, bare, behind, chain, is_product, leading, terms
+from unwrite.model.norms import NormKind, kinds
+from unwrite.model.sums import CONSTANT, Op, Term, bare, behind, chain, is_product, leading, terms
 from unwrite.model.traced import Called, Looked, Traced, is_pattern
 from unwrite.model.weights import weight_of
 
 # Relative: what is the same in float32, where the sum is made in another order.
 SAME = 1e-4
-# Whether a norm removes the mean, and what is added to its weight.
-NormKind = tuple[bool, float]
 # Groups of a projection's outputs, and heads behind the values in each.
 Layout = tuple[int, int]
 
@@ -42,7 +40,8 @@ class Block:
             parts = _named(self, [*terms(out, None, partial(trace.innermost, within=call.path))])
             raise Unlike(f"the block's output is not a sum that holds its input (it is {parts})")
         self.source, self.states = source, {source, *(op for op, true in leads.items() if true)}
-        self.writers = _writers([*terms(out, source, maker)])
+        parts = [*terms(out, source, maker)]
+        self.writers, self.out_bias = _writers(parts), _constant(call, parts)
 
     def name(self, call: Called | None) -> str | None:
         """The path of a module from the block."""
@@ -66,9 +65,32 @@ def _writers(parts: list[Term]) -> list[Term]:
     gain = sum(part.factor for part in parts if part.call is None and not part.other)
     if abs(gain - 1) > SAME:
         raise Unlike(f"the block multiplies its stream by {gain:.3g}")
-    if odd := [part.other for part in parts if part.other]:
+    if odd := [part.other for part in parts if part.other not in ("", CONSTANT)]:
         raise Unlike(f"the block adds what no module gives ({', '.join(odd)})")
+    return _given(parts)
+
+
+def _given(parts: list[Term]) -> list[Term]:
     return [part for part in parts if part.call is not None]
+
+
+def _constant(call: Called, parts: list[Term]) -> tuple[float, str] | None:
+    """The factor and the path of the parameter that a block adds to its stream; None where it adds none."""
+    factors = [part.factor for part in parts if part.other == CONSTANT]
+    if not factors:
+        return None
+    assert call.read is not None  # noqa: S101 (asked before)
+    rest = call.gave - call.read - sum(part.factor * part.call.gave.view_as(call.gave) for part in _given(parts))
+    for path, parameter in call.module.named_parameters():
+        above, _, name = path.rpartition(".")
+        module = call.module.get_submodule(above)
+        # That of a module without others in it is the module's own.
+        if len(factors) > 1 or parameter.shape != rest.shape[-1:] or next(module.children(), None) is None:
+            continue
+        value = weight_of(module, name)
+        if value is not None and (rest - factors[0] * value.detach().to(rest)).norm() <= SAME * call.gave.norm():
+            return factors[0], path
+    raise Unlike("the block adds a constant that is none of its parameters")
 
 
 def _leads(root: str = "", lacking: bool = False) -> Any:
@@ -94,6 +116,7 @@ class Said:
     gated: bool | None  # None in a mixture of experts
     interface: bool
     opened: Mapping[str, str]
+    out_bias: str | None
     parallel: bool
     residual_scale: float
     norms: tuple[Called, ...]
@@ -119,7 +142,7 @@ def said(block: Block, config: Any) -> Said:
         out_proj=below(look.path, out.path), value=below(look.path, value.path),
         act=None if hidden is None else below(mlp.path, hidden.path), gated=gated,
         kv_heads=kv_heads, value_layout=layout, interface=look.interface, opened=_opened(block, look, value),
-        parallel=parallel, residual_scale=attends.factor,
+        out_bias=_out_bias(block, attends, after), parallel=parallel, residual_scale=attends.factor,
         norms=tuple(call for call in (into, after, last) if call is not None),
     )  # fmt: skip
 
@@ -170,30 +193,19 @@ def _without_norm(block: Block, call: Called) -> tuple[Called | None, Called]:
     raise Unlike(f"{block.name(call)} is a norm of what no module gives")
 
 
+def _out_bias(block: Block, attends: Term, norm: Called | None) -> str | None:
+    """The parameter that is added to what attention writes, multiplied as this is."""
+    if block.out_bias is None:
+        return None
+    factor, path = block.out_bias
+    if norm is not None or abs(factor - attends.factor) > SAME * abs(factor):
+        raise Unlike(f"the block adds {path} otherwise than what attention writes")
+    return path
+
+
 def norm_kinds(call: Called) -> dict[NormKind, float]:
     """The kinds of norm that a module is, with the relative error of each; none for what is no norm."""
-    x = call.read
-    if x is None or x.shape != call.gave.shape or not is_norm(call.module, x.shape[-1]):
-        return {}
-    held = [getattr(call.module, name, None) for name in ("weight", "bias")]
-    if any(isinstance(part, Tensor) and not part.is_meta and part.shape != x.shape[-1:] for part in held):
-        return {}
-    found = {(mean, offset): _off(call, mean, offset) for mean in (False, True) for offset in (0.0, 1.0)}
-    return {kind: error for kind, error in found.items() if error <= SAME}
-
-
-def _off(call: Called, mean: bool, offset: float) -> float:
-    x, gave = call.read, call.gave.double()
-    assert x is not None  # noqa: S101 (asked before)
-    x = x.double()
-    weight, bias = (_double(weight_of(call.module, name), x) for name in ("weight", "bias"))
-    made = (x - x.mean(-1, keepdim=True) if mean else x) * norm_scale(x, call.module, mean)[..., None]
-    made = (made if weight is None else made * (weight + offset)) + (0.0 if bias is None else bias)
-    return float((made - gave).norm() / gave.norm())
-
-
-def _double(weight: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if weight is None else weight.detach().to(x)
+    return {} if call.read is None else kinds(call.module, call.read, call.gave)
 
 
 # Attention.
@@ -244,8 +256,9 @@ def _values(block: Block, look: Looked, z: Tensor) -> tuple[Called, int, Layout]
         if not _is_projection(call.module) or call.gave.numel() % (z.shape[0] * z.shape[1]):
             continue
         rows = call.gave.reshape(*z.shape[:2], -1)
-        firsts = [_first_column(rows, look, z, head) for head in range(z.shape[2])]
-        if None not in firsts and (found := _layout(firsts, z.shape[3], rows.shape[2])) is not None:
+        each = [_first_column(rows, look, z, head) for head in range(z.shape[2])]
+        firsts = [first for first in each if first is not None]
+        if len(firsts) == z.shape[2] and (found := _layout(firsts, z.shape[3], rows.shape[2])) is not None:
             return call, *found
     raise Unlike(_why(block, look, look.reads))
 
@@ -268,7 +281,7 @@ def _first_column(rows: Tensor, look: Looked, z: Tensor, head: int) -> int | Non
     return first if _same(carried[..., first : first + width], want) else None
 
 
-def _layout(firsts: Sequence[int | None], width: int, outputs: int) -> tuple[int, Layout] | None:
+def _layout(firsts: Sequence[int], width: int, outputs: int) -> tuple[int, Layout] | None:
     """How many key/value heads there are, and the layout in which their values begin at these columns."""
     own = [*dict.fromkeys(firsts)]
     kv, heads = len(own), len(firsts)

@@ -15,7 +15,7 @@ from unwrite.model.families import REST
 from unwrite.model.hooks import Handle, after, before, hooked, kept
 from unwrite.model.inside import text_config
 from unwrite.model.norms import norm_scale
-from unwrite.model.view import Folded, Layer, Model, centre
+from unwrite.model.view import Folded, Layer, Model, centre, outside
 from unwrite.model.writes import Writes
 from unwrite.nodes import Location, Node
 
@@ -151,7 +151,8 @@ def _truth_hooks(lm: Model, layer: Layer, record: Recording) -> Iterator[Handle]
         yield between_both(lm, layer, layer.mid, record)
     if layer.index == len(lm.layers) - 1:
         yield before(lm.final_norm, _keep(record.stream, Location("post", layer.index), lm))
-    yield after(layer.attention_end, _keep(record.attention, layer.index, lm, lm.residual_scale))
+    keep, beside = _keep(record.attention, layer.index, lm, lm.residual_scale), outside(lm, layer)
+    yield after(layer.attention_end, lambda written: keep(written if beside is None else written.to(beside) + beside))
 
 
 def between_both(lm: Model, layer: Layer, mid: nn.Module, record: Recording) -> Handle:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from unwrite.errors import ModelError
-from unwrite.model.blocks import SAME, Block, NormKind, Said, Unlike, below, norm_kinds, said
+from unwrite.model.blocks import SAME, Block, Said, Unlike, below, norm_kinds, said
 from unwrite.model.families import REST, Family
 from unwrite.model.hooks import first_of
-from unwrite.model.inside import find, head_of, text_config
+from unwrite.model.inside import find, head_of, held, text_config
+from unwrite.model.norms import NormKind
 from unwrite.model.single import HALVES
 from unwrite.model.sums import bare, behind, terms
 from unwrite.model.traced import Called, Traced, traced
@@ -108,6 +109,7 @@ def _agreed(blocks: Sequence[Block], found: Sequence[Said]) -> dict[str, Any]:
     """What all blocks say alike; of paths, the names that lead to the right module in each."""
     agreed: dict[str, Any] = {name: _path(name, blocks, found) for name in Said.paths()}
     # A mixture of experts shows no product, and is one with what its router gives.
+    agreed["out_bias"] = _parameter(blocks, found)
     told = {"gated": [part.gated for part in found if part.gated is not None] or [True]}
     for name in ("value_layout", "kv_heads", "interface", "opened", "parallel", "residual_scale", "gated"):
         values = told.get(name) or [getattr(part, name) for part in found]
@@ -132,6 +134,15 @@ def _path(name: str, blocks: Sequence[Block], found: Sequence[Said]) -> str | No
         if path is not None and find(root, joined) is not find(root, path):
             raise Unlike(f"its layers differ in what their {name.replace('_', ' ')} is")
     return joined
+
+
+def _parameter(blocks: Sequence[Block], found: Sequence[Said]) -> str | None:
+    """The parameter that blocks add to what attention writes; a layer that lacks it adds none."""
+    paths = [*dict.fromkeys(part.out_bias for part in found if part.out_bias is not None)]
+    for block, part in zip(blocks, found, strict=True):
+        if any((held(block.module, path) is not None) != (path == part.out_bias) for path in paths):
+            raise Unlike("its layers differ in what parameter they add")
+    return paths[0] if paths else None
 
 
 def _kind(norms: Sequence[Called]) -> NormKind:
@@ -162,8 +173,9 @@ def _start(trace: Traced, first: Called) -> tuple[str, float, str | None]:
     if not others:
         return token.call.path, token.factor, None
     one = others[0].call if len(others) == 1 and others[0].factor == 1 else None
-    given = one is not None and len(trace.of(one.path)) == 1 and one.gave.dim() == _STREAM
-    return token.call.path, token.factor, one.path if given else REST
+    if one is None or len(trace.of(one.path)) > 1 or one.gave.dim() != _STREAM:
+        return token.call.path, token.factor, REST
+    return token.call.path, token.factor, one.path
 
 
 def _once(trace: Traced, call: Called) -> None:

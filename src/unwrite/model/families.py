@@ -62,6 +62,7 @@ class Family:
     mlp: str = "mlp"  # the module whose output the MLP writes, or hands to post_mlp_norm
     post_attention_norm: str | None = None
     post_mlp_norm: str | None = None
+    out_bias: str | None = None  # a parameter that the block adds to what attention writes; some layers may lack it
     act: str = "down_proj"  # from `mlp`: the projection that reads the hidden activation ("": `mlp` itself)
     # From the attention module.
     out_proj: str = "o_proj"

@@ -11,7 +11,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from unwrite.errors import ModelError
+from unwrite.model.weights import weight_of
 
+# Whether a norm removes the mean, and what is added to its weight.
+NormKind = tuple[bool, float]
 _NAMES = ("eps", "variance_epsilon", "epsilon")
 # Decades of t; what is the same in float32; so near, an epsilon is the round number that stands in the code.
 _SMALLEST, _LARGEST, _SAME, _ROUND = -8, 4, 1e-4, 1e-5
@@ -33,6 +36,26 @@ def norm_scale(x: Float[Tensor, "*rows d_model"], norm: nn.Module, centred: bool
     if centred:
         x = x - x.mean(-1, keepdim=True)
     return torch.rsqrt(x.pow(2).mean(-1) + epsilon)
+
+
+def kinds(module: nn.Module, x: Tensor, gave: Tensor) -> dict[NormKind, float]:
+    """The kinds of norm of which a module that gave this of x is one, with the relative error; none for no norm."""
+    if x.shape != gave.shape or not is_norm(module, x.shape[-1]):
+        return {}
+    held = [getattr(module, name, None) for name in ("weight", "bias")]
+    if any(isinstance(part, Tensor) and not part.is_meta and part.shape != x.shape[-1:] for part in held):
+        return {}
+    x, gave = x.double(), gave.double()
+    found = {(mean, offset): _off(module, x, gave, mean, offset) for mean in (False, True) for offset in (0.0, 1.0)}
+    return {kind: error for kind, error in found.items() if error <= _SAME}
+
+
+def _off(module: nn.Module, x: Tensor, gave: Tensor, mean: bool, offset: float) -> float:
+    weight, bias = (None if part is None else part.detach().to(x)
+                    for part in (weight_of(module, name) for name in ("weight", "bias")))  # fmt: skip
+    made = (x - x.mean(-1, keepdim=True) if mean else x) * norm_scale(x, module, mean)[..., None]
+    made = (made if weight is None else made * (weight + offset)) + (0.0 if bias is None else bias)
+    return float((made - gave).norm() / gave.norm())
 
 
 def _epsilon(module: nn.Module, width: int) -> float | None:

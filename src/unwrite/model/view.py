@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from unwrite.errors import ModelError, shown
 from unwrite.model.families import Family
-from unwrite.model.inside import decoder_of, find, headless, maybe, text_config
+from unwrite.model.inside import decoder_of, find, headless, held, maybe, text_config
 from unwrite.model.projections import Effective, bias_of, has_bias, matrix_of, sizes
 from unwrite.model.weights import home, weight_of
 from unwrite.nodes import Location, Node
@@ -42,6 +42,7 @@ class Layer:
     mlp: nn.Module
     post_attention_norm: nn.Module | None
     post_mlp_norm: nn.Module | None
+    out_bias: tuple[nn.Module, str] | None  # the module that holds it, and its name there
 
     @property
     def reads(self) -> Location:
@@ -50,7 +51,7 @@ class Layer:
 
     @property
     def attention_end(self) -> nn.Module:
-        """What puts out all that attention writes, still apart from the stream."""
+        """What puts out all that attention writes but for `outside`, still apart from the stream."""
         return self.post_attention_norm or self.out_proj
 
     @property
@@ -257,13 +258,14 @@ def _layer(row: Family, index: int, block: nn.Module) -> Layer:
         mlp=find(block, row.mlp),
         post_attention_norm=maybe(block, row.post_attention_norm),
         post_mlp_norm=maybe(block, row.post_mlp_norm),
+        out_bias=held(block, row.out_bias),
     )
 
 
 def _has_constant(lm: Model, layer: Layer) -> bool:
     projections = (layer.out_proj, layer.value) if lm.convention == "paper" else (layer.out_proj,)
     of_norm = lm.convention == "paper" and getattr(layer.input_norm, "bias", None) is not None
-    return of_norm or any(has_bias(lm, projection) for projection in projections)
+    return of_norm or layer.out_bias is not None or any(has_bias(lm, projection) for projection in projections)
 
 
 def _exact(lm: Model, weight: Tensor, detach: bool = True) -> Tensor:
@@ -300,7 +302,15 @@ def folded(lm: Model, layer: Layer, detach: bool = True) -> Folded:
     parts = [] if constant is None else [torch.einsum("hk,hkd->d", constant, w_o)]
     if (bias := bias_of(lm, layer.out_proj, detach)) is not None:
         parts.append(shape(_exact(lm, bias, detach) * scale))
+    if (beside := outside(lm, layer, detach)) is not None:
+        parts.append(centre(beside * scale, lm))
     return Folded(w_o, constant, sum(parts, w_o.new_zeros(lm.d_model)))
+
+
+def outside(lm: Model, layer: Layer, detach: bool = True) -> Float[Tensor, " d_model"] | None:
+    """What the block adds to all that attention puts out, in units of this; mostly nothing."""
+    weight = None if layer.out_bias is None else weight_of(*layer.out_bias)
+    return None if weight is None else _exact(lm, weight, detach)
 
 
 def centre(write: Float[Tensor, "*rows d_model"], lm: Model) -> Float[Tensor, "*rows d_model"]:

@@ -23,7 +23,7 @@ from unwrite.model.hooks import Point
 from unwrite.model.inside import find
 from unwrite.model.norms import norm_scale
 from unwrite.model.projections import sizes
-from unwrite.model.view import Folded, Layer, Model, centre, folded, value_columns
+from unwrite.model.view import Folded, Layer, Model, centre, folded, outside, value_columns
 from unwrite.nodes import KINDS, Location, Site, nearest, parse_site
 
 
@@ -182,26 +182,18 @@ def _written(lm: Model, module: nn.Module, scale: float) -> Place:
     return Place(Point(module, before=False), shown=shown, scale=scale, adds=True)
 
 
-def _embed(lm: Model, site: Site) -> Place:
-    if lm.row.embed == REST:
-        return _rest(lm)
-    return _written(lm, lm.decoder.get_submodule(lm.row.embed), lm.row.embed_scale(lm.config))
-
-
-def _pos_embed(lm: Model, site: Site) -> Place:
-    path = lm.row.pos_embed
-    return _rest(lm, _embed(lm, site)) if not path else _written(lm, lm.decoder.get_submodule(path), 1.0)
-
-
-def _rest(lm: Model, *others: Place) -> Place:
-    """What the first block reads but for what other sites hold of it."""
+def _start(lm: Model, site: Site) -> Place:
+    """What a module writes before the blocks, or what the first of them reads beside what another site holds of it."""
+    path, of_tokens = getattr(lm.row, site.kind), site.kind == "embed"
+    if path != REST:
+        return _written(lm, lm.decoder.get_submodule(path), lm.row.embed_scale(lm.config) if of_tokens else 1.0)
+    keep = () if of_tokens else (Point(lm.decoder.get_submodule(lm.row.embed), before=False),)
 
     def shown(tensor: Tensor, now: Pass) -> Tensor:
-        held = sum(other.read(now.kept[other.point], now).to(tensor.device) for other in others)
-        return centre(tensor.to(lm.compute_dtype), lm) - held
+        others = [_start(lm, Site("embed")).read(now.kept[point], now) for point in keep]
+        return centre(tensor.to(lm.compute_dtype), lm) - sum(other.to(tensor.device) for other in others)
 
-    points = [other.point for other in others if isinstance(other.point, Point)]
-    return Place(Point(lm.layers[0].block, before=True), shown=shown, keep=tuple(points), adds=True)
+    return Place(Point(lm.layers[0].block, before=True), shown=shown, keep=keep, adds=True)
 
 
 def _mlp(lm: Model, site: Site) -> Place:
@@ -210,7 +202,15 @@ def _mlp(lm: Model, site: Site) -> Place:
 
 
 def _attn_out(lm: Model, site: Site) -> Place:
-    return _written(lm, lm.layers[site.layer].attention_end, lm.residual_scale)
+    layer = lm.layers[site.layer]
+    shown = lambda tensor, now: centre(_whole(lm, layer, now.rows(tensor).to(lm.compute_dtype)), lm)  # noqa: E731
+    return _attention_part(lm, layer, shown)
+
+
+def _whole(lm: Model, layer: Layer, tensor: Tensor) -> Tensor:
+    """All that attention writes, of what its end puts out."""
+    beside = outside(lm, layer, detach=False)
+    return (tensor if beside is None else tensor + beside.to(tensor.device)) * lm.residual_scale
 
 
 def _state(lm: Model, site: Site) -> Place:
@@ -227,7 +227,7 @@ def _mid(lm: Model, site: Site) -> Place:
     layer, before = lm.layers[site.layer], Point(lm.layers[site.layer].block, before=True)
 
     def shown(tensor: Tensor, now: Pass) -> Tensor:
-        return centre((now.kept[before].to(tensor.device) + tensor * lm.residual_scale).to(lm.compute_dtype), lm)
+        return centre((now.kept[before].to(tensor.device) + _whole(lm, layer, tensor)).to(lm.compute_dtype), lm)
 
     # The norm between attention and MLP reads the stream, but the stream does not go through it.
     return _attention_part(lm, layer, shown, before)
@@ -235,8 +235,7 @@ def _mid(lm: Model, site: Site) -> Place:
 
 def _attention_part(lm: Model, layer: Layer, shown: Callable[[Tensor, Pass], Tensor], *keep: Point) -> Place:
     """What is computed from, and added to, all that attention writes."""
-    end = Point(layer.attention_end, before=False)
-    return Place(end, shown=shown, scale=lm.residual_scale, keep=keep, adds=True)
+    return Place(Point(layer.attention_end, before=False), shown=shown, scale=lm.residual_scale, keep=keep, adds=True)
 
 
 def _head(lm: Model, site: Site) -> Place:
@@ -363,8 +362,8 @@ def _row(lm: Model, site: Site, heads: int) -> int:
 
 
 _FINDERS: dict[str, Callable[[Model, Site], Place]] = {
-    "embed": _embed,
-    "pos_embed": _pos_embed,
+    "embed": _start,
+    "pos_embed": _start,
     "pre": _state,
     "mid": _mid,
     "post": _state,

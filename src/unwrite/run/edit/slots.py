@@ -25,7 +25,7 @@ from unwrite.errors import NodeError, several
 from unwrite.model.attention import Attend, Attended, around_attention, per_query_head
 from unwrite.model.capture import evaluating
 from unwrite.model.hooks import Point, Visit, before, hooked, kept, visited
-from unwrite.model.view import Model
+from unwrite.model.view import Model, outside
 from unwrite.nodes import GROUPS, KINDS, Site
 from unwrite.run.edit.sites import Inner, Place, as_one, every, named, place, unit_of
 
@@ -207,6 +207,12 @@ def watching(lm: Model, watched: Iterable[Slot]) -> Iterator[dict[Slot, Tensor]]
 def between_blocks(lm: Model) -> tuple[nn.Module, ...]:
     """What reads the stream between blocks: every block, then the final norm."""
     return (*(layer.block for layer in lm.layers), lm.final_norm)
+
+
+def added_to(lm: Model, slot: Slot) -> Float[Tensor, "*d"]:
+    """What the block adds to a slot's value by itself: nothing, or a constant beside what attention puts out."""
+    beside = outside(lm, lm.layers[slot.layer]) if slot.kind in ("attn_out", "mid") else None
+    return torch.zeros(()) if beside is None else beside
 
 
 def values_of(
