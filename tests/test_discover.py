@@ -24,7 +24,7 @@ from unwrite.model import discover, sums
 from unwrite.model import load as loading
 from unwrite.model.certificate import IDENTITIES
 from unwrite.model.discover import discovered
-from unwrite.model.families import FAMILIES, Family
+from unwrite.model.families import FAMILIES, REST, Family
 from unwrite.model.inside import decoder_of, find, maybe
 from unwrite.model.load import outline, provenance, view
 from unwrite.model.view import Model, value_columns
@@ -62,7 +62,19 @@ UNKNOWN: dict[str, dict[str, Any]] = {
     "gpt_bigcode": {"num_key_value_heads": None, "n_inner": 48},
     "mpt": {"num_key_value_heads": None, "expansion_ratio": 2},
     "persimmon": {},
+    "olmo": {},
+    "codegen": {"num_attention_heads": 8, "n_inner": 48, "rotary_dim": 4},
+    "nanochat": {},
+    "xglm": {"d_model": 32, "ffn_dim": 48, "attention_heads": 4, "num_layers": 3},
+    "ctrl": {"dff": 48},
+    "gpt_neox_japanese": {"intermediate_multiple_size": 2},
 }  # fmt: skip
+
+
+# In these no one module gives all that a node writes, or no attribute says all that a norm does.
+BESIDE = ("olmo", "codegen", "nanochat", "xglm", "ctrl", "gpt_neox_japanese")
+# Its own code fails in float64.
+SINGLE = ("xglm",)
 
 
 def unknown(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
@@ -158,14 +170,14 @@ def test_an_unknown_type_opens_with_all_identities(kind: str) -> None:
 
 
 @pytest.mark.promise("exact")
-@pytest.mark.parametrize("kind", ["smollm3", "ernie4_5", "seed_oss", "arcee", "hunyuan_v1_dense"])
+@pytest.mark.parametrize("kind", ["smollm3", "ernie4_5", "seed_oss", "arcee", "hunyuan_v1_dense", *BESIDE])
 @pytest.mark.parametrize("convention", ["raw", "paper"])
 def test_a_node_of_a_found_row_writes_what_removing_it_takes_away(kind: str, convention: str) -> None:
-    hf = unknown(kind, 1, torch.float64)
+    hf, least = unknown(kind, 1, torch.float32 if kind in SINGLE else torch.float64), 1e-5 if kind in SINGLE else 1e-6
     truth, lm = Truth(hf, some_ids(hf)), view(hf, convention=convention)
     states, removed = truth.states(), getattr(truth, convention)()
-    listed = {name: write for name, write in removed.items() if name in lm.nodes or write.abs().max() > 1e-6}
-    assert error(written(lm, truth.ids), listed, states) < 1e-6
+    listed = {name: write for name, write in removed.items() if name in lm.nodes or write.abs().max() > least}
+    assert error(written(lm, truth.ids), listed, states) < least
 
 
 @pytest.mark.promise("exact")
@@ -370,10 +382,12 @@ def early(row: Family, config: Any) -> dict[str, Any] | None:
 # What is done to a found row; None where the row has no such thing.
 FALSE: dict[str, Change] = {
     "residual scale": times("residual_scale"),
-    "embedding scale": times("embed_scale"),
+    "embedding scale": lambda row, config: None if row.embed == REST else times("embed_scale")(row, config),
     "logit scale": times("logit_scale"),
     "cap": cap,
-    "gain offset": lambda row, config: {"norm_gain_offset": 1.0 - row.norm_gain_offset},
+    "gain offset": lambda row, config: (
+        None if config.model_type in _WITHOUT_GAIN else {"norm_gain_offset": 1.0 - row.norm_gain_offset}
+    ),
     "kind of norm": lambda row, config: {"layer_norm": not row.layer_norm},
     "parallel": lambda row, config: {"parallel": lambda _: not row.parallel(config)},
     "keys for values": lambda row, config: {"value": "k_proj"} if row.value == "v_proj" else None,
@@ -387,8 +401,14 @@ FALSE: dict[str, Change] = {
     # Of a mixture of experts no product is shown.
     "gated": lambda row, config: None if hasattr(config, "num_local_experts") else {"gated": not row.gated},
     "no positions": without("pos_embed"),
-}
-MUTATED = ("olmo3", "smollm3", "glm4", "cohere2", "nemotron", "granitemoe", "vaultgemma", "gpt_bigcode")
+    "no bias beside": without("out_bias"),
+    "values before others": lambda row, config: {"value_layout": lambda _: (1, 1 + row.value_layout(config)[1])},
+    "values in fewer groups": lambda row, config: None if (layout := row.value_layout(config))[0] == 1 else {
+        "value_layout": lambda _: (layout[0] // 2, layout[1])
+    },
+}  # fmt: skip
+_WITHOUT_GAIN = ("olmo", "nanochat")
+MUTATED = ("olmo3", "smollm3", "glm4", "cohere2", "nemotron", "granitemoe", "vaultgemma", "gpt_bigcode", *BESIDE)
 
 
 def refused(hf: Any, row: Family, monkeypatch: pytest.MonkeyPatch) -> bool:
@@ -443,11 +463,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: unknown("jamba", num_experts=2, num_experts_per_tok=1, mamba_d_state=8, mamba_dt_rank=4,
                         attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False),
         r"no attention with a pattern in a block \(mamba: JambaMambaMixer",
-    ),
-    "one norm in two places": (lambda: unknown("nanochat"), "one module, model.norm, is called in several places"),
-    "positions of no module": (
-        lambda: unknown("xglm", d_model=32, ffn_dim=48, attention_heads=4, num_layers=2),
-        "the stream starts with what no module gives",
     ),
     "a dense layer before the unembedding": (
         lambda: unknown("modernbert-decoder", local_attention=4, cls_token_id=1, sep_token_id=2),

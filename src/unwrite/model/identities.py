@@ -160,7 +160,8 @@ def _mlp_error(lm: Model, layer: Layer, ends: Mapping[nn.Module, Tensor]) -> flo
     last, whole = maybe(layer.mlp, lm.row.act), ends[layer.mlp]
     if last is None:  # a mixture of experts, of which no projection gives the whole
         every = [ends[part] for part in _last(lm, layer) if part in ends]
-        return float("inf") if any(torch.equal(part, whole) for part in every) else 0.0
+        whole_itself = _is_sized(layer.mlp) or any(torch.equal(part, whole) for part in every)
+        return float("inf") if whole_itself else 0.0
     into = sum(sizes(part)[1] for part in _projections(layer.mlp) if part is not last)
     got, want = (part.flatten(0, -2) for part in (ends[last], whole))
     # Both factors of a gated one read the stream, so twice as much goes in.
@@ -172,8 +173,11 @@ def _mlp_error(lm: Model, layer: Layer, ends: Mapping[nn.Module, Tensor]) -> flo
 def _projections(module: nn.Module) -> Iterator[nn.Module]:
     """The projections inside of a module, without what is inside of these."""
     for part in module.children():
-        sized = getattr(part, "out_features", getattr(part, "nf", None)) is not None
-        yield from [part] if sized else _projections(part)
+        yield from [part] if _is_sized(part) else _projections(part)
+
+
+def _is_sized(module: nn.Module) -> bool:
+    return getattr(module, "out_features", getattr(module, "nf", None)) is not None
 
 
 def _opened(lm: Model, folded: tuple[Folded, ...], ids: Ids, mask: Mask, closed: _Rows) -> Errors:
