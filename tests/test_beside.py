@@ -23,7 +23,7 @@ from executed import exact
 from patching import alone, contrasts, executed
 from test_discover import BESIDE, SINGLE, redrawn, unknown
 from test_dla import Account
-from unwrite.errors import NodeError
+from unwrite.errors import ModelError, NodeError
 from unwrite.model import norms
 from unwrite.model.families import REST
 from unwrite.model.load import view
@@ -89,7 +89,8 @@ def test_a_scan_says_what_its_equations_say(kind: str) -> None:
 @pytest.mark.promise("executed")
 @pytest.mark.parametrize(("kind", "at", "replace"), [
     ("olmo", "all", "zero"), ("codegen", "position", "mean"), ("nanochat", "all", "resample"),
-    ("ctrl", "position", "zero"), ("ctrl", "all", "resample"), ("gpt_neox_japanese", "all", "zero"),
+    ("ctrl", "position", "zero"), ("ctrl", "all", "resample"), ("ctrl", "all", "mean"),
+    ("gpt_neox_japanese", "all", "zero"),
 ])  # fmt: skip
 def test_direct_attributions_are_those_of_executed_removals(kind: str, at: str, replace: str) -> None:
     with exact():
@@ -145,6 +146,19 @@ def test_positions_are_the_same_whatever_the_tokens_are(kind: str) -> None:
     tolerance = 1e-5 if kind in SINGLE else 1e-9
     close(seen["pos_embed"][0], seen["pos_embed"][1], tolerance)
     close(seen["pos_embed"] + seen["embed"], seen["resid_pre0"], tolerance)
+
+
+def test_what_depends_on_tokens_is_no_position() -> None:
+    hf = unknown("smollm3")
+    forward = hf.model.forward
+
+    def embedded(input_ids: Tensor, inputs_embeds: None = None, **named: Any) -> Any:
+        vectors = hf.model.embed_tokens(input_ids)
+        return forward(inputs_embeds=nn.functional.silu(vectors) + vectors, **named)
+
+    hf.model.forward = embedded
+    with pytest.raises(ModelError, match=r"relative error of locations"):
+        view(hf)
 
 
 def test_positions_and_segments_of_a_model_of_pictures_are_one_node() -> None:

@@ -442,6 +442,21 @@ def test_half_precision_has_the_row_of_float32() -> None:
 
 # What has no row, and why.
 
+
+def adding(what: Callable[[nn.Module, Tensor], Tensor]) -> Any:
+    """A model whose blocks add one thing more to the stream."""
+    hf = unknown("smollm3")
+    for layer in hf.model.layers:
+        layer.self_attn.beside = nn.Parameter(torch.randn(32, generator=torch.Generator().manual_seed(0)))
+
+        def forward(*args: Any, layer: Any = layer, run: Any = layer.forward, **named: Any) -> Tensor:
+            out = run(*args, **named)
+            return out + what(layer, out)
+
+        layer.forward = forward
+    return hf
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "latent values": (
         lambda: unknown("minicpm3", num_key_value_heads=4, **_LATENT, head_dim=4),
@@ -464,11 +479,27 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
                         attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False),
         r"no attention with a pattern in a block \(mamba: JambaMambaMixer",
     ),
+    "a constant of its own making": (
+        lambda: adding(lambda layer, out: torch.ones_like(out)),
+        "the block adds a constant that is none of its parameters",
+    ),
+    "a parameter that is added otherwise": (
+        lambda: adding(lambda layer, out: 2.0 * layer.self_attn.beside.expand_as(out)),
+        "the block adds self_attn.beside otherwise than what attention writes",
+    ),
     "a dense layer before the unembedding": (
         lambda: unknown("modernbert-decoder", local_attention=4, cls_token_id=1, sep_token_id=2),
         "something stands between the final norm and the unembedding",
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_the_same_row_is_found_of_frozen_weights(kind: str) -> None:
+    hf = unknown(kind, 1)
+    free, frozen = discovered(hf), discovered(hf.requires_grad_(False))
+    assert modules(hf, free) == modules(hf, frozen)
+    assert numbers(hf, free) == numbers(hf, frozen)
 
 
 @pytest.mark.promise("architecture")

@@ -163,7 +163,9 @@ def _start(trace: Traced, first: Called) -> tuple[str, float, str | None]:
     parts = list(terms(first.reads, None, partial(trace.maker, within="")))
     tokens = [part for part in parts if part.call is not None and behind(part.call.made, {trace.start})]
     others = [part for part in parts if part not in tokens]
-    if len(tokens) != 1 or trace.start is None:
+    if trace.start is None:
+        raise Unlike("its embedding of tokens is not called")
+    if len(tokens) != 1:
         odd = ", ".join(part.other or part.call.path for part in others)
         raise Unlike(f"the stream starts with {len(tokens)} embeddings of tokens" + (f", and {odd}" if odd else ""))
     (token,) = tokens

@@ -251,12 +251,6 @@ FAMILIES: dict[str, Family] = {
 # Families of transformers that are known and cannot be expressed, with the reason given to the user.
 REFUSED: dict[str, str] = {
     "gpt_oss": "learned attention sinks: rows of the pattern sum below 1, so heads have no constant part",
-    "gemma3n": "it normalises values and keeps several parallel streams",
-    "gemma4": "it normalises values",
     "deepseek_v2": "latent attention: values are compressed and shared across heads through a norm",
     "deepseek_v3": "latent attention: values are compressed and shared across heads through a norm",
-    "qwen3_next": "gated and linear attention: a head's write is not its pattern times its values",
-    "mamba": "it has no attention heads",
-    "mamba2": "it has no attention heads",
-    "rwkv": "it has no attention heads",
 }
