@@ -302,6 +302,13 @@ def test_an_epsilon_is_told_from_what_a_norm_does(
             close(norms.norm_scale(x, norm, mean)[:, None] * moved, norm(x), 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_epsilon_is_told_in_half_precision_as_far_as_this_shows_it(dtype: torch.dtype) -> None:
+    norm, x = redrawn(Norm(1e-5, False, True, torch.float32), 3).to(dtype), torch.full((32,), 3e-3)
+    assert norms.is_norm(norm, 32)
+    close(norms.norm_scale(x, norm, False), 1 / (9e-6 + 1e-5) ** 0.5, 2e-2)
+
+
 @pytest.mark.parametrize("module", [
     nn.SiLU(), nn.GELU(), nn.ReLU(), nn.Tanh(), nn.Softmax(-1), nn.Identity(), nn.Dropout(), nn.Linear(32, 32),
     nn.Embedding(32, 32), nn.Sequential(nn.RMSNorm(32)), nn.Softsign(), nn.LogSoftmax(-1), nn.Hardtanh(),

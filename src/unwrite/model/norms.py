@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from unwrite.errors import ModelError
+from unwrite.model.single import HALVES
 from unwrite.model.weights import weight_of
 
 # Whether a norm removes the mean, and what is added to its weight.
@@ -18,6 +19,8 @@ NormKind = tuple[bool, float]
 _NAMES = ("eps", "variance_epsilon", "epsilon")
 # Decades of t; what is the same in float32; so near, an epsilon is the round number that stands in the code.
 _SMALLEST, _LARGEST, _SAME, _ROUND = -8, 4, 1e-4, 1e-5
+# The same in half precision.
+_HALF = 2e-2
 
 
 def is_norm(module: nn.Module, width: int) -> bool:
@@ -79,17 +82,18 @@ def _measured(module: nn.Module, width: int) -> float | None:
         made = module.forward((t[:, None] * x).to(like)[None])[0].cpu().double()
     except Exception:  # noqa: BLE001 - what cannot read vectors is no norm
         return None
-    return _fitted(t[1:], made[1:] - made[0]) if made.shape == (len(t), width) else None
+    same = _HALF if like.dtype in HALVES else _SAME
+    return _fitted(t[1:], made[1:] - made[0], same) if made.shape == (len(t), width) else None
 
 
-def _fitted(t: Float[Tensor, " size"], made: Float[Tensor, "size width"]) -> float | None:
+def _fitted(t: Float[Tensor, " size"], made: Float[Tensor, "size width"], same: float) -> float | None:
     """ε, if every size of the vector becomes the part r(t) of what the largest does."""
     whole = made[-1]
     r = made @ whole / (whole @ whole)
     half = (r.square() - 0.5).abs().argmin()
     epsilon = float(t[half].square() * (1 / r[half].square() - 1))
     want = (t / (t.square() + epsilon).sqrt())[:, None] * whole
-    if not bool(((made - want).norm(dim=-1) <= _SAME * whole.norm()).all()) or epsilon <= 0:  # NaN is none either
+    if not bool(((made - want).norm(dim=-1) <= same * whole.norm()).all()) or epsilon <= 0:  # NaN is none either
         return None
     known = float(f"{epsilon:.1e}")
     return known if abs(known - epsilon) <= _ROUND * known else epsilon

@@ -13,7 +13,7 @@ import torch
 from unwrite.errors import whole
 from unwrite.model import devices
 from unwrite.model.devices import Region, placed, size
-from unwrite.model.families import BY_HAND
+from unwrite.model.families import BY_HAND, REST
 from unwrite.model.load import outline, places
 from unwrite.model.view import Model, require_model
 from unwrite.model.weights import DISK
@@ -168,6 +168,8 @@ def _row(lm: Model) -> str:
         f"{row.input_norm or 'the bare stream'}{through['attention']}",
         f"MLPs ({down}) read {'beside attention' if lm.parallel else f'what {mid} is given'}{through['mlp']}",
         *(f"{what} times {by:g}" for what, by in factors.items() if by != 1),
+        *(["positions are what else the first block reads"] if row.pos_embed == REST else []),
+        *([f"attention adds {row.out_bias}"] if row.out_bias else []),
     ]
     cap = row.logit_cap(lm.config)
     return "; ".join(said + ([] if cap is None else [f"logits are capped at {cap:g}"]))
