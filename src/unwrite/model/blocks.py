@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor, nn
@@ -256,8 +257,8 @@ def _values(block: Block, look: Looked, z: Tensor) -> tuple[Called, int, Layout]
         if not _is_projection(call.module) or call.gave.numel() % (z.shape[0] * z.shape[1]):
             continue
         rows = call.gave.reshape(*z.shape[:2], -1)
-        each = [_first_column(rows, look, z, head) for head in range(z.shape[2])]
-        firsts = [first for first in each if first is not None]
+        each = (_first_column(rows, look, z, head) for head in range(z.shape[2]))
+        firsts = [*takewhile(lambda first: first is not None, each)]  # the first that fails ends it
         if len(firsts) == z.shape[2] and (found := _layout(firsts, z.shape[3], rows.shape[2])) is not None:
             return call, *found
     raise Unlike(_why(block, look, look.reads))
@@ -276,14 +277,14 @@ def _first_column(rows: Tensor, look: Looked, z: Tensor, head: int) -> int | Non
     width = want.shape[-1]
     if carried.shape[-1] < width:
         return None
-    off = (carried[..., : carried.shape[-1] - width + 1] - want[..., :1]).flatten(0, 1).norm(dim=0)
-    first = int(off.argmin())
+    # By one prompt where the first column lies, by all whether they all do.
+    first = int((carried[0, :, : carried.shape[-1] - width + 1] - want[0, :, :1]).abs().amax(0).argmin())
     return first if _same(carried[..., first : first + width], want) else None
 
 
-def _layout(firsts: Sequence[int], width: int, outputs: int) -> tuple[int, Layout] | None:
+def _layout(firsts: Sequence[int | None], width: int, outputs: int) -> tuple[int, Layout] | None:
     """How many key/value heads there are, and the layout in which their values begin at these columns."""
-    own = [*dict.fromkeys(firsts)]
+    own = [first for first in dict.fromkeys(firsts) if first is not None]
     kv, heads = len(own), len(firsts)
     if heads % kv or firsts != [own[head * kv // heads] for head in range(heads)]:
         return None
