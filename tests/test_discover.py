@@ -24,7 +24,7 @@ from unwrite.model import discover, sums
 from unwrite.model import load as loading
 from unwrite.model.certificate import IDENTITIES
 from unwrite.model.discover import discovered
-from unwrite.model.families import FAMILIES, Family
+from unwrite.model.families import FAMILIES, REST, Family
 from unwrite.model.inside import decoder_of, find, maybe
 from unwrite.model.load import outline, provenance, view
 from unwrite.model.view import Model, value_columns
@@ -76,7 +76,19 @@ UNKNOWN: dict[str, dict[str, Any]] = {
                 "experts_implementation": "eager"},
     "flint": {"head_dim": 8, "sliding_window": 4},
     "granite_swa": {"sliding_window": 4, "attention_bias": True, **_SCALED},
+    "olmo": {},
+    "codegen": {"num_attention_heads": 8, "n_inner": 48, "rotary_dim": 4},
+    "nanochat": {},
+    "xglm": {"d_model": 32, "ffn_dim": 48, "attention_heads": 4, "num_layers": 3},
+    "ctrl": {"dff": 48},
+    "gpt_neox_japanese": {"intermediate_multiple_size": 2},
 }  # fmt: skip
+
+
+# In these no one module gives all that a node writes, or no attribute says all that a norm does.
+BESIDE = ("olmo", "codegen", "nanochat", "xglm", "ctrl", "gpt_neox_japanese")
+# Its own code fails in float64.
+SINGLE = ("xglm",)
 
 
 def unknown(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
@@ -128,7 +140,7 @@ def modules(hf: Any, row: Family) -> dict[str, list[nn.Module | None]]:
 def numbers(hf: Any, row: Family) -> dict[str, Any]:
     """What is no path: functions of the configuration as what they give, a layout of values as the columns."""
     lm = Model(hf, None, hf.config.model_type, row, "raw")
-    left = {*_OF_BLOCK, *_OF_DECODER, "decoder", "refuse", "opened", "grouped_values", "float32_inside"}
+    left = {*_OF_BLOCK, *_OF_DECODER, "decoder", "refuse", "opened", "value_layout", "float32_inside"}
     told = {field.name: getattr(row, field.name) for field in fields(row) if field.name not in left}
     told = {name: value(hf.config) if callable(value) else value for name, value in told.items()}
     return told | {"columns": [value_columns(lm, layer).tolist() for layer in lm.layers]}
@@ -173,14 +185,14 @@ def test_an_unknown_type_opens_with_all_identities(kind: str) -> None:
 
 
 @pytest.mark.promise("exact")
-@pytest.mark.parametrize("kind", ["smollm3", "ernie4_5", "seed_oss", "arcee", "hunyuan_v1_dense"])
+@pytest.mark.parametrize("kind", ["smollm3", "ernie4_5", "seed_oss", "arcee", "hunyuan_v1_dense", *BESIDE])
 @pytest.mark.parametrize("convention", ["raw", "paper"])
 def test_a_node_of_a_found_row_writes_what_removing_it_takes_away(kind: str, convention: str) -> None:
-    hf = unknown(kind, 1, torch.float64)
+    hf, least = unknown(kind, 1, torch.float32 if kind in SINGLE else torch.float64), 1e-5 if kind in SINGLE else 1e-6
     truth, lm = Truth(hf, some_ids(hf)), view(hf, convention=convention)
     states, removed = truth.states(), getattr(truth, convention)()
-    listed = {name: write for name, write in removed.items() if name in lm.nodes or write.abs().max() > 1e-6}
-    assert error(written(lm, truth.ids), listed, states) < 1e-6
+    listed = {name: write for name, write in removed.items() if name in lm.nodes or write.abs().max() > least}
+    assert error(written(lm, truth.ids), listed, states) < least
 
 
 @pytest.mark.promise("exact")
@@ -385,10 +397,12 @@ def early(row: Family, config: Any) -> dict[str, Any] | None:
 # What is done to a found row; None where the row has no such thing.
 FALSE: dict[str, Change] = {
     "residual scale": times("residual_scale"),
-    "embedding scale": times("embed_scale"),
+    "embedding scale": lambda row, config: None if row.embed == REST else times("embed_scale")(row, config),
     "logit scale": times("logit_scale"),
     "cap": cap,
-    "gain offset": lambda row, config: {"norm_gain_offset": 1.0 - row.norm_gain_offset},
+    "gain offset": lambda row, config: (
+        None if config.model_type in _WITHOUT_GAIN else {"norm_gain_offset": 1.0 - row.norm_gain_offset}
+    ),
     "kind of norm": lambda row, config: {"layer_norm": not row.layer_norm},
     "parallel": lambda row, config: {"parallel": lambda _: not row.parallel(config)},
     "keys for values": lambda row, config: {"value": "k_proj"} if row.value == "v_proj" else None,
@@ -402,14 +416,20 @@ FALSE: dict[str, Change] = {
     # Of a mixture of experts no product is shown.
     "gated": lambda row, config: None if hasattr(config, "num_local_experts") else {"gated": not row.gated},
     "no positions": without("pos_embed"),
+    "no bias beside": without("out_bias"),
+    "values before others": lambda row, config: {"value_layout": lambda _: (1, 1 + row.value_layout(config)[1])},
+    "values in fewer groups": lambda row, config: None if (layout := row.value_layout(config))[0] == 1 else {
+        "value_layout": lambda _: (layout[0] // 2, layout[1])
+    },
     "another norm of latents": lambda row, config: row.latent_norm and {"latent_norm": "q_a_layernorm"},
     "latents of queries": lambda row, config: row.latent and {"latent": "q_a_proj"},
     "no gate": lambda row, config: {"gated_heads": False} if row.gated_heads else None,
     "no norm of heads": without("head_norm"),
     "no sinks": lambda row, config: {"sinks": False} if row.sinks else None,
-}
+}  # fmt: skip
+_WITHOUT_GAIN = ("olmo", "nanochat")
 MUTATED = (
-    *("olmo3", "smollm3", "glm4", "cohere2", "nemotron", "granitemoe", "vaultgemma", "gpt_bigcode"),
+    *("olmo3", "smollm3", "glm4", "cohere2", "nemotron", "granitemoe", "vaultgemma", "gpt_bigcode", *BESIDE),
     *("minicpm3", "afmoe", "bitnet", "gpt_oss"),
 )
 
@@ -453,6 +473,20 @@ def mixing(hf: Any) -> Any:
     return hf
 
 
+def adding(what: Callable[[nn.Module, Tensor], Tensor]) -> Any:
+    """A model whose blocks add one thing more to the stream."""
+    hf = unknown("smollm3")
+    for layer in hf.model.layers:
+        layer.self_attn.beside = nn.Parameter(torch.randn(32, generator=torch.Generator().manual_seed(0)))
+
+        def forward(*args: Any, layer: Any = layer, run: Any = layer.forward, **named: Any) -> Tensor:
+            out = run(*args, **named)
+            return out + what(layer, out)
+
+        layer.forward = forward
+    return hf
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "heads that read others": (lambda: mixing(unknown("smollm3")), "something else of what attention gives"),
     "post-LN": (
@@ -464,16 +498,27 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: unknown("falcon_h1", mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8),
         r"not one attention and one MLP write in a block \(mamba: FalconH1Mixer \+ self_attn: FalconH1Attention",
     ),
-    "one norm in two places": (lambda: unknown("nanochat"), "one module, model.norm, is called in several places"),
-    "positions of no module": (
-        lambda: unknown("xglm", d_model=32, ffn_dim=48, attention_heads=4, num_layers=2),
-        "the stream starts with what no module gives",
+    "a constant of its own making": (
+        lambda: adding(lambda layer, out: torch.ones_like(out)),
+        "the block adds a constant that is none of its parameters",
+    ),
+    "a parameter that is added otherwise": (
+        lambda: adding(lambda layer, out: 2.0 * layer.self_attn.beside.expand_as(out)),
+        "the block adds self_attn.beside otherwise than what attention writes",
     ),
     "a dense layer before the unembedding": (
         lambda: unknown("modernbert-decoder", local_attention=4, cls_token_id=1, sep_token_id=2),
         "something stands between the final norm and the unembedding",
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_the_same_row_is_found_of_frozen_weights(kind: str) -> None:
+    hf = unknown(kind, 1)
+    free, frozen = discovered(hf), discovered(hf.requires_grad_(False))
+    assert modules(hf, free) == modules(hf, frozen)
+    assert numbers(hf, free) == numbers(hf, frozen)
 
 
 @pytest.mark.promise("architecture")

@@ -133,12 +133,12 @@ def test_what_only_some_methods_need_is_refused_to_them(identity: str, wrong: fl
 # What is changed in a family's row, the model that shows it, and the identities that must fail.
 FALSE_ROWS: list[tuple[str, dict[str, Any], dict[str, Any], set[str]]] = [
     # value layouts and groups
-    ("gpt_neox", {"grouped_values": False}, {}, {"values"}),
-    ("bloom", {"grouped_values": False}, {}, {"values"}),
-    ("phi3", {"grouped_values": True}, {"num_attention_heads": 4, "num_key_value_heads": 4}, {"values"}),
+    ("gpt_neox", {"value_layout": lambda config: (1, 0)}, {}, {"values"}),
+    ("bloom", {"value_layout": lambda config: (1, 0)}, {}, {"values"}),
+    ("phi3", {"value_layout": lambda config: (4, 0)}, {"num_attention_heads": 4, "num_key_value_heads": 4}, {"values"}),
     ("llama", {"value": "k_proj"}, {}, {"values"}),
     ("llama", {"kv_heads": lambda config: 1}, {"num_attention_heads": 4, "num_key_value_heads": 2}, {"values"}),
-    ("falcon", {"grouped_values": False}, {"layout": 2}, {"values"}),
+    ("falcon", {"value_layout": lambda config: (1, 0)}, {"layout": 2}, {"values"}),
     # scales and caps
     ("granite", {"embed_scale": lambda config: 1.0}, {}, {"stream", "locations"}),
     ("granite", {"residual_scale": lambda config: 1.0}, {}, {"stream", "locations"}),

@@ -20,24 +20,32 @@ from torch import Tensor, nn
 
 # Where things are, by notes of one's own; what is not named is as in Llama.
 _H = dict.fromkeys(("gpt2", "gpt_neo", "gptj", "bloom", "falcon"), "transformer.h")
-_BLOCKS = {**_H, "gpt_neox": "gpt_neox.layers", "opt": "model.decoder.layers"}
+_H |= dict.fromkeys(("codegen", "ctrl"), "transformer.h")
+_NEOX = {kind: f"{kind}.layers" for kind in ("gpt_neox", "gpt_neox_japanese")}
+_BLOCKS = {**_H, **_NEOX, "opt": "model.decoder.layers"}
 _ATTENTION = {
-    **dict.fromkeys(("gpt2", "gptj"), "attn"),
+    **dict.fromkeys(("gpt2", "gptj", "codegen"), "attn"),
     **dict.fromkeys(("bloom", "falcon"), "self_attention"),
     "gpt_neo": "attn.attention",
-    "gpt_neox": "attention",
+    **dict.fromkeys(_NEOX, "attention"),
+    "ctrl": "multi_head_attention",
 }
 _OUT = {
-    **dict.fromkeys(("gpt_neo", "gptj", "opt"), "out_proj"),
-    **dict.fromkeys(("gpt_neox", "bloom", "falcon", "phi"), "dense"),
+    **dict.fromkeys(("gpt_neo", "gptj", "opt", "codegen", "xglm"), "out_proj"),
+    **dict.fromkeys((*_NEOX, "bloom", "falcon", "phi", "ctrl"), "dense"),
     "gpt2": "c_proj",
 }
-_MLP = {"opt": "fc2", "bloom": "mlp.dense_4h_to_h"}
+_MLP = {"opt": "fc2", "bloom": "mlp.dense_4h_to_h", "xglm": "fc2", "ctrl": "ffn"}
+# What is left of the first block's input without this is of tokens, or (+) of positions.
 _POSITIONS = {"gpt2": "transformer.wpe", "gpt_neo": "transformer.wpe", "opt": "model.decoder.embed_positions"}
-_NORM = {**dict.fromkeys(("gpt2", "gpt_neo", "gptj"), "ln_1"), "opt": "self_attn_layer_norm"}
+_POSITIONS |= {"xglm": "model.embed_positions", "ctrl": "+transformer.w"}
+_NORM = dict.fromkeys(("gpt2", "gpt_neo", "gptj", "codegen"), "ln_1") | {"ctrl": "layernorm1"}
+_NORM |= dict.fromkeys(("opt", "xglm"), "self_attn_layer_norm")
 _FINAL = {
     **dict.fromkeys(_H, "transformer.ln_f"),
-    "gpt_neox": "gpt_neox.final_layer_norm",
+    **{kind: f"{kind}.final_layer_norm" for kind in _NEOX},
+    "ctrl": "transformer.layernorm",
+    "xglm": "model.layer_norm",
     "opt": "model.decoder.final_layer_norm",
     "phi": "model.final_layernorm",
 }
@@ -151,9 +159,11 @@ class Truth:
         if self.hf.config.model_type not in _POSITIONS:
             return {"embed": start}
         seen: list[Tensor] = []
-        table = self._at(_POSITIONS, "", self.hf)
+        path = _POSITIONS[self.hf.config.model_type]
+        table = attrgetter(path.removeprefix("+"))(self.hf)
         self._run(self.ids, [(table, False, _nothing), (self.blocks[0], True, _input(seen.append))])
-        return {"embed": seen[0], "pos_embed": start - seen[0]}
+        parts = [seen[0], start - seen[0]]
+        return dict(zip(("embed", "pos_embed"), reversed(parts) if path[0] == "+" else parts, strict=True))
 
     @cached_property
     def _attention(self) -> list[Tensor]:

@@ -5,22 +5,34 @@ What a row of the table cannot say raises `Unlike`, with the reason in the struc
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor, nn
 
-from unwrite.model.sums import Op, Term, bare, behind, chain, is_product, leading, merged_from, terms
+from unwrite.model.norms import NormKind, kinds
+from unwrite.model.sums import (
+    CONSTANT,
+    Op,
+    Term,
+    bare,
+    behind,
+    chain,
+    is_product,
+    leading,
+    merged_from,
+    terms,
+)  # fmt: skip
 from unwrite.model.traced import Called, Looked, Traced, is_pattern
-from unwrite.model.view import is_norm, norm_scale
 from unwrite.model.weights import weight_of
 
 # Relative: what is the same in float32, where the sum is made in another order.
 SAME = 1e-4
-# Whether a norm removes the mean, and what is added to its weight.
-NormKind = tuple[bool, float]
+# Groups of a projection's outputs, and heads behind the values in each.
+Layout = tuple[int, int]
 
 
 class Unlike(Exception):
@@ -40,7 +52,8 @@ class Block:
             parts = _named(self, [*terms(out, None, partial(trace.innermost, within=call.path))])
             raise Unlike(f"the block's output is not a sum that holds its input (it is {parts})")
         self.source, self.states = source, {source, *(op for op, true in leads.items() if true)}
-        self.writers = _writers([*terms(out, source, maker)])
+        parts = [*terms(out, source, maker)]
+        self.writers, self.out_bias = _writers(parts), _constant(call, parts)
 
     def name(self, call: Called | None) -> str | None:
         """The path of a module from the block."""
@@ -64,9 +77,32 @@ def _writers(parts: list[Term]) -> list[Term]:
     gain = sum(part.factor for part in parts if part.call is None and not part.other)
     if abs(gain - 1) > SAME:
         raise Unlike(f"the block multiplies its stream by {gain:.3g}")
-    if odd := [part.other for part in parts if part.other]:
+    if odd := [part.other for part in parts if part.other not in ("", CONSTANT)]:
         raise Unlike(f"the block adds what no module gives ({', '.join(odd)})")
+    return _given(parts)
+
+
+def _given(parts: list[Term]) -> list[Term]:
     return [part for part in parts if part.call is not None]
+
+
+def _constant(call: Called, parts: list[Term]) -> tuple[float, str] | None:
+    """The factor and the path of the parameter that a block adds to its stream; None where it adds none."""
+    factors = [part.factor for part in parts if part.other == CONSTANT]
+    if not factors:
+        return None
+    assert call.read is not None  # noqa: S101 (asked before)
+    rest = call.gave - call.read - sum(part.factor * part.call.gave.view_as(call.gave) for part in _given(parts))
+    for path, parameter in call.module.named_parameters():
+        above, _, name = path.rpartition(".")
+        module = call.module.get_submodule(above)
+        # That of a module without others in it is the module's own.
+        if len(factors) > 1 or parameter.shape != rest.shape[-1:] or next(module.children(), None) is None:
+            continue
+        value = weight_of(module, name)
+        if value is not None and (rest - factors[0] * value.detach().to(rest)).norm() <= SAME * call.gave.norm():
+            return factors[0], path
+    raise Unlike("the block adds a constant that is none of its parameters")
 
 
 def _leads(root: str = "", always: bool = False) -> Any:
@@ -93,12 +129,13 @@ class Said:
     # None where there is nothing of which this could be said, as of a mixture of experts whether it is gated.
     gated_heads: bool | None = None
     sinks: bool | None = None
-    grouped_values: bool | None = None
+    value_layout: Layout | None = None
     heads: int | None = None
     kv_heads: int | None = None
     gated: bool | None = None
     interface: bool | None = None
     opened: Mapping[str, str] | None = None
+    out_bias: str | None = None
     parallel: bool | None = None
     residual_scale: float
     norms: tuple[Called, ...]
@@ -139,20 +176,21 @@ def said(block: Block, mixes: Collection[str]) -> Said:
         "input_norm": block.name(into), "post_attention_norm": block.name(after), "post_mlp_norm": block.name(last),
         "attention": below(block.path, path) if path else None,
     }  # fmt: skip
+    out_bias = None if first is None else _out_bias(block, first, after)
     scale = next(part.factor for part in (first, second) if part is not None)
     norms = tuple(call for call in (into, *inside, after, last) if call is not None)
-    return Said(**{**dict.fromkeys(Said.paths()), **found}, residual_scale=scale, norms=norms)
+    return Said(**{**dict.fromkeys(Said.paths()), **found}, residual_scale=scale, out_bias=out_bias, norms=norms)
 
 
 def _attending(block: Block, look: Looked, writer: Called) -> tuple[Called | None, list[Called | None], dict[str, Any]]:
     """The norm before attention, those on the way through it, and what is said of it."""
-    out, value, layout, heads = _attention(block, look, writer)
+    out, value, kv_heads, layout, heads = _attention(block, look, writer)
     head_norm, gated_heads = _between_heads(block, look, out)
     latent, latent_norm = _latent(block, look, value)
     paths = {"out_proj": out, "value": value, "latent": latent, "latent_norm": latent_norm, "head_norm": head_norm}
     return _input_norm(block, look, latent or value), [latent_norm, head_norm], {
         **{name: call and below(look.path, call.path) for name, call in paths.items()},
-        "grouped_values": layout[0], "kv_heads": layout[1], "heads": heads, "interface": look.interface,
+        "value_layout": layout, "kv_heads": kv_heads, "heads": heads, "interface": look.interface,
         "opened": _opened(block, look, value), "gated_heads": gated_heads, "sinks": look.sinks,
     }  # fmt: skip
 
@@ -238,37 +276,26 @@ def _without_norm(block: Block, call: Called) -> tuple[Called | None, Called]:
     raise Unlike(f"{block.name(call)} is a norm of what no module gives")
 
 
+def _out_bias(block: Block, attends: Term, norm: Called | None) -> str | None:
+    """The parameter that is added to what attention writes, multiplied as this is."""
+    if block.out_bias is None:
+        return None
+    factor, path = block.out_bias
+    if norm is not None or abs(factor - attends.factor) > SAME * abs(factor):
+        raise Unlike(f"the block adds {path} otherwise than what attention writes")
+    return path
+
+
 def norm_kinds(call: Called) -> dict[NormKind, float]:
     """The kinds of norm that a module is, with the relative error of each; none for what is no norm."""
-    x = call.read
-    if x is None or not is_norm(call.module) or x.shape != call.gave.shape:
-        return {}
-    held = [getattr(call.module, name, None) for name in ("weight", "bias")]
-    if any(isinstance(part, Tensor) and not part.is_meta and part.shape != x.shape[-1:] for part in held):
-        return {}
-    found = {(mean, offset): _off(call, mean, offset) for mean in (False, True) for offset in (0.0, 1.0)}
-    return {kind: error for kind, error in found.items() if error <= SAME}
-
-
-def _off(call: Called, mean: bool, offset: float) -> float:
-    x, gave = call.read, call.gave.double()
-    assert x is not None  # noqa: S101 (asked before)
-    x = x.double()
-    weight, bias = (_double(weight_of(call.module, name), x) for name in ("weight", "bias"))
-    made = (x - x.mean(-1, keepdim=True) if mean else x) * norm_scale(x, call.module, mean)[..., None]
-    made = (made if weight is None else made * (weight + offset)) + (0.0 if bias is None else bias)
-    return float((made - gave).norm() / gave.norm())
-
-
-def _double(weight: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if weight is None else weight.detach().to(x)
+    return {} if call.read is None else kinds(call.module, call.read, call.gave)
 
 
 # Attention.
 
 
-def _attention(block: Block, look: Looked, writer: Called) -> tuple[Called, Called, tuple[bool, int], int]:
-    """Its out-projection, what makes its values, how these lie: in groups or last, of how many heads; its own heads."""
+def _attention(block: Block, look: Looked, writer: Called) -> tuple[Called, Called, int, Layout, int]:
+    """Its out-projection, what makes its values, of how many heads, and how these lie there; its own heads."""
     out = _projection(block, writer.made, look.path)
     if out is None or out.read is None:
         raise Unlike(f"what attention writes ({block.name(writer)}) comes out of no projection in it")
@@ -318,35 +345,50 @@ def _same(got: Tensor, want: Tensor) -> bool:
     return got.shape == want.shape and bool((got - want).norm() <= SAME * want.norm())
 
 
-def _values(block: Block, look: Looked, z: Tensor) -> tuple[Called, tuple[bool, int]]:
-    """The projection whose outputs, the last or those last in every group, are what attention carries."""
-    heads = z.shape[2]
+def _values(block: Block, look: Looked, z: Tensor) -> tuple[Called, int, Layout]:
+    """The projection among whose outputs are what attention carries, of how many heads, and where they lie there."""
     for call in reversed([*block.calls(look.path)]):
         if not _is_projection(call.module) or call.gave.numel() % (z.shape[0] * z.shape[1]):
             continue
         rows = call.gave.reshape(*z.shape[:2], -1)
-        for kv in (kv for kv in range(heads, 0, -1) if heads % kv == 0):
-            for grouped, value in _layouts(rows, kv, z.shape[3]):
-                if _carried(value.repeat_interleave(heads // kv, 2), look, z):
-                    return call, (grouped, kv)
+        each = (_first_column(rows, look, z, head) for head in range(z.shape[2]))
+        firsts = [*takewhile(lambda first: first is not None, each)]  # the first that fails ends it
+        if len(firsts) == z.shape[2] and (found := _layout(firsts, z.shape[3], rows.shape[2])) is not None:
+            return call, *found
     raise Unlike(_why(block, look, look.reads))
 
 
-def _layouts(rows: Tensor, kv: int, width: int) -> Iterator[tuple[bool, Tensor]]:
-    if rows.shape[-1] >= kv * width:
-        yield False, rows[..., -kv * width :].unflatten(-1, (kv, width))
-        if rows.shape[-1] % kv == 0:
-            yield True, rows.unflatten(-1, (kv, -1))[..., -width:]
-
-
-def _carried(value: Tensor, look: Looked, z: Tensor) -> bool:
-    """Are these the values [prompt, key, head, d_head] of the pass?"""
+def _first_column(rows: Tensor, look: Looked, z: Tensor, head: int) -> int | None:
+    """Where in what a projection puts out [prompt, key, output] the values of a head begin."""
     if look.value is not None:
-        own = look.value.transpose(1, 2)
-        return z.shape[2] % own.shape[2] == 0 and _same(own.repeat_interleave(z.shape[2] // own.shape[2], 2), value)
-    pattern = look.pattern
-    assert pattern is not None  # noqa: S101 (one of both was seen)
-    return pattern.shape[1] == z.shape[2] and _same((pattern @ value.transpose(1, 2)).transpose(1, 2), z)
+        carried, want = rows, look.value[:, head * look.value.shape[1] // z.shape[2]]
+    else:
+        pattern = look.pattern
+        assert pattern is not None  # noqa: S101 (one of both was seen)
+        if pattern.shape[1] != z.shape[2]:
+            return None
+        carried, want = pattern[:, head] @ rows, z[:, :, head]
+    width = want.shape[-1]
+    if carried.shape[-1] < width:
+        return None
+    # By one prompt where the first column lies, by all whether they all do.
+    first = int((carried[0, :, : carried.shape[-1] - width + 1] - want[0, :, :1]).abs().amax(0).argmin())
+    return first if _same(carried[..., first : first + width], want) else None
+
+
+def _layout(firsts: Sequence[int | None], width: int, outputs: int) -> tuple[int, Layout] | None:
+    """How many key/value heads there are, and the layout in which their values begin at these columns."""
+    own = [first for first in dict.fromkeys(firsts) if first is not None]
+    kv, heads = len(own), len(firsts)
+    if heads % kv or firsts != [own[head * kv // heads] for head in range(heads)]:
+        return None
+    for groups in (groups for groups in range(1, kv + 1) if kv % groups == outputs % groups == 0):
+        size, each = outputs // groups, kv // groups
+        behind = (size - own[0]) // width - each
+        begins = size - (behind + each) * width
+        if own == [group * size + begins + head * width for group in range(groups) for head in range(each)]:
+            return kv, (groups, behind)
+    return None
 
 
 def _why(block: Block, look: Looked, op: Op | None) -> str:

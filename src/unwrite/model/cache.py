@@ -18,6 +18,9 @@ from unwrite.model.hooks import Call
 # Keys and values, or what both are made of, and keys of a scorer that says where attention looks, where there is one.
 Past = tuple[Float[Tensor, "prompt _heads position _d"], ...]
 
+# A mask is [prompt, head or 1, query, key].
+_OF_MASK = 4
+
 
 def empty() -> Cache:
     """A cache for a run that begins at position 0."""
@@ -67,6 +70,8 @@ def with_past(call: Call, cache: Cache | None, prompts: int) -> Call:
     def fit(name: str, value: Any) -> Any:
         if isinstance(value, Cache):
             return cache
+        if isinstance(value, Tensor) and value.dim() == _OF_MASK and len(value) == 1:
+            return value.expand(prompts, -1, -1, -1)  # some families ask for a mask of every prompt
         # Everything else has an axis for prompts, of size 1; that of ALiBi may be folded into that of its heads.
         return value.repeat(prompts, *[1] * (value.dim() - 1)) if name == "alibi" and value is not None else value
 

@@ -11,9 +11,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from unwrite.model.hooks import Handle, after, before, hooked
+from unwrite.model.families import REST
+from unwrite.model.hooks import Handle, after, before, hooked, kept
 from unwrite.model.inside import text_config
-from unwrite.model.view import Folded, Layer, Model, centre, norm_scale
+from unwrite.model.norms import norm_scale
+from unwrite.model.view import Folded, Layer, Model, centre, outside
 from unwrite.model.writes import Writes
 from unwrite.nodes import Location, Node
 
@@ -87,14 +89,34 @@ def _configs(model: nn.Module) -> tuple[Any, ...]:
 
 
 def _hooks(lm: Model, folded: Sequence[Folded], record: Recording, truth: bool) -> Iterator[Handle]:
-    embed_scale = lm.row.embed_scale(lm.config)
-    yield after(_module(lm, lm.row.embed), _keep(record.vectors, Node("embed"), lm, embed_scale))
-    if lm.row.pos_embed:
-        yield after(_module(lm, lm.row.pos_embed), _keep(record.vectors, Node("pos_embed"), lm))
+    yield from _start_hooks(lm, record)
     for layer, fold in zip(lm.layers, folded, strict=True):
         yield from _layer_hooks(lm, layer, fold, record)
         if truth:
             yield from _truth_hooks(lm, layer, record)
+
+
+def _start_hooks(lm: Model, record: Recording) -> Iterator[Handle]:
+    scales = {"embed": lm.row.embed_scale(lm.config), "pos_embed": 1.0}
+    for kind, path in (("embed", lm.row.embed), ("pos_embed", lm.row.pos_embed)):
+        if path == REST:
+            yield from _rest_hooks(lm, Node(kind), record)
+        elif path is not None:
+            yield after(_module(lm, path), _keep(record.vectors, Node(kind), lm, scales[kind]))
+
+
+def _rest_hooks(lm: Model, node: Node, record: Recording) -> Iterator[Handle]:
+    """Keeps what the first block reads and no other node wrote, in passes that begin with tokens and not at a block."""
+    begun: dict[str, Tensor] = {}
+
+    def keep_rest(state: Tensor) -> None:
+        if begun.pop("tokens", None) is not None:
+            _keep(record.vectors, node, lm)(state)
+            if node.kind == "pos_embed":
+                record.vectors[node] = record.vectors[node] - record.vectors[Node("embed")]
+
+    yield after(lm.hf.get_input_embeddings(), kept(begun, "tokens"))
+    yield before(lm.layers[0].block, keep_rest)
 
 
 def _module(lm: Model, path: str) -> nn.Module:
@@ -133,7 +155,8 @@ def _truth_hooks(lm: Model, layer: Layer, record: Recording) -> Iterator[Handle]
     if layer.index == len(lm.layers) - 1:
         yield before(lm.final_norm, _keep(record.stream, Location("post", layer.index), lm))
     if layer.heads:
-        yield after(layer.attention_end, _keep(record.attention, layer.index, lm, lm.residual_scale))
+        keep, more = _keep(record.attention, layer.index, lm, lm.residual_scale), outside(lm, layer)
+        yield after(layer.attention_end, lambda written: keep(written if more is None else written.to(more) + more))
 
 
 def between_both(lm: Model, layer: Layer, mid: nn.Module, record: Recording) -> Handle:

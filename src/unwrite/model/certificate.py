@@ -187,7 +187,13 @@ def _worst(lm: Model, found: Iterable[tuple[str, float]]) -> dict[str, float]:
 
 def _random(lm: Model, prompts: int, length: int) -> Int[Tensor, "prompt position"]:
     generator = torch.Generator().manual_seed(length)
-    return torch.randint(lm.vocabulary, (prompts, length), generator=generator).to(lm.device)
+    return _placed(lm, torch.randint(lm.vocabulary, (prompts, length), generator=generator).to(lm.device))
+
+
+def _placed(lm: Model, ids: Int[Tensor, "prompt _"]) -> Int[Tensor, "prompt _"]:
+    """Without the id for padding, which has no position of its own in some models."""
+    padding = getattr(lm.config, "pad_token_id", None)
+    return ids if padding is None else torch.where(ids == padding, (ids + 1) % lm.vocabulary, ids)
 
 
 def _limit(lm: Model) -> float:
@@ -207,6 +213,6 @@ def _prompts(
         mask = torch.ones_like(ids, dtype=torch.bool)
         mask[1, max(1, length - padding) :] = padding == 0
         if not padding:
-            changed = torch.cat([ids[0, :-1], (ids[0, -1:] + 1) % lm.vocabulary])
-            ids, mask = torch.cat([ids, changed[None]]), torch.cat([mask, mask[:1]])
+            changed = torch.cat([ids[:1, :-1], _placed(lm, (ids[:1, -1:] + 1) % lm.vocabulary)], 1)
+            ids, mask = torch.cat([ids, changed]), torch.cat([mask, mask[:1]])
         yield ids, mask

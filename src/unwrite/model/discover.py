@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from unwrite.errors import ModelError
-from unwrite.model.blocks import SAME, Block, NormKind, Said, Unlike, below, looked, norm_kinds, said, writer
-from unwrite.model.families import Family, Where
+from unwrite.model.blocks import SAME, Block, Said, Unlike, below, looked, norm_kinds, said, writer
+from unwrite.model.families import REST, Family, Where
 from unwrite.model.hooks import first_of
-from unwrite.model.inside import head_of, maybe, text_config
+from unwrite.model.inside import head_of, held, maybe, text_config
+from unwrite.model.norms import NormKind
 from unwrite.model.single import HALVES
 from unwrite.model.sums import bare, behind, terms
 from unwrite.model.traced import Called, Traced, mixing, traced
@@ -30,7 +31,7 @@ _NAMED, _BELOW = 1e-5, 0.9
 _NORMS = ("input_norm", "post_attention_norm", "post_mlp_norm", "latent", "latent_norm", "head_norm")
 # What is said of the row where no layer says it. A mixture of experts shows no product, and is one with its router's.
 _UNKNOWN: dict[str, Any] = {
-    "grouped_values": False, "interface": True, "opened": {}, "parallel": False, "residual_scale": 1.0, "gated": True,
+    "value_layout": (1, 0), "interface": True, "opened": {}, "parallel": False, "residual_scale": 1.0, "gated": True,
     "gated_heads": False, "sinks": False,
 }  # fmt: skip
 # What is said of all layers where it is true of some.
@@ -72,14 +73,14 @@ def _row(trace: Traced, hf: Any) -> Family:
     blocks = [Block(trace, call) for call in calls]
     mixes = mixing(hf, [writer(block, part) for block in blocks if looked(block) is None for part in block.writers])
     found = [said(block, mixes) for block in blocks]
-    final, (tokens, scale, positions) = _final_norm(trace, path, calls[-1]), _start(trace, calls[0])
-    decoder = _around(trace, [path, *(call.path for call in (final, tokens, positions) if call is not None)])
+    final, (embed, scale, positions) = _final_norm(trace, path, calls[-1]), _start(trace, calls[0])
+    decoder = _around(trace, [path, final.path, *(part for part in (embed, positions) if part)])
     kind = _kind([call for part in found for call in part.norms] + [final])
     logit_scale, logit_cap = (1.0, None) if trace.loud is None else _logits(trace, trace.loud, final, hf)
     numbers = {"embed_scale": scale, "logit_scale": logit_scale, "logit_cap": logit_cap}
     return Family(
-        decoder=decoder, blocks=below(decoder, path), embed=below(decoder, tokens.path),
-        pos_embed=positions and below(decoder, positions.path), final_norm=below(decoder, final.path),
+        decoder=decoder, blocks=below(decoder, path), embed=below(decoder, embed),
+        pos_embed=positions and below(decoder, positions), final_norm=below(decoder, final.path),
         layer_norm=kind[0], norm_gain_offset=kind[1], **_settled(_agreed(blocks, found) | numbers, hf),
     )  # fmt: skip
 
@@ -117,6 +118,7 @@ def _chain(trace: Traced, path: str, part: nn.Module) -> list[Called]:
 def _agreed(blocks: Sequence[Block], found: Sequence[Said]) -> dict[str, Any]:
     """What all blocks say alike; of paths, the names that lead to the right module in each."""
     agreed: dict[str, Any] = {name: _path(name, blocks, found) for name in Said.paths()}
+    agreed["out_bias"] = _parameter(blocks, found)
     for name, unknown in _UNKNOWN.items():
         values = [value for part in found if (value := getattr(part, name)) is not None] or [unknown]
         if name in _ANY:
@@ -151,6 +153,15 @@ def _path(name: str, blocks: Sequence[Block], found: Sequence[Said]) -> Where:
     return joined
 
 
+def _parameter(blocks: Sequence[Block], found: Sequence[Said]) -> str | None:
+    """The parameter that blocks add to what attention writes; a layer that lacks it adds none."""
+    paths = [*dict.fromkeys(part.out_bias for part in found if part.out_bias is not None)]
+    for block, part in zip(blocks, found, strict=True):
+        if any((held(block.module, path) is not None) != (path == part.out_bias) for path in paths):
+            raise Unlike("its layers differ in what parameter they add")
+    return paths[0] if paths else None
+
+
 def _kind(norms: Sequence[Called]) -> NormKind:
     """The kind of norm that all of them are; that of the least error where several would do."""
     fits = [norm_kinds(call) for call in norms]
@@ -163,23 +174,27 @@ def _kind(norms: Sequence[Called]) -> NormKind:
 # Before the blocks, and after them.
 
 
-def _start(trace: Traced, first: Called) -> tuple[Called, float, Called | None]:
-    """What gives the embedding of tokens, its factor, and what gives that of positions."""
+def _start(trace: Traced, first: Called) -> tuple[str, float, str | None]:
+    """Which module gives the embedding of tokens, its factor, and which that of positions; REST where no one does."""
     assert first.reads is not None  # noqa: S101 (a block that reads nothing is refused before)
     parts = list(terms(first.reads, None, partial(trace.maker, within="")))
-    if odd := [part.other for part in parts if part.other]:
-        raise Unlike(f"the stream starts with what no module gives ({', '.join(odd)})")
+    tokens = [part for part in parts if part.call is not None and behind(part.call.made, {trace.start})]
+    others = [part for part in parts if part not in tokens]
     if trace.start is None:
         raise Unlike("its embedding of tokens is not called")
-    start = {trace.start}
-    tokens = [part for part in parts if behind(part.call.made, start)]
-    others = [part for part in parts if part not in tokens]
-    if len(tokens) != 1 or len(others) > 1 or any(part.factor != 1 for part in others):
-        raise Unlike(f"the stream starts with {len(tokens)} embeddings of tokens and {len(others)} others")
-    if others and others[0].call.gave.dim() != _STREAM:
-        raise Unlike("its vectors of positions are made once for all prompts, without an axis of prompts")
-    _once(trace, tokens[0].call)
-    return tokens[0].call, tokens[0].factor, others[0].call if others else None
+    if len(tokens) != 1:
+        odd = ", ".join(part.other or part.call.path for part in others)
+        raise Unlike(f"the stream starts with {len(tokens)} embeddings of tokens" + (f", and {odd}" if odd else ""))
+    (token,) = tokens
+    if len(trace.of(token.call.path)) > 1 and not others:
+        return REST, 1.0, None
+    _once(trace, token.call)
+    if not others:
+        return token.call.path, token.factor, None
+    one = others[0].call if len(others) == 1 and others[0].factor == 1 else None
+    if one is None or len(trace.of(one.path)) > 1 or one.gave.dim() != _STREAM:
+        return token.call.path, token.factor, REST
+    return token.call.path, token.factor, one.path
 
 
 def _once(trace: Traced, call: Called) -> None:
@@ -191,7 +206,9 @@ def _final_norm(trace: Traced, path: str, last: Called) -> Called:
     out = bare(last.made)
     for call in trace.calls:
         if bare(call.reads) is out and not call.within(path) and norm_kinds(call):
-            _once(trace, call)
+            # Where it ran before, on the embedding, it is its last run that is the final one.
+            if call is not trace.of(call.path)[-1]:
+                _once(trace, call)
             return call
     raise Unlike("no norm reads what its last block gives")
 

@@ -14,6 +14,8 @@ Config = Any
 Where = Any  # a str, or None where there is nothing; or a tuple of these, one for each layer
 # Where a model's row comes from: this table, or `discover`.
 BY_HAND, FOUND = "by hand", "found"
+# In the place of a path, where no one module gives what is written: all that the first block reads and nothing else is.
+REST = ""
 
 
 def _no(config: Config) -> bool:
@@ -44,6 +46,10 @@ def _heads(config: Config) -> int:
     return config.num_attention_heads
 
 
+def _last(config: Config) -> tuple[int, int]:
+    return 1, 0
+
+
 def _kv_heads(config: Config) -> int:
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
@@ -55,8 +61,8 @@ class Family:
     # From the causal model to its decoder; the next four from the decoder.
     decoder: str = "model"
     blocks: str = "layers"
-    embed: str = "embed_tokens"  # the last module of the token path: after an embedding norm, where there is one
-    pos_embed: str | None = None
+    embed: str = "embed_tokens"  # the last module of the token path, after an embedding norm if there is one; or REST
+    pos_embed: str | None = None  # or REST
     final_norm: str = "norm"
     # From a block.
     input_norm: Where = "input_layernorm"
@@ -65,11 +71,14 @@ class Family:
     mlp: Where = "mlp"  # the module whose output the MLP writes, or hands to post_mlp_norm; a layer may have none
     post_attention_norm: Where = None
     post_mlp_norm: Where = None
+    out_bias: str | None = None  # a parameter that the block adds to what attention writes; some layers may lack it
     act: str = "down_proj"  # from `mlp`: the projection that reads the hidden activation ("": `mlp` itself)
     # From the attention module.
     out_proj: Where = "o_proj"
-    value: Where = "v_proj"  # its last outputs are the values, unless they are grouped
-    grouped_values: bool = False  # fused as [kv head, (its query heads, key, value)], of which values are the last
+    value: Where = "v_proj"
+    # Its outputs lie in so many equal groups; in each come the values of the group's key/value heads, and behind them
+    # what is as wide as so many heads.
+    value_layout: Callable[[Config], tuple[int, int]] = _last
     # Where values are made in two steps: the projection whose first outputs are normed for the one that gives values.
     latent: Where = None
     latent_norm: Where = None
@@ -162,7 +171,7 @@ _NEOX = replace(
     act="dense_4h_to_h",
     out_proj="dense",
     value="query_key_value",
-    grouped_values=True,
+    value_layout=lambda config: (config.num_attention_heads, 0),  # [head, (query, key, value), head_dim]
     parallel=lambda config: config.use_parallel_residual,
 )
 
@@ -229,6 +238,7 @@ FAMILIES: dict[str, Family] = {
         interface=False,
         opened=_falcon_opened,
         kv_heads=_falcon_kv_heads,
+        value_layout=lambda config: (_falcon_kv_heads(config), 0),
         parallel=lambda config: config.parallel_attn or config.new_decoder_architecture,
     ),
     "llama": _LLAMA,

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from unwrite.model.hooks import before, between, hooked
-from unwrite.model.view import Layer, Model, gain_of, norm_scale
+from unwrite.model.norms import norm_scale
+from unwrite.model.view import Layer, Model, gain_of
 
 
 def has_gates(lm: Model) -> bool:

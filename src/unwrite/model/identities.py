@@ -2,7 +2,8 @@
 
 heads      the heads' writes and the bias (from weights alone) sum to what each attention block really adds
 stream     all nodes sum to the final state of the stream
-locations  the nodes so far sum to every earlier state (in a parallel block, also to what its MLP reads)
+locations  the nodes so far sum to every earlier state (in a parallel block, also to what its MLP reads), the first of
+           which is what tokens give and what positions do, whatever the tokens are
 logits     final norm and unembedding of that sum give the model's logits, small ones and such as reach a cap
 values     with pattern and norm frozen, what all earlier nodes put into a head through its values is what it writes
 mlp        what reads an MLP's hidden activation gives what the MLP writes, and a gated one has two factors
@@ -29,13 +30,14 @@ from unwrite.model.continued import Calls, calling, continues, kept_run
 from unwrite.model.hooks import after, first_of, hooked, kept, read_of
 from unwrite.model.inside import maybe
 from unwrite.model.lengths import switches
+from unwrite.model.norms import norm_scale
 from unwrite.model.projections import sizes
 from unwrite.model.unembedding import before_norm, rows_of, unembedding
 from unwrite.model.values import into_values, looked, of_biases, value_scale
-from unwrite.model.view import Folded, Layer, Model, norm_scale, value_constant, value_weights
+from unwrite.model.view import Folded, Layer, Model, value_constant, value_weights
 from unwrite.model.weights import through
 from unwrite.model.writes import Writes, expand
-from unwrite.nodes import PROJECTED, Location
+from unwrite.nodes import PROJECTED, Location, Node
 
 # So many of a vocabulary's logits are read from their rows.
 _ROWS = 1024
@@ -60,16 +62,9 @@ def added(lm: Model, folded: tuple[Folded, ...], ids: Ids, mask: Mask, dtype: to
         _require_stream_alone(lm, calls)
     logits = whole[mask]
     nodes = expand(lm, folded, _per_prompt(record, mask).map(lambda part: part[mask]))
-    rows = {state: x[mask] for state, x in record.stream.items()}
     for layer in (layer for layer in lm.layers if layer.heads):
         yield "heads", relative(_attention_nodes(lm, nodes, layer), record.attention[layer.index][mask])
-    holds = lm.holds().to(nodes.device)
-    for state, held in zip(lm.states, holds, strict=True):
-        yield "stream" if state == lm.states[-1] else "locations", relative(nodes[held], rows[state])
-    if lm.parallel:
-        for layer in lm.layers:
-            if (read := rows.get(Location("mid", layer.index))) is not None:
-                yield "locations", relative(nodes[_earlier(lm, layer)], read)
+    yield from _states(lm, nodes, record, mask)
     stream = nodes.sum(0)
     yield from (("mlp", _mlp_error(lm, layer, ends)) for layer in lm.layers if layer.has_mlp)
     yield "logits" if lm.has_head else "stream", relative(finished(lm, stream, dtype)[None], logits)
@@ -79,6 +74,21 @@ def added(lm: Model, folded: tuple[Folded, ...], ids: Ids, mask: Mask, dtype: to
         yield from _opened(lm, folded, ids, mask, logits)
     if mask.all():
         yield from _of_positions(lm, ids, whole, dtype)
+
+
+def _states(lm: Model, nodes: Float[Tensor, "node row d_model"], record: Recording, mask: Mask) -> Errors:
+    """Do the nodes so far add up to every state, and are positions the same in every prompt?"""
+    rows = {state: x[mask] for state, x in record.stream.items()}
+    holds = lm.holds().to(nodes.device)
+    for state, held in zip(lm.states, holds, strict=True):
+        yield "stream" if state == lm.states[-1] else "locations", relative(nodes[held], rows[state])
+    if lm.parallel:
+        for layer in lm.layers:
+            if (read := rows.get(Location("mid", layer.index))) is not None:
+                yield "locations", relative(nodes[_earlier(lm, layer)], read)
+    if (positions := record.vectors.get(Node("pos_embed"))) is not None:
+        start = torch.stack([record.vectors[Node("embed")], positions.expand(*mask.shape, -1)])
+        yield "locations", relative(start[:, mask], (start[0] + positions[:1])[mask])
 
 
 def logits_of(lm: Model, ids: Ids, mask: Mask | None = None) -> Float[Tensor, "prompt position vocabulary"]:
@@ -175,7 +185,8 @@ def _mlp_error(lm: Model, layer: Layer, ends: Mapping[nn.Module, Tensor]) -> flo
     last, whole = maybe(layer.mlp, lm.row.of_layer(layer.index).act), ends[layer.mlp]
     if last is None:  # a mixture of experts, of which no projection gives the whole
         every = [ends[part] for part in _last(lm, layer) if part in ends]
-        return float("inf") if any(torch.equal(part, whole) for part in every) else 0.0
+        whole_itself = _is_sized(layer.mlp) or any(torch.equal(part, whole) for part in every)
+        return float("inf") if whole_itself else 0.0
     into = sum(sizes(part)[1] for part in _projections(layer.mlp) if part is not last)
     got, want = (part.flatten(0, -2) for part in (ends[last], whole))
     # Both factors of a gated one read the stream, so twice as much goes in.
@@ -187,8 +198,11 @@ def _mlp_error(lm: Model, layer: Layer, ends: Mapping[nn.Module, Tensor]) -> flo
 def _projections(module: nn.Module) -> Iterator[nn.Module]:
     """The projections inside of a module, without what is inside of these."""
     for part in module.children():
-        sized = getattr(part, "out_features", getattr(part, "nf", None)) is not None
-        yield from [part] if sized else _projections(part)
+        yield from [part] if _is_sized(part) else _projections(part)
+
+
+def _is_sized(module: nn.Module) -> bool:
+    return getattr(module, "out_features", getattr(module, "nf", None)) is not None
 
 
 def _opened(lm: Model, folded: tuple[Folded, ...], ids: Ids, mask: Mask, closed: _Rows) -> Errors:

@@ -93,3 +93,10 @@ def maybe(root: nn.Module | None, path: str | None) -> nn.Module | None:
         return find(root, path)
     except AttributeError:  # a parallel block may have no norm of its own for its MLP
         return None
+
+
+def held(root: nn.Module, path: str | None) -> tuple[nn.Module, str] | None:
+    """The module that holds the parameter at `path`, and its name there; None where there is none."""
+    above, _, name = (path or "").rpartition(".")
+    module = maybe(root, above)
+    return (module, name) if module is not None and module._parameters.get(name) is not None else None

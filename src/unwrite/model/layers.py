@@ -10,7 +10,7 @@ from torch import nn
 
 from unwrite.errors import ModelError
 from unwrite.model.families import Family
-from unwrite.model.inside import find, maybe
+from unwrite.model.inside import find, held, maybe
 from unwrite.model.projections import sizes
 from unwrite.nodes import Location
 
@@ -34,6 +34,7 @@ class Layer:
     mid: nn.Module | None
     post_attention_norm: nn.Module | None
     post_mlp_norm: nn.Module | None
+    out_bias: tuple[nn.Module, str] | None  # the module that holds it, and its name there
     heads: int
     kv_heads: int
 
@@ -112,7 +113,7 @@ class Layer:
 
     @property
     def attention_end(self) -> nn.Module:
-        """What puts out all that attention writes, still apart from the stream."""
+        """What puts out all that attention writes but for `outside`, still apart from the stream."""
         return self.post_attention_norm or self.out_proj
 
     @property
@@ -134,6 +135,7 @@ def layer_of(row: Family, config: Any, index: int, block: nn.Module) -> Layer:
         mid=maybe(block, row.mid) if {"out_proj", "mlp"} <= {*modules} else None,
         post_attention_norm=maybe(block, row.post_attention_norm),
         post_mlp_norm=maybe(block, row.post_mlp_norm),
+        out_bias=held(block, row.out_bias),
         heads=heads if "out_proj" in modules else 0,
         kv_heads=_of_layer(row.kv_heads, config, index) if "value" in modules else 0,
     )

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from unwrite.errors import NumericError
 from unwrite.model.capture import evaluating
 from unwrite.model.hooks import Handle, after, before, hooked, kept
+from unwrite.model.norms import is_norm
 from unwrite.model.projections import matrix_of
 from unwrite.model.unembedding import unembedding
-from unwrite.model.view import Layer, Model, gain_of, is_norm
+from unwrite.model.view import Layer, Model, gain_of
 from unwrite.nodes import Location, Node
 
 # The experts of a mixture are one stack [expert, output, input], which no module is called with.
@@ -78,7 +79,7 @@ def _watching(lm: Model, norms: dict[nn.Module, Tensor], inputs: dict[nn.Module,
     for layer in lm.layers:
         for source, _ in _sources(lm, layer):
             keep = kept(norms, source, copied=True)
-            yield after(source, keep) if is_norm(source) else before(source, keep)
+            yield after(source, keep) if is_norm(source, lm.d_model) else before(source, keep)
         for _, module in _projections(lm, layer):
             yield before(module, kept(inputs, module))
 
@@ -86,12 +87,12 @@ def _watching(lm: Model, norms: dict[nn.Module, Tensor], inputs: dict[nn.Module,
 def _sources(lm: Model, layer: Layer) -> Iterator[tuple[nn.Module, Location]]:
     """What stands between the stream and its readers in a block: its norms, or what is given the bare stream."""
     mid = layer.reads if lm.parallel else Location("mid", layer.index)
-    norms = [module for module in layer.block.children() if is_norm(module)]
+    norms = [module for module in layer.block.children() if is_norm(module, lm.d_model)]
     for norm in norms:
         yield norm, mid if norm is layer.mid else layer.reads
     if layer.input_norm is None:
         yield layer.block, layer.reads
-    if layer.mid is not None and not is_norm(layer.mid):
+    if layer.mid is not None and not is_norm(layer.mid, lm.d_model):
         yield layer.mid, mid
 
 
@@ -119,12 +120,12 @@ def _of_layer(
 ) -> Iterator[Reader]:
     projections = [(name, module) for name, module in _projections(lm, layer) if module in inputs]
     for source, reads in _sources(lm, layer):
-        norm = source if is_norm(source) else None
+        norm = source if is_norm(source, lm.d_model) else None
         for name, module in projections:
             if torch.equal(inputs[module].flatten(0, -2).to(lm.device), norms[source].flatten(0, -2).to(lm.device)):
                 yield _reader(lm, f"{layer.index}.{name}", reads, matrix_of(lm, module), norm)
     for name, stack in _stacks(lm, layer):
-        norm = layer.input_norm if layer.mid is None else layer.mid if is_norm(layer.mid) else None
+        norm = layer.input_norm if layer.mid is None else layer.mid if is_norm(layer.mid, lm.d_model) else None
         reads = layer.reads if lm.parallel else Location("mid", layer.index)
         yield _reader(lm, f"{layer.index}.{name}", reads, stack.flatten(0, 1).t(), norm)
 

@@ -18,7 +18,8 @@ _SAME = {
     "SqueezeBackward1",
 }
 _PARAMETER = "torch::autograd::AccumulateGrad"
-_WORDS = {_PARAMETER: "a constant", "MulBackward0": "a product"}
+CONSTANT = "a constant"
+_WORDS = {_PARAMETER: CONSTANT, "MulBackward0": "a product"}
 
 
 class Term(NamedTuple):

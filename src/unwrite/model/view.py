@@ -96,7 +96,7 @@ class Model:
     @cached_property
     def parts(self) -> tuple[Node, ...]:
         """The nodes in write order; one that is zero by construction is not listed."""
-        start = [Node("embed")] + ([Node("pos_embed")] if self.row.pos_embed else [])
+        start = [Node("embed")] + ([] if self.row.pos_embed is None else [Node("pos_embed")])
         return tuple(start + [node for layer in self.layers for node in self._written(layer)])
 
     def _written(self, layer: Layer) -> list[Node]:
@@ -239,7 +239,7 @@ def _has_constant(lm: Model, layer: Layer) -> bool:
     moved = lm.convention == "paper" and layer.attends and _is_constant(lm, layer)
     projections = [layer.modules[name] for name in ("out_proj", "value")[: 1 + moved] if name in layer.modules]
     of_norm = moved and getattr(layer.value_norm, "bias", None) is not None
-    return of_norm or any(has_bias(lm, projection) for projection in projections)
+    return of_norm or layer.out_bias is not None or any(has_bias(lm, projection) for projection in projections)
 
 
 def _exact(lm: Model, weight: Tensor, detach: bool = True) -> Tensor:
@@ -279,7 +279,15 @@ def folded(lm: Model, layer: Layer, detach: bool = True) -> Folded:
     parts = [] if constant is None else [torch.einsum("hk,hkd->d", constant, w_o)]
     if (bias := bias_of(lm, layer.out_proj, detach)) is not None:
         parts.append(shape(_exact(lm, bias, detach) * scale))
+    if (beside := outside(lm, layer, detach)) is not None:
+        parts.append(centre(beside * scale, lm))
     return Folded(w_o, constant, sum(parts, w_o.new_zeros(lm.d_model)))
+
+
+def outside(lm: Model, layer: Layer, detach: bool = True) -> Float[Tensor, " d_model"] | None:
+    """What the block adds to all that attention puts out, in units of this; mostly nothing."""
+    weight = None if layer.out_bias is None else weight_of(*layer.out_bias)
+    return None if weight is None else _exact(lm, weight, detach)
 
 
 def centre(write: Float[Tensor, "*rows d_model"], lm: Model) -> Float[Tensor, "*rows d_model"]:
@@ -293,27 +301,13 @@ def gain_of(norm: nn.Module | None, lm: Model, detach: bool = True) -> Float[Ten
     return None if weight is None else _exact(lm, weight, detach) + lm.row.norm_gain_offset
 
 
-_EPSILON = ("eps", "variance_epsilon", "epsilon")
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Does this module itself divide by a root mean square?"""
-    return any(isinstance(getattr(module, name, None), float) for name in _EPSILON)
-
-
-def norm_scale(x: Float[Tensor, "*rows d_model"], norm: nn.Module, centred: bool) -> Float[Tensor, "*rows"]:
-    """1 / sqrt(mean(x²) + eps), x centred first for a LayerNorm: what a norm multiplies by, beside its gain."""
-    eps = next(getattr(norm, name) for name in _EPSILON if hasattr(norm, name))
-    if centred:
-        x = x - x.mean(-1, keepdim=True)
-    return torch.rsqrt(x.pow(2).mean(-1) + eps)
-
-
 def value_columns(lm: Model, layer: Layer) -> Bool[Tensor, " output"]:
     """Which outputs of the module that makes the values are values; the others are queries and keys."""
+    groups, behind = lm.row.value_layout(lm.config)
     is_value = torch.zeros(sizes(layer.value)[1], dtype=torch.bool, device=lm.device)
-    groups = layer.kv_heads if lm.row.grouped_values else 1
-    is_value.view(groups, -1)[:, -layer.kv_heads * layer.head_dim // groups :] = True
+    each = is_value.view(groups, -1)
+    end = each.shape[1] - behind * layer.head_dim
+    each[:, end - layer.kv_heads // groups * layer.head_dim : end] = True
     return is_value
 
 

@@ -13,7 +13,7 @@ import torch
 from unwrite.errors import whole
 from unwrite.model import devices
 from unwrite.model.devices import Region, placed, size
-from unwrite.model.families import BY_HAND, Where
+from unwrite.model.families import BY_HAND, REST, Where
 from unwrite.model.load import outline, places
 from unwrite.model.view import Model, require_model
 from unwrite.model.weights import DISK
@@ -178,6 +178,8 @@ def _row(lm: Model) -> str:
         read = "beside attention" if lm.parallel else f"what {at['mid'] or at['input_norm']} is given"
         said += [f"MLPs ({down}) read {read}{mlp or ''}"]
     said += [f"{what} times {by:g}" for what, by in factors.items() if by != 1]
+    said += ["positions are what else the first block reads"] if row.pos_embed == REST else []
+    said += [f"attention adds {row.out_bias}"] if row.out_bias else []
     cap = row.logit_cap(lm.config)
     return "; ".join(said + ([] if cap is None else [f"logits are capped at {cap:g}"]))
 

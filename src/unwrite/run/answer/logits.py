@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from unwrite.model.norms import norm_scale
 from unwrite.model.projections import sizes
 from unwrite.model.unembedding import before_norm, rows_of, unembedding
-from unwrite.model.view import Model, norm_scale
+from unwrite.model.view import Model
 from unwrite.model.weights import through
 
 _CHUNK = 2**24

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from unwrite.errors import one_of
 from unwrite.model.hooks import Handle, after, before, between
+from unwrite.model.norms import is_norm, norm_scale
 from unwrite.model.projections import sizes
-from unwrite.model.view import Layer, Model, gain_of, is_norm, norm_scale, value_columns
+from unwrite.model.view import Layer, Model, gain_of, value_columns
 from unwrite.run.edit.sites import last_projection
 
 _STABLE = 1e-6
@@ -83,18 +84,18 @@ def _follow(value: Tensor, surrogate: Tensor) -> Tensor:
 def put(lm: Model, rules: Rules) -> Iterator[Handle]:
     """Hooks that make a backward pass follow `rules`; whoever puts them there removes them."""
     if rules.norm == "held":
-        for norm in [*(norm for layer in lm.layers for norm in _norms(layer)), lm.final_norm]:
+        for norm in [*(norm for layer in lm.layers for norm in _norms(lm, layer)), lm.final_norm]:
             yield between(norm, partial(_held, lm, norm))
     for layer in lm.layers:
         yield from _mlp_rules(lm, layer, rules.mlp)
         yield from _attention_rules(lm, layer, rules.attention)
 
 
-def _norms(layer: Layer) -> Iterator[nn.Module]:
+def _norms(lm: Model, layer: Layer) -> Iterator[nn.Module]:
     """Every norm on the way of the stream; those of queries and keys are part of the attention."""
     inside = _inside(layer) - {layer.latent_norm, layer.head_norm}
     for module in layer.block.modules():
-        if module not in inside and is_norm(module):
+        if module not in inside and is_norm(module, lm.d_model):
             yield module
 
 
@@ -125,7 +126,7 @@ def _mlp_rules(lm: Model, layer: Layer, rule: str) -> Iterator[Handle]:
         return
     inside = _inside(layer)
     for name, module in layer.block.named_modules():
-        if module not in inside and _is_activation(module):
+        if module not in inside and _is_activation(lm, module):
             yield between(module, _as_factor)
         if name.rpartition(".")[2] in _ROUTERS:
             yield _stopped(module)
@@ -134,9 +135,9 @@ def _mlp_rules(lm: Model, layer: Layer, rule: str) -> Iterator[Handle]:
         yield after(layer.mlp, _halved) if product is None else before(product, _halved)
 
 
-def _is_activation(module: nn.Module) -> bool:
+def _is_activation(lm: Model, module: nn.Module) -> bool:
     leaf = next(module.children(), None) is None and not module.state_dict()
-    return leaf and not is_norm(module) and not isinstance(module, (nn.Dropout, nn.Identity))
+    return leaf and not is_norm(module, lm.d_model) and not isinstance(module, (nn.Dropout, nn.Identity))
 
 
 def _as_factor(x: Tensor, output: Tensor) -> Tensor:

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from unwrite.errors import NodeError
 from unwrite.model.attention import is_called
+from unwrite.model.families import REST
 from unwrite.model.hooks import Point
 from unwrite.model.inside import find
+from unwrite.model.norms import norm_scale
 from unwrite.model.projections import sizes
-from unwrite.model.view import Folded, Layer, Model, centre, folded, norm_scale, value_columns
+from unwrite.model.view import Folded, Layer, Model, centre, folded, outside, value_columns
 from unwrite.nodes import KINDS, PROJECTED, Location, Site, nearest, parse_site
 
 
@@ -201,12 +203,18 @@ def _written(lm: Model, module: nn.Module, scale: float) -> Place:
     return Place(Point(module, before=False), shown=shown, scale=scale, adds=True)
 
 
-def _embed(lm: Model, site: Site) -> Place:
-    return _written(lm, lm.decoder.get_submodule(lm.row.embed), lm.row.embed_scale(lm.config))
+def _start(lm: Model, site: Site) -> Place:
+    """What a module writes before the blocks, or what the first of them reads beside what another site holds of it."""
+    path, of_tokens = getattr(lm.row, site.kind), site.kind == "embed"
+    if path != REST:
+        return _written(lm, lm.decoder.get_submodule(path), lm.row.embed_scale(lm.config) if of_tokens else 1.0)
+    keep = () if of_tokens else (Point(lm.decoder.get_submodule(lm.row.embed), before=False),)
 
+    def shown(tensor: Tensor, now: Pass) -> Tensor:
+        others = [_start(lm, Site("embed")).read(now.kept[point], now) for point in keep]
+        return centre(tensor.to(lm.compute_dtype), lm) - sum(other.to(tensor.device) for other in others)
 
-def _pos_embed(lm: Model, site: Site) -> Place:
-    return _written(lm, lm.decoder.get_submodule(lm.row.pos_embed or ""), 1.0)
+    return Place(Point(lm.layers[0].block, before=True), shown=shown, keep=keep, adds=True)
 
 
 def _mlp(lm: Model, site: Site) -> Place:
@@ -215,13 +223,22 @@ def _mlp(lm: Model, site: Site) -> Place:
 
 
 def _attn_out(lm: Model, site: Site) -> Place:
-    return _written(lm, lm.layers[site.layer].attention_end, lm.residual_scale)
+    layer = lm.layers[site.layer]
+    shown = lambda tensor, now: centre(_whole(lm, layer, now.rows(tensor).to(lm.compute_dtype)), lm)  # noqa: E731
+    return _attention_part(lm, layer, shown)
+
+
+def _whole(lm: Model, layer: Layer, tensor: Tensor) -> Tensor:
+    """All that attention writes, of what its end puts out."""
+    beside = outside(lm, layer, detach=False)
+    return (tensor if beside is None else tensor + beside.to(tensor.device)) * lm.residual_scale
 
 
 def _state(lm: Model, site: Site) -> Place:
     """A state between blocks: what the next block reads, or the final norm."""
     reader = next((layer.block for layer in lm.layers if layer.reads == Location(site.kind, site.layer)), None)
-    point = Point(reader or lm.final_norm, before=True)
+    # What the last block gives: the final norm may have run before, on the embedding.
+    point = Point(reader or lm.layers[-1].block, before=reader is not None)
     if not lm.centred and lm.dtype == lm.compute_dtype:
         return Place(point)
     return Place(point, shown=lambda tensor, now: centre(tensor.to(lm.compute_dtype), lm))
@@ -231,7 +248,7 @@ def _mid(lm: Model, site: Site) -> Place:
     layer, before = lm.layers[site.layer], Point(lm.layers[site.layer].block, before=True)
 
     def shown(tensor: Tensor, now: Pass) -> Tensor:
-        return centre((now.kept[before].to(tensor.device) + tensor * lm.residual_scale).to(lm.compute_dtype), lm)
+        return centre((now.kept[before].to(tensor.device) + _whole(lm, layer, tensor)).to(lm.compute_dtype), lm)
 
     # The norm between attention and MLP reads the stream, but the stream does not go through it.
     return _attention_part(lm, layer, shown, before)
@@ -239,8 +256,7 @@ def _mid(lm: Model, site: Site) -> Place:
 
 def _attention_part(lm: Model, layer: Layer, shown: Callable[[Tensor, Pass], Tensor], *keep: Point) -> Place:
     """What is computed from, and added to, all that attention writes."""
-    end = Point(layer.attention_end, before=False)
-    return Place(end, shown=shown, scale=lm.residual_scale, keep=keep, adds=True)
+    return Place(Point(layer.attention_end, before=False), shown=shown, scale=lm.residual_scale, keep=keep, adds=True)
 
 
 def _head(lm: Model, site: Site) -> Place:
@@ -350,14 +366,25 @@ def _attended(lm: Model, site: Site) -> Place:
         return Place(point, by_head, own)
     # One head's copy of what its group reads from one place is nowhere.
     editable = site.kind not in ("k", "v") or layer.kv_heads == layer.heads
-    if not lm.row.grouped_values:
-        first = -layer.kv_heads if part == "v" else 0  # beside queries and keys, values are the last
-        shared: View = lambda tensor, _: tensor.unflatten(-1, (-1, layer.head_dim))[..., first:, :]  # noqa: E731
-        return Place(point, shared, own, editable=editable)
-    each = layer.heads // layer.kv_heads
-    item = {"q": site.head % each, "k": -2, "v": -1}[part]
-    fused: View = lambda tensor, _: tensor.unflatten(-1, (layer.kv_heads, each + 2, layer.head_dim))[..., item, :]  # noqa: E731
-    return Place(point, fused, lambda view: view[:, :, _group(lm, site)], editable=editable)
+    by_width: View = lambda tensor, _: tensor.unflatten(-1, (-1, layer.head_dim))  # noqa: E731
+    return Place(point, by_width, lambda view: view[:, :, unit_of(lm, site)], editable=editable)
+
+
+def unit_of(lm: Model, site: Site) -> int:
+    """The row of a site in the view of its place: of a part of attention that a module puts out, which head's width."""
+    part, layer = site.kind.removeprefix("shared_"), lm.layers[max(site.layer, 0)]
+    if part not in ("q", "k", "v") or is_called(lm):
+        return max(site.head, 0)
+    own, (groups, behind) = _group(lm, site), lm.row.value_layout(lm.config)
+    each, opened = layer.kv_heads // groups, lm.row.opened(lm.config)
+    module = find(layer.attention, opened[part])
+    if module is not layer.value:  # a projection of queries or keys alone
+        return site.head if part == "q" else own
+    size = sizes(module)[1] // groups // layer.head_dim
+    values = size - behind - each
+    # Before the values of a group lie its keys, and before these its queries.
+    within = {"q": site.head % max(1, values - each), "k": values - each + own % each, "v": values + own % each}
+    return own // each * size + within[part]
 
 
 def _row(lm: Model, site: Site, heads: int) -> int:
@@ -366,8 +393,8 @@ def _row(lm: Model, site: Site, heads: int) -> int:
 
 
 _FINDERS: dict[str, Callable[[Model, Site], Place]] = {
-    "embed": _embed,
-    "pos_embed": _pos_embed,
+    "embed": _start,
+    "pos_embed": _start,
     "pre": _state,
     "mid": _mid,
     "post": _state,

@@ -26,9 +26,9 @@ from unwrite.model.attention import Attend, Attended, around_attention
 from unwrite.model.capture import evaluating
 from unwrite.model.hooks import Point, Visit, before, hooked, kept, visited
 from unwrite.model.softmax import per_query_head
-from unwrite.model.view import Model
+from unwrite.model.view import Model, outside
 from unwrite.nodes import GROUPS, KINDS, Site
-from unwrite.run.edit.sites import Inner, Place, as_one, every, named, place
+from unwrite.run.edit.sites import Inner, Place, as_one, every, named, place, unit_of
 
 # What the scores of attention are made of: where its pattern is held, they do nothing.
 SCORED = ("q", "k", "shared_k")
@@ -133,12 +133,7 @@ def _slot(lm: Model, kind: str, index: int, sites: tuple[Site, ...]) -> Slot:
     if not KINDS[kind].group:
         raise NodeError(f"{sites[0]} cannot be patched from another run", expected=f"a node of {', '.join(GROUPS)}")
     found = place(lm, Site(_IN.get(kind, kind), index, min(sites[0].head, 0)), edited=True)
-    by_module = kind in _ATTENDED and isinstance(found.point, Point)
-    if by_module and lm.row.grouped_values and lm.layers[index].kv_heads < lm.layers[index].heads:
-        raise NodeError(
-            f"{kind} of {lm.family} cannot be patched by module hooks", fix="load it with attn_implementation='sdpa'"
-        )
-    units = torch.tensor([max(site.head, 0) for site in sites])
+    units = torch.tensor([unit_of(lm, site) for site in sites])
     return Slot(kind, index, found, sites, units.to(lm.device))
 
 
@@ -213,6 +208,12 @@ def watching(lm: Model, watched: Iterable[Slot]) -> Iterator[dict[Slot, Tensor]]
 def between_blocks(lm: Model) -> tuple[nn.Module, ...]:
     """What reads the stream between blocks: every block, then the final norm."""
     return (*(layer.block for layer in lm.layers), lm.final_norm)
+
+
+def added_to(lm: Model, slot: Slot) -> Float[Tensor, "*d"]:
+    """What the block adds to a slot's value by itself: nothing, or a constant beside what attention puts out."""
+    beside = outside(lm, lm.layers[slot.layer]) if slot.kind in ("attn_out", "mid") else None
+    return torch.zeros(()) if beside is None else beside
 
 
 def values_of(

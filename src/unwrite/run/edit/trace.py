@@ -175,7 +175,8 @@ class _Run:
         for site in self.at[point]:
             tensor = self._visit(site, tensor, now)
         if point in self.keep:
-            now.kept[point] = tensor
+            # A copy of what a module puts out: some go on to multiply it where it is.
+            now.kept[point] = tensor if point.before else tensor.clone()
         return tensor
 
     def _visit(self, site: Site, tensor: Tensor, now: Pass) -> Tensor:

@@ -15,7 +15,7 @@ from unwrite.errors import ModelError, NumericError, TokensError, counted, one_o
 from unwrite.model.load import weights_hash
 from unwrite.model.view import Model
 from unwrite.prompts.pairs import Pairs
-from unwrite.run.edit.slots import Slot, Values, slots, values
+from unwrite.run.edit.slots import Slot, Values, added_to, slots, values
 from unwrite.run.loop.stream import batch_size, batches, parts
 
 DONORS = ("source", "mean", "zero", "resample")
@@ -25,7 +25,7 @@ DONORS = ("source", "mean", "zero", "resample")
 class Donor:
     """`name` says where values of `slots` come from; `reader` is the model that reads them there.
 
-    They are handed out on `device`: another model may lie elsewhere.
+    They are handed out where `lm` is, in which they are put: another model may lie elsewhere.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Donor:
     reader: Model
     read: tuple[Slot, ...]
     order: Int[np.ndarray, " pair"]
-    device: torch.device
+    lm: Model
 
     @property
     def read_by(self) -> dict[str, str]:
@@ -50,8 +50,16 @@ class Donor:
         if self.name == "mean":
             return {slot: part.expand(rows.stop - rows.start, *part.shape[1:]) for slot, part in self._means.items()}
         found = values(self.reader, self.ids(rows), self.read)
-        named = {slot: found[other].to(self.device) for slot, other in zip(self.slots, self.read, strict=True)}
-        return {slot: torch.zeros_like(part) for slot, part in named.items()} if self.name == "zero" else named
+        return {slot: self._put(slot, found[other], other) for slot, other in zip(self.slots, self.read, strict=True)}
+
+    def _put(self, slot: Slot, value: Tensor, read: Slot) -> Tensor:
+        """A value as it is put where a block adds a constant of its own to what lies there."""
+        value = value.to(self.lm.device)
+        if self.name == "zero":
+            return torch.zeros_like(value) - added_to(self.lm, slot).to(value)
+        if self.reader is self.lm:
+            return value
+        return value + (added_to(self.reader, read).to(value) - added_to(self.lm, slot).to(value))
 
     @cached_property
     def _means(self) -> Values:
@@ -76,17 +84,17 @@ def donor(lm: Model, pairs: Pairs, asked: tuple[Slot, ...], source: Any) -> Dono
     order = np.arange(len(pairs))
     if not isinstance(source, Model):
         one_of("source", source, DONORS, also="a model of uw.load")
-    own_positions = lm.row.pos_embed and (isinstance(source, Model) or source == "zero")
+    own_positions = lm.row.pos_embed is not None and (isinstance(source, Model) or source == "zero")
     if own_positions and any(slot.kind == "embed" for slot in asked):
         raise NumericError(
             "beside its embedding the stream holds positions of the model's own", fix="patch 'resid_pre0', or use mean"
         )
     if isinstance(source, Model):
         pairs.source.check(source.vocabulary, source.context)
-        return Donor(_other_name(lm, source), pairs, asked, source, _same(source, asked), order, lm.device)
+        return Donor(_other_name(lm, source), pairs, asked, source, _same(source, asked), order, lm)
     if source == "resample":
         order = _others(pairs)
-    return Donor(source, pairs, asked, lm, asked, order, lm.device)
+    return Donor(source, pairs, asked, lm, asked, order, lm)
 
 
 def _other_name(lm: Model, other: Model) -> str:
