@@ -24,6 +24,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+import every
 import tiny
 import unwrite as uw
 from methods import IDS, METHODS, PAIRS, VARIANTS, few_draws, shape
@@ -100,6 +101,25 @@ def test_what_reads_text_otherwise_inside_of_another_model_is_refused() -> None:
     config = PaliGemmaConfig(vision_config=seen, text_config=text("gemma").config, image_token_index=59)
     with pytest.raises(ModelError, match="is not causal: a changed last token moves the logits before it"):
         uw.load(AutoModelForMultimodalLM.from_config(config, dtype=torch.float64).eval())
+
+
+@pytest.mark.parametrize(
+    ("kind", "mapping", "asks", "instead"),
+    [
+        ("blip-2", "images", "pixel_values", r"pass .* its \.language_model \(OPTForCausalLM\)"),
+        ("idefics", "images", "pixel_values, image_encoder_embeddings, perceiver_embeddings", "use a decoder that does"),
+        ("kosmos-2", "images", "pixel_values, image_embeds", r"pass .* its \.text_model \(Kosmos2TextForCausalLM\)"),
+        ("gemma4_unified_assistant", "text", "inputs_embeds, shared_kv_states", "use a decoder that does"),
+    ],
+)
+def test_what_does_not_run_on_text_alone_is_told_what_it_asks_for(
+    kind: str, mapping: str, asks: str, instead: str
+) -> None:
+    hf = every.model(kind, mapping)
+    with pytest.raises(ModelError, match=rf"does not run on text alone: .* asks for {asks}\. Expected: .*{instead}"):
+        uw.load(hf)
+    if kind == "blip-2":
+        assert uw.load(hf.language_model).certificate.ok
 
 
 # --- no head ----------------------------------------------------------------------------------------------------------
