@@ -107,7 +107,12 @@ def test_what_reads_text_otherwise_inside_of_another_model_is_refused() -> None:
     ("kind", "mapping", "asks", "instead"),
     [
         ("blip-2", "images", "pixel_values", r"pass .* its \.language_model \(OPTForCausalLM\)"),
-        ("idefics", "images", "pixel_values, image_encoder_embeddings, perceiver_embeddings", "use a decoder that does"),
+        (
+            "idefics",
+            "images",
+            "pixel_values, image_encoder_embeddings, perceiver_embeddings",
+            "use a decoder that does",
+        ),
         ("kosmos-2", "images", "pixel_values, image_embeds", r"pass .* its \.text_model \(Kosmos2TextForCausalLM\)"),
         ("gemma4_unified_assistant", "text", "inputs_embeds, shared_kv_states", "use a decoder that does"),
     ],
