@@ -15,11 +15,7 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    CLIPVisionConfig,
-    Gemma3Config,
     GPT2DoubleHeadsModel,
-    Idefics3Config,
-    LlavaConfig,
     PaliGemmaConfig,
     SiglipVisionConfig,
 )
@@ -28,12 +24,12 @@ import every
 import tiny
 import unwrite as uw
 from methods import IDS, METHODS, PAIRS, VARIANTS, few_draws, shape
+from seeing import SEEN, around, text
 from unwrite.errors import ModelError
 from unwrite.model.certificate import IDENTITIES
 from unwrite.model.load import view
 from unwrite.model.view import Model
 
-SEEN = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
 NO_LOGITS = r"has no language-model head, so it gives no logits of tokens"
 
 
@@ -41,29 +37,6 @@ NO_LOGITS = r"has no language-model head, so it gives no logits of tokens"
 def _few_draws() -> Iterator[None]:
     with few_draws():
         yield
-
-
-def text(family: str) -> Any:
-    return tiny.model(family, 0, torch.float64, vocab_size=60, tie_word_embeddings=False, **shape(""))
-
-
-def around(family: str) -> tuple[Any, Any]:
-    """A model that also sees pictures, around the decoder of a causal language model; and that model."""
-    plain, seen = text(family), SiglipVisionConfig(**SEEN)
-    config = {
-        "llama": lambda own: LlavaConfig(text_config=own, vision_config=CLIPVisionConfig(**SEEN), image_token_index=59),
-        "qwen2": lambda own: Idefics3Config(text_config=own, vision_config=SEEN, image_token_id=59, scale_factor=2),
-        "gemma3_text": lambda own: Gemma3Config(
-            text_config=own, vision_config=seen, mm_tokens_per_image=4, image_token_index=59, tie_word_embeddings=False
-        ),
-    }[family](plain.config)
-    # These have no cap of their own around the text model.
-    plain.config.final_logit_softcapping = None
-    whole = AutoModelForMultimodalLM.from_config(config, dtype=torch.float64).eval()
-    inner = next(part for part in whole.modules() if type(part) is type(plain.model))
-    inner.load_state_dict(plain.model.state_dict())
-    whole.get_output_embeddings().load_state_dict(plain.lm_head.state_dict())
-    return whole, plain
 
 
 def same(got: uw.Result, want: uw.Result, *names: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from unwrite.model.hooks import Handle, after, before, hooked
 from unwrite.model.inside import text_config
+from unwrite.model.placed import decode
 from unwrite.model.view import Folded, Layer, Model, centre, norm_scale
 from unwrite.model.writes import Writes
 from unwrite.nodes import Location, Node
@@ -161,7 +162,7 @@ def run(
 ) -> Writes:
     """All writes of one pass of the base model over left-aligned prompts; logits are never computed."""
     with recording(lm, folded) as record:
-        lm.decoder(input_ids=ids.to(device or lm.device), use_cache=False)
+        decode(lm, ids, device, use_cache=False)
     return _rows(record.writes, ids)
 
 

@@ -11,15 +11,17 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from unwrite.errors import plain
-from unwrite.model.cache import Past, empty, kept_of, remembering, with_past
+from unwrite.model.cache import Past, empty, keeping, kept_of, remembering, with_past
 from unwrite.model.capture import evaluating
 from unwrite.model.hooks import Call, before, called, first_of, hooked, kept, reads_instead
+from unwrite.model.placed import decode
 from unwrite.model.view import Layer, Model
 
 _UNCERTIFIED = 1e-3
@@ -50,7 +52,7 @@ def kept_run(lm: Model, ids: Int[Tensor, "prompt position"]) -> tuple[Inputs, li
         stack.enter_context(evaluating(lm.hf))
         # Copies: some blocks add into what they were given.
         stack.enter_context(hooked(before(module, kept(found, i, copied=True)) for i, module in enumerate(modules)))
-        lm.decoder(input_ids=ids.to(lm.device), use_cache=True, past_key_values=cache)
+        decode(lm, ids, **keeping(lm.decoder, cache))
     return [found[index].to(lm.device) for index in range(len(modules))], kept_of(cache, len(lm.layers))
 
 
@@ -61,9 +63,11 @@ def calls_from(lm: Model, ids: Int[Tensor, "1 position"], kept: Sequence[Past], 
     Where nothing is `kept`, start is 0, and the model is asked for no cache.
     """
     past = {i: (keys[:1, :, :start], values[:1, :, :start]) for i, (keys, values) in enumerate(kept)}
-    cache = {"use_cache": True, "past_key_values": remembering(past, len(lm.layers))} if kept else {"use_cache": False}
+    cache: dict[str, Any] = {"use_cache": False}
+    if kept:
+        cache = keeping(lm.decoder, remembering(past, len(lm.layers)))
     with evaluating(lm.hf), calling(lm) as calls:
-        lm.decoder(input_ids=ids[:, start:end], **cache)
+        decode(lm, ids[:, start:end], **cache)
     return calls
 
 
