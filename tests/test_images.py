@@ -128,6 +128,30 @@ def test_another_image_is_the_effect_of_what_is_embedded(family: str) -> None:
     np.testing.assert_allclose(uw.dla(lm, both[0], 5, 9)["logit_diff"], own, atol=1e-9)
 
 
+@pytest.mark.promise("exact")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_trace_of_the_models_own_pass_shows_and_edits_what_is_embedded(family: str) -> None:
+    lm, given = seeing(family), inputs(family)
+    decoder = next(part for part in lm.hf.modules() if type(part).__name__ in ("LlamaModel", "Qwen2Model"))
+
+    def halved(_: nn.Module, args: Any, named: dict[str, Any]) -> Any:
+        put = named["inputs_embeds"].clone()
+        put[:, 3] /= 2
+        return args, {**named, "inputs_embeds": put}
+
+    handle = decoder.register_forward_pre_hook(halved, with_kwargs=True)
+    with torch.no_grad():
+        want = lm.hf(**given).logits
+    handle.remove()
+    # The convention takes no mean away where norms are those of Llama.
+    with torch.no_grad(), uw.trace(lm, "embed", edits=uw.Edit.scale("embed", 0.5, at=3)) as seen:
+        got = lm.hf(**given).logits
+    torch.testing.assert_close(got, want)
+    shown = embedded(lm.hf, given)
+    shown[:, 3] /= 2
+    torch.testing.assert_close(seen["embed"], shown)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_are_those_of_the_content_wherever_padding_is(family: str) -> None:
     lm, tokens = seeing(family), uw.images(seeing(family), inputs(family))

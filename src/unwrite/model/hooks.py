@@ -93,6 +93,18 @@ def called(module: nn.Module, begin: Callable[[Call], object]) -> Handle:
     return module.register_forward_pre_hook(_Begin(begin), with_kwargs=True)
 
 
+def given(module: nn.Module, name: str, visit: Visit) -> Handle:
+    """Visit what a module is given by this name, where it is given a tensor so."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        if not isinstance(kwargs.get(name), Tensor):
+            return None
+        new = visit(kwargs[name])
+        return None if new is None else (args, {**kwargs, name: new})
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
 def ended(module: nn.Module, end: Callable[[], object]) -> Handle:
     """Tell `end` when a module has run, also where it raised."""
 
