@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import ProcessorMixin
 
 import every
 import unwrite as uw
@@ -150,6 +151,18 @@ def test_a_trace_of_the_models_own_pass_shows_and_edits_what_is_embedded(family:
     shown = embedded(lm.hf, given)
     shown[:, 3] /= 2
     torch.testing.assert_close(seen["embed"], shown)
+
+
+class Reader(ProcessorMixin):
+    """A processor that reads text alone: image processors of transformers ask for pillow."""
+
+    def __init__(self, tokenizer: Any):
+        super().__init__(tokenizer)
+
+
+def test_a_processor_is_taken_for_its_tokenizer() -> None:
+    reader = Reader(uw.planted().tokenizer)
+    assert uw.load(around("llama")[0], reader).tokenizer is reader.tokenizer
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, ProcessorMixin
 from transformers.utils.import_utils import is_accelerate_available
 
 from unwrite.errors import ModelError, UnwriteError, plain, shown
@@ -52,17 +52,19 @@ def load(
 
     "default" is the small model that comes with the package; a `.gguf` file is dequantised once and kept so in the
     user's cache folder; a TransformerLens-era checkpoint, by folder or by hub name, becomes a GPT-2.
-    Arguments: `tokenizer`, by default the one that comes with the model; `revision` a hub commit; `dtype` by default
-    that of the weights, but on a CPU float32 for half precision, which "auto" keeps; `device` or `device_map` where to
-    put it (not for a model in memory, which stays as and where it is), the latter "auto" or {module: device} as in
-    accelerate, with "cpu" and "disk" for what is brought in when it is needed; `convention` "paper" (Dao et al. 2023:
-    heads without constant part, LayerNorm streams centred) or "raw".
+    Arguments: `tokenizer`, by default the one that comes with the model, or a processor that has one; `revision` a hub
+    commit; `dtype` by default that of the weights, but on a CPU float32 for half precision, which "auto" keeps;
+    `device` or `device_map` where to put it (not for a model in memory, which stays as and where it is), the latter
+    "auto" or {module: device} as in accelerate, with "cpu" and "disk" for what is brought in when it is needed;
+    `convention` "paper" (Dao et al. 2023: heads without constant part, LayerNorm streams centred) or "raw".
     Raises ModelError for an unknown architecture, an encoder–decoder, weights that are missing or pickled, remote code
     (unless `trust_remote_code`), what is no tokenizer, or a decomposition whose certificate fails, with the failing
     identity.
 
     Example: `lm = uw.load("gpt2")`; `print(lm.certificate.explain())`
     """
+    if isinstance(tokenizer, ProcessorMixin):
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     require_options(tokenizer, revision, dtype, device, trust_remote_code, convention)
     if isinstance(source, (str, Path)) and str(source):
         device_map = places(device_map, device)
