@@ -818,29 +818,35 @@ def test_an_edit_that_cannot_be_honoured_is_an_error(make: Callable[[], Edit], m
 
 
 @pytest.mark.promise("errors")
-def test_an_edit_that_no_pass_reached_is_an_error_unless_there_is_another() -> None:
+def _left_out(lm: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass goes by the second block."""
+    monkeypatch.setattr(lm.layers[1].block, "forward", lambda x, *_, **__: x)
+
+
+def test_an_edit_that_no_pass_reached_is_an_error_unless_there_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = model("gpt2")
     with pytest.raises(NodeError, match="touched nothing"), uw.trace(lm, edits=Edit.set("L0H0", 0.0)):
         pass
     with pytest.raises(ZeroDivisionError), uw.trace(lm, edits=Edit.set("L0H0", 0.0)):
         raise ZeroDivisionError
-    embedded = lm.hf.get_input_embeddings()(ids_of(lm))
-    with pytest.raises(NodeError, match="edit of embed touched nothing"), uw.trace(lm, edits=Edit.set("embed", 0.0)):
-        lm.hf(inputs_embeds=embedded)
+    _left_out(lm, monkeypatch)
+    with pytest.raises(NodeError, match="edit of MLP1 touched nothing"), uw.trace(lm, edits=Edit.set("MLP1", 0.0)):
+        lm.hf(ids_of(lm))
 
 
-def test_what_was_not_asked_for_or_not_reached_cannot_be_read() -> None:
-    lm = model("gpt2")
-    with uw.trace(lm, "L0H0.z", "embed") as t:
+def test_what_was_not_asked_for_or_not_reached_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = model("gpt2", "raw")
+    _left_out(lm, monkeypatch)
+    with uw.trace(lm, "L0H0.z", "embed", "MLP1") as t:
         with pytest.raises(NodeError, match="no forward pass has run"):
             t["L0H0.z"]
         embedded = lm.hf.get_input_embeddings()(ids_of(lm))
         with pytest.raises(NodeError, match="no forward pass has run"):
             t["embed"]
         lm.hf(inputs_embeds=embedded)
-        assert torch.equal(lm.hf.get_input_embeddings()(ids_of(lm)), embedded)
+        assert torch.equal(t["embed"], embedded)
         with pytest.raises(NodeError, match="did not reach it"):
-            t["embed"]
+            t["MLP1"]
     assert t["L0H0.z"].shape == (2, 7, lm.head_dim)
     with pytest.raises(NodeError, match=r"L0H1\.z was not asked for.*nearest: L0H0\.z"):
         t["L0H1.z"]
