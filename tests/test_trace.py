@@ -817,12 +817,12 @@ def test_an_edit_that_cannot_be_honoured_is_an_error(make: Callable[[], Edit], m
         ran(lm, edits=make())
 
 
-@pytest.mark.promise("errors")
 def _left_out(lm: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass goes by the second block."""
     monkeypatch.setattr(lm.layers[1].block, "forward", lambda x, *_, **__: x)
 
 
+@pytest.mark.promise("errors")
 def test_an_edit_that_no_pass_reached_is_an_error_unless_there_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = model("gpt2")
     with pytest.raises(NodeError, match="touched nothing"), uw.trace(lm, edits=Edit.set("L0H0", 0.0)):
