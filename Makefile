@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIN = .venv/bin/python -m pip install -qq -c constraints.txt --build-constraint constraints.txt
 
-.PHONY: audit test lint docs bench clean
+.PHONY: audit test lower lint docs bench clean
 .DELETE_ON_ERROR:
 
 # MODEL: a hub name or folder, by default the bundled model; TEXT: a file or folder; OUT: the folder it writes.
@@ -12,6 +12,11 @@ audit: .venv/.runtime
 
 test: .venv/.test .venv-legacy/.done
 	@.venv/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+# A few tests that reach every dependency, with the oldest version of each that pyproject.toml allows.
+OLDEST = tests/test_families.py tests/test_result.py tests/test_report.py tests/test_gguf.py tests/test_images.py
+lower: .venv-lower/.done
+	@.venv-lower/bin/python -m pytest -q -W default $(OLDEST)
 
 lint: .venv/.lint
 	.venv/bin/ruff check
@@ -29,7 +34,7 @@ bench: .venv/.runtime
 
 # Results in audit/ are yours and stay.
 clean:
-	rm -rf .venv .venv-legacy dist docs/_build .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-legacy .venv-lower dist docs/_build .pytest_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps below are touched when an installation is complete, so that it is done once.
@@ -46,6 +51,15 @@ clean:
 
 .venv/.test: .venv/.runtime
 	@$(PIN) --group test --group oracle
+	@touch $@
+
+.venv-lower/.done: .venv/.pip pyproject.toml tests/lower.py
+	@rm -rf .venv-lower
+	@.venv/bin/python -m venv .venv-lower
+	@.venv-lower/bin/python -m pip install -qq -c constraints.txt --upgrade pip
+	@.venv/bin/python tests/lower.py > .venv-lower/oldest.txt
+	@.venv-lower/bin/python -m pip install -qq -c .venv-lower/oldest.txt --build-constraint constraints.txt \
+		-e ".[accelerate,datasets,gguf]" pytest hypothesis beartype
 	@touch $@
 
 .venv/.lint: .venv/.runtime

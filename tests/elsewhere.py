@@ -107,7 +107,7 @@ class _Moves(ModelHook):
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return send_to_device(args, self.execution_device), send_to_device(
-            kwargs, self.execution_device, skip_keys="past_key_values"
+            kwargs, self.execution_device, skip_keys=["cache", "past_key_values"]
         )
 
 

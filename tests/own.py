@@ -63,6 +63,9 @@ OWN: dict[str, Settings] = {
         },
     },
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+    # As it is kept: attention and MLPs are blocks of their own, so twice as many.
+    "dory": {"num_hidden_layers": 8, "n_input_layers": 2, "n_recurrent_layers": 4, "n_output_layers": 2,
+             "layer_types": _in_turn("sliding_attention", "mlp", "full_attention", "mlp")},
     "dots1": _ROUTED,
     "emu3": _WORDS,
     "ernie4_5_vl_moe_text": _turned(mrope_section=[1, 1, 2]),
@@ -92,6 +95,7 @@ OWN: dict[str, Settings] = {
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
     "hunyuan_vl_text": {"head_dim": 8, **_turned(mrope_section=[1, 1, 1, 1])},
+    "hy_v4_vl_text": {"rope_parameters": {"mrope_section": [1, 1, 0]}},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "laguna": {"num_attention_heads_per_layer": [4, 2, 4, 2]},
     "lfm2": {"layer_types": _in_turn("conv", "full_attention"), "full_attn_idxs": [1, 3]},

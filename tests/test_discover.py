@@ -275,7 +275,7 @@ class Counted:
         self.backward += 1
 
 
-@pytest.mark.parametrize(("family", "most"), [("llama", 1), ("qwen3_moe", 1), ("falcon", 2), ("gptj", 2), ("bloom", 2)])
+@pytest.mark.parametrize(("family", "most"), [("llama", 1), ("qwen3_moe", 1), ("falcon", 2), ("gptj", 1), ("bloom", 2)])
 def test_finding_a_row_costs_few_short_passes(family: str, most: int, nameless: Callable[[str], Family]) -> None:
     hf = tiny.model(family, 2, torch.float32)
     counted = Counted(hf)

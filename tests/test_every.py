@@ -69,6 +69,10 @@ def test_a_method_that_does_not_apply_says_why_and_none_breaks() -> None:
     assert not [answer for answer in answers if answer.startswith(survey.BUG)]
 
 
+def test_no_refusal_is_an_error_in_the_models_own_pass() -> None:
+    assert not [one["type"] for one in RECORDS if "could not be run" in one.get("why", "")]
+
+
 # Of a few always, of all that open with --slow: llama4's mixtures of experts give the rows of all prompts in one list.
 EXECUTED = ("llama", "llama4_text", "glm4_moe")
 OPEN = [one["type"] for one in RECORDS if one["mapping"] == "text" and "errors" in one]

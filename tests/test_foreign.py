@@ -22,6 +22,7 @@ import foreign
 import unwrite as uw
 from executed import weights
 from methods import IDS, few_draws, shape
+from seeing import around, inputs
 from unwrite.errors import UnwriteError, plain
 
 
@@ -30,6 +31,11 @@ def lm(method: str = "") -> Any:
     """Small, with a tokenizer that knows bytes."""
     settings = {**shape(method), "vocab_size": 256, "tie_word_embeddings": False}
     return uw.load(weights("gpt2", 4, **settings), uw.planted().tokenizer)
+
+
+@cache
+def seeing() -> Any:
+    return uw.load(around("llama")[0])
 
 
 @cache
@@ -119,7 +125,7 @@ def calls() -> dict[str, Call]:
     # What gathers is a peer, and a tensor does; a job of no shards has none.
     job = {"folder": f"None {_PLACES}", "every": f"{_NUMBERS} 10**5000 inf", "of": "[] () {} set() empty_array"}
     peers = "None float_tensor nan_tensor meta_tensor complex_tensor bool_tensor tensor_with_a_gradient sparse_tensor"
-    named = {"source": _STRINGS, "digest": _STRINGS, "notes": "()"}
+    named = {"source": _STRINGS, "digest": _STRINGS, "notes": "()", "images": "None"}
     return {
         "load": Call(uw.load, {"source": lm().hf}, {**loaded, "trust_remote_code": "True False", "dtype": "None"}),
         "planted": Call(uw.planted, {}, {"dtype": "dtype", "massive": "0 0.5 np.float32"}),
@@ -128,6 +134,7 @@ def calls() -> dict[str, Call]:
             {"source": "nonsense str_subclass long_string a_long_name", "tokenizer": "tokenizer",
              "checkpoint": "None Job lying"},
         ),
+        "images": Call(uw.images, {"lm": seeing(), "inputs": inputs("llama")}),
         "pairs": Call(uw.pairs, ends, {"source": "", "bos": "None"}),
         "read": Call(uw.read, {"path": "saved"}, {"path": ""}),
         "scan": Call(uw.scan, {**text, "writers": ["L0H0"]}, {"tokens": f"{TAKES['tokens']} Dataset"}),
@@ -180,11 +187,11 @@ def calls() -> dict[str, Call]:
 
 
 NAMES = (
-    "load", "planted", "text", "pairs", "read", "scan", "verify", "survival", "dla", "adversarial", "corpus_dla",
-    "effects", "paths", "bound", "compare", "agree", "audit", "reproduce", "doctor", "trace", "trace[]", "Edit",
-    "Edit.set", "Edit.add", "Edit.scale", "Edit.project_out", "Job", "Rules", "Result", "Result[]", "Result.figure",
-    "Result.save", "Result.save_table", "Tokens", "Tokens.named", "Tokens.take", "Tokens.check", "Pairs", "Pairs.check",
-    "Pairs.words",
+    "load", "planted", "text", "images", "pairs", "read", "scan", "verify", "survival", "dla", "adversarial",
+    "corpus_dla", "effects", "paths", "bound", "compare", "agree", "audit", "reproduce", "doctor", "trace", "trace[]",
+    "Edit", "Edit.set", "Edit.add", "Edit.scale", "Edit.project_out", "Job", "Rules", "Result", "Result[]",
+    "Result.figure", "Result.save", "Result.save_table", "Tokens", "Tokens.named", "Tokens.take", "Tokens.check",
+    "Pairs", "Pairs.check", "Pairs.words",
 )  # fmt: skip
 # What the methods of the library ask of a job; people hand it over.
 NOT_ASKED = {

@@ -15,24 +15,21 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    CLIPVisionConfig,
-    Gemma3Config,
     GPT2DoubleHeadsModel,
-    Idefics3Config,
-    LlavaConfig,
     PaliGemmaConfig,
     SiglipVisionConfig,
 )
 
+import every
 import tiny
 import unwrite as uw
 from methods import IDS, METHODS, PAIRS, VARIANTS, few_draws, shape
+from seeing import SEEN, around, text
 from unwrite.errors import ModelError
 from unwrite.model.certificate import IDENTITIES
 from unwrite.model.load import view
 from unwrite.model.view import Model
 
-SEEN = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
 NO_LOGITS = r"has no language-model head, so it gives no logits of tokens"
 
 
@@ -40,29 +37,6 @@ NO_LOGITS = r"has no language-model head, so it gives no logits of tokens"
 def _few_draws() -> Iterator[None]:
     with few_draws():
         yield
-
-
-def text(family: str) -> Any:
-    return tiny.model(family, 0, torch.float64, vocab_size=60, tie_word_embeddings=False, **shape(""))
-
-
-def around(family: str) -> tuple[Any, Any]:
-    """A model that also sees pictures, around the decoder of a causal language model; and that model."""
-    plain, seen = text(family), SiglipVisionConfig(**SEEN)
-    config = {
-        "llama": lambda own: LlavaConfig(text_config=own, vision_config=CLIPVisionConfig(**SEEN), image_token_index=59),
-        "qwen2": lambda own: Idefics3Config(text_config=own, vision_config=SEEN, image_token_id=59, scale_factor=2),
-        "gemma3_text": lambda own: Gemma3Config(
-            text_config=own, vision_config=seen, mm_tokens_per_image=4, image_token_index=59, tie_word_embeddings=False
-        ),
-    }[family](plain.config)
-    # These have no cap of their own around the text model.
-    plain.config.final_logit_softcapping = None
-    whole = AutoModelForMultimodalLM.from_config(config, dtype=torch.float64).eval()
-    inner = next(part for part in whole.modules() if type(part) is type(plain.model))
-    inner.load_state_dict(plain.model.state_dict())
-    whole.get_output_embeddings().load_state_dict(plain.lm_head.state_dict())
-    return whole, plain
 
 
 def same(got: uw.Result, want: uw.Result, *names: str) -> None:
@@ -100,6 +74,30 @@ def test_what_reads_text_otherwise_inside_of_another_model_is_refused() -> None:
     config = PaliGemmaConfig(vision_config=seen, text_config=text("gemma").config, image_token_index=59)
     with pytest.raises(ModelError, match="is not causal: a changed last token moves the logits before it"):
         uw.load(AutoModelForMultimodalLM.from_config(config, dtype=torch.float64).eval())
+
+
+@pytest.mark.parametrize(
+    ("kind", "mapping", "asks", "instead"),
+    [
+        ("blip-2", "images", "pixel_values", r"pass .* its \.language_model \(OPTForCausalLM\)"),
+        (
+            "idefics",
+            "images",
+            "pixel_values, image_encoder_embeddings, perceiver_embeddings",
+            "use a decoder that does",
+        ),
+        ("kosmos-2", "images", "pixel_values, image_embeds", r"pass .* its \.text_model \(Kosmos2TextForCausalLM\)"),
+        ("gemma4_unified_assistant", "text", "inputs_embeds, shared_kv_states", "use a decoder that does"),
+    ],
+)
+def test_what_does_not_run_on_text_alone_is_told_what_it_asks_for(
+    kind: str, mapping: str, asks: str, instead: str
+) -> None:
+    hf = every.model(kind, mapping)
+    with pytest.raises(ModelError, match=rf"does not run on text alone: .* asks for {asks}\. Expected: .*{instead}"):
+        uw.load(hf)
+    if kind == "blip-2":
+        assert uw.load(hf.language_model).certificate.ok
 
 
 # --- no head ----------------------------------------------------------------------------------------------------------

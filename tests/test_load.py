@@ -23,7 +23,7 @@ from tiny import snapshot
 from unwrite.errors import ModelError, TokensError
 
 # One of every way in which attention is reached: the interface, own code, own code with a branch for sdpa, post-norms.
-WAYS = ("gpt2", "gptj", "falcon", "gemma2", "qwen2_moe")
+WAYS = ("gpt2", "gpt_neo", "falcon", "gemma2", "qwen2_moe")
 IDS = torch.randint(3, 50, (3, 8), generator=torch.Generator().manual_seed(0))
 
 

@@ -393,7 +393,9 @@ def test_what_cannot_be_asked_is_refused() -> None:
 
 
 def test_a_family_that_hides_its_queries_says_so() -> None:
-    lm = view(weights("gptj", 0, num_hidden_layers=2, num_attention_heads=2))
+    hf = weights("falcon", 0, num_hidden_layers=2, num_attention_heads=2, alibi=False)
+    hf.config._attn_implementation = "eager"
+    lm = view(hf)
     with pytest.raises(NodeError, match="turned inside"):
         uw.paths(lm, pairs(), "L0H1", "L1H0.q")
     naive, found = Naive(lm, pairs(), 0), uw.paths(lm, pairs(), "L0H1", ["L1H0", "L1H0.v"])["effect"]

@@ -29,7 +29,7 @@ from unwrite.run.replay import clean as replay
 
 LENGTH, ROW = 6, 4
 # One of every way in which attention is reached: the interface, own code, own code with a branch for sdpa, post-norms.
-WAYS = ("gpt2", "gptj", "falcon", "gemma2", "qwen2_moe")
+WAYS = ("gpt2", "gpt_neo", "falcon", "gemma2", "qwen2_moe")
 # Falcon's fused and open attention differ under ALiBi; patterns are shown by the open one, so here all runs are open.
 OPEN = {"falcon": {"attn_implementation": "eager"}}
 every_family = pytest.mark.parametrize("family", tiny.FAMILIES)

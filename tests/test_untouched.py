@@ -24,7 +24,7 @@ from unwrite.model.view import Model
 pytestmark = pytest.mark.promise("untouched")
 
 # One of every way in which attention is reached: the interface, post-norms, own code with a branch for sdpa, own code.
-FAMILIES = ("gpt2", "llama", "gemma2", "falcon", "gptj")
+FAMILIES = ("gpt2", "llama", "gemma2", "falcon", "gpt_neo")
 
 
 def _traced(lm: Model) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from unwrite.methods.scan import scan as scan
     from unwrite.methods.survival import survival as survival
     from unwrite.methods.verify import verify as verify
+    from unwrite.model.images import images as images
     from unwrite.model.load import load as load
     from unwrite.model.planted import planted as planted
     from unwrite.prompts.pairs import Pairs as Pairs
@@ -51,6 +52,7 @@ _PUBLIC = {
     "dla": "unwrite.methods.dla",
     "doctor": "unwrite.studies.doctor",
     "effects": "unwrite.methods.effects",
+    "images": "unwrite.model.images",
     "load": "unwrite.model.load",
     "pairs": "unwrite.prompts.pairs",
     "paths": "unwrite.methods.paths",

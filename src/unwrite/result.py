@@ -173,7 +173,7 @@ def _opened(file: Path) -> xr.Dataset:
         if _SEALED in opened.attrs and not sealed:
             raise ValueError("its end is missing, or another program has rewritten it: save it by uw.Result(data).save")
     # Everything is read at once: an open file would fail later, far from here, where it is damaged.
-    with xr.open_dataset(io.BytesIO(whole), engine="h5netcdf") as opened:
+    with xr.open_dataset(io.BytesIO(whole), engine="h5netcdf", decode_timedelta=False) as opened:
         data = opened.load()
     data.attrs.pop(_SEALED, None)
     return data

@@ -151,7 +151,7 @@ def _request(
     one_of("at", at, AT)
     one_of("replace", replace, REPLACEMENTS)
     require(isinstance(total, bool), NumericError, "total is a choice", total, "True or False")
-    tokens = admit(lm, source, mask, 0, bos, files=False)
+    tokens = admit(lm, source, mask, 0, bos, files=False, sees=True)
     lm.require("logits")
     if (tokens.lengths < 2).any():
         raise TokensError(
@@ -175,7 +175,7 @@ def _request(
 
 
 def _texts(lm: Model, texts: Any, row: np.ndarray, bos: int | bool | None) -> Tokens:
-    tokens = admit(lm, texts, None, 0, None if isinstance(texts, Tokens) else bos)
+    tokens = admit(lm, texts, None, 0, None if isinstance(texts, Tokens) else bos, sees=True)
     if int(tokens.lengths.min()) <= int(row.max()):
         raise TokensError(
             "texts are shorter than the prompts", got=counted(int(tokens.lengths.min()), "token"),
@@ -325,7 +325,7 @@ class _Found:
         )
         words = {name: [spelled([i], tokenizer) for i in ids] for name, ids in asked.items()}
         words["prompt_text"] = [
-            spelled(ids[: n + 1], tokenizer) for ids, n in zip(tokens.ids, request.row, strict=True)
+            spelled(ids[: n + 1], tokenizer) for ids, n in zip(tokens.written, request.row, strict=True)
         ]
         return {
             **{name: ("prompt", np.array(part, dtype=object)) for name, part in words.items()},

@@ -107,7 +107,7 @@ def effects(
 
     Example: `uw.effects(lm, pairs, "heads", method="relp").table()`
     """
-    pairs = admit_pairs(lm, pairs, bos)
+    pairs = admit_pairs(lm, pairs, bos, sees=True)
     nodes = nodes if isinstance(nodes, str) else names_of("nodes", nodes)
     request = _request(lm, pairs, nodes, at, method, metric, source, steps)
     size, model, read = batch_size(lm, pairs.base, batch, held=4), provenance(lm), pairs.about()

@@ -85,7 +85,7 @@ def paths(
 
     Example: `uw.paths(lm, pairs, "heads", ["L9H9.q", "logits"], mlps="frozen").table()`
     """
-    pairs = admit_pairs(lm, pairs, bos)
+    pairs = admit_pairs(lm, pairs, bos, sees=True)
     one_of("mlps", mlps, MODES)
     named = [
         [part] if isinstance(part, str) else names_of(what, part)

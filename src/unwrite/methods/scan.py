@@ -70,7 +70,7 @@ def scan(
 
     Example: `uw.scan(lm, uw.text("book.txt", lm.tokenizer)).table()`
     """
-    texts = {plain(name): admit(lm, part, mask, skip, bos) for name, part in by_name(tokens).items()}
+    texts = {plain(name): admit(lm, part, mask, skip, bos, sees=True) for name, part in by_name(tokens).items()}
     chosen, floor = choose(writers, lm.parts), admit_floor(floor)
     sizes = [batch_size(lm, part, batch) for part in texts.values()]
     settings = {"writers": [str(node) for node in chosen], "skip": skip, "floor": floor, "batch": batch}

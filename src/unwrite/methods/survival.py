@@ -95,7 +95,7 @@ def survival(
 
     Example: `uw.survival(lm, uw.text("books/", lm.tokenizer, n=8, length=64)).table()`
     """
-    read, controls = admit(lm, tokens, mask, skip, bos), _require(controls, decoys)
+    read, controls = admit(lm, tokens, mask, skip, bos, sees=True), _require(controls, decoys)
     named, size = choose(writers, lm.parts) if writers is not None else None, _size(lm, read, batch)
     asked = {"controls": [*controls], "decoys": decoys, "skip": skip, "batch": batch}
     settings = {"writers": None if named is None else [*map(str, named)], "weigh": _named(lm, weigh), **asked}

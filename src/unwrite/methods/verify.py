@@ -82,7 +82,7 @@ def verify(
 
     Example: `uw.verify(lm, tokens, "L0H2")["survival"]`
     """
-    tokens = admit(lm, tokens, mask, skip, bos)
+    tokens = admit(lm, tokens, mask, skip, bos, sees=True)
     node = choose([parse_node(writer)], lm.parts)[0]
     named = None if erasers is None else require_readers(choose(erasers, lm.parts), node, len(lm.layers))
     # The states of two runs are held at a time.
@@ -229,7 +229,7 @@ def _strips(tally: WithoutTally) -> dict[str, Any]:
     """A few prompts, token by token."""
     shown, (level, survival, energy) = tally.strips()
     n = min(SHOWN, shown.length)
-    words = [[spelled([i], tally.lm.tokenizer) for i in row[:n]] for row in shown.ids]
+    words = [[spelled([i], tally.lm.tokenizer) for i in row[:n]] for row in shown.written]
     words = np.where(np.arange(n) < shown.lengths[:, None], np.array(words, dtype=object), "")
     with np.errstate(divide="ignore", invalid="ignore"):
         parts = {"level": level / energy, "survival": survival / energy}

@@ -2,9 +2,10 @@
 
 transformers lets an attention function be put in by name, with the mask that belongs to it; a name without its mask
 would silently attend to the future, so both are put in and both are taken out again. Of the families that ignore the
-interface, gpt_neo, gptj and bloom return the pattern from their attention modules. So does falcon, but only where it
-computes eagerly: by default it calls torch's own function, and with alibi the two do not compute the same (transformers
-5.23 adds the bias twice when eager). So the call that the model makes is opened, and never exchanged for another.
+interface, gpt_neo, bloom and, before transformers 5.24, gptj return the pattern from their attention modules. So does
+falcon, but only where it computes eagerly: by default it calls torch's own function, and with alibi the two do not
+compute the same (the bias is added twice when eager). So the call that the model makes is opened, and never exchanged
+for another.
 """
 
 from __future__ import annotations

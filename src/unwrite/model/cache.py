@@ -5,12 +5,13 @@ Keys and values of a clean run, kept whole (also where a sliding window would fo
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicIndexedLayer
 
 from unwrite.model.hooks import Call
@@ -26,6 +27,12 @@ def empty() -> Cache:
     """A cache for a run that begins at position 0."""
     # Some attention looks only where a scorer with keys of its own says, and then asks the cache for those.
     return Cache(layer_class_to_replicate=DynamicIndexedLayer)
+
+
+def keeping(decoder: nn.Module, cache: Cache) -> dict[str, Any]:
+    """The arguments by which a decoder is given a cache, whose name transformers 5.24 changed."""
+    name = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
+    return {"use_cache": True, name: cache}
 
 
 def kept_of(cache: Cache, layers: int) -> list[Past]:

@@ -15,6 +15,7 @@ from unwrite.model.families import REST
 from unwrite.model.hooks import Handle, after, before, hooked, kept
 from unwrite.model.inside import text_config
 from unwrite.model.norms import norm_scale
+from unwrite.model.placed import decode
 from unwrite.model.view import Folded, Layer, Model, centre, outside
 from unwrite.model.writes import Writes
 from unwrite.nodes import Location, Node
@@ -188,7 +189,7 @@ def run(
 ) -> Writes:
     """All writes of one pass of the base model over left-aligned prompts; logits are never computed."""
     with recording(lm, folded) as record:
-        lm.decoder(input_ids=ids.to(device or lm.device), use_cache=False)
+        decode(lm, ids, device, use_cache=False)
     return _rows(record.writes, ids)
 
 

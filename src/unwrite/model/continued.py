@@ -18,10 +18,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from unwrite.errors import ModelError, plain
-from unwrite.model.cache import Cache, Past, empty, kept_of, remembering, with_past
+from unwrite.model.cache import Past, empty, keeping, kept_of, remembering, with_past
 from unwrite.model.capture import evaluating
 from unwrite.model.hooks import Call, before, called, first_of, hooked, kept, put_out, read_of, reads_instead
 from unwrite.model.lengths import switches
+from unwrite.model.placed import decode
 from unwrite.model.view import Layer, Model
 
 _UNCERTIFIED = 1e-3
@@ -78,15 +79,16 @@ def kept_run(lm: Model, ids: Int[Tensor, "prompt position"]) -> tuple[Inputs, li
     continued over these.
     """
     found: dict[int, Tensor] = {}
-    past = {"use_cache": True, "past_key_values": empty()} if lm.applies("continued") else {"use_cache": False}
+    cache = empty() if lm.applies("continued") else None
+    past: dict[str, Any] = {"use_cache": False} if cache is None else keeping(lm.decoder, cache)
     modules = (*(layer.block for layer in lm.layers), lm.final_norm)
     with ExitStack() as stack:
         stack.enter_context(evaluating(lm.hf))
         # Copies: some blocks add into what they were given.
         stack.enter_context(hooked(before(module, kept(found, i, copied=True)) for i, module in enumerate(modules)))
-        lm.decoder(input_ids=ids.to(lm.device), **past)
-    inputs, cache = [found[index].to(lm.device) for index in range(len(modules))], past.get("past_key_values")
-    return inputs, kept_of(cache, len(lm.layers)) if isinstance(cache, Cache) else []
+        decode(lm, ids, **past)
+    inputs = [found[index].to(lm.device) for index in range(len(modules))]
+    return inputs, [] if cache is None else kept_of(cache, len(lm.layers))
 
 
 @torch.no_grad()
@@ -96,9 +98,11 @@ def calls_from(lm: Model, ids: Int[Tensor, "1 position"], kept: Sequence[Past], 
     Where nothing is `kept`, start is 0, and the model is asked for no cache.
     """
     past = {i: tuple(part[:1, :, :start] for part in own) for i, own in enumerate(kept)}
-    cache = {"use_cache": True, "past_key_values": remembering(past, len(lm.layers))} if kept else {"use_cache": False}
+    cache: dict[str, Any] = {"use_cache": False}
+    if kept:
+        cache = keeping(lm.decoder, remembering(past, len(lm.layers)))
     with evaluating(lm.hf), calling(lm) as calls:
-        lm.decoder(input_ids=ids[:, start:end], **cache)
+        decode(lm, ids[:, start:end], **cache)
     return calls
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import transformers
+
 Config = Any
 Where = Any  # a str, or None where there is nothing; or a tuple of these, one for each layer
 # Where a model's row comes from: this table, or `discover`.
@@ -175,6 +177,13 @@ _NEOX = replace(
     parallel=lambda config: config.use_parallel_residual,
 )
 
+_RELEASE = tuple(map(int, transformers.__version__.split(".")[:2]))
+# From 5.24 on it goes through the interface.
+_GPTJ_ATTENTION: dict[str, Any] = (
+    {} if _RELEASE >= (5, 24)
+    else {"interface": False, "opened": lambda config: {"v": "v_proj", "pattern": "attn_dropout"}}
+)  # fmt: skip
+
 FAMILIES: dict[str, Family] = {
     "gpt2": _GPT2,
     "gpt_neo": replace(
@@ -192,8 +201,7 @@ FAMILIES: dict[str, Family] = {
         act="fc_out",
         out_proj="out_proj",
         value="v_proj",
-        interface=False,
-        opened=lambda config: {"v": "v_proj", "pattern": "attn_dropout"},
+        **_GPTJ_ATTENTION,
         parallel=_yes,
     ),
     "opt": replace(

@@ -47,9 +47,12 @@ def before(module: nn.Module, visit: Visit) -> Handle:
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def after(module: nn.Module, visit: Visit, item: int | None = 0) -> Handle:
-    """Visit what a module puts out: of several things that of number `item`, or with None every tensor."""
-    return _after(module, lambda _, output: visit(output), item)
+def after(module: nn.Module, visit: Visit, item: int | None = 0, first: bool = False) -> Handle:
+    """Visit what a module puts out: of several things that of number `item`, or with None every tensor.
+
+    `first`: before all who visit it already, who then see what was put in its place.
+    """
+    return _after(module, lambda _, output: visit(output), item, first)
 
 
 def between(module: nn.Module, visit: Callable[[Tensor, Tensor], Tensor | None]) -> Handle:
@@ -57,7 +60,9 @@ def between(module: nn.Module, visit: Callable[[Tensor, Tensor], Tensor | None])
     return _after(module, lambda call, output: visit(read_of(call), output), 0)
 
 
-def _after(module: nn.Module, visit: Callable[[Call, Tensor], Tensor | None], item: int | None) -> Handle:
+def _after(
+    module: nn.Module, visit: Callable[[Call, Tensor], Tensor | None], item: int | None, first: bool = False
+) -> Handle:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         every = (output,) if isinstance(output, Tensor) else tuple(output)
         new = list(every)
@@ -69,7 +74,7 @@ def _after(module: nn.Module, visit: Callable[[Call, Tensor], Tensor | None], it
             return None
         return new[0] if isinstance(output, Tensor) else tuple(new)
 
-    return module.register_forward_hook(hook, with_kwargs=True)
+    return module.register_forward_hook(hook, with_kwargs=True, prepend=first)
 
 
 def _numbers(module: nn.Module, seen: Tensor) -> Tensor:
@@ -86,6 +91,18 @@ def _numbers(module: nn.Module, seen: Tensor) -> Tensor:
 def called(module: nn.Module, begin: Callable[[Call], object]) -> Handle:
     """Tell `begin` of every call of a module before it runs."""
     return module.register_forward_pre_hook(_Begin(begin), with_kwargs=True)
+
+
+def given(module: nn.Module, name: str, visit: Visit) -> Handle:
+    """Visit what a module is given by this name, where it is given a tensor so."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        if not isinstance(kwargs.get(name), Tensor):
+            return None
+        new = visit(kwargs[name])
+        return None if new is None else (args, {**kwargs, name: new})
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def ended(module: nn.Module, end: Callable[[], object]) -> Handle:

@@ -31,6 +31,7 @@ from unwrite.model.hooks import after, first_of, hooked, kept, read_of
 from unwrite.model.inside import maybe
 from unwrite.model.lengths import switches
 from unwrite.model.norms import norm_scale
+from unwrite.model.placed import placed
 from unwrite.model.projections import sizes
 from unwrite.model.unembedding import before_norm, rows_of, unembedding
 from unwrite.model.values import into_values, looked, of_biases, value_scale
@@ -97,11 +98,14 @@ def logits_of(lm: Model, ids: Ids, mask: Mask | None = None) -> Float[Tensor, "p
     return output_of(lm, ids, mask)
 
 
-def output_of(lm: Model, ids: Ids, mask: Mask | None = None) -> Float[Tensor, "prompt position output"]:
-    """What the model gives to whoever calls it: logits, or without a head what its final norm gives."""
+def output_of(lm: Model, ids: Ids, mask: Mask | None = None, **more: Any) -> Float[Tensor, "prompt position output"]:
+    """What the model gives to whoever calls it: logits, or without a head what its final norm gives.
+
+    `more` is what it reads beside token ids.
+    """
     padded = {} if mask is None or bool(mask.all()) else {"attention_mask": mask.long()}
-    with evaluating(lm.hf):
-        return first_of(lm.hf(input_ids=ids, use_cache=False, **padded)).to(ids.device)
+    with evaluating(lm.hf), placed(lm, ids) as written:
+        return first_of(lm.hf(input_ids=written, use_cache=False, **padded, **more)).to(ids.device)
 
 
 def finished(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import Any
 
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
 
 from unwrite.errors import ModelError
 from unwrite.model.families import FAMILIES, Family
 
 # What to do with a model that cannot be run.
-BY_ITSELF = "see that it runs by itself: model(input_ids=ids).logits"
-INNER = "if it does not run on text alone, pass the causal language model inside of it"
+_BY_ITSELF = "see that it runs by itself: model(input_ids=ids).logits"
 
 
 def text_config(config: Any) -> Any:
@@ -60,6 +61,26 @@ def headless(hf: Any) -> ModelError:
     return ModelError(
         f"{kind} has no language-model head, so it gives no logits of tokens", expected="a causal language model",
         fix=f"load it with {class_of(hf.config).__name__} instead of {kind}{inside}",
+    )  # fmt: skip
+
+
+def unrun(hf: Any, name: str, error: Exception, alone: Exception | None) -> ModelError:
+    """What is to be said of an error in a model's own pass; `alone` is what token ids by themselves raise, if they do.
+
+    Names of arguments in it are what the model asks for beside the ids: pictures, states of another model.
+    """
+    takes = [] if alone is None else [*inspect.signature(hf.forward).parameters]
+    asks = [part for part in takes if part != "input_ids" and re.search(rf"\b{part}\b", str(alone))]
+    within = ((path, part) for path, part in hf.named_modules() if path and isinstance(part, PreTrainedModel))
+    inner = next((f".{path} ({type(part).__name__})" for path, part in within if head_of(part) is not None), None)
+    if not asks:
+        inside = "" if inner is None else f", or pass the causal language model inside of it, its {inner}"
+        what = f"{name} ({text_config(hf.config).model_type}) could not be run on short random prompts"
+        return ModelError(what, got=error, fix=_BY_ITSELF + inside)
+    return ModelError(
+        f"{name} does not run on text alone: its forward pass asks for {', '.join(asks)}",
+        expected="a model that gives logits of token ids and nothing else",
+        fix="use a decoder that does" if inner is None else f"pass the causal language model inside of it, its {inner}",
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, ProcessorMixin
 from transformers.utils.import_utils import is_accelerate_available
 
 from unwrite.errors import ModelError, UnwriteError, plain, shown
@@ -23,14 +23,14 @@ from unwrite.model.complete import whole
 from unwrite.model.discover import discovered
 from unwrite.model.families import BY_HAND, FOUND
 from unwrite.model.gguf import configuration, from_gguf, gguf_file
-from unwrite.model.inside import BY_ITSELF, INNER, class_of, require_decoder, row_of, text_config
+from unwrite.model.inside import class_of, require_decoder, row_of, text_config, unrun
 from unwrite.model.legacy import checkpoint, from_legacy, is_legacy, tokenizer_folder, tokenizer_name
 from unwrite.model.now import state
 from unwrite.model.options import require_numbers, require_options
 from unwrite.model.projections import plain_tensor, require_linear
 from unwrite.model.single import HALVES
 from unwrite.model.view import Model
-from unwrite.model.weights import DISK, stored
+from unwrite.model.weights import DISK, home, stored
 
 # The model that comes with the package: trained by examples/pretrain, see its own README.
 DEFAULT, BUNDLED = "default", Path(__file__).parents[1] / "bundled"
@@ -52,17 +52,19 @@ def load(
 
     "default" is the small model that comes with the package; a `.gguf` file is dequantised once and kept so in the
     user's cache folder; a TransformerLens-era checkpoint, by folder or by hub name, becomes a GPT-2.
-    Arguments: `tokenizer`, by default the one that comes with the model; `revision` a hub commit; `dtype` by default
-    that of the weights, but on a CPU float32 for half precision, which "auto" keeps; `device` or `device_map` where to
-    put it (not for a model in memory, which stays as and where it is), the latter "auto" or {module: device} as in
-    accelerate, with "cpu" and "disk" for what is brought in when it is needed; `convention` "paper" (Dao et al. 2023:
-    heads without constant part, LayerNorm streams centred) or "raw".
+    Arguments: `tokenizer`, by default the one that comes with the model, or a processor that has one; `revision` a hub
+    commit; `dtype` by default that of the weights, but on a CPU float32 for half precision, which "auto" keeps;
+    `device` or `device_map` where to put it (not for a model in memory, which stays as and where it is), the latter
+    "auto" or {module: device} as in accelerate, with "cpu" and "disk" for what is brought in when it is needed;
+    `convention` "paper" (Dao et al. 2023: heads without constant part, LayerNorm streams centred) or "raw".
     Raises ModelError for an unknown architecture, an encoder–decoder, weights that are missing or pickled, remote code
     (unless `trust_remote_code`), what is no tokenizer, or a decomposition whose certificate fails, with the failing
     identity.
 
     Example: `lm = uw.load("gpt2")`; `print(lm.certificate.explain())`
     """
+    if isinstance(tokenizer, ProcessorMixin):
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     require_options(tokenizer, revision, dtype, device, trust_remote_code, convention)
     if isinstance(source, (str, Path)) and str(source):
         device_map = places(device_map, device)
@@ -123,14 +125,21 @@ def view(hf: PreTrainedModel, tokenizer: Any = None, convention: str = "paper", 
     except UnwriteError:
         raise
     except Exception as error:  # the forward pass is the model's own
-        raise ModelError(
-            f"{about['name']} ({family}) could not be run on short random prompts", got=error,
-            fix=BY_ITSELF if text_config(hf.config) is hf.config else INNER,
-        ) from error  # fmt: skip
+        raise unrun(hf, str(about["name"]), error, _alone(hf)) from error
     require_numbers(str(about["name"]), hf, certificate.errors)
     certificate.require(str(about["name"]))
     weights_hash(lm)
     return replace(lm, certificate=certificate, state=state(hf))
+
+
+def _alone(hf: PreTrainedModel) -> Exception | None:
+    """What a pass of two tokens and nothing else raises, if it does."""
+    try:
+        with evaluating(hf), torch.no_grad():
+            hf(input_ids=torch.zeros(1, 2, dtype=torch.long, device=home(hf)), use_cache=False)
+    except Exception as error:  # noqa: BLE001 - the forward pass is the model's own
+        return error
+    return None
 
 
 def outline(source: str | Path, dtype: torch.dtype | str | None = None) -> Model | None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Bool, Float
@@ -23,6 +24,7 @@ from unwrite.model.layers import Layer, layer_of
 from unwrite.model.projections import Effective, bias_of, has_bias, matrix_of, sizes
 from unwrite.model.weights import home, weight_of
 from unwrite.nodes import Location, Node
+from unwrite.prompts.tokens import Images
 
 CONVENTIONS = ("paper", "raw")
 # The identities of a certificate that a model without a language-model head has not.
@@ -54,6 +56,7 @@ class Model:
     effective: dict[nn.Module, Effective] = field(default_factory=dict)  # of projections that are not plain
     hashes: dict[Any, str] = field(default_factory=dict)  # state of the parameters -> hash of their values
     whole: dict[int, bool] = field(default_factory=dict)  # prompt length -> must runs of it be whole?
+    images: WeakSet[Images] = field(default_factory=WeakSet)  # vectors of prompts that are kept
 
     @property
     def config(self) -> Any:

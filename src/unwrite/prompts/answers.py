@@ -35,7 +35,7 @@ def answers(
     if len(each) != len(tokens):
         expected = f"1 or {len(tokens)}"
         raise TokensError(f"{name} is one token for each prompt", got=counted(len(each), "token"), expected=expected)
-    before = [ids[: end + 1].tolist() for ids, end in zip(tokens.ids, row, strict=True)]
+    before = [ids[: end + 1].tolist() for ids, end in zip(tokens.written, row, strict=True)]
     found = [token_after(part, ids, tokenizer, vocabulary) for part, ids in zip(each, before, strict=True)]
     return np.array(found, dtype=np.int64)
 

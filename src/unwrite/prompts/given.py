@@ -54,6 +54,11 @@ def by_name(source: Any) -> Mapping[Any, Any]:
     return source
 
 
+def holds_images(source: Any) -> bool:
+    """Is this what a processor returned that read more than text? Pixels are no integers, as all about ids is."""
+    return _is_encoding(source) and any("float" in said(getattr(part, "dtype", "")) for part in source.values())
+
+
 def _is_encoding(source: Any) -> bool:
     return isinstance(source, Mapping) and (_IDS in source or _MASK in source)
 
@@ -107,7 +112,7 @@ def _unpacked(source: Any, mask: Any) -> tuple[Any, Any]:
     if unknown := [name for name in names if name not in {_IDS, _MASK, *_ASIDE}]:
         raise TokensError(
             "this encoding holds more than ids and their mask", got=", ".join(unknown)[:80],
-            expected=f"{_IDS} and {_MASK}", fix="leave the rest out",
+            expected=f"{_IDS} and {_MASK}", fix="leave the rest out, or give all of it to uw.images(lm, …)",
         )  # fmt: skip
     if mask is not None and _MASK in source:
         raise TokensError("two masks were given", got=f"mask= and {_MASK}", fix="leave mask out")

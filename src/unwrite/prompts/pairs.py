@@ -75,7 +75,7 @@ class Pairs:
         asked = {"answer": self.answer} | ({} if self.against is None else {"against": self.against})
         words = {name: [spelled([i], tokenizer) for i in ids] for name, ids in asked.items()}
         for name, tokens in (("base_text", self.base), ("source_text", self.source)):
-            words[name] = [spelled(ids[: n + 1], tokenizer) for ids, n in zip(tokens.ids, self.row, strict=True)]
+            words[name] = [spelled(ids[: n + 1], tokenizer) for ids, n in zip(tokens.written, self.row, strict=True)]
         return words
 
     def about(self) -> dict[str, Any]:
@@ -220,7 +220,7 @@ def _require_equal(base: Tokens, source: Tokens, tokenizer: Any) -> None:
             "every base prompt needs one source prompt", got=f"{len(base)} and {counted(len(source), 'prompt')}"
         )
     for i in np.flatnonzero(base.lengths != source.lengths):
-        texts = [spelled(part.ids[i, : part.lengths[i]], tokenizer) for part in (base, source)]
+        texts = [spelled(part.written[i, : part.lengths[i]], tokenizer) for part in (base, source)]
         raise TokensError(
             f"the prompts of pair {i} have unequal numbers of tokens",
             got=f"{base.lengths[i]} ({texts[0]}) and {source.lengths[i]} ({texts[1]})",

@@ -9,11 +9,31 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from unwrite.errors import TokensError, counted, plain, shown, whole
 
 _FEWEST_TO_HALVE = 4
+# Beyond every vocabulary: ids from here on stand for vectors.
+BEYOND = 2**62
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """What a model puts where prompts hold no text, such as an image: each vector under an id of its own.
+
+    `ids` are in rising order, `vectors` [vector, d_model] the model's, `written` the tokens that hold their place in
+    the text.
+    """
+
+    ids: Int[np.ndarray, " vector"]
+    vectors: Any
+    written: Int[np.ndarray, " vector"]
+
+    def find(self, ids: Int[np.ndarray, "..."]) -> tuple[Int[np.ndarray, "..."], Bool[np.ndarray, "..."]]:
+        """The number of each id's vector, and whether it has one."""
+        at = np.searchsorted(self.ids, ids).clip(max=len(self.ids) - 1)
+        return at, self.ids[at] == ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +42,7 @@ class Tokens:
 
     A causal model never lets a position see what comes after it, so left-aligned rows need no attention mask.
     `cluster[p]` says which prompts belong together (windows of one document) and are not independent evidence.
+    `images`: what stands where they hold images, as `uw.images` finds it.
     """
 
     ids: Int[np.ndarray, "prompt position"]
@@ -30,8 +51,11 @@ class Tokens:
     source: str = "token ids"
     digest: str = ""
     notes: tuple[str, ...] = field(default=())
+    images: Images | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.images, Images | None):
+            raise TokensError("these are no images", got=shown(self.images), expected="what uw.images finds, or none")
         if not isinstance(self.source, str) or not isinstance(self.digest, str) or not isinstance(self.notes, tuple):
             got = ", ".join(shown(part) for part in (self.source, self.digest, self.notes))
             raise TokensError("source, digest and notes of tokens are words", got=got, expected="text, text, a tuple")
@@ -63,6 +87,14 @@ class Tokens:
         for part in (self.ids, self.lengths, self.cluster):
             sha.update(np.ascontiguousarray(part, dtype=np.int64).tobytes())
         return sha.hexdigest()
+
+    @cached_property
+    def written(self) -> Int[np.ndarray, "prompt position"]:
+        """The ids as the text has them, with the tokens that hold the place of images."""
+        if self.images is None:
+            return self.ids
+        at, is_seen = self.images.find(self.ids)
+        return np.where(is_seen, self.images.written[at], self.ids)
 
     def named(self, source: str) -> Tokens:
         """The same tokens, called `source` in results."""
@@ -117,7 +149,8 @@ class Tokens:
             raise TokensError(
                 f"prompts of one cluster of {self.source} are not neighbours", fix="sort the prompts by cluster"
             )
-        wrong = np.argwhere((self.ids < 0) | (self.ids >= vocabulary))
+        is_seen = False if self.images is None else self.images.find(self.ids)[1]
+        wrong = np.argwhere(((self.ids < 0) | (self.ids >= vocabulary)) & ~np.asarray(is_seen))
         if len(wrong):
             prompt, place = wrong[0].tolist()
             raise TokensError(

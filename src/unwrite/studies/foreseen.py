@@ -18,6 +18,7 @@ from torch import Tensor
 from unwrite.errors import whole
 from unwrite.methods.scan import scan
 from unwrite.methods.survival import stand_ins, survival
+from unwrite.model.placed import decode
 from unwrite.model.view import Model
 from unwrite.nodes import Node, choose
 from unwrite.run.loop.stream import Listener, Progress
@@ -119,7 +120,7 @@ def _pass(lm: Model, ids: Tensor, clock: Callable[[], float]) -> BlockTime:
 
 def _passed(lm: Model, ids: Tensor, clock: Callable[[], float]) -> float:
     start = clock()
-    lm.decoder(input_ids=ids.to(lm.device), use_cache=False)[0].sum().item()
+    decode(lm, ids, use_cache=False)[0].sum().item()
     return clock() - start
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from unwrite.model.attention import Scored, scoring
 from unwrite.model.capture import evaluating
 from unwrite.model.hooks import before, hooked, leaf
+from unwrite.model.placed import decode
 from unwrite.model.view import Model
 from unwrite.run.backward.rules import RULES, Rules
 from unwrite.run.backward.saturation import of_keys, of_queries
@@ -103,7 +104,7 @@ def _of_no_layer(slot: Slot) -> bool:
 @torch.no_grad()
 def _calls(asked: Contrast) -> dict[int, Scored]:
     with evaluating(asked.lm.hf), scoring(asked.lm) as calls:
-        asked.lm.decoder(input_ids=asked.ids.to(asked.lm.device), use_cache=False)
+        decode(asked.lm, asked.ids, use_cache=False)
     return calls
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from unwrite.errors import ModelError, NumericError
 from unwrite.model.capture import evaluating
 from unwrite.model.hooks import before, first_of, hooked, kept, leaf
+from unwrite.model.placed import decode
 from unwrite.model.projections import require_slopes
 from unwrite.model.view import Model
 from unwrite.model.weights import followed, reloading
@@ -56,7 +57,7 @@ def backward(
         # What was embedded begins the graph, whether or not the parameters have gradients.
         stack.enter_context(hooked([before(lm.layers[0].block, leaf(embedded))]))
         shown = stack.enter_context(watched)
-        value = metric(first_of(lm.decoder(input_ids=ids.to(lm.device), use_cache=False)).to(lm.device))
+        value = metric(first_of(decode(lm, ids, use_cache=False)).to(lm.device))
         if not value.requires_grad:
             raise NumericError("the metric has no slope", fix="use method='exact', or make it of torch's own functions")
         tensors = dict(shown)

@@ -25,6 +25,7 @@ from unwrite.errors import NodeError, several
 from unwrite.model.attention import Attend, Attended, around_attention
 from unwrite.model.capture import evaluating
 from unwrite.model.hooks import Point, Visit, before, hooked, kept, visited
+from unwrite.model.placed import decode
 from unwrite.model.softmax import per_query_head
 from unwrite.model.view import Model, outside
 from unwrite.nodes import GROUPS, KINDS, Site
@@ -242,5 +243,5 @@ def values(lm: Model, ids: Int[Tensor, "pair position"], slots: Sequence[Slot]) 
         found = stack.enter_context(watching(lm, slots))
         joined = {slot.layer for slot in slots if slot.joined}
         stack.enter_context(hooked(before(between_blocks(lm)[i], kept(calls, i, copied=True)) for i in joined))
-        lm.decoder(input_ids=ids.to(lm.device), use_cache=False)
+        decode(lm, ids, use_cache=False)
     return values_of(lm, found, calls, len(ids))

@@ -17,7 +17,7 @@ from torch import Tensor
 from unwrite.errors import ModelError, NodeError, several, shown
 from unwrite.model.attention import Attend, Attended, around_attention, implementation
 from unwrite.model.capture import uncompiled
-from unwrite.model.hooks import Call, Handle, Point, called, ended, hooked, listeners, visited
+from unwrite.model.hooks import Call, Handle, Point, called, ended, given, hooked, listeners, visited
 from unwrite.model.softmax import per_query_head
 from unwrite.model.view import Model, require_model
 from unwrite.model.weights import followed
@@ -227,6 +227,9 @@ def _opened(run: _Run) -> Iterator[AbstractContextManager[None]]:
 def _hooks(run: _Run) -> Iterator[Handle]:
     yield called(run.lm.decoder, run.begin)
     yield ended(run.lm.decoder, run.end)
+    # A model around a decoder embeds by itself, and may put images there.
+    if (start := Point(run.lm.hf.get_input_embeddings(), before=False)) in run.at:
+        yield given(run.lm.decoder, "inputs_embeds", partial(run.visit, start))
     for point in run.at:
         if isinstance(point, Point):
             yield visited(point, partial(run.visit, point))

@@ -14,12 +14,13 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from unwrite.errors import NumericError, counted, number, whole
+from unwrite.errors import NumericError, TokensError, counted, number, whole
 from unwrite.model.capture import run
+from unwrite.model.images import images
 from unwrite.model.now import same_now
 from unwrite.model.view import Folded, Model, require_model
 from unwrite.model.writes import Writes
-from unwrite.prompts.given import given
+from unwrite.prompts.given import given, holds_images
 from unwrite.prompts.pairs import Pairs, pairs_of
 from unwrite.prompts.tokens import Tokens
 from unwrite.result import Result
@@ -142,25 +143,46 @@ def batch_size(lm: Model, tokens: Tokens, wanted: int | None = None, held: int =
     return max(1, min(len(tokens), min(_BATCH_TOKENS, _BATCH_BYTES // factors) // (held * tokens.length)))
 
 
-def admit(lm: Model, tokens: Any, mask: Any, skip: int, bos: int | bool | None = None, *, files: bool = True) -> Tokens:
+def admit(
+    lm: Model, tokens: Any, mask: Any, skip: int, bos: int | bool | None = None, *, files: bool = True,
+    sees: bool = False,
+) -> Tokens:  # fmt: skip
     """`tokens`, or text in any shape that `given` takes, as Tokens that this model can read and count.
 
-    Raises TokensError for ids or lengths that the model does not have, NumericError if `skip` leaves nothing, and
-    ModelError for what is no model.
+    Where the method `sees`, also what a processor returned, with images. Raises TokensError for ids or lengths that the
+    model does not have, NumericError if `skip` leaves nothing, and ModelError for what is no model.
     """
     require_model(lm)
+    if sees and mask is None and bos is None and holds_images(tokens):
+        tokens = images(lm, tokens)
     tokens = given(tokens, lm.tokenizer, mask, bos, lm.context, files)
+    _require_seen(lm, tokens, sees)
     tokens.check(lm.vocabulary, lm.context)
     longest = int(tokens.lengths.max())
     whole("skip leaves no position to count", skip, 0, longest - 1)
     return tokens
 
 
-def admit_pairs(lm: Model, pairs: Any, bos: int | bool | None = None) -> Pairs:
+def _require_seen(lm: Model, tokens: Tokens, sees: bool) -> None:
+    """Raise TokensError for images where a method reads text alone, and for those that another model saw."""
+    if tokens.images is not None and not sees:
+        raise TokensError(
+            "this method reads text alone", got=tokens.source, expected="prompts without images",
+            fix="scan, verify, survival, dla, effects and paths take prompts with images",
+        )  # fmt: skip
+    if tokens.images is not None and tokens.images not in lm.images:
+        raise TokensError(
+            "another model saw the images of these prompts", fix="read them with uw.images and the model that is asked"
+        )
+
+
+def admit_pairs(lm: Model, pairs: Any, bos: int | bool | None = None, sees: bool = False) -> Pairs:
     """Pairs, in any shape that `pairs_of` takes, that this model can read. Raises TokensError as these do."""
     require_model(lm)
     lm.require("logits")
     pairs = pairs_of(pairs, lm.tokenizer, bos)
+    for part in (pairs.base, pairs.source):
+        _require_seen(lm, part, sees)
     pairs.check(lm.vocabulary, lm.context)
     return pairs
 

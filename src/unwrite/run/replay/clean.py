@@ -19,6 +19,7 @@ from unwrite.model.cache import Past
 from unwrite.model.capture import Recording, evaluating, recording
 from unwrite.model.continued import Calls, apart, calling, calls_from, continued, kept_run
 from unwrite.model.hooks import read_of
+from unwrite.model.placed import decode
 from unwrite.model.values import through_values, value_scale
 from unwrite.model.view import Folded, Layer, Model
 from unwrite.model.writes import blocks, expand, write_of
@@ -83,7 +84,7 @@ def clean(
         record = stack.enter_context(recording(lm, folded, truth=True))
         calls = stack.enter_context(calling(lm))
         stack.enter_context(apart(lm))
-        lm.decoder(input_ids=ids.to(lm.device), use_cache=False)
+        decode(lm, ids, use_cache=False)
     return Clean(lm, folded, record, calls, found)
 
 
