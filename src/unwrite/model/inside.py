@@ -44,8 +44,9 @@ def class_of(config: Any) -> Any:
 
 
 def head_of(hf: Any) -> nn.Module | None:
-    """What makes logits of normed streams, where a model has it."""
-    return hf.get_output_embeddings()
+    """What makes logits of normed streams, where a model, or one inside of it, has it."""
+    every = (part for part in hf.modules() if isinstance(part, PreTrainedModel))
+    return next((head for part in every if (head := part.get_output_embeddings()) is not None), None)
 
 
 def require_decoder(hf: Any) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from unwrite.errors import ModelError, shown
 from unwrite.model.families import Family
-from unwrite.model.inside import decoder_of, find, headless, text_config
+from unwrite.model.inside import decoder_of, find, head_of, headless, text_config
 from unwrite.model.layers import Layer, layer_of
 from unwrite.model.projections import Effective, bias_of, has_bias, matrix_of, sizes
 from unwrite.model.weights import home, weight_of
@@ -73,12 +73,14 @@ class Model:
     def head(self) -> nn.Module:
         """What makes logits of normed streams, for all who need them. Raises ModelError where there is none."""
         self.require("logits")
-        return self.hf.get_output_embeddings()
+        head = head_of(self.hf)
+        assert head is not None  # noqa: S101 (asked before)
+        return head
 
     @property
     def has_head(self) -> bool:
         """Does it give logits?"""
-        return self.hf.get_output_embeddings() is not None
+        return head_of(self.hf) is not None
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
