@@ -139,6 +139,9 @@ def _require_stream_alone(lm: Model, calls: Calls) -> None:
         stream = read_of(calls[layer.index])
         for name, part in given.items():
             rows = part if isinstance(part, Tensor) and part is not stream and len(part) == len(stream) else None
+            # Keys that another layer has chosen, of so few all, come in an order of its own; of more see `apart`.
+            if rows is not None and not (rows.is_floating_point() or rows.dtype == torch.bool):
+                rows = rows.sort(-1).values
             if rows is not None and not torch.equal(rows, rows[:1].expand_as(rows)):
                 raise ModelError(
                     f"the blocks of {lm.about.get('name', lm.family)} read something beside the stream",
