@@ -377,5 +377,4 @@ def groups(lm: Model) -> dict[str, list[int]]:
         "mlps before the last layer": [i for i in mlps if lm.parts[i].layer < last],
     }
     layers = {f"L{layer}.heads": [i for i in heads if lm.parts[i].layer == layer] for layer in range(last + 1)}
-    found = {"heads": heads, "mlps": mlps, **early, **layers}
-    return {name: kept for name, kept in found.items() if kept}
+    return {name: kept for name, kept in {"heads": heads, "mlps": mlps, **early, **layers}.items() if kept}

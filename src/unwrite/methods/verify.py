@@ -66,18 +66,17 @@ def verify(
     paper's view, by default later nodes with a median PR of at most −0.05, or the three lowest. Use other prompts than
     those that chose the writer.
     Returns a Result: `survival`, `background`, `generic` (low, mean, high over rotations) and `gap` = survival −
-    generic, by location; `erased`, `filled_in`, `share`, `share_without`, `class` by later node; `verdict`: erased,
-    reduced, filled in, kept, amplified, like others or undecided, by the rules of `uw.survival` but for q; `weighed`,
-    survival at the end as later readers weigh channels, with interval, and `ordinary`, that of stand-ins in its place
-    (5 %, median, 95 %); through values (pattern, norms and gates frozen) `v_pr`, `v_share`, `v_survival`,
-    `causal_share` = `caused` / `opposed` and `opposed_pr`, quantiles of the erasers' summed ratio; the paper's view
-    `pr`, `level`, clean and patched; `space`, the stream's energy in the head's own output space, `into_space` that of
-    every node's write; `read`, the part of a node's energy that it writes because it reads the write (heads through
-    values; MLPs one-reader: D = MLP(x) − MLP(x − o_w); mixers: NaN), `read_generic` the same for turned writes,
-    `readers` the nodes above that (below six documents none: `read_note`); `one_reader_share` of MLPs, D along the
-    write; `decodable`, held-out R² of a linear map of the write's token part (NaN: `decodable_note`); `level_at` and
-    `survival_at` the end, by groups of positions from `place` on; `strip_level` and `strip_survival`, by token
-    (`strip_token`), at each `example`.
+    generic, by location; `erased`, `filled_in`, `share`, `share_without`, `class` by later node; `verdict`, a word by
+    the rules of `uw.survival` but for q; `weighed`, survival at the end as later readers weigh channels, with
+    interval, and `ordinary`, that of stand-ins in its place (5 %, median, 95 %); through values (pattern, norms and
+    gates frozen) `v_pr`, `v_share`, `v_survival`, `causal_share` = `caused` / `opposed` and `opposed_pr`, quantiles of
+    the erasers' summed ratio; the paper's view `pr`, `level`, clean and patched; `space`, the stream's energy in the
+    head's own output space, `into_space` that of every node's write; `read`, the part of a node's energy that it
+    writes because it reads the write (heads through values; MLPs one-reader: D = MLP(x) − MLP(x − o_w); mixers: NaN),
+    `read_generic` the same for turned writes, `readers` the nodes above that (below six documents none: `read_note`);
+    `one_reader_share` of MLPs, D along the write; `decodable`, held-out R² of a linear map of the write's token part
+    (NaN: `decodable_note`); `level_at` and `survival_at` the end, by groups of positions from `place` on;
+    `strip_level` and `strip_survival`, by token (`strip_token`), at each `example`.
     Raises NodeError for an unknown writer, or an eraser that could not read it; NumericError for one that never writes.
 
     Example: `uw.verify(lm, tokens, "L0H2")["survival"]`

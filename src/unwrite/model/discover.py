@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from unwrite.errors import ModelError
-from unwrite.model.blocks import SAME, Block, Said, Unlike, below, looked, norm_kinds, said, writer
+from unwrite.model.blocks import SAME, Block, Unlike, below, norm_kinds, writer
 from unwrite.model.families import REST, Family, Where
 from unwrite.model.hooks import first_of
 from unwrite.model.inside import head_of, held, maybe, text_config
 from unwrite.model.norms import NormKind
+from unwrite.model.said import Said, looked, said
 from unwrite.model.single import HALVES
 from unwrite.model.sums import bare, behind, terms
 from unwrite.model.traced import Called, Traced, mixing, traced

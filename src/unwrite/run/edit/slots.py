@@ -29,7 +29,8 @@ from unwrite.model.placed import decode
 from unwrite.model.softmax import per_query_head
 from unwrite.model.view import Model, outside
 from unwrite.nodes import GROUPS, KINDS, Site
-from unwrite.run.edit.sites import Inner, Place, as_one, every, named, place, unit_of
+from unwrite.run.edit.place import Inner, Place, as_one
+from unwrite.run.edit.sites import every, named, place, unit_of
 
 # What the scores of attention are made of: where its pattern is held, they do nothing.
 SCORED = ("q", "k", "shared_k")

@@ -23,7 +23,8 @@ from unwrite.model.view import Model, require_model
 from unwrite.model.weights import followed
 from unwrite.nodes import Site, nearest, parse_site
 from unwrite.run.edit.edits import Edit, Pending
-from unwrite.run.edit.sites import Inner, Pass, Place, named, place
+from unwrite.run.edit.place import Inner, Pass, Place
+from unwrite.run.edit.sites import named, place
 
 _EDITS = "uw.Edit, or several"
 
