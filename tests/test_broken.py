@@ -95,7 +95,7 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "no output": (lambda: changed(lambda hf: setattr(hf, "forward", lambda **_: None)), "could not be run .*Next: "),
     "a pass that fails": (
         lambda: changed(lambda hf: setattr(hf, "forward", lambda **_: 1 / 0)),
-        "could not be run .*Got: division by zero. Next: see that it runs by itself",
+        "its own forward pass fails. Got: division by zero. Next: see that it runs by itself",
     ),
 }
 

@@ -22,6 +22,7 @@ from unwrite.model.sums import (
     bare,
     behind,
     chain,
+    factor_of,
 )
 from unwrite.model.traced import Called, Looked, is_pattern
 
@@ -37,7 +38,8 @@ def attending(block: Block, look: Looked, writer: Called) -> tuple[Called | None
     paths = {"out_proj": out, "value": value, "latent": latent, "latent_norm": latent_norm, "head_norm": head_norm}
     return _input_norm(block, look, latent or value), [latent_norm, head_norm], {
         **{name: call and below(look.path, call.path) for name, call in paths.items()},
-        "value_layout": layout, "kv_heads": kv_heads, "heads": heads, "interface": look.interface,
+        "value_layout": layout, "value_factor": factor_of(look.reads), "kv_heads": kv_heads, "heads": heads,
+        "interface": look.interface,
         "opened": _opened(block, look, value), "gated_heads": gated_heads, "sinks": look.sinks,
     }  # fmt: skip
 
@@ -80,7 +82,7 @@ def _values(block: Block, look: Looked, z: Tensor) -> tuple[Called, int, Layout]
         if not is_projection(call.module) or call.gave.numel() % (z.shape[0] * z.shape[1]):
             continue
         rows = call.gave.reshape(*z.shape[:2], -1)
-        each = (_first_column(rows, look, z, head) for head in range(z.shape[2]))
+        each = (_first_column(rows * factor_of(look.reads), look, z, head) for head in range(z.shape[2]))
         firsts = [*takewhile(lambda first: first is not None, each)]  # the first that fails ends it
         if len(firsts) == z.shape[2] and (found := _layout(firsts, z.shape[3], rows.shape[2])) is not None:
             return call, *found

@@ -32,7 +32,8 @@ _NAMED, _BELOW = 1e-5, 0.9
 _NORMS = ("input_norm", "post_attention_norm", "post_mlp_norm", "latent", "latent_norm", "head_norm")
 # What is said of the row where no layer says it. A mixture of experts shows no product, and is one with its router's.
 _UNKNOWN: dict[str, Any] = {
-    "value_layout": (1, 0), "interface": True, "opened": {}, "parallel": False, "residual_scale": 1.0, "gated": True,
+    "value_layout": (1, 0), "value_factor": 1.0, "interface": True, "opened": {}, "parallel": False,
+    "residual_scale": 1.0, "gated": True,
     "gated_heads": False, "sinks": False,
 }  # fmt: skip
 # What is said of all layers where it is true of some.
@@ -259,7 +260,7 @@ def _numbers(hf: Any) -> list[float]:
 
 def _settled(found: dict[str, Any], hf: Any) -> dict[str, Any]:
     """The fields of a row, numbers as the configuration has them where it does, functions where a row has functions."""
-    for name in ("embed_scale", "residual_scale", "logit_scale"):
+    for name in ("embed_scale", "residual_scale", "logit_scale", "value_factor"):
         found[name] = _named(found[name], hf)
     functions = {part.name for part in fields(Family) if callable(getattr(Family, part.name, None))}
     return {name: _always(value) if name in functions else value for name, value in found.items()}

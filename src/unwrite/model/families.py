@@ -81,6 +81,7 @@ class Family:
     # Its outputs lie in so many equal groups; in each come the values of the group's key/value heads, and behind them
     # what is as wide as so many heads.
     value_layout: Callable[[Config], tuple[int, int]] = _last
+    value_factor: Callable[[Config], float] = _one  # by which they are multiplied before attention carries them
     # Where values are made in two steps: the projection whose first outputs are normed for the one that gives values.
     latent: Where = None
     latent_norm: Where = None

@@ -76,8 +76,10 @@ def unrun(hf: Any, name: str, error: Exception, alone: Exception | None) -> Mode
     inner = next((f".{path} ({type(part).__name__})" for path, part in within if head_of(part) is not None), None)
     if not asks:
         inside = "" if inner is None else f", or pass the causal language model inside of it, its {inner}"
-        what = f"{name} ({text_config(hf.config).model_type}) could not be run on short random prompts"
-        return ModelError(what, got=error, fix=_BY_ITSELF + inside)
+        itself = "does not run on token ids alone: its own forward pass fails"
+        what = "could not be run on short random prompts" if alone is None else itself
+        got = error if alone is None else alone
+        return ModelError(f"{name} ({text_config(hf.config).model_type}) {what}", got=got, fix=_BY_ITSELF + inside)
     return ModelError(
         f"{name} does not run on text alone: its forward pass asks for {', '.join(asks)}",
         expected="a model that gives logits of token ids and nothing else",

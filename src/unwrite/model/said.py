@@ -55,6 +55,7 @@ class Said:
     gated_heads: bool | None = None
     sinks: bool | None = None
     value_layout: Layout | None = None
+    value_factor: float | None = None
     heads: int | None = None
     kv_heads: int | None = None
     gated: bool | None = None

@@ -113,6 +113,14 @@ def merged_from(op: Op | None, width: int) -> int | None:
     return apart(op)
 
 
+def factor_of(op: Op | None) -> float:
+    """By what constant numbers that which lies below an operation is multiplied in all."""
+    factor = 1.0
+    while op is not None and len(below := addends(op)) == 1:
+        factor, op = factor * below[0][0], below[0][1]
+    return factor
+
+
 def is_product(op: Op | None) -> bool:
     """Is this, but for constants, a product of two things of which neither is one?"""
     while op is not None and len(below := addends(op)) == 1:

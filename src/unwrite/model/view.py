@@ -323,7 +323,7 @@ def value_weights(
     weight, bias = _exact(lm, matrix_of(lm, layer.value, detach), detach), bias_of(lm, layer.value, detach)
     both = weight if bias is None else torch.cat([weight, _exact(lm, bias, detach)[None]])
     kv, width = layer.kv_heads, layer.head_dim
-    values = both[:, value_columns(lm, layer)].unflatten(1, (kv, width))
+    values = both[:, value_columns(lm, layer)].unflatten(1, (kv, width)) * lm.row.value_factor(lm.config)
     heads = values.transpose(0, 1).repeat_interleave(layer.heads // kv, dim=0)
     if bias is None:
         return heads, heads.new_zeros(layer.heads, width)
