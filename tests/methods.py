@@ -41,7 +41,7 @@ def there(lm: Model, *names: str) -> list[str]:
 
 
 def _star(lm: Model, **kept: Any) -> uw.Result:
-    names = [*HEADS, *("L1H1.k",) * lm.row.interface]
+    names = [*there(lm, *HEADS), *("L1H1.k",) * ("L1H1" in lm.nodes and lm.row.interface)]
     return uw.effects(lm, PAIRS, names, method="atp*", **kept)
 
 
@@ -51,7 +51,7 @@ def _bound(lm: Model, **kept: Any) -> uw.Result:
 
 
 def _estimated(method: str) -> Method:
-    return lambda lm, **kept: uw.effects(lm, PAIRS, [*HEADS, "MLP0"], method=method, steps=2, **kept)
+    return lambda lm, **kept: uw.effects(lm, PAIRS, there(lm, *HEADS, "MLP0"), method=method, steps=2, **kept)
 
 
 # The first word is the public name.
@@ -72,7 +72,7 @@ METHODS: dict[str, Method] = {
     "paths": lambda lm, **kept: uw.paths(lm, PAIRS, "heads", ["L1H0.v", "MLP1", "logits"], "frozen", **kept),
     "paths recompute": lambda lm, **kept: uw.paths(lm, PAIRS, "heads", ["L1H0.v", "MLP1", "logits"], **kept),
     "bound": _bound,
-    "compare": lambda lm, **kept: uw.compare(lm, PAIRS, HEADS, methods=("atp", "exact"), **kept),
+    "compare": lambda lm, **kept: uw.compare(lm, PAIRS, there(lm, *HEADS), methods=("atp", "exact"), **kept),
     "audit": lambda lm, **kept: uw.audit(lm, IDS, IDS[:2], most=1, **kept),
     "reproduce": lambda lm, **kept: uw.reproduce(weights=lm, tokens=IDS, **kept),
 }

@@ -1,4 +1,4 @@
-"""Are numbers right where a block has a mixer in the place of attention, or no MLP? Against runs with plain hooks."""
+"""Are numbers right where a block has a mixer in the place of attention, no MLP, or more than one? By plain hooks."""
 
 from __future__ import annotations
 
@@ -165,6 +165,52 @@ def test_survival_is_that_of_runs_without_the_write(lm: Model) -> None:
     want = [float(((x - y) * write).sum() / write.square().sum()) for x, y in zip(states, without, strict=True)]
     got = found["survival"].sel(location=[f"resid_post{i}" for i in range(layer, len(lm.layers))]).values.ravel()
     assert np.allclose(got, want[layer + 1 :], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["granitemoeshared", "granitemoehybrid"])
+def test_what_writes_beside_an_mlp_is_a_node_of_its_own(kind: str) -> None:
+    lm, name = view(every.model(kind), convention="raw"), "MLP1.1"
+    module, written = lm.hf.model.layers[1].shared_mlp, []
+    keep = module.register_forward_hook(lambda *seen: written.append(seen[2].clone()))
+    with hooks(keep), torch.no_grad(), uw.trace(lm, name) as t:
+        lm.hf(input_ids=torch.from_numpy(PAIRS.source.ids[:1]), use_cache=False)
+    assert torch.allclose(t[name], written[0] * lm.hf.config.residual_multiplier, atol=1e-6)
+    found = uw.effects(lm, PAIRS, [name])["effect"].values[0].ravel()
+    base, row = torch.from_numpy(PAIRS.base.ids[:1]), int(PAIRS.row[0])
+
+    def difference(*handles: Any) -> float:
+        with hooks(*handles), torch.no_grad():
+            logits = lm.hf(input_ids=base, use_cache=False).logits[0, row]
+        return float(logits[5] - logits[9])
+
+    for position in range(row + 1):
+
+        def put(*seen: Any, position: int = position) -> Tensor:
+            own = seen[2].clone()
+            own[:, position] = written[0][:, position]
+            return own
+
+        want = difference(module.register_forward_hook(put)) - difference()
+        assert abs(found[position] - want) < 1e-4
+    survival = uw.survival(lm, IDS[:1], [name], "raw", ["rotated"], 1, skip=0)["survival"].sel(location="resid_post3")
+    assert float(survival.values.ravel()[0]) == pytest.approx(without_beside(lm, module), abs=1e-4)
+
+
+def without_beside(lm: Model, module: nn.Module) -> float:
+    """What survives of it at the end, from a run in which the module gives nothing."""
+    kept: list[Tensor] = []
+
+    def end(*handles: Any) -> Tensor:
+        seen: list[Tensor] = []
+        last = lm.hf.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+        with hooks(last, *handles), torch.no_grad():
+            lm.hf(input_ids=IDS[:1], use_cache=False)
+        return seen[0]
+
+    x = end(module.register_forward_hook(lambda *seen: kept.append(seen[2].clone())))
+    write = kept[0] * lm.hf.config.residual_multiplier
+    gone = end(module.register_forward_hook(lambda *seen: torch.zeros_like(seen[2])))
+    return float(((x - gone) * write).sum() / write.square().sum())
 
 
 def test_what_a_mixer_reads_through_values_is_not_said() -> None:

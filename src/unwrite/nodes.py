@@ -72,12 +72,15 @@ KINDS: dict[str, Kind] = {
     "mlp": Kind(
         "MLP{layer}", "layer", "mlp_out", (r"blocks\.(\d+)\.hook_mlp_out",), writes=True, sends=True, receives=True
     ),
+    "beside": Kind("MLP{layer}.1", "layer", "mlp_out", writes=True),
     "post": Kind("resid_post{layer}", "layer", "resid", (r"blocks\.(\d+)\.hook_resid_post",)),
 }
 _ORDER = {name: place for place, name in enumerate(KINDS)}
 _STATES = ("pre", "mid", "post")
 # What writes through one projection of its layer: heads of attention, and those of a mixer, which has no pattern.
 PROJECTED = ("head", "mixer")
+# An MLP, and what another module adds beside it, as the experts that all tokens share.
+MLPS = ("mlp", "beside")
 # What `uw.effects` can be asked of: a group and the kinds in it.
 GROUPS: dict[str, tuple[str, ...]] = {
     group: tuple(name for name, kind in KINDS.items() if kind.group == group)
@@ -124,7 +127,7 @@ class Location:
         """
         if node.layer != self.layer:
             return node.layer < self.layer
-        return self.state == "post" or (self.state == "mid" and not parallel and node.kind != "mlp")
+        return self.state == "post" or (self.state == "mid" and not parallel and node.kind not in MLPS)
 
 
 @dataclass(frozen=True)
@@ -231,12 +234,12 @@ def reads(reader: Node, writer: Node, parallel: bool) -> bool:
 
     Only a head, mixer or MLP reads; it reads earlier layers, and in a sequential block the MLP its layer's attention.
     """
-    if reader.kind not in (*PROJECTED, "mlp"):
+    if reader.kind not in (*PROJECTED, *MLPS):
         return False
     if writer.layer < reader.layer:
         return True
     own = writer.layer == reader.layer and writer.kind in (*PROJECTED, "bias")
-    return not parallel and reader.kind == "mlp" and own
+    return not parallel and reader.kind in MLPS and own
 
 
 def choose(names: Iterable[object] | Node | None, available: Sequence[Node]) -> tuple[Node, ...]:

@@ -21,7 +21,7 @@ from unwrite.errors import NumericError, TokensError, counted, one_of, require
 from unwrite.model.load import provenance
 from unwrite.model.projections import sizes
 from unwrite.model.view import Model, fold
-from unwrite.nodes import PROJECTED
+from unwrite.nodes import MLPS, PROJECTED
 from unwrite.prompts.answers import answers
 from unwrite.prompts.positions import rows_at
 from unwrite.prompts.tokens import Tokens, read_rows, spelled
@@ -371,7 +371,7 @@ _SUMS = {
 def groups(lm: Model) -> dict[str, list[int]]:
     """Nodes whose readings are judged together. The last layer acts on the logits alone: near 1 by construction."""
     last = len(lm.layers) - 1
-    heads, mlps = ([i for i, node in enumerate(lm.parts) if node.kind in kinds] for kinds in (PROJECTED, ("mlp",)))
+    heads, mlps = ([i for i, node in enumerate(lm.parts) if node.kind in kinds] for kinds in (PROJECTED, MLPS))
     early = {
         "heads before the last layer": [i for i in heads if lm.parts[i].layer < last],
         "mlps before the last layer": [i for i in mlps if lm.parts[i].layer < last],

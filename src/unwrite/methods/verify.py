@@ -23,7 +23,7 @@ from unwrite.errors import NumericError, counted
 from unwrite.model.load import provenance
 from unwrite.model.readers import weights
 from unwrite.model.view import Model, fold
-from unwrite.nodes import Node, choose, parse_node, require_readers
+from unwrite.nodes import MLPS, Node, choose, parse_node, require_readers
 from unwrite.prompts.tokens import Tokens, spelled
 from unwrite.result import QUANTILES, Result, build, quantity
 from unwrite.run.loop.job import Job, opened
@@ -164,7 +164,7 @@ def _dataset(tally: WithoutTally) -> xr.Dataset:
 def _used(tally: WithoutTally, value: dict[str, np.ndarray], error: dict[str, np.ndarray]) -> dict[str, xr.Variable]:
     """Who reads the write, who uses the space that the head writes into, and where its token part can be decoded."""
     (read, draws), (into, space), later = tally.reads(), tally.spaces(), tally.can_read()
-    mlps = later & np.array([node.kind == "mlp" for node in tally.lm.parts])
+    mlps = later & np.array([node.kind in MLPS for node in tally.lm.parts])
     mean, deviation = draws.mean(0), draws.std(0, ddof=1)
     # Beyond this, of all later nodes together, lies the reading of one turned write in twenty.
     t = float(stats.t.ppf(1 - 0.05 / max(int(later.sum()), 1), READ_ROTATIONS - 1))

@@ -142,10 +142,11 @@ def _layer_hooks(lm: Model, layer: Layer, fold: Folded, record: Recording) -> It
         yield before(layer.out_proj, keep_z)
         if (norm := layer.post_attention_norm) is not None:
             yield before(norm, lambda attention: keep_gain(attention, norm))
-    if layer.has_mlp:
-        keep_mlp = _keep(record.vectors, Node("mlp", layer.index), lm, lm.residual_scale)
+    ends = {"mlp": layer.mlp_end if layer.has_mlp else None, "beside": layer.beside}
+    for kind, end in ((kind, end) for kind, end in ends.items() if end is not None):
+        keep_mlp = _keep(record.vectors, Node(kind, layer.index), lm, lm.residual_scale)
         # OPT flattens prompts and positions before its MLP.
-        yield after(layer.mlp_end, lambda output: keep_mlp(_like(output, record), record.only))
+        yield after(end, lambda output, keep=keep_mlp: keep(_like(output, record), record.only))
 
 
 def _truth_hooks(lm: Model, layer: Layer, record: Recording) -> Iterator[Handle]:

@@ -71,6 +71,7 @@ class Family:
     attention: Where = "self_attn"  # or what is in its place: a mixer; a layer without its out_proj has neither
     mid: Where = "post_attention_layernorm"  # the module whose input is the stream between attention and MLP
     mlp: Where = "mlp"  # the module whose output the MLP writes, or hands to post_mlp_norm; a layer may have none
+    beside: Where = None  # what another module writes beside the MLP, from the same state
     post_attention_norm: Where = None
     post_mlp_norm: Where = None
     out_bias: str | None = None  # a parameter that the block adds to what attention writes; some layers may lack it

@@ -67,6 +67,11 @@ class Layer:
         return self.modules[name]
 
     @property
+    def beside(self) -> nn.Module | None:
+        """What writes beside its MLP, if anything does."""
+        return self.modules.get("beside")
+
+    @property
     def attends(self) -> bool:
         """Has it attention, with values and a pattern?"""
         return "value" in self.modules
@@ -148,7 +153,7 @@ def _modules(row: Family, block: nn.Module, mixes: bool) -> dict[str, nn.Module]
     value = None if mixes or out_proj is None else find(attention or block, row.value)
     beside = {name: maybe(attention, getattr(row, name)) for name in ("latent", "latent_norm", "head_norm")}
     mixing = {} if out_proj is None else {"attention": attention, "out_proj": out_proj, "value": value, **beside}
-    every = {**mixing, "mlp": None if mixing and mlp is attention else mlp}
+    every = {**mixing, "mlp": None if mixing and mlp is attention else mlp, "beside": maybe(block, row.beside)}
     return {name: module for name, module in every.items() if module is not None}
 
 

@@ -22,7 +22,7 @@ from unwrite.model.norms import is_norm
 from unwrite.model.projections import matrix_of
 from unwrite.model.unembedding import unembedding
 from unwrite.model.view import Layer, Model, gain_of
-from unwrite.nodes import Location, Node
+from unwrite.nodes import MLPS, Location, Node
 
 # The experts of a mixture are one stack [expert, output, input], which no module is called with.
 _STACK = 3
@@ -131,7 +131,8 @@ def _of_layer(
 
 
 def _stacks(lm: Model, layer: Layer) -> Iterator[tuple[str, Tensor]]:
-    for name, weight in layer.mlp.named_parameters() if layer.has_mlp else ():
+    mlps = (layer.modules[kind] for kind in MLPS if kind in layer.modules)
+    for name, weight in (pair for module in mlps for pair in module.named_parameters()):
         if weight.dim() == _STACK and weight.shape[-1] == lm.d_model and "down" not in name:
             yield name, weight
 

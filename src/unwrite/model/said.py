@@ -43,6 +43,7 @@ class Said:
     attention: str | None = _leads(always=True)  # or a mixer
     mid: str | None = _leads()
     mlp: str | None = _leads(always=True)
+    beside: str | None = _leads()
     post_attention_norm: str | None = _leads()
     post_mlp_norm: str | None = _leads()
     out_proj: str | None = _leads("attention", always=True)
@@ -78,7 +79,7 @@ def said(block: Block, mixes: Collection[str]) -> Said:
     Raises Unlike for what a row cannot say.
     """
     look = looked(block)
-    first, second = _pair(block, look, mixes)
+    first, second, beside = _writers_of(block, look, mixes)
     (after, mixer), (last, mlp) = (
         (None, None) if part is None else without_norm(block, part.call) for part in (first, second)
     )
@@ -98,6 +99,7 @@ def said(block: Block, mixes: Collection[str]) -> Said:
         hidden, gated = _hidden(block, mlp)
         act = None if hidden is None else below(mlp.path, hidden.path)
         found.update(mlp=below(block.path, mlp.path), act=act, gated=gated)
+        found["beside"] = None if beside is None else _beside(block, beside, mlp, last)
     found |= {
         "input_norm": block.name(into), "post_attention_norm": block.name(after), "post_mlp_norm": block.name(last),
         "attention": below(block.path, path) if path else None,
@@ -136,17 +138,28 @@ def _in(path: str, root: str) -> bool:
     return f"{path}.".startswith(f"{root}.") or root.startswith(f"{path}.")
 
 
-def _pair(block: Block, look: Looked | None, mixes: Collection[str]) -> tuple[Term | None, Term | None]:
-    """What attention, or a mixer, writes, and what the MLP does; not both need be there."""
+def _writers_of(
+    block: Block, look: Looked | None, mixes: Collection[str]
+) -> tuple[Term | None, Term | None, Term | None]:
+    """What attention, or a mixer, writes, what the MLP does, and another module beside it; not all need be there."""
     made = None if look is None else look.made
     marks = block.states | ({made} if made is not None else set())
     attends = [one for one in block.writers if writer(block, one).path in mixes or made in behind(one.call.made, marks)]
     others = [part for part in block.writers if part not in attends]
-    if len(attends) > 1 or len(others) > 1 or not block.writers:
+    if len(attends) > 1 or len(others) > 2 or not block.writers:
         raise Unlike(f"not one attention and one MLP write in a block ({listed(block, block.writers)})")
-    if len(block.writers) > 1 and abs(attends[0].factor - others[0].factor) > SAME * abs(others[0].factor):
+    if any(abs(part.factor - block.writers[0].factor) > SAME * abs(part.factor) for part in block.writers):
         raise Unlike("what attention and MLP write is multiplied by different numbers")
-    return next(iter(attends), None), next(iter(others), None)
+    mlp, beside = (*others, None, None)[:2]
+    return next(iter(attends), None), mlp, beside
+
+
+def _beside(block: Block, part: Term, mlp: Called, norm: Called | None) -> str | None:
+    """What writes beside an MLP, from the same state, if neither writes through a norm."""
+    same_state = block.states_behind(part.call.made) == block.states_behind(mlp.made)
+    if norm is not None or norm_kinds(part.call) or not same_state:
+        raise Unlike(f"more than an MLP and what shares its input write in a block ({listed(block, block.writers)})")
+    return block.name(part.call)
 
 
 def _mixer(block: Block, mixer: Called) -> dict[str, Any]:

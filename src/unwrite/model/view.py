@@ -23,7 +23,7 @@ from unwrite.model.inside import decoder_of, find, head_of, headless, text_confi
 from unwrite.model.layers import Layer, layer_of
 from unwrite.model.projections import Effective, bias_of, has_bias, matrix_of, sizes
 from unwrite.model.weights import home, weight_of
-from unwrite.nodes import Location, Node
+from unwrite.nodes import MLPS, Location, Node
 from unwrite.prompts.tokens import Images
 
 CONVENTIONS = ("paper", "raw")
@@ -107,7 +107,7 @@ class Model:
     def _written(self, layer: Layer) -> list[Node]:
         heads = [Node(layer.kind, layer.index, head) for head in range(layer.heads)]
         bias = [Node("bias", layer.index)] if _has_constant(self, layer) else []
-        return [*heads, *bias, *([Node("mlp", layer.index)] if layer.has_mlp else [])]
+        return [*heads, *bias, *(Node(kind, layer.index) for kind in MLPS if kind in layer.modules)]
 
     @cached_property
     def states(self) -> tuple[Location, ...]:

@@ -120,6 +120,8 @@ def _mlp_rules(lm: Model, layer: Layer, rule: str) -> Iterator[Handle]:
     if not layer.has_mlp:
         return
     product = last_projection(lm, layer)
+    if layer.beside is not None and rule in ("stopped", "relp"):
+        yield _stopped(layer.beside) if rule == "stopped" else after(layer.beside, _halved)
     if rule == "stopped":
         yield _stopped(layer.mlp) if product is None else before(product, Tensor.detach)
     if rule != "relp":

@@ -22,7 +22,7 @@ from unwrite.model.inside import find
 from unwrite.model.norms import norm_scale
 from unwrite.model.projections import sizes
 from unwrite.model.view import Layer, Model, centre, outside, value_columns
-from unwrite.nodes import KINDS, PROJECTED, Location, Site, nearest, parse_site
+from unwrite.nodes import KINDS, MLPS, PROJECTED, Location, Site, nearest, parse_site
 from unwrite.run.edit.place import Inner, Pass, Place, View, by_row
 
 
@@ -101,6 +101,8 @@ def _lacks(lm: Model, kind: str, layer: Layer) -> str | None:
     if kind == "mid" and Location("mid", layer.index) not in lm.states:
         why = "its blocks are parallel" if lm.parallel else "there are not both in this layer"
         return f"no state between attention and MLP: {why}"
+    if kind == "beside" and layer.beside is None:
+        return "what writes beside its MLP; this layer has nothing like it"
     if kind in ("act", "neuron", "mlp") and not layer.has_mlp:
         return "an MLP; this layer has none"
     if kind in ("v_input", "pattern", "z") or KINDS[kind].group in ("q", "k", "v", "shared_k", "shared_v"):
@@ -138,7 +140,7 @@ def _start(lm: Model, site: Site) -> Place:
 
 def _mlp(lm: Model, site: Site) -> Place:
     layer = lm.layers[site.layer]
-    return _written(lm, layer.mlp_end, lm.residual_scale)
+    return _written(lm, layer.beside if site.kind == "beside" and layer.beside else layer.mlp_end, lm.residual_scale)
 
 
 def _attn_out(lm: Model, site: Site) -> Place:
@@ -320,7 +322,7 @@ _FINDERS: dict[str, Callable[[Model, Site], Place]] = {
     **dict.fromkeys(PROJECTED, _head),
     "bias": _bias,
     "attn_out": _attn_out,
-    "mlp": _mlp,
+    **dict.fromkeys(MLPS, _mlp),
     "act": _act,
     "neuron": _neuron,
     **dict.fromkeys(("z", "mixer_z"), _z),

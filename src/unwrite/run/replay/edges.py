@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unwrite.errors import NodeError
 from unwrite.model.view import Model
-from unwrite.nodes import GROUPS, KINDS, PROJECTED, Site
+from unwrite.nodes import GROUPS, KINDS, MLPS, PROJECTED, Site
 from unwrite.run.edit.sites import named
 from unwrite.run.edit.slots import Slot, slots
 
@@ -34,7 +34,7 @@ class Write:
         """Where it joins the stream."""
         if self.kind == "embed":
             return 0
-        return 2 * self.layer + (1 if self.kind != "mlp" and not lm.parallel else 2)
+        return 2 * self.layer + (1 if self.kind not in MLPS and not lm.parallel else 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +102,8 @@ def _spread(lm: Model, names: Sequence[str], kinds: tuple[str, ...]) -> list[str
     for name in [names] if isinstance(names, str) else names:
         if name in GROUPS and name not in kinds and name != "embed":
             raise NodeError(f"{name} are no ends of a path here", expected=", ".join(kinds))
-        each = [one for slot in slots(lm, name) for one in slot.names] if name in kinds else [str(name)]
+        all_of = (slot for slot in slots(lm, name) if slot.kind != "beside") if name in kinds else ()
+        each = [one for slot in all_of for one in slot.names] if name in kinds else [str(name)]
         found |= dict.fromkeys(each)
     if not found:
         raise NodeError("a path has two ends", got="no names", expected="names of nodes, or a kind of them")

@@ -19,7 +19,7 @@ from unwrite.model.continued import block
 from unwrite.model.hooks import Visit, after, before, hooked
 from unwrite.model.values import through_values
 from unwrite.model.view import Layer, Model, centre
-from unwrite.nodes import Node
+from unwrite.nodes import MLPS, Node
 from unwrite.run.replay.clean import Clean
 
 
@@ -32,7 +32,8 @@ def added(run: Clean, node: Node, change: Float[Tensor, "prompt position d_model
     if node.layer < 0:
         return _continued(run, 0, change, {})
     layer = run.lm.layers[node.layer]
-    module = layer.mlp_end if node.kind == "mlp" else layer.attention_end
+    ends = {"mlp": lambda: layer.mlp_end, "beside": lambda: layer.beside}
+    module = ends.get(node.kind, lambda: layer.attention_end)()
     return _continued(run, node.layer, None, {module: partial(_plus, run.lm, lambda: change)})
 
 
@@ -66,7 +67,7 @@ def hidden(run: Clean, vector: Float[Tensor, "prompt position d_model"], layers:
 @torch.no_grad()
 def one_reader(
     run: Clean, vector: Float[Tensor, "prompt position d_model"], layers: Sequence[int]
-) -> dict[int, Float[Tensor, "prompt position d_model"]]:
+) -> dict[Node, Float[Tensor, "prompt position d_model"]]:
     """D = MLP(x) − MLP(x − vector), norms free: what each of these MLPs writes because `vector` is in what it reads.
 
     Each D is about one reader: every other node stays as it was, so what MLPs hand on to each other is in no D, and the
@@ -81,8 +82,8 @@ def one_reader(
             module = layer.block if lm.parallel or layer.mid is None else layer.mid
             stack.enter_context(hooked([before(module, partial(_without, vector))]))
             block(layer, run.calls[layer.index])
-    names = {index: Node("mlp", index) for index in layers}
-    return {index: run.record.vectors[node] - record.vectors[node] for index, node in names.items()}
+    nodes = [node for node in lm.parts if node.kind in MLPS and node.layer in layers]
+    return {node: run.record.vectors[node] - record.vectors[node] for node in nodes}
 
 
 def _without(vector: Tensor, x: Tensor) -> Tensor:

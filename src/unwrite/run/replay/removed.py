@@ -21,7 +21,7 @@ from unwrite.model.capture import Recording, between_both, recording
 from unwrite.model.continued import Calls, block, block_from, calls_from
 from unwrite.model.hooks import Handle, after, hooked
 from unwrite.model.view import Layer, Model, centre
-from unwrite.nodes import Location, Node
+from unwrite.nodes import MLPS, Location, Node
 from unwrite.run.replay.clean import Clean
 from unwrite.run.replay.walk import ROWS
 
@@ -47,7 +47,7 @@ Seen = Callable[[int, int, Recording], object]
 
 def begins(lm: Model, node: Node) -> int:
     """The first block that a run goes through in which this node's write is changed."""
-    inside = node.kind != "mlp" and Location("mid", node.layer) in lm.states
+    inside = node.kind not in MLPS and Location("mid", node.layer) in lm.states
     return node.layer + int(not inside)
 
 

@@ -22,7 +22,7 @@ from unwrite.errors import NumericError
 from unwrite.model.capture import Recording
 from unwrite.model.capture import run as writes_of
 from unwrite.model.view import Folded, Model
-from unwrite.nodes import Node
+from unwrite.nodes import MLPS, Node
 from unwrite.prompts.tokens import Tokens
 from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.job import Job
@@ -252,7 +252,7 @@ class _Chunk:
             z, clean = record.z[layer], self._clean(of.run.record.z[layer], own)
             of.share[prompt, w, heads] = _both(clean * read)
             of.acts[prompt, w, heads] = _both((clean - z).mul_(read))
-        if (mlp := Node("mlp", layer)) in of.at:
+        for mlp in (node for kind in MLPS if (node := Node(kind, layer)) in of.at):
             written, clean = record.vectors[mlp], self._clean(of.run.record.vectors[mlp], own)
             of.share[prompt, w, of.at[mlp]] = _both(clean * along)
             of.acts[prompt, w, of.at[mlp]] = _both((clean - written).mul_(along))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unwrite.model.capture import Recording
 from unwrite.model.view import Model, fold
-from unwrite.nodes import PROJECTED, Location, Node
+from unwrite.nodes import MLPS, PROJECTED, Location, Node
 from unwrite.prompts.tokens import Tokens
 from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.ledger import Ledger
@@ -78,7 +78,7 @@ class WithoutTally:
         """Does `node` write after the writer, so that it can act because of it?"""
         if node.layer != self.writer.layer:
             return node.layer > self.writer.layer
-        return node.kind == "mlp" and self.writer.kind != "mlp" and not self.lm.parallel
+        return node.kind in MLPS and self.writer.kind not in MLPS and not self.lm.parallel
 
     def executed(self, erasers: Sequence[Node] = ()) -> Round:
         """One clean run, one without the write, one for every rotation, its readers, and the algebra through values.
@@ -234,7 +234,7 @@ class WithoutTally:
 
     def _read(self, run: Clean, vector: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         """Σ‖·‖² of what each node writes because it reads `vector`, and each MLP's part of that along the vector."""
-        mlps = [node.layer for node in self.lm.parts if node.kind == "mlp" and self.later(node)]
+        mlps = sorted({node.layer for node in self.lm.parts if node.kind in MLPS and self.later(node)})
         n, exact = len(self.lm.parts), torch.float64
         onto, energy = vector.new_zeros(len(vector), n, dtype=exact), vector.new_zeros(n, dtype=exact)
         for layer in range(self.writer.layer + 1, len(self.lm.layers)):
@@ -242,8 +242,8 @@ class WithoutTally:
             if self.lm.layers[layer].attends:
                 energy[self._heads(layer)] = squares(run.carried(layer, vector).movedim(2, 0) * kept[..., None])
         there = vector.ne(0).any(-1, keepdim=True)  # elsewhere the difference is rounding
-        for layer, change in one_reader(run, vector, mlps).items():
-            index = self.lm.parts.index(Node("mlp", layer))
+        for node, change in one_reader(run, vector, mlps).items():
+            index = self.lm.parts.index(node)
             energy[index] = squares((change * there)[None])[0]
             onto[:, index] = dot(change, vector)
         return energy, onto
@@ -313,7 +313,7 @@ class WithoutTally:
 
     def can_read(self) -> Bool[np.ndarray, " node"]:
         """Which nodes could take in the write: heads of later layers, and later MLPs."""
-        return np.array([self.later(node) and node.kind in ("head", "mlp") for node in self.lm.parts])
+        return np.array([self.later(node) and node.kind in ("head", *MLPS) for node in self.lm.parts])
 
     def unseen(self) -> tuple[Bool[np.ndarray, " node"], Bool[np.ndarray, " location"]]:
         """Later mixers, of which nobody knows what they read through values; states that hold something of one."""
