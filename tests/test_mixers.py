@@ -19,6 +19,7 @@ from unwrite.errors import ModelError, NodeError
 from unwrite.model.discover import discovered
 from unwrite.model.load import view
 from unwrite.model.view import Model
+from unwrite.studies.described import described
 
 # Of each type by notes of one's own: its blocks, what writes in each of them and its norm if it has one before the
 # stream, and how many heads its mixers have, 1 where channels are all that is apart.
@@ -242,6 +243,12 @@ def test_a_mixer_has_no_pattern(site: str, says: str) -> None:
 def test_blocks_that_are_given_more_than_the_stream_are_refused() -> None:
     with pytest.raises(ModelError, match="blocks of Zamba2ForCausalLM read something beside the stream"):
         view(every.model("zamba2"))
+
+
+def test_doctor_says_where_mixers_are_and_what_is_not_known_of_them() -> None:
+    said = described(view(every.model("granitemoehybrid")))
+    assert "in 2 of the layers a mixer (mamba, 8 heads) reads input_layernorm: it shows no pattern" in said
+    assert "MLPs (block_sparse_moe, and beside it shared_mlp) read what post_attention_layernorm is given" in said
 
 
 @pytest.mark.parametrize("kind", KINDS)

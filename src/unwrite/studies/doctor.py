@@ -13,10 +13,11 @@ import torch
 from unwrite.errors import whole
 from unwrite.model import devices
 from unwrite.model.devices import Region, placed, size
-from unwrite.model.families import BY_HAND, REST, Where
+from unwrite.model.families import BY_HAND
 from unwrite.model.load import outline, places
 from unwrite.model.view import Model, require_model
 from unwrite.model.weights import DISK
+from unwrite.studies.described import described
 from unwrite.studies.foreseen import foreseen, spread
 from unwrite.studies.room import memory
 
@@ -84,7 +85,7 @@ def doctor(
     """
     require_model(lm)
     n, length = _size(n, length, lm)
-    checks = [Check(f"row {lm.about.get('row', BY_HAND)}", True, _row(lm))]
+    checks = [Check(f"row {lm.about.get('row', BY_HAND)}", True, described(lm))]
     checks += [
         Check(f"identity {name}", lm.certificate.holds(name), f"relative error {error:.1e}")
         for name, error in lm.certificate.items()
@@ -148,46 +149,6 @@ def _fits(regions: Sequence[Region], here: str, scan: int, loaded: bool) -> list
         name = "memory" if len(devices) == 1 else f"memory of {place}"
         found.append(Check(name, need <= free, f"{size(need)} needed, {size(free)} there", fix))
     return found
-
-
-def _row(lm: Model) -> str:
-    """Where heads, MLPs and norms of the model are taken to be, and by what is multiplied, in words."""
-    row, factors = lm.row, {
-        "the embedding is": lm.row.embed_scale(lm.config), "writes of blocks are": lm.residual_scale,
-        "logits are": lm.row.logit_scale(lm.config),
-    }  # fmt: skip
-    at = {name: _paths(getattr(row, name)) for name in ("attention", "value", "out_proj", "input_norm", "mid", "mlp")}
-    attention, mlp = (
-        norm and f" and write through {_paths(norm)}" for norm in (row.post_attention_norm, row.post_mlp_norm)
-    )
-    down = f"{at['mlp']}.{row.act}" if row.act else at["mlp"]
-    mixers, mlps = (
-        [layer for layer in lm.layers if layer.heads and not layer.attends],
-        any(x.has_mlp for x in lm.layers),
-    )
-    said = [f"{len(lm.layers)} blocks ({row.decoder}.{row.blocks}) write to one stream"]
-    if any(layer.attends for layer in lm.layers):
-        said += [
-            f"heads ({at['attention']}: values {at['value']}, out-projection {at['out_proj']}) read "
-            f"{at['input_norm'] or 'the bare stream'}{attention or ''}"
-        ]
-    if mixers:
-        where = ", ".join(str(layer.index) for layer in mixers)
-        said += [f"in layers {where} mixers ({at['attention']}) are in the place of attention: no pattern, no values"]
-    if mlps:
-        read = "beside attention" if lm.parallel else f"what {at['mid'] or at['input_norm']} is given"
-        said += [f"MLPs ({down}) read {read}{mlp or ''}"]
-    said += [f"{what} times {by:g}" for what, by in factors.items() if by != 1]
-    said += ["positions are what else the first block reads"] if row.pos_embed == REST else []
-    said += [f"attention adds {row.out_bias}"] if row.out_bias else []
-    cap = row.logit_cap(lm.config)
-    return "; ".join(said + ([] if cap is None else [f"logits are capped at {cap:g}"]))
-
-
-def _paths(path: Where) -> str:
-    """A path of the row, or those that it has in different layers."""
-    every = path if isinstance(path, tuple) else (path,)
-    return " or ".join(dict.fromkeys(part for part in every if part))
 
 
 def _tokenizer(lm: Model) -> str:

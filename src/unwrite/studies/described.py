@@ -1,0 +1,92 @@
+"""Where are heads, mixers, MLPs and norms of a model taken to be, and what is done to what they write? In words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import nn
+
+from unwrite.model.families import REST
+from unwrite.model.layers import Layer
+from unwrite.model.view import Model
+from unwrite.run.edit.sites import last_projection
+
+Pick = Callable[[Layer], nn.Module | None]
+
+
+def described(lm: Model) -> str:
+    """The row of a model, by the names that its modules have in their blocks."""
+    row = lm.row
+    attending, mixing, mlps = (
+        [layer for layer in lm.layers if layer.attends],
+        [layer for layer in lm.layers if layer.heads and not layer.attends],
+        [layer for layer in lm.layers if layer.has_mlp],
+    )
+    said = [f"{len(lm.layers)} blocks ({row.decoder}.{row.blocks}) write to one stream"]
+    said += [*_attention(lm, attending)] if attending else []
+    said += [_mixers(mixing)] if mixing else []
+    said += [_mlps(lm, mlps)] if mlps else []
+    said += [f"{what} times {by:g}" for what, by in _factors(lm).items() if by != 1]
+    said += ["positions are what else the first block reads"] if row.pos_embed == REST else []
+    said += [f"attention adds {row.out_bias}"] if row.out_bias else []
+    cap = row.logit_cap(lm.config)
+    return "; ".join(said + ([] if cap is None else [f"logits are capped at {cap:g}"]))
+
+
+def _factors(lm: Model) -> dict[str, float]:
+    row, config = lm.row, lm.config
+    return {
+        "the embedding is": row.embed_scale(config), "writes of blocks are": lm.residual_scale,
+        "values are": row.value_factor(config), "logits are": row.logit_scale(config),
+    }  # fmt: skip
+
+
+def _attention(lm: Model, layers: Sequence[Layer]) -> Iterator[str]:
+    attention = _names(layers, lambda layer: layer.attention)
+    made = f"values {_names(layers, lambda layer: layer.value, within=True)}"
+    out = f"out-projection {_names(layers, lambda layer: layer.out_proj, within=True)}"
+    read = _names(layers, lambda layer: layer.input_norm) or "the bare stream"
+    yield f"heads ({attention}: {made}, {out}) read {read}{_through(layers, lambda layer: layer.post_attention_norm)}"
+    if first := _names(layers, lambda layer: layer.latent, within=True):
+        norm = _names(layers, lambda layer: layer.latent_norm, within=True)
+        yield f"values take two steps, through {first} and the norm {norm}"
+    if norm := _names(layers, lambda layer: layer.head_norm, within=True):
+        yield f"what heads give goes through the norm {norm}"
+    if lm.row.gated_heads:
+        yield "what heads give is multiplied by gates"
+    if lm.row.sinks:
+        yield "attention has sinks: rows of its patterns sum to less than 1"
+
+
+def _mixers(layers: Sequence[Layer]) -> str:
+    heads = " or ".join(dict.fromkeys("one node" if layer.heads == 1 else f"{layer.heads} heads" for layer in layers))
+    kind = _names(layers, lambda layer: layer.attention)
+    read = _names(layers, lambda layer: layer.input_norm) or "the bare stream"
+    through = _through(layers, lambda layer: layer.post_attention_norm)
+    return (
+        f"in {len(layers)} of the layers a mixer ({kind}, {heads}) reads {read}{through.replace('write', 'writes')}: "
+        "it shows no pattern, and what it carries through values is not known"
+    )
+
+
+def _mlps(lm: Model, layers: Sequence[Layer]) -> str:
+    last = _names(layers, lambda layer: last_projection(lm, layer)) or _names(layers, lambda layer: layer.mlp)
+    beside = _names(layers, lambda layer: layer.beside)
+    with_it = f", and beside it {beside}" if beside else ""
+    reads = _names(layers, lambda layer: layer.mid or layer.input_norm)
+    read = "beside attention" if lm.parallel else f"what {reads} is given"
+    return f"MLPs ({last}{with_it}) read {read}{_through(layers, lambda layer: layer.post_mlp_norm)}"
+
+
+def _through(layers: Sequence[Layer], norm: Pick) -> str:
+    names = _names(layers, norm)
+    return f" and write through {names}" if names else ""
+
+
+def _names(layers: Sequence[Layer], pick: Pick, within: bool = False) -> str:
+    """What a module is called in its block, or within the block's attention; if it has several names, all of them."""
+    found: dict[str, None] = {}
+    for layer in layers:
+        module, root = pick(layer), layer.attention if within else layer.block
+        found |= {name: None for name, part in root.named_modules() if part is module and name}
+    return " or ".join(found)
