@@ -168,7 +168,7 @@ def test_positions_and_segments_of_a_model_of_pictures_are_one_node() -> None:
         hf(input_ids=ids)
     body = lm.decoder
     with torch.no_grad():
-        places = body.embed_positions(input_ids=ids, inputs_embeds=body.embed_tokens(ids), past_key_values_length=0)
+        places = body.embed_positions(input_ids=ids, inputs_embeds=body.embed_tokens(ids))
         want = places + body.segment_emb(torch.zeros(1, 1, dtype=torch.long))
     close(seen["pos_embed"], want.expand(2, -1, -1), 1e-5)
 
@@ -259,7 +259,7 @@ def test_values_between_queries_and_keys_are_edited_alone(head: int) -> None:
 def test_what_no_module_shows_is_refused_by_name(group: str) -> None:
     """Queries and keys are turned inside of its attention; everything else is patched."""
     lm, pairs = model("codegen"), contrasts((4, 6))
-    if group in ("q", "k", "shared_k"):
+    if group in ("q", "k", "shared_k") and not lm.row.interface:  # as in transformers 5.23
         with pytest.raises(NodeError, match=r"turned inside of its attention"):
             uw.effects(lm, pairs, f"L1{'KV' if 'shared' in group else 'H'}0.{group[-1]}")
     else:

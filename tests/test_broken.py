@@ -87,10 +87,6 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: t5(tf.T5EncoderModel),
         "t5 has no row in the table of families, and none can be found: its embedding of tokens",
     ),
-    "no attention": (
-        lambda: tf.MambaForCausalLM(tf.MambaConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, state_size=4)),
-        "mamba has no row in the table .*no attention with a pattern in a block .mixer: MambaMixer",
-    ),
     "no unembedding": (lambda: changed(lambda hf: setattr(hf, "lm_head", nn.Identity())), "could not be run .*Next: "),
     "no output": (lambda: changed(lambda hf: setattr(hf, "forward", lambda **_: None)), "could not be run .*Next: "),
     "a pass that fails": (

@@ -204,19 +204,19 @@ def test_a_false_row_is_refused_with_the_identity_named(
 
 
 @pytest.mark.parametrize(
-    ("family", "change"),
+    ("family", "change", "says"),
     [
-        ("llama", {"attention": "nowhere"}),
-        ("llama", {"mid": "nowhere"}),
-        ("gpt2", {"value": "nowhere"}),
-        ("gpt_neo", {"interface": True}),
+        ("llama", {"attention": "nowhere"}, "is not exact.*relative error of stream"),
+        ("llama", {"mid": "nowhere"}, "could not be run"),
+        ("gpt2", {"value": "nowhere"}, "could not be run"),
+        ("gpt_neo", {"interface": True}, "could not be run"),
     ],
 )
 def test_a_row_that_names_what_is_not_there_is_refused(
-    family: str, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    family: str, change: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(FAMILIES, family, replace(FAMILIES[family], **change))
-    with pytest.raises(ModelError, match="could not be run"):
+    with pytest.raises(ModelError, match=says):
         view(model(family))
 
 

@@ -29,6 +29,7 @@ from twin import Truth
 from unwrite.errors import ModelError, NodeError
 from unwrite.model import identities, values
 from unwrite.model.attention import Scored, eager_of, patterns
+from unwrite.model.cache import empty, keeping
 from unwrite.model.certificate import certify
 from unwrite.model.load import view
 from unwrite.model.values import through_values
@@ -402,10 +403,11 @@ def test_the_input_of_values_is_edited_and_nothing_else_where_they_take_two_step
 def test_the_input_of_such_values_is_not_edited_over_a_cache() -> None:
     hf, lm, ids = weights("minicpm3"), model("minicpm3"), some_ids(weights("minicpm3"))
     with torch.no_grad():
-        cache = hf(ids[:, :4], use_cache=True).past_key_values
+        cache = empty()
+        hf(ids[:, :4], **keeping(hf, cache))
         refused = pytest.raises(NodeError, match=r"L1\.v_input cannot be edited in a pass that goes on from a cache")
         with refused, uw.trace(lm, edits=uw.Edit.set("L1.v_input", 0.0)):
-            hf(ids[:, 4:], past_key_values=cache)
+            hf(ids[:, 4:], **keeping(hf, cache))
 
 
 # Sinks in AtP*, and keys that a scorer chooses.

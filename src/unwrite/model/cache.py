@@ -31,7 +31,7 @@ def empty() -> Cache:
 
 def keeping(decoder: nn.Module, cache: Cache) -> dict[str, Any]:
     """The arguments by which a decoder is given a cache, whose name transformers 5.24 changed."""
-    name = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
+    name = "cache" if "cache" in inspect.signature(type(decoder).forward).parameters else "past_key_values"
     return {"use_cache": True, name: cache}
 
 

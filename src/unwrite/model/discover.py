@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from unwrite.errors import ModelError
-from unwrite.model.blocks import SAME, Block, Unlike, below, norm_kinds, writer
+from unwrite.model.blocks import SAME, Block, Unlike, below, norm_kinds
 from unwrite.model.families import REST, Family, Where
 from unwrite.model.hooks import first_of
 from unwrite.model.inside import head_of, held, maybe, text_config
 from unwrite.model.norms import NormKind
-from unwrite.model.said import Said, looked, said
+from unwrite.model.said import Said, said, unseen
 from unwrite.model.single import HALVES
 from unwrite.model.sums import bare, behind, terms
 from unwrite.model.traced import Called, Traced, mixing, traced
@@ -73,7 +73,7 @@ def _require_float32(hf: Any, kind: str) -> None:
 def _row(trace: Traced, hf: Any) -> Family:
     path, calls = _stack(trace, hf)
     blocks = [Block(trace, call) for call in calls]
-    mixes = mixing(hf, [writer(block, part) for block in blocks if looked(block) is None for part in block.writers])
+    mixes = mixing(hf, [call for block in blocks for call in unseen(block)])
     found = [said(block, mixes) for block in blocks]
     final, (embed, scale, positions) = _final_norm(trace, path, calls[-1]), _start(trace, calls[0])
     decoder = _around(trace, [path, final.path, *(part for part in (embed, positions) if part)])

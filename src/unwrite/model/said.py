@@ -74,7 +74,7 @@ class Said:
 
 
 def said(block: Block, mixes: Collection[str]) -> Said:
-    """What a block says, where of what writes without attention these `mixes` mix positions.
+    """What a block says, where of what is `unseen` these `mixes` mix positions.
 
     Raises Unlike for what a row cannot say.
     """
@@ -125,6 +125,13 @@ def looked(block: Block) -> Looked | None:
     if not (found[0].sinks or found[0].pattern is None or is_pattern(found[0].pattern)):
         raise Unlike("rows of the pattern do not sum to 1, and attention is given no sinks that say why")
     return found[0]
+
+
+def unseen(block: Block) -> list[Called]:
+    """What writes in a block and has no attention that was seen: it may mix positions, or be an MLP, which does not."""
+    look = looked(block)
+    every = (writer(block, part) for part in block.writers)
+    return [call for call in every if look is None or not _in(look.path, call.path)]
 
 
 def _roots(block: Block, writer: Called) -> list[str]:
