@@ -155,12 +155,16 @@ def _mixes(call: Called) -> bool:
     """The prompts' last tokens are not changed, so what becomes of them tells."""
     assert call.given is not None and call.read is not None  # noqa: S101, PT018 (what writes in a block reads)
     # Some give their prompts and positions as one axis.
-    read = call.read.reshape(*_SHAPE, -1).clone()
+    read = _by_prompt(call.read).clone()
     read[:, 0] += read[:, 1] - read[:, 2]
     args, named = reads_instead(call.given, read.reshape(call.read.shape).to(read_of(call.given)))
     made = _copy(_tensors(call.module(*args, **named))[0])
-    one, other = (part.reshape(*_SHAPE, -1)[:, 1:] for part in (call.gave, made))
+    one, other = (_by_prompt(part)[:, 1:] for part in (call.gave, made))
     return bool((one - other).abs().amax() > _MIXED * one.abs().amax())
+
+
+def _by_prompt(part: Tensor) -> Tensor:
+    return part.reshape(_SHAPE[0], -1, part.shape[-1])
 
 
 def _lent(hf: Any) -> Iterator[AbstractContextManager[object]]:
