@@ -250,6 +250,11 @@ def test_what_holds_no_image_that_the_model_saw_is_refused(kind: str) -> None:
         call(seeing("llama"))
 
 
+def test_a_model_whose_embedding_no_module_puts_out_sees_no_image() -> None:
+    with pytest.raises(ModelError, match="no module of NanoChatForCausalLM puts out what its first block reads"):
+        uw.images(view(every.model("nanochat")), {"input_ids": torch.tensor([[5, 6, 7]])})
+
+
 def test_vectors_are_kept_no_longer_than_the_tokens_are() -> None:
     lm = uw.load(around("llama")[0])
     tokens = uw.images(lm, inputs("llama"))

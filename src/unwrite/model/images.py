@@ -19,6 +19,7 @@ from torch import Tensor
 
 from unwrite.errors import ModelError, TokensError, said, shown
 from unwrite.model.capture import evaluating
+from unwrite.model.families import REST
 from unwrite.model.hooks import Call, called, first_of, hooked, put_out
 from unwrite.model.identities import Ids, Mask, output_of, relative
 from unwrite.model.placed import decode
@@ -46,6 +47,11 @@ def images(lm: Model, inputs: Any) -> Tokens:
     Example: `uw.scan(lm, uw.images(lm, processor(text=texts, images=pictures, return_tensors="pt", padding=True)))`
     """
     require_model(lm)
+    if lm.row.embed == REST:
+        raise ModelError(
+            f"no module of {lm.about.get('name', lm.family)} puts out what its first block reads of a token",
+            expected="one in whose place an image can be put", fix="give a method the ids alone",
+        )  # fmt: skip
     ids, mask, more = _unpacked(lm, inputs)
     call, own = _own_pass(lm, ids, mask, more)
     embedded = call[1]["inputs_embeds"].to(lm.device)
