@@ -61,6 +61,8 @@ _ELSEWHERE = (
     "alt",
 )
 nitpick_ignore_regex = [("py:.*", rf"({'|'.join(_ELSEWHERE)})(\..*)?")]
+# What `Tokens` hold and only `uw.images` makes.
+nitpick_ignore = [("py:class", "unwrite.prompts.tokens.Images")]
 
 _FIELD = re.compile(r"(Arguments|Returns|Yields|Raises|Example)(: | )(?=\S)")
 

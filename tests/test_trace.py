@@ -21,6 +21,7 @@ from unwrite.errors import ModelError, NodeError
 from unwrite.model.attention import patterns
 from unwrite.model.cache import keeping
 from unwrite.model.families import FAMILIES
+from unwrite.model.load import view
 from unwrite.model.values import into_values, value_scale
 from unwrite.model.view import Layer, Model, fold, value_weights
 from unwrite.nodes import Node, Site, parse_site
@@ -1028,3 +1029,13 @@ def test_only_the_hooks_that_are_needed_are_there() -> None:
     with uw.trace(lm, "L0H0.q"):
         assert count() == 2
         assert lm.config._attn_implementation != "sdpa"
+
+
+def test_a_pass_that_is_given_states_of_an_encoder_is_refused() -> None:
+    lm = view(tiny.model("gpt2", 0, add_cross_attention=True))
+    ids = ids_of(lm)
+    states = torch.randn(len(ids), 4, lm.d_model)
+    with uw.trace(lm, "L1H0"):
+        lm.hf(input_ids=ids)
+        with pytest.raises(ModelError, match=r"because of an encoder is no node's\. Got: encoder_hidden_states"):
+            lm.hf(input_ids=ids, encoder_hidden_states=states)

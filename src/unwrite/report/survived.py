@@ -100,10 +100,11 @@ def _found(data: xr.Dataset, verdict: list[str], of: str) -> str:
         return f"Of {of}: {'; '.join(parts)}."
     lowest = int(np.nanargmin(np.where(np.isnan(data["gap"]), np.inf, data["gap"])))
     one = data.isel(writer=lowest)
-    level = number(_ordinary(one, "median"))
+    level, q = number(_ordinary(one, "median")), float(one["q"])
+    among = "" if np.isnan(q) else f" (q {q:.2f})"
     return (
         f"None of {of} ends out of the ordinary. The lowest beside ordinary writes is {one['writer'].item()}: "
-        f"{between(one, 'end', '')} of it survives, of such writes {level} (q {float(one['q']):.2f})."
+        f"{between(one, 'end', '')} of it survives, of such writes {level}{among}."
     )
 
 

@@ -6,10 +6,11 @@ transformers' AttentionInterface. After the `with`, however it ends, the model i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,6 +149,7 @@ class _Run:
         """A forward pass starts: what the last one showed is gone."""
         args, kwargs = call
         _require_plain(self)
+        _require_itself(self.lm, kwargs)
         self.values.clear()
         self.passes += 1
         given = next(
@@ -239,6 +241,15 @@ def _hooks(run: _Run) -> Iterator[Handle]:
 def _require_free(lm: Model) -> None:
     if any(isinstance(listener, _Run) for listener in listeners(lm.decoder)):
         raise ModelError("this model is being traced already", fix="give all sites and edits to one `uw.trace`")
+
+
+def _require_itself(lm: Model, kwargs: Mapping[str, Any]) -> None:
+    """Raise ModelError where blocks write what no node does: passes of the certificate had no states of an encoder."""
+    if isinstance(states := kwargs.get("encoder_hidden_states"), Tensor):
+        raise ModelError(
+            f"what {lm.about.get('name', lm.family)} writes because of an encoder is no node's",
+            got=f"encoder_hidden_states {tuple(states.shape)}", expected="a pass of the decoder alone",
+        )  # fmt: skip
 
 
 def _require_plain(run: _Run) -> None:
