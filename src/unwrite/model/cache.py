@@ -12,9 +12,13 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicIndexedLayer
+from transformers import cache_utils
+from transformers.cache_utils import Cache, DynamicLayer
 
 from unwrite.model.hooks import Call
+
+# Older releases of transformers have no scorers, and no cache for their keys.
+_LAYER: type[DynamicLayer] = getattr(cache_utils, "DynamicIndexedLayer", DynamicLayer)
 
 # Keys and values, or what both are made of, and keys of a scorer that says where attention looks, where there is one.
 Past = tuple[Float[Tensor, "prompt _heads position _d"], ...]
@@ -26,7 +30,7 @@ _OF_MASK = 4
 def empty() -> Cache:
     """A cache for a run that begins at position 0."""
     # Some attention looks only where a scorer with keys of its own says, and then asks the cache for those.
-    return Cache(layer_class_to_replicate=DynamicIndexedLayer)
+    return Cache(layer_class_to_replicate=_LAYER)
 
 
 def keeping(decoder: nn.Module, cache: Cache) -> dict[str, Any]:
@@ -48,7 +52,7 @@ def _kept(layer: Any) -> tuple[Any, ...]:
     return pair if scorer is None else (*pair, scorer[:, None])
 
 
-class _Remembered(DynamicIndexedLayer):
+class _Remembered(_LAYER):
     """Earlier positions of one layer. New ones are attended to and not remembered, so that it serves many passes."""
 
     def __init__(self, keys: Tensor, values: Tensor, scorer: Tensor | None = None):
@@ -68,7 +72,7 @@ class _Remembered(DynamicIndexedLayer):
 
 def remembering(kept: Mapping[int, Past], layers: int) -> Cache:
     """A cache in which some of the layers know earlier positions, for any number of passes that bring the next ones."""
-    return Cache(layers=[_Remembered(*kept[i]) if i in kept else DynamicIndexedLayer() for i in range(layers)])
+    return Cache(layers=[_Remembered(*kept[i]) if i in kept else _LAYER() for i in range(layers)])
 
 
 def with_past(call: Call, cache: Cache | None, prompts: int) -> Call:
