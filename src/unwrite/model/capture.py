@@ -18,7 +18,7 @@ from unwrite.model.norms import norm_scale
 from unwrite.model.placed import decode
 from unwrite.model.view import Folded, Layer, Model, centre, outside
 from unwrite.model.writes import Writes
-from unwrite.nodes import Location, Node
+from unwrite.nodes import MLPS, Location, Node
 
 
 @dataclass
@@ -142,11 +142,10 @@ def _layer_hooks(lm: Model, layer: Layer, fold: Folded, record: Recording) -> It
         yield before(layer.out_proj, keep_z)
         if (norm := layer.post_attention_norm) is not None:
             yield before(norm, lambda attention: keep_gain(attention, norm))
-    ends = {"mlp": layer.mlp_end if layer.has_mlp else None, "beside": layer.beside}
-    for kind, end in ((kind, end) for kind, end in ends.items() if end is not None):
+    for kind in (kind for kind in MLPS if kind in layer.modules):
         keep_mlp = _keep(record.vectors, Node(kind, layer.index), lm, lm.residual_scale)
         # OPT flattens prompts and positions before its MLP.
-        yield after(end, lambda output, keep=keep_mlp: keep(_like(output, record), record.only))
+        yield after(layer.end(kind), lambda output, keep=keep_mlp: keep(_like(output, record), record.only))
 
 
 def _truth_hooks(lm: Model, layer: Layer, record: Recording) -> Iterator[Handle]:

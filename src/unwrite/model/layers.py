@@ -15,7 +15,8 @@ from unwrite.model.projections import sizes
 from unwrite.nodes import Location
 
 # What a layer may lack.
-_CALLED = {"attention": "attention", "out_proj": "attention", "value": "values of attention", "mlp": "MLP"}
+_CALLED = {"attention": "attention", "out_proj": "attention", "value": "values of attention", "mlp": "MLP",
+           "beside": "second MLP"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,12 @@ class Layer:
     def attention_end(self) -> nn.Module:
         """What puts out all that attention writes but for `outside`, still apart from the stream."""
         return self.post_attention_norm or self.out_proj
+
+    def end(self, kind: str) -> nn.Module:
+        """What puts out all that nodes of a kind write, still apart from the stream."""
+        if kind == "beside":
+            return self._module("beside")
+        return self.mlp_end if kind == "mlp" else self.attention_end
 
     @property
     def mlp_end(self) -> nn.Module:

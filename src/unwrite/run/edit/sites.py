@@ -139,8 +139,7 @@ def _start(lm: Model, site: Site) -> Place:
 
 
 def _mlp(lm: Model, site: Site) -> Place:
-    layer = lm.layers[site.layer]
-    return _written(lm, layer.beside if site.kind == "beside" and layer.beside else layer.mlp_end, lm.residual_scale)
+    return _written(lm, lm.layers[site.layer].end(site.kind), lm.residual_scale)
 
 
 def _attn_out(lm: Model, site: Site) -> Place:

@@ -32,9 +32,7 @@ def added(run: Clean, node: Node, change: Float[Tensor, "prompt position d_model
     if node.layer < 0:
         return _continued(run, 0, change, {})
     layer = run.lm.layers[node.layer]
-    ends = {"mlp": lambda: layer.mlp_end, "beside": lambda: layer.beside}
-    module = ends.get(node.kind, lambda: layer.attention_end)()
-    return _continued(run, node.layer, None, {module: partial(_plus, run.lm, lambda: change)})
+    return _continued(run, node.layer, None, {layer.end(node.kind): partial(_plus, run.lm, lambda: change)})
 
 
 @torch.no_grad()
