@@ -109,6 +109,23 @@ def test_a_channel_that_nobody_weighs_changes_nothing() -> None:
     assert float(found["end"][0]) == pytest.approx(want, abs=1e-12)
 
 
+def test_what_survives_without_the_loudest_channels_is_what_survives_of_all_others() -> None:
+    lm = build("llama")
+    with torch.no_grad(), uw.trace(lm, *lm.nodes) as seen:
+        lm.hf(IDS)
+    energy = {name: seen[name][:, 1:].square().sum((0, 1)) for name in lm.nodes}
+    scan = uw.scan(lm, IDS)
+    material = [str(name) for name in scan["writer"].values[scan["material"].values]]
+    held = torch.stack([energy[name] / energy[name].sum() for name in material]).sum(0)
+    found = uw.survival(lm, IDS, ["L0H0", "L1H1"], "raw", ["signs"], 1)
+    assert found["loudest"].values.tolist() == held.argsort(descending=True)[:3].tolist()
+    weigh = torch.ones(lm.d_model, dtype=torch.float64)
+    weigh[found["loudest"].values] = 0.0
+    for writer in ("L0H0", "L1H1"):
+        want = executed_without(lm, writer, weigh)
+        assert float(found["without_loudest"].sel(writer=writer)) == pytest.approx(want, abs=1e-12)
+
+
 def executed_without(lm: Model, writer: str, weigh: Tensor) -> float:
     """Survival at the end by a trace that takes the write out at all positions but the first."""
     final = f"resid_post{len(lm.layers) - 1}"

@@ -185,3 +185,18 @@ def test_by_whom_is_undecided_where_blocks_say_otherwise() -> None:
 def test_prompts_of_one_document_are_one() -> None:
     found = by_document(np.arange(8.0).reshape(4, 2), np.array([7, 3, 7, 3]))
     np.testing.assert_array_equal(found, [[2 + 6, 3 + 7], [0 + 4, 1 + 5]])
+
+
+def test_a_word_that_hangs_on_few_channels_is_not_said_unless_these_hold_the_write() -> None:
+    own = ordinary(0.7)[:, 0].copy()
+    own[:12] = 0.05
+    whole, others = cause(sums(own, ordinary(0.7)), 0.9, 0.1), ordinary(0.7)
+    fewer = cause(sums(np.where(np.arange(WRITERS) < 6, 0.7, own), others), 0.9, 0.1)
+    # Of the first three hardly any energy is left without those channels: the word is about these.
+    x, y = fewer.x.copy(), fewer.y.copy()
+    x[:, :3] *= 0.3
+    y[:, :3] *= 0.3
+    found = judge(whole, fewer=replace(fewer, x=x, y=y))
+    assert found.verdict[:12] == ["erased"] * 3 + ["undecided"] * 3 + ["erased"] * 6
+    np.testing.assert_array_equal(np.flatnonzero(found.hangs[:12]), [3, 4, 5])
+    assert found.verdict[12:] == judge(whole).verdict[12:]

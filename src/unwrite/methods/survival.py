@@ -30,7 +30,7 @@ from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.stream import Listener, admit, batch_size, fitting, stream
 from unwrite.run.source.standins import CONTROLS
-from unwrite.run.tally.survives import Removals, SurvivalTally
+from unwrite.run.tally.survives import Removals, SurvivalTally, judged
 from unwrite.run.tally.written import MATERIAL, Written
 from unwrite.stats.verdicts import (
     BOUNDS,
@@ -40,7 +40,6 @@ from unwrite.stats.verdicts import (
     by_document,
     cuts,
     estimate,
-    judge,
     left_out,
     parted,
     ratio,
@@ -85,11 +84,13 @@ def survival(
     documents), `end` the same at the end of the stream and `median_survival` its median over positions;
     `ordinary[writer, control, bound]`, what becomes of stand-ins (5 %, median, 95 %), `gap` = `end` − that median with
     its interval; `q` and `q_above` by target–decoy competition over all writers: which part of those that are at least
-    as low, or high, would be so by chance; `verdict`. `acts[writer, node]` = what a later node writes along the write
-    because it is there, with interval, and its parts `erased` and `filled_in`; `erased_by[writer, cut]` and
-    `filled_in_by` sum these over nodes and over whole blocks. `energy_top3` and `participation` of each write's
-    channels; `without_sinks`, survival without rows at which the stream is ten times as long as usual; `rescaled`, the
-    mean of log(‖x‖ / ‖x^{−w}‖), by which norms scale everything else otherwise.
+    as low, or high, would be so by chance; `verdict`, undecided where it `hangs` on the three loudest channels.
+    `acts[writer, node]` = what a later node writes along the write because it is there, with interval, and its parts
+    `erased` and `filled_in`; `erased_by[writer, cut]` and `filled_in_by` sum these over nodes and over whole blocks.
+    `energy_top3` and `participation` of each write's channels; `without_sinks`, survival without rows at which the
+    stream is ten times as long as usual, and `without_loudest`, without the three channels (`loudest`) that hold most
+    of what all writers write; `rescaled`, the mean of log(‖x‖ / ‖x^{−w}‖), by which norms scale everything else
+    otherwise.
     Raises NodeError for an unknown writer; NumericError where no write is material, for an unknown weight or control;
     TokensError as `uw.scan`.
 
@@ -102,10 +103,10 @@ def survival(
     with opened(checkpoint, listener) as job:
         if done := job.begin("survival", lm, {"": read.hash}, settings, in_parts=True):
             return done
-        chosen = _chosen(lm, read, named, skip, listener, job)
+        chosen, loudest = _chosen(lm, read, named, skip, listener, job)
         draws = stand_ins(len(chosen), controls, decoys)
         weights = fitting(lambda: _weights(lm, chosen, weigh), "finding who reads the stream")
-        question = Removals(lm, fold(lm), read, skip, chosen, weights, draws)
+        question = Removals(lm, fold(lm), read, skip, chosen, weights, draws, loudest)
         tally = SurvivalTally(question, job)
         stream(lm, read, tally, size, f"survival of {len(chosen)}", listener, job)
         job.together()
@@ -163,8 +164,9 @@ def _weights(lm: Model, writers: Sequence[Node], weigh: Any) -> dict[str, Float[
 
 def _chosen(
     lm: Model, tokens: Tokens, named: tuple[Node, ...] | None, skip: int, listener: Listener | None, job: Job
-) -> tuple[Node, ...]:
-    """The writers that are named, or those whose write is not tiny beside the stream; a bias is none to ask about.
+) -> tuple[tuple[Node, ...], tuple[int, ...]]:
+    """The writers that are named, or those whose write is not tiny beside the stream, and the channels that hold most
+    of what they write; a bias is none to ask about.
 
     Either way all that is written is looked at first: what is no number is named by its prompt.
     """
@@ -177,7 +179,7 @@ def _chosen(
             got=f"at most {np.nanmax(tally.relative_norm()):.3f} of the stream",
             expected=f"at least {MATERIAL}", fix="name writers=, or give other text",
         )  # fmt: skip
-    return found
+    return found, tally.loudest(CRITERIA.channels)
 
 
 class _Found:
@@ -187,12 +189,12 @@ class _Found:
         self.asked, self.lm = asked, asked.lm
         cluster = asked.tokens.cluster
         self.of = {name: by_document(whole[name], cluster) for name in _BY_DOCUMENT}
-        self.rows, self.channels = whole["rows"], whole["channels"].sum(0)
+        self.whole, self.rows, self.channels = whole, whole["rows"], whole["channels"].sum(0)
         self.sums = asked.sums(whole)
 
     def dataset(self) -> xr.Dataset:
         """Everything, named."""
-        found = judge(self.sums)
+        found = judged(self.asked, self.whole)
         data = xr.Dataset({**self._survival(), **self._judged(found), **self._nodes(), **self._shape()}, self._axes())
         return data.assign_attrs(
             n_prompts=len(self.asked.tokens), documents=self.sums.documents, rows=int(self.of["counted"].sum()),
@@ -208,7 +210,9 @@ class _Found:
 
     def _survival(self) -> dict[str, xr.Variable]:
         axes, alone = ("writer", "location", "weigh"), ("writer",)
-        y, x = (left_out(self.of[name][:, :, 0]) for name in ("y", "x"))
+        kept = len(self.asked.weights)
+        y, x = (left_out(self.of[name][:, :, 0, ..., :kept]) for name in ("y", "x"))
+        fewer = [self.of[name][:, :, 0, ..., kept].sum(0) for name in ("y", "x")]
         plain = left_out(self.of["without_sinks"][:, :, 0])[0]
         rows = self.rows.swapaxes(0, 1).reshape(len(self.asked.writers), -1)
         with warnings.catch_warnings():
@@ -219,6 +223,9 @@ class _Found:
             **_three(axes, "survival", estimate(ratio(y, x[:, :, None])), _EQUATION),
             "median_survival": quantity(alone, median, "1", each),
             "without_sinks": quantity(alone, ratio(plain[:, 0], plain[:, 1]), "1", "`end` without rows that are sinks"),
+            "without_loudest": quantity(
+                alone, ratio(fewer[0][:, -1], fewer[1]), "1", "`end` without the channels that hold most of all writes"
+            ),
         }
 
     def _judged(self, found: Judged) -> dict[str, Any]:
@@ -231,6 +238,8 @@ class _Found:
             **_three(alone, "gap", found.gap[first], f"end − median of the writer's {first} decoys"),
             **{name: quantity(alone, getattr(found, name), "1", text) for name, text in _JUDGED.items()},
             "verdict": ("writer", np.array(found.verdict, dtype=object)),
+            "hangs": quantity(alone, found.hangs, "", "another verdict without the loudest channels, so none is given"),
+            "loudest": quantity(("rank",), np.array(self.asked.loudest), "channels", "Σ_w o_w,i² / ‖o_w‖², the most"),
         }
 
     def _nodes(self) -> dict[str, xr.Variable]:

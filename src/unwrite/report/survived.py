@@ -86,7 +86,8 @@ def paragraph(data: xr.Dataset) -> str:
     count = Counter(verdict)
     documents, writers = int(data.attrs["documents"]), len(verdict)
     of = f"{counted(writers, 'writer')} on {counted(documents, 'document')}"
-    return " ".join([_found(data, verdict, of), _rest(count, documents), _sound(data)])
+    hangs = int(data["hangs"].sum()) if "hangs" in data else 0
+    return " ".join([_found(data, verdict, of), _rest(count, documents, hangs), _sound(data)])
 
 
 def _found(data: xr.Dataset, verdict: list[str], of: str) -> str:
@@ -118,12 +119,13 @@ def _named(data: xr.Dataset, chosen: list[int]) -> str:
     return "; ".join(said) + (f"; and {more} more" if more > 0 else "")
 
 
-def _rest(count: Counter[str], documents: int) -> str:
+def _rest(count: Counter[str], documents: int, hangs: int) -> str:
     undecided, others = count["undecided"], count["like others"]
     if documents < 5:
         return f"All are undecided: {counted(documents, 'document')} give no interval worth the name, five would."
     ends = "ends" if others == 1 else "end"
-    return f"{counted(others, 'writer')} {ends} like others, {undecided} are undecided."
+    of_these = f", {hangs} of them since their word hangs on three channels" if hangs else ""
+    return f"{counted(others, 'writer')} {ends} like others, {undecided} are undecided{of_these}."
 
 
 def _sound(data: xr.Dataset) -> str:

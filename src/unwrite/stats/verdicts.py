@@ -37,13 +37,16 @@ class Criteria:
     most: float = _rule(0.5, "of a write that is erased at most this survives, and at most this part of the ordinary")
     wide: float = _rule(1.0, "where ordinary writes end farther apart than this, they are no measure")
     more: float = _rule(1.1, "of a write that is amplified surely more than this survives")
+    channels: int = _rule(3, "no word hangs on so few channels, those that hold most of all that is written …")
+    rest: float = _rule(0.5, "… unless less of the write's energy than this is left without them")
     near: int = _rule(20, "so many decoys, of the nearest layers, say how far ordinary writes lie apart")
     middle: tuple[float, float] = _rule((0.05, 0.95), "between these quantiles of the decoys lies what is ordinary")
 
 
 # What a verdict says, in the order in which it is asked; the first that holds is said.
 WORDS = {
-    "undecided": "fewer documents than it takes, or ordinary writes there are no measure; or none of what follows",
+    "undecided": "fewer documents than it takes, or ordinary writes there are no measure; or none of what follows; or "
+    "another word without the three channels that hold most",
     "filled in": "surely below ordinary writes by all controls, at that q; later nodes write it where it is missing",
     "erased": "as far below, little of it is left, and later nodes write against it because it is there",
     "reduced": "as far below, but much is left, or nodes and whole blocks do not both say which of the two it is",
@@ -216,10 +219,22 @@ class Judged:
     q_above: Float[np.ndarray, " writer"]
     cause: Int[np.ndarray, " writer"]
     verdict: list[str]
+    hangs: Bool[np.ndarray, " writer"]
 
 
-def judge(sums: Sums, rules: Criteria = CRITERIA) -> Judged:
-    """A verdict on every writer."""
+def judge(sums: Sums, rules: Criteria = CRITERIA, fewer: Sums | None = None) -> Judged:
+    """A verdict on every writer; where `fewer` are the same sums without a few channels, only what holds of both."""
+    found = _judged(sums, rules)
+    if fewer is None:
+        return found
+    left = ratio(fewer.x[..., 0].sum(0), sums.x[..., 0].sum(0))
+    other = np.array(found.verdict) != np.array(_judged(fewer, rules).verdict)
+    hangs = other & (left >= rules.rest) & (np.array(found.verdict) != "undecided")
+    words = zip(found.verdict, hangs, strict=True)
+    return replace(found, verdict=["undecided" if hang else word for word, hang in words], hangs=hangs)
+
+
+def _judged(sums: Sums, rules: Criteria) -> Judged:
     whole = sums.survival()
     ordinary = {name: Ordinary.of(whole[..., part], sums.depth, rules) for name, part in sums.columns.items()}
     gap = {name: estimate(whole[..., 0] - part.level) for name, part in ordinary.items()}
@@ -229,9 +244,11 @@ def judge(sums: Sums, rules: Criteria = CRITERIA) -> Judged:
     with np.errstate(divide="ignore", invalid="ignore"):
         z = gap[first].value / spread
         against = (from_others(whole[0, :, sums.columns[first]]) / spread[:, None]).ravel()
+    nobody = np.zeros(len(sums.depth), dtype=bool)
     found = Judged(
-        estimate(whole[..., 0]), gap, ordinary, z, special(z, against), special(-z, -against), by_erasing(sums), []
-    )
+        estimate(whole[..., 0]), gap, ordinary, z, special(z, against), special(-z, -against), by_erasing(sums), [],
+        nobody,
+    )  # fmt: skip
     for w in range(len(sums.depth)):
         found.verdict.append(_word(found, w, sums.documents, rules))
     return found

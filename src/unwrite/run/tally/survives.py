@@ -31,12 +31,14 @@ from unwrite.run.loop.stream import Batch, Rows
 from unwrite.run.replay.clean import clean
 from unwrite.run.replay.removed import Changed, alone, at_once, changed, in_order
 from unwrite.run.source.standins import Others, Stead, stand_in
-from unwrite.stats.verdicts import Sums, by_document
+from unwrite.stats.verdicts import CRITERIA, Criteria, Judged, Sums, by_document, judge
 
 # Stand-ins of each kind for a writer that is asked about alone.
 ALONE: Mapping[str, int] = {"typical": 8, "signs": 4}
 # A row is a sink if the stream there is so many times as long as it is in the median of its prompt.
 SINK = 10.0
+# The first weights, without the loudest channels.
+FEWER = "fewer channels"
 # Who the write itself is, among what is put in its place.
 OWN = ("own", 0)
 _DONE = "runs done"
@@ -47,7 +49,7 @@ class Removals:
     """Which writes are taken out of which tokens, what is put in their place, and how channels are weighed.
 
     `weights` by name [writer, d_model]; of the first name also stand-ins are as large as the write, and nodes are asked
-    how they act.
+    how they act. `loudest` are the channels without which a verdict must hold as well.
     """
 
     lm: Model
@@ -57,6 +59,14 @@ class Removals:
     writers: Sequence[Node]
     weights: Mapping[str, Float[Tensor, "writer d_model"]]
     draws: Mapping[str, int]
+    loudest: tuple[int, ...] = ()
+
+    @property
+    def weighed(self) -> dict[str, Float[Tensor, "writer d_model"]]:
+        """All weights in which is measured: those asked for, and the first without the loudest channels."""
+        fewer = next(iter(self.weights.values())).clone()
+        fewer[:, [*self.loudest]] = 0.0
+        return {**self.weights, FEWER: fewer}
 
     @property
     def puts_in(self) -> list[tuple[str, int]]:
@@ -75,7 +85,7 @@ class Removals:
 
         Raises NumericError without sinks in others than the first.
         """
-        which = [*self.weights].index(weigh or next(iter(self.weights)))
+        which = [*self.weighed].index(weigh or next(iter(self.weights)))
         if without_sinks and which:
             raise NumericError("sums without sinks are kept in the first weights only", got=weigh)
         y, x = (
@@ -86,6 +96,11 @@ class Removals:
         y, x, along, acts = (by_document(part, self.tokens.cluster) for part in (y, x, whole["share"], whole["acts"]))
         depth, block = (np.array([node.layer for node in nodes]) for nodes in (self.writers, self.lm.parts))
         return Sums(y, x, self.columns, depth, along, acts, block)
+
+
+def judged(asked: Removals, whole: Arrays, rules: Criteria = CRITERIA) -> Judged:
+    """A verdict on every writer, from what was summed up of all prompts."""
+    return judge(asked.sums(whole), rules, asked.sums(whole, FEWER))
 
 
 class SurvivalTally:
@@ -118,7 +133,7 @@ class _Measuring:
 
     def __init__(self, asked: Removals, batch: Batch):
         lm = self.lm = asked.lm
-        self.asked, self.real = asked, batch.real
+        self.asked, self.real, self.weights = asked, batch.real, asked.weighed
         self.kept = batch.beyond(asked.skip).to(lm.device)
         self.run = clean(lm, batch.ids, asked.folded)
         # Of one prompt the clean run has called its blocks just so.
@@ -130,8 +145,8 @@ class _Measuring:
         shape = (batch.real, len(asked.writers), len(asked.puts_in))
         self.length = batch.ids.shape[1]
         exact = {"dtype": torch.float64, "device": lm.device}
-        self.y = torch.full((*shape, len(lm.states), len(asked.weights)), torch.nan, **exact)
-        self.x = torch.zeros(*shape, len(asked.weights), **exact)
+        self.y = torch.full((*shape, len(lm.states), len(self.weights)), torch.nan, **exact)
+        self.x = torch.zeros(*shape, len(self.weights), **exact)
         self.without_sinks = torch.zeros(*shape, 2, **exact)
         self.share, self.acts = (torch.zeros(*shape[:2], len(lm.parts), **exact) for _ in range(2))
         self.rescaled = torch.full((*shape[:2], len(lm.states)), torch.nan, **exact)
@@ -175,7 +190,7 @@ class _Measuring:
 
     def writes(self, w: int, puts: Iterable[int]) -> dict[tuple[int, int], Float[Tensor, "prompt position d_model"]]:
         """What is taken out: a write itself, or what stands in for it."""
-        node, weights = self.asked.writers[w], next(iter(self.asked.weights.values()))[w]
+        node, weights = self.asked.writers[w], next(iter(self.weights.values()))[w]
         own = self.run.write(node) * self.kept[..., None]
         place = Stead(self.lm, node, own, self.other)
         put_in = {s: self.asked.puts_in[s] for s in puts}
@@ -194,7 +209,7 @@ class _Chunk:
             made |= of.writes(writer, dict.fromkeys(s for _, w, s in runs if w == writer))
         self.write = torch.stack([made[w, s][p] for p, w, s in runs])
         # How channels are weighed in each run: [run, d_model, weigh].
-        self.weights = torch.stack([weights[self.w] for weights in of.asked.weights.values()], -1)
+        self.weights = torch.stack([weights[self.w] for weights in of.weights.values()], -1)
         # Only of the write itself it is asked who acts on it.
         own = [i for i, (_, _, s) in enumerate(runs) if s == 0]
         self.own = torch.tensor(own, dtype=torch.long, device=lm.device)

@@ -28,7 +28,8 @@ class Written:
         self._lm, self._skip, self._folded = lm, skip, fold(lm)
         counted = int(np.maximum(tokens.lengths - skip, 0).sum())
         self._sizes = Histogram(len(lm.parts), LENGTH, counted, lm.device)
-        self.kept = Ledger({"sizes": self._sizes})
+        self._energy = torch.zeros(len(lm.parts), lm.d_model, dtype=torch.float64, device=lm.device)
+        self.kept = Ledger({"sizes": self._sizes, "energy": self._energy})
 
     def step(self, batch: Batch) -> None:
         """Count one batch."""
@@ -43,6 +44,7 @@ class Written:
                 nodes = expand(lm, self._folded, rows, among=among)
                 batch.require_finite(lm, nodes.isfinite().all(-1).t(), prompt + part.start, place)
                 found.append(self._relative(nodes, before, lm.parts[among]))
+                self._energy[among] += torch.einsum("nrd,nrd->nd", nodes, nodes)
                 before = before + nodes.sum(0)
             self._sizes.add(torch.cat(found).t())
 
@@ -55,6 +57,12 @@ class Written:
             written = [i for i, node in enumerate(names) if state.holds(node, lm.parallel)]
             size[state] = (before + nodes[written].sum(0)).norm(dim=-1)
         return nodes.norm(dim=-1) / torch.stack([size[state] for state in after])
+
+    def loudest(self, n: int) -> tuple[int, ...]:
+        """The channels that hold most of what nodes write, each material write's energy being 1; the largest first."""
+        energy = self._energy[torch.from_numpy(self.relative_norm() >= MATERIAL).to(self._energy.device)]
+        shares = (energy / energy.sum(1, keepdim=True)).nansum(0)
+        return tuple(shares.topk(min(n, len(shares))).indices.tolist())
 
     def relative_norm(self) -> Float[np.ndarray, " node"]:
         """Medians over positions."""
