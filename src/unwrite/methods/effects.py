@@ -219,7 +219,8 @@ def _dataset(request: _Request, whole: Arrays) -> xr.Dataset:
         name: ("pair", np.array(words, dtype=object)) for name, words in pairs.words(request.lm.tokenizer).items()
     }
     axes = {"pair": np.arange(len(pairs)), "node": request.names, "position": np.arange(pairs.base.length)}
-    return xr.Dataset(variables, {name: axes[name] for name in request.cells})
+    tokens = pairs.each(request.lm.tokenizer) if request.at == "each" else {}
+    return xr.Dataset(variables, {name: axes[name] for name in request.cells} | tokens)
 
 
 def _require_finite(request: _Request, rows: slice, found: Mapping[str, np.ndarray]) -> None:
