@@ -90,7 +90,7 @@ class Result:
         Columns are the variables with no further axis, and medians of those with quantiles; last kind, layer and head
         of what the rows name.
         """
-        rows = self._rows()
+        rows = self.row_axes
         flat = {name: part.transpose(*rows) for name, part in self.data.items() if set(part.dims) == set(rows)}
         for name, part in self.data.items():
             if set(part.dims) == {*rows, "quantile"}:
@@ -100,7 +100,8 @@ class Result:
         frame = frame.sort_values("moved", ascending=False, kind="stable") if "moved" in frame else frame
         return frame[[*rows, *flat, *(name for name in frame.columns if name not in {*rows, *flat})]]
 
-    def _rows(self) -> list[str]:
+    @property
+    def row_axes(self) -> list[str]:
         """The axes of the table's rows."""
         return [axis for axis in _ROWS.get(self.method, ("text", "writer")) if axis in self.data.dims] or ["node"]
 

@@ -30,7 +30,7 @@ from unwrite.prompts.given import by_name
 from unwrite.prompts.texts import windows
 from unwrite.prompts.tokens import Tokens
 from unwrite.report import audited
-from unwrite.report.verdict import verdict
+from unwrite.report.verdict import of_audit
 from unwrite.result import Result
 from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.stream import Listener, admit
@@ -246,7 +246,7 @@ def _judged(merged: Result, scanned: Result, judged: Tokens, asked: Tokens) -> R
     record = scanned.provenance
     settings = record["settings"] | {"judged": judged.about(), "asked": asked.about()}
     found = results.build("audit", merged.data, settings, record["model"], record["tokens"])
-    return Result(found.data.assign_attrs(verdict=verdict(found)))
+    return Result(found.data.assign_attrs(verdict=of_audit(found)))
 
 
 def demonstration(lm: Model, n: int = 300, length: int | None = None, bos: int | bool | None = None) -> Tokens:
