@@ -33,8 +33,13 @@ def placed(data: xr.Dataset) -> xr.Dataset:
     return data.assign_coords(found)
 
 
+def bare(data: xr.Dataset) -> xr.Dataset:
+    """The same without what stands beside the names of its axes, which another data set may call alike."""
+    return data.drop_vars([name for name in data.coords if name not in data.dims])
+
+
 def named(data: xr.Dataset | xr.DataArray, axis: Hashable, part: str) -> str:
-    """What a coordinate of an axis is called: of nodes `layer`, unless an axis is called so; of others `writer_layer`."""
+    """What a coordinate of an axis is called: of nodes `layer`, if no axis is called so; of others `writer_layer`."""
     return part if axis == "node" and part not in data.dims else f"{axis}_{part}"
 
 

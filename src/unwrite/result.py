@@ -88,7 +88,7 @@ class Result:
         per prompt and node, of effects one per pair, node and position, of a search one per hit.
 
         Columns are the variables with no further axis, and medians of those with quantiles; last kind, layer and head
-        of what the rows name.
+        of what the rows name. Raises ResultError where there is nothing of such rows.
         """
         rows = self.row_axes
         flat = {name: part.transpose(*rows) for name, part in self.data.items() if set(part.dims) == set(rows)}
@@ -96,9 +96,12 @@ class Result:
             if set(part.dims) == {*rows, "quantile"}:
                 middle = part.sel(quantile=0.5, drop=True)
                 flat[f"{name}_median"] = middle.transpose(*rows)
+        if not flat:
+            held = ", ".join(map(str, self.data.data_vars)) or "nothing"
+            raise ResultError("nothing here makes a table", got=held, expected=f"variables of {', '.join(rows)}")
         frame = xr.Dataset(flat).to_dataframe().reset_index()
         frame = frame.sort_values("moved", ascending=False, kind="stable") if "moved" in frame else frame
-        return frame[[*rows, *flat, *(name for name in frame.columns if name not in {*rows, *flat})]]
+        return frame.reindex(columns=[*rows, *flat, *(name for name in frame if name not in {*rows, *flat})])
 
     @property
     def row_axes(self) -> list[str]:

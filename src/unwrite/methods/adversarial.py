@@ -197,9 +197,11 @@ def _dataset(lm: Model, tallies: list[_Search], writer: Node) -> xr.Dataset:
             "rate": quantity(axes, rate, "1", "hits / positions"),
         },
         {
-            "text": list(TEXTS[: len(tallies)]), "source": list(SOURCES), "hit": np.arange(len(best)),
+            "text": list(TEXTS[: len(tallies)]),
+            "source": list(SOURCES),
+            "hit": np.arange(len(best)),
             "token": (("hit", "position"), np.reshape(_words(lm, ids.ravel()), ids.shape)),
-        },  # fmt: skip
+        },
     ).assign_attrs(writer=str(writer))
 
 

@@ -235,7 +235,9 @@ def _require_finite(request: _Request, rows: slice, found: Mapping[str, np.ndarr
 
 def _equation(request: _Request, name: str) -> str:
     special = {"base": "metric of the base run", "signed": "AtP with the QK fix", "inputs": "Δ times the mean slope"}
-    return special.get(name, _EQUATION if request.method == "exact" else f"{name_of(request.method)} estimate of {_EQUATION}")
+    return special.get(
+        name, _EQUATION if request.method == "exact" else f"{name_of(request.method)} estimate of {_EQUATION}"
+    )
 
 
 def _cost(request: _Request) -> float:

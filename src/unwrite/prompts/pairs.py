@@ -79,7 +79,12 @@ class Pairs:
         return words
 
     def each(self, tokenizer: Any) -> dict[str, tuple[tuple[str, str], np.ndarray]]:
-        """What stands at each [pair, position] of both prompts, up to the row that is read; "" behind it."""
+        """What stands at each [pair, position] of both prompts, up to the row that is read; "" behind it.
+
+        Raises TokensError for what is no tokenizer.
+        """
+        if tokenizer is not None:
+            need(tokenizer, "what tokens say")
         found = {}
         for name, tokens in (("token", self.base), ("source_token", self.source)):
             said = {i: spelled([i], tokenizer) for i in np.unique(tokens.written).tolist()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import altair as alt
@@ -32,6 +33,8 @@ def draw(
     name = view(result).picture or fitting(result.data) if name is None else name
     if not isinstance(name, str) or name not in {*_NAMED, *_DRAWING}:
         raise ResultError("no such figure", got=shown(name), expected=", ".join((*_DRAWING, *_NAMED)))
+    if not isinstance(of, (str, NoneType)):
+        raise ResultError("a variable is named", got=shown(of), expected="one of the result's, such as share")
     if writer is not None and not isinstance(writer, str):
         raise ResultError("a writer is named", got=shown(writer), expected="one of the result's, such as L0H2")
     if name in _DRAWING:

@@ -183,13 +183,19 @@ def _range(cells: _Cells, drawn: _Cells) -> str:
     known = cells.values[np.isfinite(cells.values)]
     if not known.size:
         return "no number was measured"
-    ends = f", colours end at ±{drawn.limit:.3g}" if np.abs(drawn.values[np.isfinite(drawn.values)]).max() > drawn.limit else ""
+    ends = (
+        f", colours end at ±{drawn.limit:.3g}"
+        if np.abs(drawn.values[np.isfinite(drawn.values)]).max() > drawn.limit
+        else ""
+    )
     there = np.ones(drawn.values.shape, bool) if drawn.there is None else drawn.there
     grey = ", grey: no number" if (np.isnan(drawn.values) & there).any() else ""
-    return f"{known.min():+.3g} to {known.max():+.3g}{ends}{grey}" + (", blank: not asked or not there" if not there.all() else "")
+    return f"{known.min():+.3g} to {known.max():+.3g}{ends}{grey}" + (
+        ", blank: not asked or not there" if not there.all() else ""
+    )
 
 
-def _drawn(cells: _Cells) -> alt.LayerChart | alt.Chart:
+def _drawn(cells: _Cells) -> alt.TopLevelMixin:
     """A cell for every number; the numbers themselves where there is room for them."""
     high, wide = len(cells.rows), len(cells.columns)
     written = wide <= _WIDE and high <= _HIGH

@@ -62,7 +62,12 @@ def _of(result: Result) -> list[str]:
 
 
 def _intervals(
-    result: Result, part: xr.DataArray, writer: str | None, chosen: Mapping[str, Any], words: list[str], order: list[int]
+    result: Result,
+    part: xr.DataArray,
+    writer: str | None,
+    chosen: Mapping[str, Any],
+    words: list[str],
+    order: list[int],
 ) -> alt.Chart:
     """Rules from the low to the high end of an interval; none where a mean is drawn, which has no such interval."""
     ends = [f"{part.name}_{end}" for end in ("low", "high")]

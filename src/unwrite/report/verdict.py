@@ -19,8 +19,8 @@ ADDED = ("heads", "stream", "locations", "logits", "values")
 def of_scan(result: Result) -> str:
     """How levels change in words, text by text, with what that does not say."""
     return (
-        f"{levels(result)} These are levels: all that lies along a write, whoever wrote it. Whether a write was erased, "
-        f"and by whom, only an executed run without it can say (unwrite verify). {_exact(result)}"
+        f"{levels(result)} These are levels: all that lies along a write, whoever wrote it. Whether a write was "
+        f"erased, and by whom, only an executed run without it can say (unwrite verify). {_exact(result)}"
     )
 
 

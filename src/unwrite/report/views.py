@@ -5,14 +5,13 @@ Terminal, page, card, events and the live screen ask the view; a method's name s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import xarray as xr
 
-from unwrite.errors import plain
+from unwrite.errors import ResultError, plain
 from unwrite.report import alerts as careful
 from unwrite.report import audited, believed, found, patched, survived, verdict, verified
 from unwrite.report.alerts import Alert
@@ -30,8 +29,9 @@ class View:
 
     `words` is the finding; `parts` tables and lines before it, of which a card shows the `foremost`-th table. `picture`
     is the main figure (None: what fits the variables), `small` that of a card; `of` are the variables that it draws,
-    the first one there is on a map, where colours are `full` at so much; `matrix` the one of writers × nodes. `alerts` are beside those of every result,
-    `numbers` for other programs, `heard` and `row` what a finished part of a run says; `page`: has one in a browser.
+    the first one there is on a map, where colours are `full` at so much; `matrix` the one of writers × nodes. `alerts`
+    are beside those of every result, `numbers` for other programs, `heard` and `row` what a finished part of a run
+    says; `page`: has one in a browser.
     """
 
     words: Callable[[Result], str] = lambda result: result.data.attrs.get("verdict") or result.method
@@ -182,15 +182,18 @@ def described(result: Result) -> str:
     try:
         finding = words(result)
     except (KeyError, ValueError, IndexError):  # someone has cut a part of it out
-        finding = ""
-    rows_ = result.row_axes
-    axes = ", ".join(f"{axis} {size:,}" for axis, size in data.sizes.items())
-    many = math.prod(data.sizes[axis] for axis in rows_ if axis in data.sizes)
-    lines = [
-        f"<unwrite.Result of {result.method}>",
-        *([finding] if finding else []),
-        f".table(): {many:,} rows, one for each {', '.join(rows_)}",
-        f"axes: {axes}",
-        f"variables: {', '.join(names[:_NAMED])}{f' and {len(names) - _NAMED} more' if len(names) > _NAMED else ''}",
-    ]
-    return "\n".join(map(plain, lines))
+        finding = "a part of a result"
+    try:
+        lines, columns = result.table().shape
+        shape = f"{lines:,} × {columns}, a row for each {', '.join(result.row_axes)}"
+    except ResultError:
+        shape = "none"
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return "\n".join(
+        map(plain, (
+            f"uw.{result.method}: {finding}",
+            f"table: {shape}",
+            f"axes: {', '.join(f'{axis} {size:,}' for axis, size in data.sizes.items())}",
+            f"variables: {', '.join(names[:_NAMED])}{more}",
+        ))
+    )  # fmt: skip

@@ -17,6 +17,7 @@ import numpy as np
 import xarray as xr
 
 from unwrite import result as results
+from unwrite.axes import bare
 from unwrite.errors import ModelError, function, whole
 from unwrite.methods.adversarial import adversarial
 from unwrite.methods.corpus import corpus_dla
@@ -216,8 +217,8 @@ def _merged(
     """One dataset: what two methods call alike keeps the scan's name, and gets a prefix from the others."""
     names = xr.Variable("verified", list(proofs))
     verified = xr.concat([_plain(proof.data) for proof in proofs.values()], names)
-    data = scanned.data.reset_coords(drop=True).merge(_renamed(verified, "verified", scanned.data))
-    data = data.merge(believed.data.reset_coords(drop=True).assign(prompt_kind=("prompt", np.array(kinds, dtype=object))))
+    data = bare(scanned.data).merge(_renamed(verified, "verified", scanned.data))
+    data = data.merge(bare(believed.data).assign(prompt_kind=("prompt", np.array(kinds, dtype=object))))
     return data.merge(_renamed(search.data.drop_vars("ids"), "found"))
 
 
@@ -236,7 +237,7 @@ def _beside(removed: xr.Dataset) -> xr.Dataset:
 
 def _renamed(data: xr.Dataset, prefix: str, beside: xr.Dataset | None = None) -> xr.Dataset:
     """With a prefix before every variable, or before those only that `beside` has too; without what names alone say."""
-    data = data.reset_coords(drop=True)
+    data = bare(data)
     taken = set(data.data_vars) if beside is None else set(data.data_vars) & set(beside.data_vars)
     axes = {"text"} & set(data.dims)
     return data.rename({name: f"{prefix}_{name}" for name in (*taken, *axes)}).drop_attrs(deep=False)
