@@ -1,4 +1,4 @@
-"""Do the axes of a result say where things lie, in whatever way it came about, and does a grid put each number there?"""
+"""Do the axes of a result say where things lie, however it came about, and does a grid put each number there?"""
 
 from __future__ import annotations
 

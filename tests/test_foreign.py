@@ -192,8 +192,8 @@ NAMES = (
     "load", "planted", "text", "images", "pairs", "read", "scan", "verify", "survival", "dla", "adversarial",
     "corpus_dla", "effects", "paths", "bound", "compare", "agree", "audit", "reproduce", "doctor", "trace", "trace[]",
     "Edit", "Edit.set", "Edit.add", "Edit.scale", "Edit.project_out", "Job", "Rules", "Result", "Result[]",
-    "Result.figure", "Result.grid", "Result.save", "Result.save_table", "Tokens", "Tokens.named", "Tokens.take", "Tokens.check",
-    "Pairs", "Pairs.check", "Pairs.words", "Pairs.each",
+    "Result.figure", "Result.grid", "Result.save", "Result.save_table", "Tokens", "Tokens.named",
+    "Tokens.take", "Tokens.check", "Pairs", "Pairs.check", "Pairs.words", "Pairs.each",
 )  # fmt: skip
 # What the methods of the library ask of a job; people hand it over.
 NOT_ASKED = {

@@ -47,9 +47,9 @@ def bars(result: Result, writer: str | None, of: str | None, chosen: Mapping[str
     else:
         chart += _intervals(result, parts[0], writer, chosen, words, order).encode(y=y)
     by = " or ".join(f"|{name}|" for name in names)
-    left = f"the {len(order)} of {size.size:,} with the largest {by}" if len(order) < size.size else "all"
+    left = [f"the {len(order)} of {size.size:,} with the largest {by}"] if len(order) < size.size else []
     drawn = chart.properties(width=360, height=alt.Step(14 if len(names) == 1 else 18, **{"for": "position"}))
-    return framed(drawn, result, parts[0], [left], " and ".join(names))
+    return framed(drawn, result, parts[0], left, " and ".join(names))
 
 
 def _of(result: Result) -> list[str]:
