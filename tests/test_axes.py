@@ -34,6 +34,8 @@ def test_an_axis_of_nodes_says_kind_layer_and_head() -> None:
     assert node["kind"].values.tolist() == ["embed", "head", "head", "bias", "mlp", "head", "mixer", "mlp", "beside"]
     by_layer = node.groupby("layer").sum()
     assert by_layer.sel(layer=0).values.tolist() == VALUES[:, 1:5].sum(1).tolist()
+    assert node.set_xindex("layer").sel(layer=2)["node"].values.tolist() == ["L2M0", "MLP2", "MLP2.1"]
+    assert (node - node.isel(node=slice(2, 4))).sizes["node"] == 2
     assert node[{"node": node["kind"].values == "head"}]["node"].values.tolist() == ["L0H0", "L0H1", "L1H1"]
 
 

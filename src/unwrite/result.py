@@ -53,8 +53,9 @@ class Result:
     `provenance` holds what is needed to repeat the run: method and settings, model, tokens, versions. Every axis whose
     names are nodes, states or sites has coordinates beside them, made of the names: of the axis `node` they are `layer`
     (−1: outside of all layers, as `embed`), `head` (−1: none, as of an MLP) and `kind`; of another one, such as
-    `writer`, `writer_layer` and so on. So `result["effect"].groupby("layer")` works. Where prompts can be read,
-    `position` has a coordinate `token`.
+    `writer`, `writer_layer` and so on. So `result["effect"].groupby("layer")` works, and to pick by one of them
+    `result["effect"].set_xindex("layer").sel(layer=2)`: they are no indexes from the start, since parts of a variable
+    could then not be subtracted from it. Where prompts can be read, `position` has a coordinate `token`.
     """
 
     data: xr.Dataset
