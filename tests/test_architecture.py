@@ -17,7 +17,7 @@ import pytest
 SRC = Path(__file__).resolve().parents[1] / "src"
 
 # A unit is a file or folder directly in the package, or a room of run/. Each unit, and the units it sees beside itself.
-BASE = {"nodes", "errors", "files", "result"}
+BASE = {"nodes", "errors", "files", "axes", "result"}
 PROMPTS = {*BASE, "prompts"}
 MODEL = {*PROMPTS, "stats", "model"}
 ROOMS = {
@@ -47,8 +47,8 @@ SEES = {
     "__init__": ALL,
     "__main__": {"cli"},
 }
-BACK_EDGES = {("result", "Result.figure"), ("result", "Result._repr_html_")}  # to the report
-NO_TORCH = {"nodes", "errors", "files", "result", "report"}
+BACK_EDGES = {("result", f"Result.{name}") for name in ("figure", "__repr__", "_repr_html_")}  # to the report
+NO_TORCH = {*BASE, "report"}
 
 CODE_FROM_DATA = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 EMPTY_NAMES = {"util", "utils", "misc", "common", "helper", "helpers"}

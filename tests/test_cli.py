@@ -254,6 +254,9 @@ def test_verify_says_what_survives(folder, monkeypatch, capsys, tmp_path) -> Non
     assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["result.nc", "table.csv"]
     assert run(monkeypatch, "show", tmp_path / "run", "-o", tmp_path / "survival.svg") == 0
     assert "L0H0: undecided" in (tmp_path / "survival.svg").read_text()
+    erased = ("--figure", "heatmap", "--of", "erased", "-o", tmp_path / "erased.svg")
+    assert run(monkeypatch, "show", tmp_path / "run", *erased) == 0
+    assert "erased: verify of" in (tmp_path / "erased.svg").read_text()
     drawn = ("--figure", "fig2", "--writer", "L0H0", "-o", tmp_path / "x.html")
     assert run(monkeypatch, "show", tmp_path / "run", *drawn) == 0
     page = (tmp_path / "x.html").read_text()
@@ -261,6 +264,7 @@ def test_verify_says_what_survives(folder, monkeypatch, capsys, tmp_path) -> Non
     assert not re.search(r"<script[^>]+src=|<link", page)
     for wrong, says in (
         (("--figure", "fig9", "-o", tmp_path / "x.png"), "no such figure"),
+        (("--of", "erazed", "--figure", "bars", "-o", tmp_path / "x.png"), "no such variable"),
         (("-o", tmp_path / "x.gif"), "unknown kind of picture"),
         (("--writer", "L1H1", "-o", tmp_path / "x.png"), "nothing of L1H1"),
         (("--figure", "levels", "--writer", "L0H0", "-o", tmp_path / "x.png"), "map of levels is of all writers"),

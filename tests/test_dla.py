@@ -29,7 +29,7 @@ from unwrite.model.planted import planted
 from unwrite.model.view import Model
 from unwrite.nodes import parse_node
 from unwrite.prompts.tokens import Tokens, from_ids
-from unwrite.report.terminal import last_word
+from unwrite.report.views import words
 from unwrite.result import Result
 from unwrite.run.backward.rules import RULES
 from unwrite.run.backward.slopes import cotangents
@@ -646,7 +646,7 @@ def test_readings_alone_are_five_passes_and_the_same_numbers(replace: str, monke
     for name in found[0].data:
         assert (found[0][name].values == whole[name].values).all(), name
     assert not {"total", "why", "fate", "trust", "invariance", "input_blind"} & set(found[0].data)
-    assert "correlates" not in last_word(found[0])
+    assert "correlates" not in words(found[0])
 
 
 def test_runs_go_up_together_and_nodes_that_change_nothing_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:

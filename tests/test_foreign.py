@@ -173,7 +173,8 @@ def calls() -> dict[str, Call]:
         "Rules": Call(uw.Rules),
         "Result": Call(uw.Result, {"data": found("scan").data}),
         "Result[]": Call(found("scan").__getitem__, {"name": "share"}, {"name": ""}),
-        "Result.figure": Call(found("scan").figure),
+        "Result.figure": Call(found("scan").figure, {}, {"of": "None"}),
+        "Result.grid": Call(found("scan").grid, {"name": "moved"}, {"name": ""}),
         "Result.save": Call(found("scan").save, {"path": "saved"}),
         "Result.save_table": Call(found("scan").save_table, {"path": "table.csv"}),
         "Tokens": Call(uw.Tokens, ids, named),
@@ -183,6 +184,7 @@ def calls() -> dict[str, Call]:
         "Pairs": Call(uw.Pairs, held, {"answer": "", "against": "None", "source": ""}),
         "Pairs.check": Call(pairs().check, {"vocabulary": 256, "context": None}),
         "Pairs.words": Call(pairs().words, {"tokenizer": tokenizer}),
+        "Pairs.each": Call(pairs().each, {"tokenizer": tokenizer}),
     }  # fmt: skip
 
 
@@ -190,8 +192,8 @@ NAMES = (
     "load", "planted", "text", "images", "pairs", "read", "scan", "verify", "survival", "dla", "adversarial",
     "corpus_dla", "effects", "paths", "bound", "compare", "agree", "audit", "reproduce", "doctor", "trace", "trace[]",
     "Edit", "Edit.set", "Edit.add", "Edit.scale", "Edit.project_out", "Job", "Rules", "Result", "Result[]",
-    "Result.figure", "Result.save", "Result.save_table", "Tokens", "Tokens.named", "Tokens.take", "Tokens.check",
-    "Pairs", "Pairs.check", "Pairs.words",
+    "Result.figure", "Result.grid", "Result.save", "Result.save_table", "Tokens", "Tokens.named",
+    "Tokens.take", "Tokens.check", "Pairs", "Pairs.check", "Pairs.words", "Pairs.each",
 )  # fmt: skip
 # What the methods of the library ask of a job; people hand it over.
 NOT_ASKED = {

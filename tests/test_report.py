@@ -12,7 +12,7 @@ import pytest
 import unwrite as uw
 from unwrite.report import figures, page, templates, terminal
 from unwrite.report.scanned import disagreements, rows, texts
-from unwrite.report.verdict import verdict
+from unwrite.report.verdict import of_scan
 from unwrite.result import Result
 from unwrite.studies.audit import demonstration
 
@@ -114,7 +114,7 @@ def test_rows_are_sorted_by_energy_moved_and_fold_the_immaterial(result) -> None
 
 
 def test_the_verdict_counts_what_the_rows_say(result) -> None:
-    said, shown = verdict(result), rows(result.data)[0]
+    said, shown = of_scan(result), rows(result.data)[0]
     for kind in ("rises", "falls", "reverses"):
         assert f"{kind} along {sum(row.says.startswith(kind) for row in shown)}" in said
     assert "only an executed run" in said

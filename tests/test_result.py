@@ -131,7 +131,10 @@ def test_a_table_has_a_row_for_each_writer_by_energy_moved() -> None:
     assert table["level_median"].tolist() == [-2.0, 1.25, 1.0]
     assert table["material"].tolist() == [False, True, True]
     assert table["reading"].tolist() == ["never writes", "", "falls 1 → 0"]
-    assert set(table) == {"writer", "moved", "n_positions", "level_median", "material", "reading"}
+    columns = {"writer", "moved", "n_positions", "level_median", "material", "reading"}
+    places = ["writer_kind", "writer_layer", "writer_head"]
+    assert set(table) == {*columns, *places}
+    assert list(table)[-3:] == places
 
 
 def test_a_table_of_texts_has_a_row_for_each_writer_and_text() -> None:
@@ -151,7 +154,8 @@ def test_the_table_of_one_writers_verification_has_a_row_for_each_node() -> None
     erased = quantity(("node",), np.array([0.0, -0.5, -0.25, 0.0]), "1", "erased")
     survival = quantity(("location",), np.array([1.0, 0.5]), "1", "survival")
     table = made(xr.Dataset({"erased": erased, "survival": survival}, {"node": NODES})).table()
-    assert table.to_dict("list") == {"node": NODES, "erased": [0.0, -0.5, -0.25, 0.0]}
+    places = {"kind": ["embed", "head", "mlp", "head"], "layer": [-1, 0, 0, 1], "head": [-1, 0, -1, 0]}
+    assert table.to_dict("list") == {"node": NODES, "erased": [0.0, -0.5, -0.25, 0.0], **places}
 
 
 def test_a_table_does_not_depend_on_the_order_of_the_axes() -> None:

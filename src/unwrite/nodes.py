@@ -155,6 +155,12 @@ class Site:
         """Sort key: the order in which a forward pass reaches sites."""
         return (self.layer, _ORDER[self.kind], self.head)
 
+    @property
+    def within(self) -> str:
+        """Its name without the layer's number, the same in every layer: H3, MLP, bias, H3.q, resid_mid."""
+        printed = KINDS[self.kind].printed.replace("L{layer}.", "").replace("L{layer}", "").replace("{layer}", "")
+        return printed.format(head=self.head)
+
 
 def parse_node(name: object) -> Node:
     """A `Node` from "L2H3", "(2, 3)", (2, 3), "L2.bias", "MLP2", "blocks.2.hook_mlp_out", "embed" or "pos_embed".

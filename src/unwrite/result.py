@@ -15,9 +15,10 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from unwrite.axes import gridded, placed
 from unwrite.errors import ResultError, plain, shown
 from unwrite.files import possible, version, write
-from unwrite.nodes import parse_location, parse_node, parse_site
+from unwrite.nodes import parse_location, parse_site
 
 if TYPE_CHECKING:
     import altair as alt
@@ -42,16 +43,19 @@ _SEAL = b"unwrite sha256: "
 _SEALED = "sealed"
 
 # Names on these axes are nothing else, whoever wrote the file.
-_NAMES = {"writer": parse_node, "node": parse_node, "verified": parse_node, "location": parse_location}
-# Methods whose nodes may be queries, neurons, states of the stream and other sites.
-_OF_SITES = ("effects", "compare", "bound", "paths")
+_NAMES = {"writer": parse_site, "node": parse_site, "verified": parse_site, "location": parse_location}
 
 
 @dataclass(frozen=True, eq=False)
 class Result:
     """Numbers with named axes (`data`, an xarray.Dataset); every variable says its unit and equation.
 
-    `provenance` holds what is needed to repeat the run: method and settings, model, tokens, versions.
+    `provenance` holds what is needed to repeat the run: method and settings, model, tokens, versions. Every axis whose
+    names are nodes, states or sites has coordinates beside them, made of the names: of the axis `node` they are `layer`
+    (−1: outside of all layers, as `embed`), `head` (−1: none, as of an MLP) and `kind`; of another one, such as
+    `writer`, `writer_layer` and so on. So `result["effect"].groupby("layer")` works, and to pick by one of them
+    `result["effect"].set_xindex("layer").sel(layer=2)`: they are no indexes from the start, since parts of a variable
+    could then not be subtracted from it. Where prompts can be read, `position` has a coordinate `token`.
     """
 
     data: xr.Dataset
@@ -62,6 +66,7 @@ class Result:
                 "this is not the data of a result", got=shown(self.data), expected="a Dataset with its provenance",
                 fix="found.data of a result, or uw.read(path)",
             )  # fmt: skip
+        object.__setattr__(self, "data", placed(self.data))
 
     @property
     def method(self) -> str:
@@ -83,26 +88,61 @@ class Result:
         """One row per writer (and text), most energy moved first; of a verification one per node, of an attribution one
         per prompt and node, of effects one per pair, node and position, of a search one per hit.
 
-        Columns are the variables with no further axis, and medians of those with quantiles.
+        Columns are the variables with no further axis, and medians of those with quantiles; last kind, layer and head
+        of what the rows name. Raises ResultError where there is nothing of such rows.
         """
-        rows = [axis for axis in _ROWS.get(self.method, ("text", "writer")) if axis in self.data.dims] or ["node"]
+        rows = self.row_axes
         flat = {name: part.transpose(*rows) for name, part in self.data.items() if set(part.dims) == set(rows)}
         for name, part in self.data.items():
             if set(part.dims) == {*rows, "quantile"}:
                 middle = part.sel(quantile=0.5, drop=True)
                 flat[f"{name}_median"] = middle.transpose(*rows)
+        if not flat:
+            held = ", ".join(map(str, self.data.data_vars)) or "nothing"
+            raise ResultError("nothing here makes a table", got=held, expected=f"variables of {', '.join(rows)}")
         frame = xr.Dataset(flat).to_dataframe().reset_index()
-        return frame.sort_values("moved", ascending=False, kind="stable") if "moved" in frame else frame
+        frame = frame.sort_values("moved", ascending=False, kind="stable") if "moved" in frame else frame
+        return frame.reindex(columns=[*rows, *flat, *(name for name in frame if name not in {*rows, *flat})])
 
-    def figure(self, name: str | None = None, writer: str | None = None) -> alt.TopLevelMixin:
+    @property
+    def row_axes(self) -> list[str]:
+        """The axes of the table's rows."""
+        return [axis for axis in _ROWS.get(self.method, ("text", "writer")) if axis in self.data.dims] or ["node"]
+
+    def grid(self, name: str, **chosen: Any) -> xr.DataArray:
+        """A variable as [layer, head], or as [layer, position] where it has positions.
+
+        `head` holds names without the layer: H0, H1, …, M0 of mixers, MLP, bias, resid_post of states; NaN where a
+        layer has none of that name, and what lies outside of all layers (`embed`) is left out. With positions and
+        several names in a layer the rows are the names themselves. `chosen` picks on other axes, such as
+        `pair=0, writer="L0H2"`; pairs and prompts that are not picked are averaged over, of quantiles the median is
+        taken. Unit and equation stay; `.to_pandas()` makes a frame of it.
+        Raises ResultError for a variable that is not of nodes, or has axes on which something must be picked first.
+
+        Example: `uw.effects(lm, pairs, at="all").grid("effect").to_pandas()`
+        """
+        return gridded(self[name], chosen)
+
+    def figure(
+        self, name: str | None = None, writer: str | None = None, of: str | None = None, **chosen: Any
+    ) -> alt.TopLevelMixin:
         """A picture as an altair chart, which saves itself as PNG, SVG, PDF or HTML (`.save("x.pdf")`).
 
-        `name` "fig1" to "fig5", the figures of Dao et al. 2023, by default the result's main picture; `writer` whose,
-        by default the result's foremost. Raises ResultError for a figure or a writer that the result does not hold.
+        `name` "heatmap" (layers × heads with MLPs beside them, or × tokens), "bars" (ranked), "matrix" (writers ×
+        nodes, senders × receivers), "attention" (queries × keys), "levels", "positions", or "fig1" to "fig5", the
+        figures of Dao et al. 2023; by default the result's main picture. `writer` whose, by default the result's
+        foremost; `of` the variable that the first four draw, and `chosen` what to pick on its other axes, as in
+        `grid`. Raises ResultError for a figure, a writer or a variable that the result does not hold.
         """
         from unwrite.report import figures
 
-        return figures.draw(self, name, writer)
+        return figures.draw(self, name, writer, of, **chosen)
+
+    def __repr__(self) -> str:
+        """The finding in words, then the shape of the table and the names of the variables."""
+        from unwrite.report import views
+
+        return views.described(self)
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the finding, the main picture and the first rows."""
@@ -150,8 +190,8 @@ def read(path: str | Path) -> Result:
                 f"{file} was written by a newer unwrite", got=f"schema {schema}", expected=f"up to {SCHEMA}",
                 fix="update unwrite",
             )  # fmt: skip
-        of_sites = json.loads(data.attrs["provenance"])["method"] in _OF_SITES
-        for axis, parse in (_NAMES | ({"node": parse_site} if of_sites else {})).items():
+        str(json.loads(data.attrs["provenance"])["method"])  # a result without one is none
+        for axis, parse in _NAMES.items():
             for name in np.unique(data[axis].values) if axis in data.coords else ():
                 parse(str(name))
     except ResultError:

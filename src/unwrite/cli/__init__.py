@@ -281,8 +281,12 @@ def show(
     out: Annotated[
         Path | None, typer.Option("-o", "--out", metavar="FILE", help="Save the picture: .png, .svg, .pdf or .html.")
     ] = None,
-    figure: Annotated[str | None, typer.Option("--figure", help="levels, positions, or fig1 to fig5.")] = None,
+    figure: Annotated[
+        str | None,
+        typer.Option("--figure", help="heatmap, bars, matrix, attention, levels, positions, or fig1 to fig5."),
+    ] = None,
     writer: Annotated[str | None, typer.Option("--writer", help="Whose; by default the foremost.")] = None,
+    of: Annotated[str | None, typer.Option("--of", help="The variable that one of the first four draws.")] = None,
     whole: Annotated[bool, typer.Option("--all", help="Every row of every table, not only the foremost.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -292,8 +296,8 @@ def show(
 
     found = read(folder)
     if out is not None:
-        save(found.figure(figure, writer), out)
-    elif figure or writer:
+        save(found.figure(figure, writer, of), out)
+    elif figure or writer or of:
         raise typer.BadParameter("name the file that the picture goes to", param_hint="--out")
     else:
         Voice(quiet, False).end(found, None, (), whole)

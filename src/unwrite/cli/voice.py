@@ -88,14 +88,14 @@ class Voice:
 
     def end(self, found: Result, out: Path | None, files: tuple[str, ...], whole: bool = False) -> None:
         """Say what was found, and where it is."""
-        from unwrite.report import events, terminal
+        from unwrite.report import events, terminal, views
 
         if self.as_json:
             events.say("result", **events.found(found), out=None if out is None else str(out), files=files)
             return
         screen = terminal.console()
         if self.quiet:
-            screen.print(plain(terminal.last_word(found)))
+            screen.print(plain(views.words(found)))
             return
         terminal.show(found, screen, whole)
         if files:

@@ -196,7 +196,12 @@ def _dataset(lm: Model, tallies: list[_Search], writer: Node) -> xr.Dataset:
             "positions": quantity(axes, counts[..., 1].astype(np.int64), "1", "positions searched"),
             "rate": quantity(axes, rate, "1", "hits / positions"),
         },
-        {"text": list(TEXTS[: len(tallies)]), "source": list(SOURCES), "hit": np.arange(len(best))},
+        {
+            "text": list(TEXTS[: len(tallies)]),
+            "source": list(SOURCES),
+            "hit": np.arange(len(best)),
+            "token": (("hit", "position"), np.reshape(_words(lm, ids.ravel()), ids.shape)),
+        },
     ).assign_attrs(writer=str(writer))
 
 
@@ -211,4 +216,5 @@ _SAYS = {
 
 def _words(lm: Model, ids: np.ndarray) -> np.ndarray:
     # Of no words at all a file would not know that they are words.
-    return np.array([spelled([i], lm.tokenizer) for i in ids], dtype=object if len(ids) else str)
+    said = {i: spelled([i], lm.tokenizer) if i >= 0 else "" for i in set(ids.tolist())}
+    return np.array([said[i] for i in ids.tolist()], dtype=object if len(ids) else str)

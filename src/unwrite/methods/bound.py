@@ -285,9 +285,10 @@ def _dataset(
         variables[name] = quantity(request.axes, _spread(request, sets, part.astype(float)), "1", words)
     variables["base"] = quantity(("pair",), base, unit, "metric of the base run")
     variables |= _largest(request, sets, found, unit)
-    coordinates = {"pair": np.arange(len(base)), "node": request.names}
+    coordinates: dict[str, Any] = {"pair": np.arange(len(base)), "node": request.names}
     if request.at == "each":
         coordinates["position"] = np.arange(request.pairs.base.length)
+        coordinates |= request.pairs.each(request.lm.tokenizer)
     theta = variables["theta"].values
     data = xr.Dataset(variables, coordinates)
     known = theta[np.isfinite(theta)]

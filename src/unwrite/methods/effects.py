@@ -219,7 +219,8 @@ def _dataset(request: _Request, whole: Arrays) -> xr.Dataset:
         name: ("pair", np.array(words, dtype=object)) for name, words in pairs.words(request.lm.tokenizer).items()
     }
     axes = {"pair": np.arange(len(pairs)), "node": request.names, "position": np.arange(pairs.base.length)}
-    return xr.Dataset(variables, {name: axes[name] for name in request.cells})
+    tokens = pairs.each(request.lm.tokenizer) if request.at == "each" else {}
+    return xr.Dataset(variables, {name: axes[name] for name in request.cells} | tokens)
 
 
 def _require_finite(request: _Request, rows: slice, found: Mapping[str, np.ndarray]) -> None:
@@ -234,7 +235,9 @@ def _require_finite(request: _Request, rows: slice, found: Mapping[str, np.ndarr
 
 def _equation(request: _Request, name: str) -> str:
     special = {"base": "metric of the base run", "signed": "AtP with the QK fix", "inputs": "Δ times the mean slope"}
-    return special.get(name, _EQUATION if request.method == "exact" else f"{name_of(request.method)} estimate of it")
+    return special.get(
+        name, _EQUATION if request.method == "exact" else f"{name_of(request.method)} estimate of {_EQUATION}"
+    )
 
 
 def _cost(request: _Request) -> float:

@@ -78,6 +78,21 @@ class Pairs:
             words[name] = [spelled(ids[: n + 1], tokenizer) for ids, n in zip(tokens.written, self.row, strict=True)]
         return words
 
+    def each(self, tokenizer: Any) -> dict[str, tuple[tuple[str, str], np.ndarray]]:
+        """What stands at each [pair, position] of both prompts, up to the row that is read; "" behind it.
+
+        Raises TokensError for what is no tokenizer.
+        """
+        if tokenizer is not None:
+            need(tokenizer, "what tokens say")
+        found = {}
+        for name, tokens in (("token", self.base), ("source_token", self.source)):
+            said = {i: spelled([i], tokenizer) for i in np.unique(tokens.written).tolist()}
+            words = np.array([[said[i] for i in ids] for ids in tokens.written.tolist()], dtype=object)
+            behind = np.arange(tokens.length) > self.row[:, None]
+            found[name] = (("pair", "position"), np.where(behind, "", words))
+        return found
+
     def about(self) -> dict[str, Any]:
         """What a result says about the pairs."""
         parts = [self.answer, self.row] if self.against is None else [self.answer, self.row, self.against]

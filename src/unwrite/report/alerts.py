@@ -26,18 +26,8 @@ class Alert:
     words: str
 
 
-def alerts(result: Result) -> list[Alert]:
-    """All of them, in the order of doubt: the run, the sample, the text, what is concluded."""
-    found = [*_precision(result)]
-    if result.method in ("scan", "audit"):
-        found += _sample(result)
-        found += [Alert("text", f"the reading depends on the text. {line}") for line in disagreements(result)]
-    if result.method == "audit":
-        found += [*_writers(result), *_attribution(result)]
-    return found
-
-
-def _precision(result: Result) -> Iterator[Alert]:
+def precision(result: Result) -> Iterator[Alert]:
+    """Identities that do not hold, or hold with little room."""
     model = result.provenance["model"]
     for name, error in model["certificate"].items():
         limit = float(model.get("certificate_limits", {}).get(name, model["certificate_limit"]))
@@ -47,7 +37,8 @@ def _precision(result: Result) -> Iterator[Alert]:
             yield Alert("precision", f"the identity “{name}” holds to {error:.0e} only; at {limit:.0e} it is refused")
 
 
-def _sample(result: Result) -> Iterator[Alert]:
+def sample(result: Result) -> Iterator[Alert]:
+    """Few prompts, and positions that were left out or counted apart."""
     skip = result.provenance["settings"]["skip"]
     for name, data, _ in texts(result):
         where = f" of {name}" if name else ""
@@ -69,7 +60,13 @@ def _sample(result: Result) -> Iterator[Alert]:
             yield Alert("positions", f"{words}{where} (most: {most}), an attention sink: counted apart")
 
 
-def _writers(result: Result) -> Iterator[Alert]:
+def reading(result: Result) -> Iterator[Alert]:
+    """What depends on the text."""
+    return (Alert("text", f"the reading depends on the text. {line}") for line in disagreements(result))
+
+
+def writers(result: Result) -> Iterator[Alert]:
+    """What the writers of an audit may be mistaken for."""
     proofs = list(audited.verified(result))
     filled = [one.attrs["writer"] for one in proofs if one.attrs["verdict"] == "filled in"]
     if filled:
@@ -85,7 +82,8 @@ def _writers(result: Result) -> Iterator[Alert]:
         )
 
 
-def _attribution(result: Result) -> Iterator[Alert]:
+def attribution(result: Result) -> Iterator[Alert]:
+    """Groups of nodes whose direct attribution says little."""
     one = result.data.sel(form="pooled", replacement=believed.HEADLINE, reading="direct")
     for group in ("heads", "mlps"):
         value = float(one["trust"].sel(group=group))

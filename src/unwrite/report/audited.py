@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import xarray as xr
 
+from unwrite.axes import bare
 from unwrite.report.columns import Column
 from unwrite.report.found import rates
 from unwrite.result import Result
@@ -37,8 +38,9 @@ def verified(result: Result) -> Iterator[xr.Dataset]:
 
 def proof(result: Result, writer: str) -> xr.Dataset:
     """The same of one verified writer."""
-    own = [name for name, part in result.data.variables.items() if "verified" in part.dims and name != "verified"]
-    one = result.data[own].sel(verified=writer)
+    whole = bare(result.data)
+    own = [name for name, part in whole.variables.items() if "verified" in part.dims and name != "verified"]
+    one = whole[own].sel(verified=writer)
     data = one.rename({name: str(name).removeprefix("verified_") for name in own})
     words = {name: str(data[name].item()) for name in WORDS}
     return data.assign_attrs(words, writer=writer)
@@ -53,7 +55,7 @@ def alone(result: Result, data: xr.Dataset) -> Result:
 
 def removed(result: Result) -> xr.Dataset:
     """What `uw.survival` says of every material writer, under the names it gives."""
-    data = result.data
+    data = bare(result.data)
     own = [name for name, part in data.variables.items() if "removed" in part.dims and name != "removed"]
     names = {str(name): str(name).removeprefix("removed_") for name in own}
     found = data[own].rename({**names, "removed": "writer", "removed_bound": "bound"})

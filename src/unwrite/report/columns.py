@@ -1,4 +1,4 @@
-"""What stands in a table? Columns that know how their numbers come about; the terminal and the page both set them."""
+"""What stands in a table? Columns that know how their numbers come about; terminal, page and card all set them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import xarray as xr
 
 from unwrite.result import Result
 
-_MOST, _COLUMNS = 200, 8
+_MOST, _COLUMNS, _FOREMOST = 200, 8, 24
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,28 @@ class Column:
     def short(self) -> str:
         """The name without its explanation."""
         return self.name.partition(":")[0].partition(" (")[0]
+
+
+@dataclass(frozen=True)
+class Said:
+    """A line of words beside tables: plain, quiet ("dim") or a warning ("yellow")."""
+
+    words: str
+    tone: Literal["", "dim", "yellow"] = ""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A table that is not set yet: all its rows, and the data whose equations its columns name.
+
+    `foremost` are the numbers of those rows that stand for all of them where there is little room, None: all do.
+    """
+
+    title: str
+    columns: Iterable[Column]
+    rows: list[tuple[str, ...]]
+    data: xr.Dataset
+    foremost: Iterable[int] | None = range(_FOREMOST)
 
 
 @dataclass(frozen=True)
@@ -63,9 +85,9 @@ def table(
     return Table(caption, heads, lines[:most], every[:most], max(0, len(lines) - most))
 
 
-def listed(result: Result, most: int = _COLUMNS) -> tuple[list[Column], list[tuple[str, ...]]]:
+def listed(result: Result) -> Listing:
     """The first columns of a result's table, of a method that has no view of its own."""
-    frame = result.table().iloc[:, :most]
+    frame = result.table().iloc[:, :_COLUMNS]
     columns = [Column(str(name), f"{{{name}}}" if name in result.data else "") for name in frame.columns]
     lines = [tuple(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row) for row in frame.to_numpy(object)]
-    return columns, lines
+    return Listing("", columns, lines, result.data)

@@ -10,12 +10,8 @@ from typing import Any
 import numpy as np
 
 from unwrite.report.live import Heard
-from unwrite.report.terminal import last_word
+from unwrite.report.views import view
 from unwrite.result import Result
-
-# Of a verification, at the end of the stream.
-_AT_THE_END = ("survival", "survival_se", "gap", "gap_se")
-_SUMMED = ("erased", "filled_in")
 
 
 def say(event: str, **fields: Any) -> None:
@@ -40,18 +36,10 @@ def hear(step: Heard) -> None:
 
 def found(result: Result) -> dict[str, Any]:
     """Method and verdict of a result; of a verification also writer, erasers and its numbers at the end."""
-    words = last_word(result)
+    shown = view(result)
+    words = shown.words(result)
     said = {"method": result.method, "verdict": result.data.attrs.get("verdict", words), "words": words}
-    if result.method != "verify":
-        return said
-    end = result.data.isel(location=-1)
-    return said | {
-        "writer": result.data.attrs["writer"],
-        "erasers": result.data.attrs["erasers"].split(),
-        **{name: float(end[name]) for name in _AT_THE_END},
-        "generic": {str(bound): float(end["generic"].sel(bound=bound)) for bound in end["bound"].values},
-        **{name: float(result.data[name].sum()) for name in _SUMMED},
-    }
+    return said | shown.numbers(result)
 
 
 def _finite(value: Any) -> Any:

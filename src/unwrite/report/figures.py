@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import NoneType
+from typing import Any
 
 import altair as alt
 import numpy as np
@@ -10,26 +12,36 @@ import pandas as pd
 
 from unwrite.errors import ResultError, shown
 from unwrite.files import write
+from unwrite.report.maps import DIVERGING, attention, fitting, heatmap, matrix
 from unwrite.report.paper import FIGURES, SAYS, finish, harmless, of_verified, series
+from unwrite.report.ranked import bars
 from unwrite.report.scanned import rows, texts
+from unwrite.report.views import view
 from unwrite.result import Result
 
 # Rows; and of more columns than so many the numbers are left to the tooltips.
 _MOST, _WIDE = 40, 24
-# Orange below, white at 0, blue above: told apart by colour-blind readers too.
-DIVERGING = ("#d95f02", "#ffffff", "#2166ac")
 
 
-def draw(result: Result, name: str | None = None, writer: str | None = None) -> alt.TopLevelMixin:
-    """The figure of this name; by default the map of levels, or where there is none the figure that the result is for.
+def draw(
+    result: Result, name: str | None = None, writer: str | None = None, of: str | None = None, **chosen: Any
+) -> alt.TopLevelMixin:
+    """The figure of this name; by default the method's main one, or the one that fits the variables.
 
     Raises ResultError for an unknown name, or what a result does not hold.
     """
-    name = _MAIN.get(result.method, "levels") if name is None else name
-    if not isinstance(name, str) or name not in _NAMED:
-        raise ResultError("no such figure", got=shown(name), expected=", ".join(_NAMED))
+    name = view(result).picture or fitting(result.data) if name is None else name
+    if not isinstance(name, str) or name not in {*_NAMED, *_DRAWING}:
+        raise ResultError("no such figure", got=shown(name), expected=", ".join((*_DRAWING, *_NAMED)))
+    if not isinstance(of, (str, NoneType)):
+        raise ResultError("a variable is named", got=shown(of), expected="one of the result's, such as share")
     if writer is not None and not isinstance(writer, str):
         raise ResultError("a writer is named", got=shown(writer), expected="one of the result's, such as L0H2")
+    if name in _DRAWING:
+        return _DRAWING[name](result, writer, of, chosen)
+    if of is not None or chosen:
+        got = shown(of) if of is not None else ", ".join(chosen)
+        raise ResultError(f"{name} is of variables of its own", got=got, fix=f"ask for one of {', '.join(_DRAWING)}")
     return _NAMED[name](result, writer)
 
 
@@ -46,7 +58,6 @@ def save(chart: alt.TopLevelMixin, path: Path) -> Path:
 
 
 _KINDS = (".png", ".svg", ".pdf", ".html")
-_MAIN = {"verify": "fig1", "dla": "fig4", "corpus_dla": "fig5"}
 
 
 def places(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
@@ -118,4 +129,6 @@ def _caption(result: Result) -> str:
     return harmless(f"{model} on {name or read['source']}, {read['prompts']} × {read['length']} tokens")
 
 
+# Those that draw one variable, and those that know theirs.
+_DRAWING = {"heatmap": heatmap, "bars": bars, "matrix": matrix, "attention": attention}
 _NAMED = {"levels": levels, **FIGURES, "positions": places}

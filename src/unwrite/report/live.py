@@ -16,7 +16,7 @@ from rich.text import Text
 from unwrite.errors import plain
 from unwrite.report import audited
 from unwrite.report.terminal import grid
-from unwrite.report.verdict import levels
+from unwrite.report.views import view
 from unwrite.result import Result
 
 _HEADER = audited.HEADER[:6]
@@ -113,8 +113,8 @@ class _Shown:
         """Keep a step for the next frame; a finished stage becomes a line above, a verified writer a row."""
         if step.result is not None:
             self.settle()
-            if step.result.method == "verify":
-                self.rows += (audited.row(step.result.data)[: len(_HEADER)],)
+            if row := view(step.result).row(step.result):
+                self.rows += (row[: len(_HEADER)],)
             elif words := _words(step.result):
                 self.screen.print(Text(words))
             return
@@ -166,13 +166,12 @@ def _reached(step: Heard) -> float:
 
 def _words(part: Result) -> str:
     """What a finished part says on its own, in one line; of a part that only matters in the whole, nothing."""
-    if part.method == "scan":
-        return plain(levels(part))
-    if part.method == "verify":
-        writer, verdict, *numbers = audited.row(part.data)[: len(_HEADER)]
-        names = [column.name for column in _HEADER[2:]]
-        return plain(f"{writer}: {verdict}; {', '.join(map(' '.join, zip(names, numbers, strict=True)))}")
-    return ""
+    shown = view(part)
+    if not (row := shown.row(part)):
+        return plain(shown.heard(part))
+    writer, verdict, *numbers = row[: len(_HEADER)]
+    names = [column.name for column in _HEADER[2:]]
+    return plain(f"{writer}: {verdict}; {', '.join(map(' '.join, zip(names, numbers, strict=True)))}")
 
 
 def duration(seconds: float) -> str:

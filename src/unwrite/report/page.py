@@ -12,14 +12,13 @@ import xarray as xr
 
 from unwrite.files import write
 from unwrite.report import audited, believed, panels
-from unwrite.report.alerts import alerts
 from unwrite.report.columns import Column, table
 from unwrite.report.paper import FIGURES
 from unwrite.report.pictures import picture
 from unwrite.report.scanned import HEADER, Row, folded_line, rows, soundness, texts
 from unwrite.report.templates import own, render
 from unwrite.report.terminal import certificate, headline
-from unwrite.report.verdict import verdict
+from unwrite.report.views import alerts, view
 from unwrite.result import FILE, Result
 
 # Cells of the map of levels, and bytes of a file that the page carries with it.
@@ -46,11 +45,11 @@ def page(result: Result, beside: Iterable[Path] = ()) -> str:
         "page.html.j2",
         headline=headline(result),
         certificate=certificate(result),
-        verdict=result.data.attrs.get("verdict") or verdict(result),
+        verdict=view(result).words(result),
         alerts=[(alert.kind, alert.words) for alert in alerts(result)],
         panels=shown,
         writers=list(panels.writers(result, [row.writer for row in shown[0]["rows"]])),
-        audit=_audited(result) if result.method == "audit" else None,
+        audit=_audited(result) if "verified" in result.data.dims else None,
         provenance=_flat(result.provenance),
         equations=table("", _EQUATIONS, _equations(result.data), result.data),
         downloads=[(file.name, _address(file)) for file in beside],
@@ -80,7 +79,7 @@ def save_all(result: Result, folder: Path) -> tuple[str, ...]:
 
 def files(result: Result) -> tuple[str, ...]:
     """The names of the files that `save_all` writes."""
-    return (FILE, *(BESIDE if result.method in ("scan", "audit") else BESIDE[:1]))
+    return (FILE, *(BESIDE if view(result).page else BESIDE[:1]))
 
 
 def _address(file: Path) -> str:

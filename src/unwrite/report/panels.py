@@ -10,7 +10,8 @@ import xarray as xr
 
 from unwrite.report import audited, believed, verified
 from unwrite.report.columns import Column, Table, table
-from unwrite.report.figures import DIVERGING, places
+from unwrite.report.figures import places
+from unwrite.report.maps import DIVERGING
 from unwrite.report.paper import fig1, fig2, fig3
 from unwrite.report.pictures import Picture, picture
 from unwrite.result import Result
@@ -49,7 +50,7 @@ class Writer:
 
 def writers(result: Result, names: list[str]) -> Iterator[Writer]:
     """The verified writers, furthest below generic first, then the first of `names` that were not."""
-    proofs = list(audited.verified(result)) if result.method == "audit" else []
+    proofs = list(audited.verified(result)) if "verified" in result.data.dims else []
     proofs.sort(key=lambda proof: float(proof["gap"][-1]))
     for proof in proofs:
         yield _verified(result, proof)
@@ -83,7 +84,7 @@ def _verified(result: Result, proof: xr.Dataset) -> Writer:
 
 def _readings(result: Result, writer: str) -> Table | None:
     """What a writer is credited with on every prompt, and what it does there."""
-    if result.method != "audit" or writer not in result.data["node"].values:
+    if "verified" not in result.data.dims or writer not in result.data["node"].values:
         return None
     one = result.data[list(believed.CELLS)].sel(node=writer)
     rows = [(str(int(prompt)), *believed.row(one.sel(prompt=prompt))[1:]) for prompt in one["prompt"].values]

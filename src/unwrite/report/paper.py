@@ -35,7 +35,7 @@ def of_writer(result: Result, writer: str | None = None) -> xr.Dataset:
     Raises ResultError where the result has nothing of this writer.
     """
     data = result.data
-    if result.method == "verify":
+    if "writer" in data.attrs and "survival" in data:
         _require(data.attrs["writer"] == (writer or data.attrs["writer"]), "result", writer, [data.attrs["writer"]])
         return data
     if "writer" not in data.dims:
@@ -169,7 +169,7 @@ def fig5(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
     Raises ResultError for a result without a corpus, or another writer than its own.
     """
     data = result.data
-    prefix = "corpus_" if result.method == "audit" else ""
+    prefix = "corpus_" if "corpus_sample_x" in data else ""
     if f"{prefix}sample_x" not in data:
         raise ResultError(f"this {result.method} has no attributions of a corpus", expected="a result of uw.corpus_dla")
     own = str(data.attrs["searched" if prefix else "writer"])

@@ -1,4 +1,4 @@
-"""What does a scan amount to, in one paragraph?"""
+"""What does a scan, or an audit, amount to in one paragraph?"""
 
 from __future__ import annotations
 
@@ -16,19 +16,23 @@ _NAMED = 3
 ADDED = ("heads", "stream", "locations", "logits", "values")
 
 
-def verdict(result: Result) -> str:
-    """The finding in words, text by text, with what it does not say."""
-    model = result.provenance["model"]
-    worst = max(model["certificate"][name] for name in ADDED if name in model["certificate"])
-    exact = f"The decomposition is exact to {worst:.0e}."
-    if result.method == "audit":
-        believed = belief(result.data)
-        return " ".join([paragraph(removed(result)), f"{believed[0].upper()}{believed[1:]}.", exact])
-    caveat = (
-        "These are levels: all that lies along a write, whoever wrote it. Whether a write was erased, and by whom, "
-        f"only an executed run without it can say (unwrite verify). {exact}"
+def of_scan(result: Result) -> str:
+    """How levels change in words, text by text, with what that does not say."""
+    return (
+        f"{levels(result)} These are levels: all that lies along a write, whoever wrote it. Whether a write was "
+        f"erased, and by whom, only an executed run without it can say (unwrite verify). {_exact(result)}"
     )
-    return f"{levels(result)} {caveat}"
+
+
+def of_audit(result: Result) -> str:
+    """What survives, and which attributions can be believed."""
+    believed = belief(result.data)
+    return " ".join([paragraph(removed(result)), f"{believed[0].upper()}{believed[1:]}.", _exact(result)])
+
+
+def _exact(result: Result) -> str:
+    known = result.provenance["model"]["certificate"]
+    return f"The decomposition is exact to {max(known[name] for name in ADDED if name in known):.0e}."
 
 
 def levels(result: Result) -> str:

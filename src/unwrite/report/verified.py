@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import xarray as xr
 
@@ -134,3 +136,20 @@ def actors(result: Result) -> list[tuple[str, ...]]:
 
 def _signed(value: float) -> str:
     return f"{value:+.2f}" if value == value else "–"
+
+
+# At the end of the stream, and summed over nodes.
+_AT_THE_END, _SUMMED = ("survival", "survival_se", "gap", "gap_se"), ("erased", "filled_in")
+
+
+def numbers(result: Result) -> dict[str, Any]:
+    """Writer, erasers, and the numbers at the end, for another program."""
+    data = result.data
+    end = data.isel(location=-1)
+    return {
+        "writer": data.attrs["writer"],
+        "erasers": data.attrs["erasers"].split(),
+        **{name: float(end[name]) for name in _AT_THE_END},
+        "generic": {str(bound): float(end["generic"].sel(bound=bound)) for bound in end["bound"].values},
+        **{name: float(data[name].sum()) for name in _SUMMED},
+    }

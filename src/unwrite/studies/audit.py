@@ -17,6 +17,7 @@ import numpy as np
 import xarray as xr
 
 from unwrite import result as results
+from unwrite.axes import bare
 from unwrite.errors import ModelError, function, whole
 from unwrite.methods.adversarial import adversarial
 from unwrite.methods.corpus import corpus_dla
@@ -30,7 +31,7 @@ from unwrite.prompts.given import by_name
 from unwrite.prompts.texts import windows
 from unwrite.prompts.tokens import Tokens
 from unwrite.report import audited
-from unwrite.report.verdict import verdict
+from unwrite.report.verdict import of_audit
 from unwrite.result import Result
 from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.stream import Listener, admit
@@ -216,8 +217,8 @@ def _merged(
     """One dataset: what two methods call alike keeps the scan's name, and gets a prefix from the others."""
     names = xr.Variable("verified", list(proofs))
     verified = xr.concat([_plain(proof.data) for proof in proofs.values()], names)
-    data = scanned.data.merge(_renamed(verified, "verified", scanned.data))
-    data = data.merge(believed.data.assign(prompt_kind=("prompt", np.array(kinds, dtype=object))))
+    data = bare(scanned.data).merge(_renamed(verified, "verified", scanned.data))
+    data = data.merge(bare(believed.data).assign(prompt_kind=("prompt", np.array(kinds, dtype=object))))
     return data.merge(_renamed(search.data.drop_vars("ids"), "found"))
 
 
@@ -235,7 +236,8 @@ def _beside(removed: xr.Dataset) -> xr.Dataset:
 
 
 def _renamed(data: xr.Dataset, prefix: str, beside: xr.Dataset | None = None) -> xr.Dataset:
-    """With a prefix before every variable, or before those only that `beside` has too."""
+    """With a prefix before every variable, or before those only that `beside` has too; without what names alone say."""
+    data = bare(data)
     taken = set(data.data_vars) if beside is None else set(data.data_vars) & set(beside.data_vars)
     axes = {"text"} & set(data.dims)
     return data.rename({name: f"{prefix}_{name}" for name in (*taken, *axes)}).drop_attrs(deep=False)
@@ -245,7 +247,7 @@ def _judged(merged: Result, scanned: Result, judged: Tokens, asked: Tokens) -> R
     record = scanned.provenance
     settings = record["settings"] | {"judged": judged.about(), "asked": asked.about()}
     found = results.build("audit", merged.data, settings, record["model"], record["tokens"])
-    return Result(found.data.assign_attrs(verdict=verdict(found)))
+    return Result(found.data.assign_attrs(verdict=of_audit(found)))
 
 
 def demonstration(lm: Model, n: int = 300, length: int | None = None, bos: int | bool | None = None) -> Tokens:
