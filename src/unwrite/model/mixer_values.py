@@ -8,22 +8,24 @@ the way, the slope of a linear map is what it gives. A mixer of which that is no
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from unwrite.model.hooks import Call, after, calls_of, hooked, read_of
 from unwrite.model.layers import Layer
 from unwrite.model.mixers import Held, handed, sloped_z
-from unwrite.model.projections import projections_in
+from unwrite.model.projections import projections_in, sizes
 from unwrite.model.traced import lent, some_ids
 from unwrite.model.view import Columns, Model
 
 # Relative: how far slopes of one channel are from multiples of each other, and what Euler's theorem gives from z.
-_SAME, _EXACT = 1e-3, 1e-4
+_SAME, _EXACT = 1e-4, 1e-4
+Slopes = Float[Tensor, "prompt position output"]
 
 
 def values_of(lm: Model) -> dict[int, Columns]:
@@ -37,20 +39,31 @@ def values_of(lm: Model) -> dict[int, Columns]:
             stack.enter_context(inside)
         with torch.no_grad(), calls_of({layer.index: layer.attention for layer in mixers}) as calls:
             lm.hf(input_ids=some_ids(lm.hf), use_cache=False)
-        shown = {layer.index: _shown(layer, calls[layer.index]) for layer in mixers}
-    return {index: values for index, values in shown.items() if values}
+        found: dict[int, Columns] = {}
+        for layer in mixers:
+            found[layer.index] = _shown(layer, calls[layer.index], found.values())
+    return {index: values for index, values in found.items() if values}
 
 
-def _shown(layer: Layer, call: Call) -> Columns:
+def _shown(layer: Layer, call: Call, others: Iterable[Columns]) -> Columns:
+    """Its values: where they are in another mixer of the same make, or else by its own slopes; none without proof."""
+    parts = _parts(layer)
+    alike = next((other for other in others if [*map(sizes, other)] == [*map(sizes, parts)]), {})
     try:
-        values = _values(layer, call)
-        z, slope = (
-            part.unflatten(-1, (layer.heads, -1)) for part in sloped_z(layer, values, call, read_of(call), True)
-        )
+        if alike and _is_linear(layer, call, values := dict(zip(parts, alike.values(), strict=True))):
+            return values
+        return values if _is_linear(layer, call, values := _values(layer, call)) else {}
     except Exception:  # noqa: BLE001 - whatever a module does that no slope goes through, its values are not shown
         return {}
-    # Written so that NaN is no proof.
-    return values if euler(z, slope) <= _EXACT else {}
+
+
+def _parts(layer: Layer) -> list[nn.Module]:
+    return [part for part in projections_in(layer.attention) if part is not layer.out_proj]
+
+
+def _is_linear(layer: Layer, call: Call, values: Columns) -> bool:
+    z, slope = (part.unflatten(-1, (layer.heads, -1)) for part in sloped_z(layer, values, call, read_of(call), True))
+    return euler(z, slope) <= _EXACT  # NaN is not
 
 
 def euler(z: Float[Tensor, "*rows head d_head"], slope: Float[Tensor, "*rows head d_head"]) -> float:
@@ -62,46 +75,57 @@ def euler(z: Float[Tensor, "*rows head d_head"], slope: Float[Tensor, "*rows hea
 
 def _values(layer: Layer, call: Call) -> Columns:
     """Which outputs reach one channel of z from earlier positions; of several that reach the same, the last."""
-    values, of_channel = {}, {}
-    for part, slopes in _slopes(layer, call):
-        values[part] = torch.zeros(slopes.shape[-1], dtype=torch.bool)
-        for output, channel in _channels(slopes):
-            of_channel[channel] = part, output
+    values: dict[nn.Module, Tensor] = {part: torch.zeros(sizes(part)[1], dtype=torch.bool) for part in _parts(layer)}
+    of_channel: dict[int, tuple[nn.Module, int]] = {}
+    for part, channels in _reached(layer, call):
+        of_channel |= {channel: (part, output) for output, channel in enumerate(channels.tolist()) if channel >= 0}
     for part, output in of_channel.values():
         values[part][output] = True
-    return values if of_channel else {}
+    return values
 
 
-def _slopes(layer: Layer, call: Call) -> Iterator[tuple[nn.Module, Float[Tensor, "3 prompt position output"]]]:
-    """Slopes at what each projection puts out, all between them held.
-
-    Of the sum of all z, each position with a weight; of the same with every channel as often as its number says; of the
-    last position's sum.
-    """
+def _reached(layer: Layer, call: Call) -> Iterator[tuple[nn.Module, Int[Tensor, " output"]]]:
+    """Each projection, and which one channel of z its outputs reach from earlier positions; −1 for several or none."""
     leaves: dict[nn.Module, Tensor] = {}
 
     def cut(part: nn.Module, made: Tensor) -> Tensor:
         leaves[part] = made.detach().requires_grad_()
         return leaves[part]
 
-    parts = [part for part in projections_in(layer.attention) if part is not layer.out_proj]
-    with torch.enable_grad(), Held(), hooked(after(part, lambda made, part=part: cut(part, made)) for part in parts):
+    with torch.enable_grad(), Held(), hooked(after(part, partial(cut, part)) for part in _parts(layer)):
         z = handed(layer, call)
-    weights = torch.rand(z.shape[:2], generator=torch.Generator().manual_seed(0)).to(z)[..., None] + 0.5
-    numbers = torch.arange(1, z.shape[-1] + 1).to(z)
-    last = (torch.arange(z.shape[1]) == z.shape[1] - 1).to(z)[:, None]
-    sums = [(z * weights).sum(), (z * weights * numbers).sum(), (z * last).sum()]
-    every = [torch.autograd.grad(one, [*leaves.values()], retain_graph=True, allow_unused=True) for one in sums]
-    for part, *found in zip(leaves, *every, strict=True):
-        if all(slope is not None for slope in found):
-            yield part, torch.stack([slope.reshape(*z.shape[:2], -1) for slope in found])
+    draw = torch.Generator().manual_seed(0)
+    position, marks = (0.5 + torch.rand(count, generator=draw).to(z) for count in z.shape[1:])
+    numbers = torch.arange(z.shape[-1]).to(z) + 1
+    sums = [torch.einsum("btc,t,c->", z, position, by) for by in (torch.ones_like(marks), numbers, marks)]
+    every = [_slopes_of(one, leaves) for one in (*sums, z[:, -1].sum())]
+    for part in leaves:
+        whole, numbered, marked, last = (slopes[part].reshape(*z.shape[:2], -1) for slopes in every)
+        yield part, _channels(whole, numbered, marked, last, marks)
 
 
-def _channels(slopes: Float[Tensor, "3 prompt position output"]) -> Iterator[tuple[int, int]]:
-    """Outputs that reach one channel of z, also from an earlier position; and the number of that channel."""
-    one, numbered = slopes[:2].double().flatten(1, 2)
-    number = (one * numbered).sum(0) / one.square().sum(0)
-    single = (numbered - number * one).norm(dim=0) <= _SAME * numbered.norm(dim=0)
-    earlier = slopes[2, :, :-1].ne(0).flatten(0, 1).any(0)
-    for output in (single & earlier).nonzero().flatten().tolist():
-        yield output, round(float(number[output]))
+def _slopes_of(one: Tensor, leaves: Mapping[nn.Module, Tensor]) -> dict[nn.Module, Tensor]:
+    found = torch.autograd.grad(one, [*leaves.values()], retain_graph=True, allow_unused=True)
+    slopes = zip(leaves, found, strict=True)
+    return {part: torch.zeros_like(leaves[part]) if slope is None else slope for part, slope in slopes}
+
+
+def _channels(
+    whole: Slopes, numbered: Slopes, marked: Slopes, last: Slopes, marks: Float[Tensor, " channel"]
+) -> Int[Tensor, " output"]:
+    """Which channel outputs reach, from slopes of the sum of all, of all times a number or a mark, and of the last row.
+
+    The slopes of one channel are multiples of each other at all positions: by its number, and by its mark.
+    """
+    number, by_number = _multiple(numbered, whole)
+    mark, by_mark = _multiple(marked, whole)
+    channel = number.nan_to_num().round().long().sub(1).clamp(0, len(marks) - 1)
+    single = by_number & by_mark & ((mark - marks.double()[channel]).abs() <= _SAME)
+    return torch.where(single & last[:, :-1].ne(0).flatten(0, 1).any(0), channel, -1).cpu()
+
+
+def _multiple(some: Slopes, whole: Slopes) -> tuple[Float[Tensor, " output"], Bool[Tensor, " output"]]:
+    """How often slopes are others, and whether they are that at every position."""
+    some, whole = (part.double().flatten(0, 1) for part in (some, whole))
+    times = (some * whole).sum(0) / whole.square().sum(0)
+    return times, (some - times * whole).norm(dim=0) <= _SAME * some.norm(dim=0)
