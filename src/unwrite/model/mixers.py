@@ -109,7 +109,7 @@ def through_mixer(
 ) -> Float[Tensor, "prompt position head d_head"]:
     """The part of a mixer's z that is there because `vector` is in what it reads, all but its values held.
 
-    `call` is how the run called it in which these are held; `biases`: with what those on the way of values put there.
+    `call` is how the run called it in which these are held; `biases`: with what biases put into channels on its way.
     """
     _, slope = sloped_z(layer, lm.mixed[layer.index], call, vector, biases)
     return slope.to(lm.device, lm.compute_dtype).unflatten(-1, (layer.heads, layer.head_dim))
