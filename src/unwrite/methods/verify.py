@@ -73,7 +73,7 @@ def verify(
     gates frozen) `v_pr`, `v_share`, `v_survival`, `causal_share` = `caused` / `opposed` and `opposed_pr`, quantiles of
     the erasers' summed ratio; the paper's view `pr`, `level`, clean and patched; `space`, the stream's energy in the
     head's own output space, `into_space` that of every node's write; `read`, the part of a node's energy that it
-    writes because it reads the write (heads through values; MLPs one-reader: D = MLP(x) − MLP(x − o_w); mixers: NaN),
+    writes because it reads the write (heads and mixers through values; MLPs one-reader: D = MLP(x) − MLP(x − o_w)),
     `read_generic` the same for turned writes, `readers` the nodes above that (below six documents none: `read_note`);
     `one_reader_share` of MLPs, D along the write; `decodable`, held-out R² of a linear map of the write's token part
     (NaN: `decodable_note`); `level_at` and `survival_at` the end, by groups of positions from `place` on;
@@ -320,12 +320,13 @@ def _classes(data: xr.Dataset, tally: WithoutTally, t: float) -> Iterator[str]:
         size = abs(data[name].values[i])
         return bool(size >= MATERIAL_SHARE and size > t * data[f"{name}_se"].values[i])
 
+    unseen, _ = tally.unseen()
     for i, node in enumerate(tally.lm.parts):
         if not tally.later(node):
             yield ""
         elif is_there("v_share", i):
             yield "reads it through values"
         elif is_there("acts", i):
-            yield "reads it another way" if node.kind != "mixer" else "reads it"
+            yield "reads it" if unseen[i] else "reads it another way"
         else:
             yield "acts without it" if abs(data["share"].values[i]) >= MATERIAL_SHARE else ""

@@ -26,7 +26,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from unwrite.errors import ModelError
 from unwrite.model.gates import has_gates, multiplied, sloped
-from unwrite.model.hooks import after, hooked
+from unwrite.model.hooks import Call, after, hooked
+from unwrite.model.mixers import mixers_called
 from unwrite.model.softmax import added, chosen, pattern_of, per_query_head, scores_of
 from unwrite.model.view import Layer, Model
 
@@ -41,11 +42,13 @@ class Patterns(Mapping[int, Tensor]):
     """Layer -> attention pattern [prompt, head, query, key], per query head; its rows sum to 1, or with sinks to less.
 
     `gate`: layer -> what the heads' outputs [prompt, query, head, d_head] were multiplied by before the out-projection,
-    in models where they are; a norm among that is its gain times its scale.
+    in models where they are; a norm among that is its gain times its scale. `mixed`: layer -> how its mixer was called,
+    of mixers that show their values.
     """
 
     pattern: dict[int, Tensor] = field(default_factory=dict)
     gate: dict[int, Tensor] = field(default_factory=dict)
+    mixed: dict[int, Call] = field(default_factory=dict)
 
     def __getitem__(self, layer: int) -> Tensor:
         return self.pattern[layer]
@@ -64,13 +67,14 @@ def patterns(lm: Model) -> Iterator[Patterns]:
     The model computes attention openly while it lasts, in its own dtype; afterwards its attention implementation is
     what it was. Raises ModelError where attention that is opened would not be the model's own.
     """
-    found = Patterns()
-    if not lm.applies("opened"):  # there are none
-        yield found
-        return
-    lm.require("opened")
-    with _open(lm, found):
-        yield found
+    with mixers_called(lm) as mixed:
+        found = Patterns(mixed=mixed)
+        if not lm.applies("opened"):  # there are none
+            yield found
+            return
+        lm.require("opened")
+        with _open(lm, found):
+            yield found
 
 
 def is_called(lm: Model) -> bool:

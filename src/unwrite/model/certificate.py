@@ -19,6 +19,7 @@ from unwrite.errors import ModelError, PrecisionError
 from unwrite.model.families import BY_HAND
 from unwrite.model.identities import added, beyond, output_of, relative
 from unwrite.model.lengths import affordable, switches
+from unwrite.model.mixer_values import values_of
 from unwrite.model.projections import as_matrices
 from unwrite.model.single import HALVES, in_float32
 from unwrite.model.view import ABSENT, Folded, Model, fold
@@ -151,6 +152,8 @@ def certify(lm: Model) -> Certificate:
     And on one prompt longer than every length beyond which the model computes otherwise, as far as that is little work.
     """
     folded = fold(lm)
+    lm.mixed.clear()
+    lm.mixed.update(values_of(lm))
     longer = [length for length in switches(lm) if length + 2 > max(_LENGTHS)]
     tried = [length for length in longer if affordable(lm, length + 2)]
     found = [error for ids, mask in _prompts(lm) for error in added(lm, folded, ids, mask, lm.dtype)]
@@ -158,6 +161,7 @@ def certify(lm: Model) -> Certificate:
         found += beyond(lm, folded, _random(lm, 1, length + 2))
     unchecked = next((length for length in longer if length not in tried), None)
     rounding, single = _in_float32(lm, folded)
+    found += [("values", single["values"])] if lm.mixed and single else []  # of mixers it is asked in float32 alone
     limit = _limit(lm) if rounding is None else max(_ROUNDING, _OF_ROUNDING * rounding)
     dtype, row = str(lm.dtype).removeprefix("torch."), lm.about.get("row", BY_HAND)
     return Certificate(_worst(lm, found), limit, dtype, unchecked, rounding, single, row)

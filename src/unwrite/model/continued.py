@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from unwrite.errors import ModelError, plain
 from unwrite.model.cache import Past, empty, keeping, kept_of, remembering, with_past
 from unwrite.model.capture import evaluating
-from unwrite.model.hooks import Call, before, called, first_of, hooked, kept, put_out, read_of, reads_instead
+from unwrite.model.hooks import Call, before, called, calls_of, first_of, hooked, kept, put_out, read_of, reads_instead
 from unwrite.model.lengths import switches
 from unwrite.model.placed import decode
 from unwrite.model.view import Layer, Model
@@ -30,12 +30,9 @@ Calls = Mapping[int, Call]
 Inputs = list[Float[Tensor, "prompt position d_model"]]
 
 
-@contextmanager
-def calling(lm: Model) -> Iterator[Calls]:
+def calling(lm: Model) -> AbstractContextManager[Calls]:
     """Inside the `with`, every forward pass leaves how it called each block."""
-    calls: dict[int, Call] = {}
-    with hooked(called(layer.block, partial(calls.__setitem__, layer.index)) for layer in lm.layers):
-        yield calls
+    return calls_of({layer.index: layer.block for layer in lm.layers})
 
 
 @contextmanager

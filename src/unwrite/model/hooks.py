@@ -6,9 +6,10 @@ here returns the hook's handle: whoever puts a hook on a module takes it off aga
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -112,6 +113,14 @@ def ended(module: nn.Module, end: Callable[[], object]) -> Handle:
         end()
 
     return module.register_forward_hook(hook, always_call=True)
+
+
+@contextmanager
+def calls_of(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, Call]]:
+    """Inside the `with`, every forward pass leaves key -> how it called the module of this key."""
+    calls: dict[int, Call] = {}
+    with hooked(called(module, partial(calls.__setitem__, key)) for key, module in modules.items()):
+        yield calls
 
 
 def put_out(module: nn.Module, visit: Callable[[Any], object]) -> Handle:

@@ -5,7 +5,8 @@ stream     all nodes sum to the final state of the stream
 locations  the nodes so far sum to every earlier state (in a parallel block, also to what its MLP reads), the first of
            which is what tokens give and what positions do, whatever the tokens are
 logits     final norm and unembedding of that sum give the model's logits, small ones and such as reach a cap
-values     with pattern and norm frozen, what all earlier nodes put into a head through its values is what it writes
+values     with pattern and norm frozen, what all earlier nodes put into a head through its values is what it writes; so
+           it is, with biases, of a mixer whose values are shown, all else that it makes of the stream frozen
 mlp        what reads an MLP's hidden activation gives what the MLP writes, and a gated one has two factors
 causal     another last token moves no logit before it
 opened     attention that is computed openly, for patterns, gives the closed model's logits
@@ -16,7 +17,7 @@ continued  a run continued from a later position, over the keys and values kept 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -27,16 +28,19 @@ from unwrite.errors import ModelError
 from unwrite.model.attention import Patterns, around_attention, is_called, patterns
 from unwrite.model.capture import Recording, evaluating, recording
 from unwrite.model.continued import Calls, calling, continues, kept_run
-from unwrite.model.hooks import after, first_of, hooked, kept, read_of
+from unwrite.model.hooks import Call, after, first_of, hooked, kept, read_of
 from unwrite.model.inside import maybe
 from unwrite.model.lengths import switches
+from unwrite.model.mixer_values import euler
+from unwrite.model.mixers import mixers_called, shown, through_mixer
 from unwrite.model.norms import norm_scale
 from unwrite.model.placed import placed
-from unwrite.model.projections import sizes
+from unwrite.model.projections import is_sized, projections_in, sizes
+from unwrite.model.single import HALVES
 from unwrite.model.unembedding import before_norm, rows_of, unembedding
 from unwrite.model.values import into_values, looked, of_biases, value_scale
 from unwrite.model.view import Folded, Layer, Model, value_constant, value_weights
-from unwrite.model.weights import through
+from unwrite.model.weights import offloaded, through, weight_of
 from unwrite.model.writes import Writes, expand
 from unwrite.nodes import PROJECTED, Location, Node
 
@@ -57,7 +61,10 @@ def added(lm: Model, folded: tuple[Folded, ...], ids: Ids, mask: Mask, dtype: to
 
     `dtype` is that in which the model computes now.
     """
-    with recording(lm, folded, truth=True) as record, _ends_of_mlps(lm) as ends, calling(lm) as calls:
+    with ExitStack() as stack:
+        record = stack.enter_context(recording(lm, folded, truth=True))
+        ends, calls = stack.enter_context(_ends_of_mlps(lm)), stack.enter_context(calling(lm))
+        mixing = stack.enter_context(mixers_called(lm))
         whole = output_of(lm, ids, mask)
     if mask.all():
         _require_stream_alone(lm, calls)
@@ -68,6 +75,8 @@ def added(lm: Model, folded: tuple[Folded, ...], ids: Ids, mask: Mask, dtype: to
     yield from _states(lm, nodes, record, mask)
     stream = nodes.sum(0)
     yield from (("mlp", _mlp_error(lm, layer, ends)) for layer in lm.layers if layer.has_mlp)
+    if dtype not in HALVES or offloaded(lm.hf):  # else it is float32 that says it: kernels round in ways of their own
+        yield from (("values", _mixer_error(lm, layer, record, mixing[layer.index], mask)) for layer in shown(lm))
     yield "logits" if lm.has_head else "stream", relative(finished(lm, stream, dtype)[None], logits)
     if lm.has_head:
         yield "reading", relative(*_read(lm, stream, logits))
@@ -185,31 +194,21 @@ def _ends_of_mlps(lm: Model) -> Iterator[dict[nn.Module, Tensor]]:
 def _last(lm: Model, layer: Layer) -> Iterable[nn.Module]:
     """The last projection of an MLP; where there seems to be none, whatever could be it."""
     last = maybe(layer.mlp, lm.row.of_layer(layer.index).act)
-    return _projections(layer.mlp) if last is None else [last]
+    return projections_in(layer.mlp) if last is None else [last]
 
 
 def _mlp_error(lm: Model, layer: Layer, ends: Mapping[nn.Module, Tensor]) -> float:
     last, whole = maybe(layer.mlp, lm.row.of_layer(layer.index).act), ends[layer.mlp]
     if last is None:  # a mixture of experts, of which no projection gives the whole
         every = [ends[part] for part in _last(lm, layer) if part in ends]
-        whole_itself = _is_sized(layer.mlp) or any(torch.equal(part, whole) for part in every)
+        whole_itself = is_sized(layer.mlp) or any(torch.equal(part, whole) for part in every)
         return float("inf") if whole_itself else 0.0
-    into = sum(sizes(part)[1] for part in _projections(layer.mlp) if part is not last)
+    into = sum(sizes(part)[1] for part in projections_in(layer.mlp) if part is not last)
     got, want = (part.flatten(0, -2) for part in (ends[last], whole))
     # Both factors of a gated one read the stream, so twice as much goes in.
     if not hasattr(last, "weight") or got.shape != want.shape or (into >= 2 * sizes(last)[0]) != lm.row.gated:
         return float("inf")
     return relative(got[None], want)
-
-
-def _projections(module: nn.Module) -> Iterator[nn.Module]:
-    """The projections inside of a module, without what is inside of these."""
-    for part in module.children():
-        yield from [part] if _is_sized(part) else _projections(part)
-
-
-def _is_sized(module: nn.Module) -> bool:
-    return getattr(module, "out_features", getattr(module, "nf", None)) is not None
 
 
 def _opened(lm: Model, folded: tuple[Folded, ...], ids: Ids, mask: Mask, closed: _Rows) -> Errors:
@@ -287,6 +286,15 @@ def _values_error(lm: Model, folded: tuple[Folded, ...], mask: Mask, record: Rec
         error = _head_error(lm, layer, stream, found, z, constant, mask)
         worst = error if not error <= worst else worst
     return worst
+
+
+def _mixer_error(lm: Model, layer: Layer, record: Recording, call: Call, mask: Mask) -> float:
+    """Worst ‖slope along the stream and biases − z‖ of a mixer's head, relative to its largest z (Euler's theorem)."""
+    stream, beta = record.stream[layer.reads], weight_of(layer.input_norm, "bias")
+    read = into_values(lm, layer, stream, value_scale(lm, layer, stream))
+    z, gain = record.z[layer.index], record.gain.get(layer.index)
+    slope = through_mixer(lm, layer, call, read if beta is None else read + beta.to(read), biases=True)
+    return euler((z if gain is None else z / gain[..., None, None])[mask], slope[mask])
 
 
 def _head_error(

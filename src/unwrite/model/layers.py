@@ -78,6 +78,11 @@ class Layer:
         return "value" in self.modules
 
     @property
+    def mixes(self) -> bool:
+        """Has it a mixer in the place of attention?"""
+        return self.heads > 0 and not self.attends
+
+    @property
     def has_mlp(self) -> bool:
         """Has it an MLP?"""
         return "mlp" in self.modules

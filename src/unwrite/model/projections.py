@@ -104,6 +104,17 @@ def sizes(module: nn.Module) -> tuple[int, int]:
     return (second, first) if isinstance(module, nn.Linear) else (first, second)
 
 
+def projections_in(module: nn.Module) -> Iterator[nn.Module]:
+    """The projections inside of a module, without what is inside of these."""
+    for part in module.children():
+        yield from [part] if is_sized(part) else projections_in(part)
+
+
+def is_sized(module: nn.Module) -> bool:
+    """Does a module say how wide what it puts out is, as projections do?"""
+    return getattr(module, "out_features", getattr(module, "nf", None)) is not None
+
+
 def _effective(lm: Computing, module: nn.Module, detach: bool) -> Effective:
     """What the module does now: kept with the model as long as two vectors come out of it as they did."""
     if not detach:

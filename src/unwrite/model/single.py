@@ -23,13 +23,16 @@ Held = dict[str, torch.Tensor]
 def in_float32(hf: nn.Module) -> Iterator[None]:
     """Inside the `with`, forward passes compute in float32; afterwards every weight is the object that it was."""
     with ExitStack() as stack:
+        # A mixer reads weights of modules that it does not call: of its convolution, and of what is beside it.
+        beside = any(isinstance(module, nn.Conv1d) for module in hf.modules())
         for module in hf.modules():
-            parameters, buffers = _halves(module._parameters), _halves(module._buffers)
-            if parameters or buffers:
-                stack.callback(_put, module, parameters, buffers)
-                begin = called(module, partial(_widen, module, parameters, buffers))
-                end = ended(module, partial(_put, module, parameters, buffers))
-                stack.enter_context(hooked([begin, end]))
+            for part in (module, *(module.children() if beside else ())):
+                parameters, buffers = _halves(part._parameters), _halves(part._buffers)
+                if parameters or buffers:
+                    stack.callback(_put, part, parameters, buffers)
+                    begin = called(module, partial(_widen, part, parameters, buffers))
+                    end = ended(module, partial(_put, part, parameters, buffers))
+                    stack.enter_context(hooked([begin, end]))
         yield
 
 

@@ -131,14 +131,14 @@ def traced(hf: Any) -> Traced:
 def _pass(hf: Any, way: Callable[[Any, Traced], AbstractContextManager[object]]) -> Traced:
     trace = Traced()
     with ExitStack() as stack:
-        for inside in _lent(hf):
+        for inside in lent(hf):
             stack.enter_context(inside)
         stack.enter_context(hooked(_hooks(hf, trace)))
         stack.enter_context(way(hf, trace))
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(scalars_kept())
-        trace.output = hf(input_ids=_ids(hf), use_cache=False)
+        trace.output = hf(input_ids=some_ids(hf), use_cache=False)
     return trace
 
 
@@ -146,7 +146,7 @@ def _pass(hf: Any, way: Callable[[Any, Traced], AbstractContextManager[object]])
 def mixing(hf: Any, calls: Iterable[Called]) -> set[str]:
     """Which modules give later positions something of an earlier one: each is called again with another first one."""
     with ExitStack() as stack:
-        for inside in _lent(hf):
+        for inside in lent(hf):
             stack.enter_context(inside)
         return {call.path for call in calls if _mixes(call)}
 
@@ -167,7 +167,7 @@ def _by_prompt(part: Tensor) -> Tensor:
     return part.reshape(_SHAPE[0], -1, part.shape[-1])
 
 
-def _lent(hf: Any) -> Iterator[AbstractContextManager[object]]:
+def lent(hf: Any) -> Iterator[AbstractContextManager[object]]:
     """How modules are called here: not training, with their own weights, in float32."""
     yield evaluating(hf)
     yield followed(hf)
@@ -178,7 +178,8 @@ def _half(hf: Any) -> bool:
     return hf.get_input_embeddings().weight.dtype in HALVES
 
 
-def _ids(hf: Any) -> Tensor:
+def some_ids(hf: Any) -> Tensor:
+    """The ids of a short pass."""
     ids = hf.get_input_embeddings().weight.shape[0]
     return torch.randint(ids, _SHAPE, generator=torch.Generator().manual_seed(3)).to(home(hf))
 

@@ -26,14 +26,16 @@ from unwrite.model.weights import home, weight_of
 from unwrite.nodes import MLPS, Location, Node
 from unwrite.prompts.tokens import Images
 
+# Projections -> which of what each puts out is followed.
+Columns = Mapping[nn.Module, Bool[Tensor, " output"]]
 CONVENTIONS = ("paper", "raw")
 # The identities of a certificate that a model without a language-model head has not.
 OF_HEAD = ("logits", "reading")
-_ATTENTION, _MIXER = "no layer has attention", "what a mixer keeps of earlier positions is no keys and values"
 # Why a model that has not something has no such identity.
 ABSENT = {
-    **dict.fromkeys(OF_HEAD, "there is no language-model head"), **dict.fromkeys(("values", "opened"), _ATTENTION),
-    "continued": _MIXER, "mlp": "no layer has an MLP",
+    **dict.fromkeys(OF_HEAD, "there is no language-model head"),
+    "values": "no layer has attention, or a mixer that shows its values", "opened": "no layer has attention",
+    "continued": "what a mixer keeps of earlier positions is no keys and values", "mlp": "no layer has an MLP",
 }  # fmt: skip
 
 
@@ -56,6 +58,7 @@ class Model:
     effective: dict[nn.Module, Effective] = field(default_factory=dict)  # of projections that are not plain
     hashes: dict[Any, str] = field(default_factory=dict)  # state of the parameters -> hash of their values
     whole: dict[int, bool] = field(default_factory=dict)  # prompt length -> must runs of it be whole?
+    mixed: dict[int, Columns] = field(default_factory=dict)  # of mixers that show their values: layer -> these
     images: WeakSet[Images] = field(default_factory=WeakSet)  # vectors of prompts that are kept
 
     @property
@@ -193,11 +196,17 @@ class Model:
         """Which nodes have written when the stream is in each state."""
         return torch.tensor([[state.holds(node, self.parallel) for node in self.parts] for state in self.states])
 
+    def carries(self, layer: Layer) -> bool:
+        """Is it known what this layer's heads, or those of its mixer, carry through values?"""
+        return layer.attends or layer.index in self.mixed
+
     def applies(self, identity: str) -> bool:
         """Does this identity say anything of this model?"""
         if identity in OF_HEAD:
             return self.has_head
-        if identity in ("values", "opened"):
+        if identity == "values":
+            return any(map(self.carries, self.layers))
+        if identity == "opened":
             return any(layer.attends for layer in self.layers)
         if identity == "mlp":
             return any(layer.has_mlp for layer in self.layers)

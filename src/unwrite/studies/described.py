@@ -19,12 +19,12 @@ def described(lm: Model) -> str:
     row = lm.row
     attending, mixing, mlps = (
         [layer for layer in lm.layers if layer.attends],
-        [layer for layer in lm.layers if layer.heads and not layer.attends],
+        [layer for layer in lm.layers if layer.mixes],
         [layer for layer in lm.layers if layer.has_mlp],
     )
     said = [f"{len(lm.layers)} blocks ({row.decoder}.{row.blocks}) write to one stream"]
     said += [*_attention(lm, attending)] if attending else []
-    said += [_mixers(mixing)] if mixing else []
+    said += [_mixers(lm, mixing)] if mixing else []
     said += [_mlps(lm, mlps)] if mlps else []
     said += [f"{what} times {by:g}" for what, by in _factors(lm).items() if by != 1]
     said += ["positions are what else the first block reads"] if row.pos_embed == REST else []
@@ -58,15 +58,27 @@ def _attention(lm: Model, layers: Sequence[Layer]) -> Iterator[str]:
         yield "attention has sinks: rows of its patterns sum to less than 1"
 
 
-def _mixers(layers: Sequence[Layer]) -> str:
+def _mixers(lm: Model, layers: Sequence[Layer]) -> str:
     heads = " or ".join(dict.fromkeys("one node" if layer.heads == 1 else f"{layer.heads} heads" for layer in layers))
     kind = _names(layers, lambda layer: layer.attention)
     read = _names(layers, lambda layer: layer.input_norm) or "the bare stream"
     through = _through(layers, lambda layer: layer.post_attention_norm)
     return (
         f"in {len(layers)} of the layers a mixer ({kind}, {heads}) reads {read}{through.replace('write', 'writes')}: "
-        "it shows no pattern, and what it carries through values is not known"
+        f"it shows no pattern, and {_carried(lm, layers)}"
     )
+
+
+def _carried(lm: Model, layers: Sequence[Layer]) -> str:
+    def makes(layer: Layer) -> nn.Module | None:
+        values = lm.mixed.get(layer.index, {})
+        return next((part for part, columns in values.items() if columns.any()), None)
+
+    unknown = [str(layer.index) for layer in layers if not lm.carries(layer)]
+    if len(unknown) == len(layers):
+        return "what it carries through values is not shown"
+    but = f" (not shown in layers {', '.join(unknown)})" if unknown else ""
+    return f"values, which {_names(layers, makes, within=True)} gives, carry what they do with all else in it held{but}"
 
 
 def _mlps(lm: Model, layers: Sequence[Layer]) -> str:

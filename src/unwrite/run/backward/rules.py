@@ -3,7 +3,8 @@
 A rule replaces what the backward pass sees of a module by a surrogate; the forward pass keeps its values bit for bit.
 
 direct     every later node stopped, the final norm's scale held: classic direct logit attribution
-net        what later heads write because of a node, through frozen patterns and norms; MLPs stopped
+net        what later heads write because of a node, through frozen patterns and norms, and later mixers, frozen but for
+           their values; MLPs stopped
 relp       norms held, an activation is the factor act(x)/x, each factor of a gated product gets half; attention is free
            (Jafari et al. 2025, arXiv 2508.21258: LN, identity and half rule)
 gradient   everything differentiated
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from unwrite.errors import one_of
 from unwrite.model.hooks import Handle, after, before, between
+from unwrite.model.mixers import holding
 from unwrite.model.norms import is_norm, norm_scale
 from unwrite.model.projections import sizes
 from unwrite.model.view import Layer, Model, gain_of, value_columns
@@ -44,7 +46,7 @@ class Rules:
     """How each kind of module is seen by the backward pass.
 
     `norm` "free" or "held"; `mlp` "free", "relp" or "stopped"; `attention` "free", "values" (queries and keys stopped:
-    the pattern is a constant) or "stopped". A mixer has no values to follow: it is stopped where attention is not free.
+    the pattern is a constant) or "stopped". A mixer that shows no values is stopped where attention is not free.
     """
 
     norm: str = "free"
@@ -158,6 +160,9 @@ def _only(columns: Tensor, made: Tensor) -> Tensor:
 
 def _attention_rules(lm: Model, layer: Layer, rule: str) -> Iterator[Handle]:
     if rule == "free" or not layer.heads:
+        return
+    if rule == "values" and layer.index in lm.mixed:
+        yield from holding(layer, lm.mixed[layer.index])
         return
     if not layer.attends:
         rule = "stopped"

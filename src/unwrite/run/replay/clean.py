@@ -19,8 +19,9 @@ from unwrite.model.cache import Past
 from unwrite.model.capture import Recording, evaluating, recording
 from unwrite.model.continued import Calls, apart, calling, calls_from, continued, kept_run
 from unwrite.model.hooks import read_of
+from unwrite.model.mixers import through_mixer
 from unwrite.model.placed import decode
-from unwrite.model.values import through_values, value_scale
+from unwrite.model.values import into_values, through_values, value_scale
 from unwrite.model.view import Folded, Layer, Model
 from unwrite.model.writes import blocks, expand, write_of
 from unwrite.nodes import Node
@@ -61,11 +62,17 @@ class Clean:
     def carried(self, layer: int, vector: Tensor) -> Float[Tensor, "prompt position head d_model"]:
         """C of eq. 3: what this layer's heads write because `vector` is in the stream, pattern and norms held.
 
-        Raises ModelError for a layer without attention.
+        Of a mixer that shows its values what its heads do, with all else held that it makes of the stream. Raises
+        ModelError for a layer with neither.
         """
         block = self.lm.layers[layer]
-        gate = self.patterns.gate.get(layer)
-        through = through_values(self.lm, block, self.patterns[layer], vector, self.scale(block), gate)
+        scale = self.scale(block)
+        if block.mixes:
+            read = into_values(self.lm, block, vector, scale)
+            through = through_mixer(self.lm, block, self.patterns.mixed[layer], read)
+        else:
+            gate = self.patterns.gate.get(layer)
+            through = through_values(self.lm, block, self.patterns[layer], vector, scale, gate)
         return torch.einsum("bthk,hkd->bthd", self.post_scaled(block, through), self.folded[layer].w_o)
 
     def post_scaled(self, layer: Layer, z: Tensor) -> Tensor:

@@ -220,7 +220,7 @@ class WithoutTally:
         by_node = write.new_zeros(len(self.lm.parts), *write.shape[:2])
         whole, survival = write, []
         for state in self.lm.states:
-            reads = state.layer > self.writer.layer and self.lm.layers[state.layer].attends
+            reads = state.layer > self.writer.layer and self.lm.carries(self.lm.layers[state.layer])
             if reads and (state.state == "mid" or Location("mid", state.layer) not in self.lm.states):
                 by_node[self._heads(state.layer)] = along(run.carried(state.layer, write).movedim(2, 0), write)
                 whole = whole + run.carried(state.layer, whole).sum(2)
@@ -228,8 +228,8 @@ class WithoutTally:
         return by_node, {"v_share": summed(by_node).t(), "v_survival": torch.stack(survival, 1)}
 
     def _heads(self, layer: int) -> slice:
-        """Where the heads of a layer are among the nodes."""
-        first = self.lm.parts.index(Node("head", layer, 0))
+        """Where the heads of a layer, or of its mixer, are among the nodes."""
+        first = self.lm.parts.index(Node(self.lm.layers[layer].kind, layer, 0))
         return slice(first, first + self.lm.layers[layer].heads)
 
     def _read(self, run: Clean, vector: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,7 +239,7 @@ class WithoutTally:
         onto, energy = vector.new_zeros(len(vector), n, dtype=exact), vector.new_zeros(n, dtype=exact)
         for layer in range(self.writer.layer + 1, len(self.lm.layers)):
             # Behind a prompt, padding would read it.
-            if self.lm.layers[layer].attends:
+            if self.lm.carries(self.lm.layers[layer]):
                 energy[self._heads(layer)] = squares(run.carried(layer, vector).movedim(2, 0) * kept[..., None])
         there = vector.ne(0).any(-1, keepdim=True)  # elsewhere the difference is rounding
         for node, change in one_reader(run, vector, mlps).items():
@@ -312,14 +312,16 @@ class WithoutTally:
         return np.sqrt(error["survival"] ** 2 + generic.var(axis=0, ddof=1) * (1 + 1 / ROTATIONS))
 
     def can_read(self) -> Bool[np.ndarray, " node"]:
-        """Which nodes could take in the write: heads of later layers, and later MLPs."""
-        return np.array([self.later(node) and node.kind in ("head", *MLPS) for node in self.lm.parts])
+        """Which nodes could take in the write: later MLPs, and heads of later layers of which it is known."""
+        later = [self.later(node) and node.kind in (*PROJECTED, *MLPS) for node in self.lm.parts]
+        return np.array(later) & ~self.unseen()[0]
 
     def unseen(self) -> tuple[Bool[np.ndarray, " node"], Bool[np.ndarray, " location"]]:
-        """Later mixers, of which nobody knows what they read through values; states that hold something of one."""
-        mixers = [node.layer for node in self.lm.parts if node.kind == "mixer" and self.later(node)]
-        first = min(mixers, default=len(self.lm.layers))
-        nodes = np.array([node.kind == "mixer" and node.layer in mixers for node in self.lm.parts])
+        """Later mixers of which it is not known what they read through values; states that hold something of one."""
+        lm, later = self.lm, range(self.writer.layer + 1, len(self.lm.layers))
+        mixers = [i for i in later if lm.layers[i].mixes and not lm.carries(lm.layers[i])]
+        first = min(mixers, default=len(lm.layers))
+        nodes = np.array([node.kind == "mixer" and node.layer in mixers for node in lm.parts])
         return nodes, np.array([state.layer >= first for state in self.lm.states])
 
     def reads(self) -> tuple[Float[np.ndarray, " node"], Float[np.ndarray, "draw node"]]:
