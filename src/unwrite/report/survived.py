@@ -77,16 +77,16 @@ def actors(one: xr.Dataset) -> str:
 
 def sentence(result: Result) -> str:
     """What is out of the ordinary, with its numbers; how many are undecided; what that rests on."""
-    return paragraph(result.data)
+    return " ".join(told(result.data))
 
 
-def paragraph(data: xr.Dataset) -> str:
-    """The same of what a survival found, or an audit's part of it."""
+def told(data: xr.Dataset) -> tuple[str, str, str]:
+    """Of a survival, or an audit's part of it: what is out of the ordinary, what is not or undecided, what it rests on."""
     verdict = [str(word) for word in data["verdict"].values]
     count = Counter(verdict)
     documents, writers = int(data.attrs["documents"]), len(verdict)
     of = f"{counted(writers, 'writer')} on {counted(documents, 'document')}"
-    return " ".join([_found(data, verdict, of), _rest(count, documents), _sound(data)])
+    return (_found(data, verdict, of), _rest(count, documents), _sound(data))
 
 
 def _found(data: xr.Dataset, verdict: list[str], of: str) -> str:

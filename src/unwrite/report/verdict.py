@@ -8,7 +8,7 @@ from typing import Any
 from unwrite.report.audited import removed
 from unwrite.report.believed import belief
 from unwrite.report.scanned import Row, rows, texts
-from unwrite.report.survived import paragraph
+from unwrite.report.survived import told
 from unwrite.result import Result
 
 _NAMED = 3
@@ -18,17 +18,23 @@ ADDED = ("heads", "stream", "locations", "logits", "values")
 
 def verdict(result: Result) -> str:
     """The finding in words, text by text, with what it does not say."""
+    return " ".join(part for claim in claims(result) for part in claim if part)
+
+
+def claims(result: Result) -> list[tuple[str, str]]:
+    """The same, claim by claim, each with what it rests on."""
     model = result.provenance["model"]
     worst = max(model["certificate"][name] for name in ADDED if name in model["certificate"])
     exact = f"The decomposition is exact to {worst:.0e}."
     if result.method == "audit":
+        found, rest, sound = told(removed(result))
         believed = belief(result.data)
-        return " ".join([paragraph(removed(result)), f"{believed[0].upper()}{believed[1:]}.", exact])
+        return [(found, ""), (rest, sound), (f"{believed[0].upper()}{believed[1:]}.", exact)]
     caveat = (
         "These are levels: all that lies along a write, whoever wrote it. Whether a write was erased, and by whom, "
-        f"only an executed run without it can say (unwrite verify). {exact}"
+        "only an executed run without it can say (unwrite verify)."
     )
-    return f"{levels(result)} {caveat}"
+    return [(levels(result), ""), (caveat, exact)]
 
 
 def levels(result: Result) -> str:
