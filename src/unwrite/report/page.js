@@ -25,6 +25,16 @@
   const between = ([low, value, high], sign = false) =>
     `${ratio(value, sign)}${low === null ? " (no interval)" : ` [${ratio(low, sign)}, ${ratio(high, sign)}]`}`;
 
+  // Numbers come in hundredths.
+  const whole = (x) => (Array.isArray(x) ? x.map(whole) : x === null ? null : x / 100);
+  const numbers = (name) => {
+    const { from, begin, level, kept, ordinary, acts, caused, given } = data.writers[name];
+    const own = acts && { nodes: acts.nodes.map((i) => data.nodes[i]), rows: whole(acts.rows), more: acts.more, sum: whole(acts.sum) };
+    const parts = { level, kept, ordinary, given };
+    for (const [key, part] of Object.entries(parts)) if (part) parts[key] = whole(part);
+    return { from, begin, caused, acts: own, ...parts };
+  };
+
   // The picture: a grid in which one cell is reached by Tab, and the arrow keys move.
   const lines = [...$("picture").tBodies[0].rows].map((row) => [...row.cells].slice(1));
   const cells = lines.flat().filter((cell) => cell.id);
@@ -79,21 +89,23 @@
   };
 
   // Charts of one writer.
-  const WIDE = 620;
   const way = (one) => {
-    const high = 190;
+    const [wide, high] = [Math.max(280, $("way").clientWidth), 190];
     const [left, right, top, bottom] = [38, 52, 8, 22];
     const last = data.places.length - 1;
-    const begin = one.from ?? one.kept?.from ?? 0;
-    const band = one.ordinary ? Object.values(one.ordinary)[0] : [];
-    const values = [0, 1, ...(one.level?.[1] ?? []), ...(one.kept?.rows.flat() ?? []), ...band];
-    const ends = values.filter((value) => value !== null);
-    const [low, up] = [Math.max(-4, Math.min(...ends)), Math.min(4, Math.max(...ends))];
-    const x = (i) => left + ((WIDE - left - right) * (i - begin)) / Math.max(1, last - begin);
+    const begin = one.from ?? one.begin ?? 0;
+    const band = one.ordinary?.[0] ?? [];
+    // The frame is that of what survives; a level, which may be a hundred times as much, does not make it small.
+    const kept = [0, 1, ...(one.kept?.flat() ?? []), ...band].filter((v) => v !== null);
+    const level = (one.level?.[1] ?? []).filter((v) => v !== null);
+    const within = (most, v) => Math.max(-most, Math.min(most, v));
+    const frame = [...kept.map((v) => within(4, v)), ...level.map((v) => within(2, v))];
+    const [low, up] = [Math.min(...frame), Math.max(...frame)];
+    const x = (i) => left + ((wide - left - right) * (i - begin)) / Math.max(1, last - begin);
     const y = (v) => top + (high - top - bottom) * (1 - (Math.max(low, Math.min(up, v)) - low) / (up - low));
-    const chart = svg("svg", { viewBox: `0 0 ${WIDE} ${high}`, role: "img" });
+    const chart = svg("svg", { viewBox: `0 0 ${wide} ${high}`, role: "img" });
     for (const tick of [...new Set([low, 0, 1, up])].filter((v) => v === 0 || v === 1 || Math.abs(v) > 1.4)) {
-      chart.append(svg("path", { class: tick ? "grid" : "axis", d: `M${left} ${y(tick)}H${WIDE - right}` }));
+      chart.append(svg("path", { class: tick ? "grid" : "axis", d: `M${left} ${y(tick)}H${wide - right}` }));
       chart.append(svg("text", { x: left - 5, y: y(tick) + 4, "text-anchor": "end" }, said(tick).replace(".00", "")));
     }
     const every = Math.max(1, Math.ceil((last - begin + 1) / 6));
@@ -113,19 +125,19 @@
       }
     };
     if (one.level) draw("level", one.from, one.level, "level");
-    if (one.kept) draw("kept", one.kept.from, one.kept.rows, "survival");
-    Object.entries(one.ordinary ?? {}).forEach(([name, [less, middle, more]], i) => {
+    if (one.kept) draw("kept", one.begin, one.kept, "survival");
+    (one.ordinary ?? []).forEach(([less, middle, more], i) => {
       if (middle === null) return;
-      const at = WIDE - right + 12 + 16 * i;
-      const title = svg("title", {}, `ordinary writes (${name}): ${between([less, middle, more])}`);
+      const at = wide - right + 12 + 16 * i;
+      const title = svg("title", {}, `ordinary writes (${data.controls[i]}): ${between([less, middle, more])}`);
       if (less !== null) chart.append(svg("path", { class: "ordinary", d: `M${at} ${y(less)}V${y(more)}` }, title));
       chart.append(svg("path", { class: "ordinary middle", d: `M${at - 5} ${y(middle)}h10` }));
     });
-    const end = one.kept?.rows.map((row) => row.at(-1));
+    const end = one.kept?.map((row) => row.at(-1));
     chart.setAttribute("aria-label", end ? `survival at the end ${between(end)}` : "level along the write");
     const key = html("p", { class: "quiet" }, html("span", { class: "swatch level" }, "level"), " (median, middle half of positions)");
-    if (one.kept) key.append("; ", html("span", { class: "swatch kept" }, "survival"), " of the write itself [95 %]; grey: 5 % to 95 % of ordinary writes at the end (", Object.keys(one.ordinary).join(", "), ")");
-    if (Math.min(...ends) < low || Math.max(...ends) > up) key.append("; what lies beyond ±4 is drawn there");
+    if (one.kept) key.append("; ", html("span", { class: "swatch kept" }, "survival"), " of the write itself [95 %]; grey: 5 % to 95 % of ordinary writes at the end (", data.controls.join(", "), ")");
+    if ([...kept, ...level].some((v) => v < low || v > up)) key.append("; what lies beyond the frame is drawn at its edge");
     return [chart, key];
   };
 
@@ -148,8 +160,7 @@
       const words = `${between([low, value, high], true)}${doubt ? " ?" : ""}`;
       table.append(html("tr", {}, html("th", { scope: "row" }, html("a", { href: `#${node}` }, node)), html("td", {}, drawn), html("td", {}, words)));
     });
-    const [more, sum] = acts.more;
-    return more ? [table, html("p", { class: "quiet" }, `${more} more: ${said(sum, true)} in all`)] : [table];
+    return acts.more ? [table, html("p", { class: "quiet" }, `${acts.more} more: ${ratio(acts.sum, true)} in all`)] : [table];
   };
 
   const given = (one) => {
@@ -158,7 +169,7 @@
     const order = size.map((_, p) => p).sort((a, b) => size[b] - size[a]).slice(0, 8);
     const head = html("tr", {}, ...["prompt", ...data.readings].map((word) => html("th", { scope: "col" }, word)));
     const rows = order.map((p) => {
-      const title = html("th", { scope: "row", title: data.prompts[p] }, data.prompts[p]);
+      const title = html("th", { scope: "row", title: data.prompts[p] }, data.prompts[p].replace(/^.*?prompt \d+: /, ""));
       return html("tr", {}, title, ...one.given.map((row) => html("td", {}, said(row[p], true))));
     });
     const left = data.prompts.length - order.length;
@@ -167,8 +178,12 @@
   };
 
   const where = (name) => {
-    const strips = $(`of-${name}`)?.querySelector(".strips");
-    if (strips) return [strips.cloneNode(true)];
+    const whole = $(`of-${name}`);
+    if (whole) {
+      const link = html("a", { href: `#${whole.id}` }, whole.querySelector("summary").textContent);
+      link.addEventListener("click", () => (whole.open = true));
+      return [html("p", {}, "Verified closely, alone and so without q: ", link), whole.querySelector(".strips").cloneNode(true)];
+    }
     return [html("p", { class: "quiet" }, `Token by token only where a writer was verified: unwrite verify MODEL ${name} --text …`)];
   };
 
@@ -203,6 +218,7 @@
     first = Math.max(0, Math.min(first, found.length - 1));
     first -= first % data.open;
     const shown = found.slice(first, first + data.open);
+    for (const row of shown) [...row.cells].forEach((cell, k) => k && (cell.dataset.name = heads[k].textContent));
     table.tBodies[0].replaceChildren(...shown);
     $("which").textContent = found.length ? `${first + 1} to ${first + shown.length} of ${found.length}` : "none";
     $("before").disabled = first === 0;
@@ -236,7 +252,7 @@
     keep(`${text.join("\r\n")}\r\n`, "writers.csv", "text/csv");
   };
   const json = () => {
-    const found = matching().map((row) => ({ ...record(row), numbers: data.writers[nameOf(row)] }));
+    const found = matching().map((row) => ({ ...record(row), numbers: numbers(nameOf(row)) }));
     const { places, readings, prompts } = data;
     keep(JSON.stringify({ places, readings, prompts, writers: found }, null, 1), "writers.json", "application/json");
   };
@@ -245,7 +261,7 @@
   let chosen;
   const show = (name) => {
     chosen = name;
-    const one = data.writers[name];
+    const one = numbers(name);
     for (const cell of cells) {
       const own = cell.id === name;
       cell.tabIndex = own ? 0 : -1;
@@ -260,11 +276,11 @@
     const pairs = told.map((cell, k) => html("div", {}, html("dt", {}, `${heads[k + 1].textContent} `), html("dd", {}, cell.textContent)));
     $("numbers").replaceChildren(...pairs);
     $("way").replaceChildren(...way(one));
-    $("acting").textContent = one.acts ? "Who acts on it: writes along it because it is there, a − b [95 %]" : "Who writes against it: share [±2 standard errors]";
-    $("acts").replaceChildren(...bars(one.acts ?? one.against));
+    $("acting").textContent = one.caused ? "Who acts on it: writes along it because it is there, a − b [95 %]" : "Who writes against it: share [±2 standard errors]";
+    $("acts").replaceChildren(...bars(one.acts));
     $("gives").replaceChildren(...given(one));
     $("text").replaceChildren(...where(name));
-    for (const figure of document.querySelectorAll("[data-reading]")) {
+    for (const figure of document.querySelectorAll("#truth .scatter")) {
       const { reading, limit } = figure.dataset;
       const at = (value) => 112 * Math.max(-1, Math.min(1, value / limit));
       const [across, up] = [one.given?.[data.readings.indexOf(reading)], one.given?.at(-1)];
@@ -290,6 +306,7 @@
   };
 
   document.documentElement.classList.add("scripted");
+  table.classList.add("wordy");
   $("rest")?.remove();
   heads.forEach((head, column) => {
     const button = html("button", { type: "button" }, head.textContent);
@@ -329,6 +346,7 @@
   $("after").addEventListener("click", () => ((first += data.open), list()));
   $("csv").addEventListener("click", csv);
   $("json").addEventListener("click", json);
+  addEventListener("resize", () => requestAnimationFrame(() => show(chosen)));
   addEventListener("hashchange", () => wanted() && show(wanted()));
   colour();
   list();

@@ -15,8 +15,8 @@ from unwrite.files import write
 from unwrite.report import audited, believed, panels, writers
 from unwrite.report.alerts import alerts
 from unwrite.report.columns import Column, Table, table
-from unwrite.report.paper import FIGURES
-from unwrite.report.pictures import picture, scatters
+from unwrite.report.paper import fig4
+from unwrite.report.pictures import picture, scatters, taken_back
 from unwrite.report.scanned import soundness, texts
 from unwrite.report.templates import embedded, own, render
 from unwrite.report.terminal import certificate, headline
@@ -103,7 +103,7 @@ def _shades(seen: Whole) -> Markup:
 def _drawn(result: Result, seen: Whole) -> dict[str, Any]:
     """What the script needs, as JSON has it."""
     measures = [
-        {"name": one.name, "says": one.says, "limit": one.limit, "values": writers.short(one.values, 1e6)}
+        {"name": one.name, "says": one.says, "limit": one.limit, "values": one.short}
         for one in seen.measures
     ]
     return writers.drawn(result) | {"measures": measures, "open": OPEN}
@@ -122,8 +122,6 @@ def _equations(data: xr.Dataset) -> Iterator[tuple[str, str, str]]:
 
 def _audited(result: Result) -> dict[str, Any]:
     """The panels that only an audit has; names and texts in them were made plain where they were read."""
-    # Without erasers there is no corpus of what they take back.
-    pictures = ("fig4", "fig5") if "corpus_sample_x" in result.data else ("fig4",)
     data, proofs, judged = result.data, list(audited.verified(result)), result.provenance["settings"]["judged"]
     n = f"{judged['prompts']} × {judged['length']} tokens, which did not choose the writer"
     return {
@@ -133,8 +131,11 @@ def _audited(result: Result) -> dict[str, Any]:
             (one.title, one.sums, table("", believed.header(data), one.rows, data, "one prompt"))
             for one in believed.asked(data)
         ],
-        "pictures": [picture(FIGURES[name](result)) for name in pictures],
+        "searched": picture(fig4(result)),
+        # Without erasers there is no corpus of what they take back.
+        "taken": list(taken_back(data)) if "corpus_sample_x" in data else [],
         "trust": list(_trust(data)),
+        "writer": data.attrs["searched"],
         "search": audited.search(result),
     }
 

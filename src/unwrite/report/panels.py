@@ -11,7 +11,7 @@ import xarray as xr
 from unwrite.report import audited, verified
 from unwrite.report.columns import Table, table
 from unwrite.report.figures import places
-from unwrite.report.paper import fig1, fig3
+from unwrite.report.paper import fig3
 from unwrite.report.pictures import Picture, picture
 from unwrite.report.whole import step
 from unwrite.result import Result
@@ -56,7 +56,7 @@ def closely(result: Result) -> Iterator[Writer]:
             verdict=proof.attrs["verdict"],
             because=str(proof["because"].item()),
             sentence=verified.sentence(one),
-            pictures=tuple(picture(draw(one)) for draw in (fig1, fig3, places)),
+            pictures=tuple(picture(draw(one)) for draw in (fig3, places)),
             trajectory=table(rising, verified.TRAJECTORY, verified.trajectory(one), proof, n),
             actors=table(acting, verified.ACTORS, verified.actors(one), proof, n, most=_ACTORS),
             strips=tuple(_strips(proof)),

@@ -70,9 +70,9 @@ _INSIDE = 0.998
 
 @dataclass(frozen=True)
 class Scatter:
-    """A reading against the executed total: of each kind of node the points as one path, full at ±`limit` logits."""
+    """One thing against another: of each kind the points as one path, full at ±`limit`, and how many lie beyond it."""
 
-    reading: str
+    name: str
     said: str
     limit: float
     paths: tuple[tuple[str, str], ...]
@@ -81,23 +81,38 @@ class Scatter:
 
 
 def scatters(data: xr.Dataset) -> Iterator[Scatter]:
-    """Every reading against what happened, all prompts and nodes; points that fall together are drawn once."""
+    """Every reading across and what really happened up, of all prompts and nodes."""
     total = data["total"].transpose("prompt", "node").values
-    kinds = np.array([_kind(str(name)) for name in data["node"].values])
     readings = [data[name].transpose("prompt", "node").values for name in believed.READINGS]
-    finite = np.abs([total, *readings])
-    limit = float(np.nanquantile(finite, _INSIDE)) or 1.0
-    said = {row[0]: row[1:] for row in believed.trusted(data)}
+    limit = _limit(total, *readings)
+    kinds = np.broadcast_to([_kind(str(name)) for name in data["node"].values], total.shape)
+    groups = [group for group in ("heads", "mlps") if group in data["group"].values]
+    said = [[f"{row[0]} {cell}" for cell in row[1:]] for row in believed.trusted(data.sel(group=groups))]
     for i, (name, reading) in enumerate(zip(believed.READINGS, readings, strict=True)):
-        measured = np.isfinite(reading) & np.isfinite(total)
-        outside = measured & ((np.abs(reading) > limit) | (np.abs(total) > limit))
-        paths = tuple(
-            (kind, _points(reading[:, own][measured[:, own]], total[:, own][measured[:, own]], limit))
-            for kind in ("other", "heads", "mlps")
-            if (own := kinds == kind).any()
-        )
-        words = "; ".join(f"{group} {said[group][i]}" for group in ("heads", "mlps") if group in said)
-        yield Scatter(name, words, limit, paths, int(measured.sum()), int(outside.sum()))
+        yield _scatter(name, "; ".join(cells[i] for cells in said), limit, reading, total, kinds)
+
+
+def taken_back(data: xr.Dataset) -> Iterator[Scatter]:
+    """What a writer is credited with across, and what its erasers take back because their values read it up."""
+    one = data.sel(path="values")
+    x, y = one["corpus_sample_x"].values, one["corpus_sample_y"].values
+    said = f"{float(one['corpus_correlation']):+.2f}, slope {float(one['corpus_slope']):+.2f} (−1: all taken back)"
+    yield _scatter("taken back", said, _limit(x, y), x, y, np.full(x.shape, "heads"))
+
+
+def _scatter(name: str, said: str, limit: float, x: np.ndarray, y: np.ndarray, kinds: np.ndarray) -> Scatter:
+    measured = np.isfinite(x) & np.isfinite(y)
+    outside = measured & ((np.abs(x) > limit) | (np.abs(y) > limit))
+    paths = tuple(
+        (kind, _points(x[own], y[own], limit))
+        for kind in ("other", "heads", "mlps")
+        if (own := measured & (kinds == kind)).any()
+    )
+    return Scatter(name, said, limit, paths, int(measured.sum()), int(outside.sum()))
+
+
+def _limit(*values: np.ndarray) -> float:
+    return float(np.nanquantile(np.abs(np.stack(values)), _INSIDE)) or 1.0
 
 
 def _kind(name: str) -> str:
@@ -106,6 +121,6 @@ def _kind(name: str) -> str:
 
 
 def _points(x: np.ndarray, y: np.ndarray, limit: float) -> str:
-    """Dots, as lines of no length with round ends."""
+    """Dots, as lines of no length with round ends; those that fall together are one."""
     at = np.rint(np.clip(np.stack([x, -y], -1) / limit, -1, 1) * _INNER).astype(int) + _HALF
     return "".join(f"M{column} {row}h0" for column, row in np.unique(at, axis=0).tolist())

@@ -35,6 +35,8 @@ _ASKED = (
 )
 _NODES = ("removed", "writer", "node")
 _NEARLY = 0.98
+# Of more columns the numbers are not written into the cells.
+WIDE = 14
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class Measure:
     says: str
     limit: float
     values: tuple[float, ...]
+
+    @property
+    def short(self) -> list[float | None]:
+        """The numbers to three digits, None where there is none: as JSON has them."""
+        return [float(f"{value:.3g}") if value == value else None for value in self.values]
 
     def step(self, i: int) -> str:
         """The colour of a node."""
@@ -71,7 +78,7 @@ class Whole:
     @property
     def wide(self) -> bool:
         """Are there more columns than numbers have room?"""
-        return len(self.columns) > 14
+        return len(self.columns) > WIDE
 
 
 def whole(result: Result, kinds: Mapping[str, str]) -> Whole:
@@ -85,7 +92,7 @@ def whole(result: Result, kinds: Mapping[str, str]) -> Whole:
         cells = rows.setdefault(name if alone else str(node.layer), [None] * len(slots))
         cells[0 if alone else slots[_slot(node)]] = Cell(i, name, kinds.get(name, ""))
     named = tuple((name, tuple(cells)) for name, cells in rows.items())
-    columns = tuple(_label(nodes, *slot) for slot in slots)
+    columns = tuple(_label(nodes, *slot, bare=len(slots) > WIDE) for slot in slots)
     return Whole(columns, named, tuple(_measures(result, names)))
 
 
@@ -102,10 +109,10 @@ def _slots(nodes: list[Node]) -> dict[tuple[str, int], int]:
     return {slot: column for column, slot in enumerate(ranked)}
 
 
-def _label(nodes: list[Node], kind: str, head: int) -> str:
-    """A node's name without its layer."""
+def _label(nodes: list[Node], kind: str, head: int, bare: bool) -> str:
+    """A node's name without its layer; of a head the number alone where there is no room, or mixers beside."""
     kinds = {node.kind for node in nodes if node.kind in PROJECTED} if kind == "head" else {kind}
-    if len(kinds) > 1:
+    if kind == "head" and (bare or len(kinds) > 1):
         return str(head)
     return KINDS[next(iter(kinds), "head")].printed.replace("L{layer}", "").format(layer="", head=head).strip(".")
 

@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from unwrite.errors import plain
 from unwrite.report import audited, believed, scanned, survived
 from unwrite.report.columns import Column, Table, table
 from unwrite.report.scanned import texts
 from unwrite.result import Result
 
-# Of a writer so many nodes that act on it are drawn, and so many prompts are told.
-_ACTORS, _PROMPTS = 8, 8
+# So many nodes that act on a writer are drawn.
+_ACTORS = 8
 # Ratios beyond this were counted at the border, and are drawn there.
 _BORDER = 100.0
 _SIZE = "‖w‖/‖x‖"
@@ -92,21 +91,20 @@ def _notes(data: xr.Dataset, rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def drawn(result: Result) -> dict[str, Any]:
-    """What the page's script draws: states of the stream, nodes and prompts by name, and of every writer its numbers."""
+    """What the page's script draws, in hundredths: of every writer its numbers, under the names of what there is."""
     data = next(texts(result))[1]
     asked = result.data if "direct" in result.data and "total" in result.data else None
     of: dict[str, dict[str, Any]] = {str(name): {} for name in data["node"].values}
-    for name, numbers in (*_levels(data), *_shares(data)):
-        of[name] |= numbers
-    for name, numbers in _kept(audited.removed(result)) if "removed" in result.data.dims else ():
-        of[name] |= numbers
-    for name, numbers in _given(asked) if asked is not None else ():
-        of[name] |= numbers
+    left = audited.removed(result) if "removed" in result.data.dims else None
+    for part in (_levels(data), _shares(data), _kept(left) if left is not None else (), _given(asked)):
+        for name, numbers in part:
+            of[name] |= numbers
     return {
         "places": [str(place) for place in data["location"].values],
         "nodes": list(of),
-        "readings": [*believed.READINGS, "total"] if asked is not None else [],
-        "prompts": [plain(title) for title in believed.titles(asked)] if asked is not None else [],
+        "controls": [] if left is None else list(map(str, left["control"].values)),
+        "readings": [] if asked is None else [*believed.READINGS, "total"],
+        "prompts": [] if asked is None else believed.titles(asked),
         "writers": of,
     }
 
@@ -117,67 +115,59 @@ _Numbers = Iterator[tuple[str, dict[str, Any]]]
 def _levels(data: xr.Dataset) -> _Numbers:
     """The level along each write from the state right after it: the quarter, the median and three quarters of positions."""
     places = {str(place): i for i, place in enumerate(data["location"].values)}
-    level = data["level"].sel(quantile=[0.25, 0.5, 0.75]).transpose("writer", "quantile", "location").values
+    level = hundredths(data["level"].sel(quantile=[0.25, 0.5, 0.75]).transpose("writer", "quantile", "location").values)
     for name, after, one in zip(data["writer"].values, data["right_after"].values, level, strict=True):
         begin = places.get(str(after), 0)
-        yield str(name), {"from": begin, "level": short(one[:, begin:])}
+        yield str(name), {"from": begin, "level": [row[begin:] for row in one]}
 
 
 def _shares(data: xr.Dataset) -> _Numbers:
     """Who writes against it, by the energy-weighted share and two standard errors."""
-    nodes = list(data["node"].values)
     parts = [data[name].transpose("writer", "node").values for name in ("share", "share_se", "eraser")]
     for name, share, error, against in zip(data["writer"].values, *parts, strict=True):
-        order = [i for i in np.argsort(share, kind="stable") if against[i]]
-        rows = [(share[i], share[i] - 2 * error[i], share[i] + 2 * error[i]) for i in order[:_ACTORS]]
-        rest = share[order[_ACTORS:]]
-        yield (
-            str(name),
-            {"against": {"nodes": [nodes[i] for i in order[:_ACTORS]], "rows": short(rows), "more": _more(rest)}},
-        )
+        order = np.array([i for i in np.argsort(share, kind="stable") if against[i]], dtype=int)
+        yield str(name), {"acts": _actors(order, share, share - 2 * error, share + 2 * error), "caused": False}
 
 
 def _kept(left: xr.Dataset) -> _Numbers:
     """What survives of each write with its interval, what does of ordinary ones, and who acts on it."""
-    names = [f"survival{end}" for end in ("_low", "", "_high")]
-    kept = np.stack([left[name].isel(weigh=0).transpose("writer", "location").values for name in names], 1)
-    ordinary = left["ordinary"].transpose("writer", "control", "bound").values
-    acts = np.stack([left[f"acts{end}"].transpose("writer", "node").values for end in ("", "_low", "_high")], -1)
-    nodes = [str(node) for node in left["node"].values]
+    ends = ("_low", "", "_high")
+    places = np.stack([left[f"survival{end}"].isel(weigh=0).transpose("writer", "location").values for end in ends], 1)
+    kept, ordinary = hundredths(places), hundredths(left["ordinary"].transpose("writer", "control", "bound").values)
+    acts = [left[f"acts{end}"].transpose("writer", "node").values for end in ("", "_low", "_high")]
     for i, name in enumerate(left["writer"].values):
-        begin = int(np.isfinite(kept[i, 1]).argmax())
-        order = np.argsort(-np.abs(np.nan_to_num(acts[i, :, 0])), kind="stable")
-        own = [k for k in order if acts[i, k, 0] == acts[i, k, 0] and acts[i, k, 0] != 0]
+        begin = int(np.isfinite(places[i, 1]).argmax())
+        size = np.abs(np.nan_to_num(acts[0][i]))
+        order = np.argsort(-size, kind="stable")[: np.count_nonzero(size)]
         yield (
             str(name),
             {
-                "kept": {"from": begin, "rows": short(kept[i, :, begin:])},
-                "ordinary": dict(zip(map(str, left["control"].values), short(ordinary[i]), strict=True)),
-                "acts": {
-                    "nodes": [nodes[k] for k in own[:_ACTORS]],
-                    "rows": short(acts[i, own[:_ACTORS]]),
-                    "more": _more(acts[i, own[_ACTORS:], 0]),
-                },
+                "begin": begin,
+                "kept": [row[begin:] for row in kept[i]],
+                "ordinary": ordinary[i],
+                "acts": _actors(order, *(part[i] for part in acts)),
+                "caused": True,
             },
         )
 
 
-def _given(data: xr.Dataset) -> _Numbers:
+def _actors(order: np.ndarray, *value_and_ends: np.ndarray) -> dict[str, Any]:
+    """The first nodes by their indices, with their numbers and intervals; of the others how many, and their sum."""
+    first, rest = order[:_ACTORS], value_and_ends[0][order[_ACTORS:]]
+    rows = np.stack([part[first] for part in value_and_ends], -1)
+    return {"nodes": first.tolist(), "rows": hundredths(rows), "more": len(rest), "sum": hundredths(np.sum(rest))}
+
+
+def _given(data: xr.Dataset | None) -> _Numbers:
     """What each node is credited with on every prompt by each reading, and what happened without it, in logits."""
+    if data is None:
+        return
     cells = np.stack([data[name].transpose("node", "prompt").values for name in (*believed.READINGS, "total")], 1)
-    for name, one in zip(data["node"].values, cells, strict=True):
-        yield str(name), {"given": short(one, _BORDER**2)}
+    for name, one in zip(data["node"].values, hundredths(cells, _BORDER**2), strict=True):
+        yield str(name), {"given": one}
 
 
-def _more(values: np.ndarray) -> list[float]:
-    return [len(values), *short([np.nansum(values)])]
-
-
-def short(values: Any, border: float = _BORDER) -> Any:
-    """Numbers to three digits, those beyond the border at it, and nothing where there is none: as JSON has them."""
-    if isinstance(values, np.ndarray) and values.ndim > 1 or isinstance(values, list) and np.ndim(values) > 1:
-        return [short(part, border) for part in values]
-    return [
-        None if value != value else float(f"{min(max(value, -border), border):.3g}")
-        for value in np.asarray(values, dtype=float).tolist()
-    ]
+def hundredths(values: Any, border: float = _BORDER) -> Any:
+    """Numbers as the page says them, a hundred times as large and whole; what is beyond the border at it, NaN as None."""
+    whole = np.rint(100 * np.clip(np.asarray(values, dtype=float), -border, border))
+    return np.where(np.isnan(whole), None, np.nan_to_num(whole).astype(int).astype(object)).tolist()
