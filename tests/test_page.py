@@ -117,7 +117,9 @@ def test_picture_table_and_verified_writers_are_there_without_a_script(audited, 
     text, left = parsed.text, removed(audited)
     for one in (left.isel(writer=i) for i in range(left.sizes["writer"])):
         name, end, verdict = str(one["writer"].item()), float(one["end"]), str(one["verdict"].item())
-        (cell,) = re.findall(rf'<td id="{re.escape(name)}"[^>]*class="(\w+)[^"]*" title="([^"]*)"><span>([^<]*)', source)
+        (cell,) = re.findall(
+            rf'<td id="{re.escape(name)}"[^>]*class="(\w+)[^"]*" title="([^"]*)"><span>([^<]*)', source
+        )
         steps = round(10 * min(1, abs(end)))
         assert cell == (f"{'d' if steps and end < 0 else 'u'}{steps}", f"{name}: {verdict}", f"{end:.2f}")
         assert f"{number(end)} [{number(float(one['end_low']))}, {number(float(one['end_high']))}]" in text
@@ -136,7 +138,9 @@ def test_the_script_is_given_the_numbers_of_the_result(audited, source) -> None:
     assert given["nodes"] == data["node"].values.tolist()
     for measure in given["measures"]:
         assert len(measure["values"]) == len(given["nodes"])
-    by_name = {measure["name"]: dict(zip(given["nodes"], measure["values"], strict=True)) for measure in given["measures"]}
+    by_name = {
+        measure["name"]: dict(zip(given["nodes"], measure["values"], strict=True)) for measure in given["measures"]
+    }
     left = removed(audited)
     same = functools.partial(pytest.approx, abs=0.0051)  # what has two digits
     places = data["location"].values.tolist()
@@ -149,7 +153,7 @@ def test_the_script_is_given_the_numbers_of_the_result(audited, source) -> None:
         assert not np.isfinite(one["survival"].isel(weigh=0).values[: own["begin"]]).any()
         assert own["begin"] == places.index(str(data["right_after"].sel(writer=name).item()))
         acts = one["acts"].values
-        largest = np.sort(np.abs(acts[np.isfinite(acts) & (acts != 0)]))[::-1]
+        largest = np.sort(np.abs(acts[np.abs(acts) >= 0.005]))[::-1]
         assert [abs(row[0]) / 100 for row in own["acts"]["rows"]] == same(largest[:8])
         assert [acts[k] for k in own["acts"]["nodes"]] == same([row[0] / 100 for row in own["acts"]["rows"]])
         total = sum(row[0] for row in own["acts"]["rows"]) + own["acts"]["sum"]
@@ -171,7 +175,8 @@ def test_a_scatter_has_a_dot_for_every_cell(audited) -> None:
         x, y = (np.clip(data[name].values / one.limit, -1, 1) for name in (one.name, "total"))
         dots = {tuple(map(int, dot)) for _, path in one.paths for dot in re.findall(r"M(\d+) (\d+)h0", path)}
         assert dots == {
-            (120 + round(112 * a), 120 + round(-112 * b)) for a, b in zip(x.ravel().tolist(), y.ravel().tolist(), strict=True)
+            (120 + round(112 * a), 120 + round(-112 * b))
+            for a, b in zip(x.ravel().tolist(), y.ravel().tolist(), strict=True)
         }
         beyond = (np.maximum(np.abs(data[one.name]), np.abs(data["total"])) > one.limit).sum()
         assert (one.cells, one.beyond) == (data["total"].size, int(beyond))
@@ -184,7 +189,16 @@ def test_every_word_of_a_verdict_is_explained(source) -> None:
 
 def test_numbers_say_on_hover_how_they_came_about(audited, source) -> None:
     hovered = {html.unescape(says) for says in re.findall(r'title="([^"]*)"', source)}
-    for name in ("removed_end", "removed_gap", "removed_acts", "survival", "v_share", "total", "trust", "relative_norm"):
+    for name in (
+        "removed_end",
+        "removed_gap",
+        "removed_acts",
+        "survival",
+        "v_share",
+        "total",
+        "trust",
+        "relative_norm",
+    ):
         assert any(audited[name].attrs["equation"] in says for says in hovered), name
     writer = str(audited["writer"].values[int(audited["material"].values.argmax())])
     n = int(audited["n_positions"].sel(writer=writer))
@@ -254,8 +268,8 @@ def test_hostile_text_is_text(hostile_source) -> None:
 @pytest.fixture(scope="module")
 def large_source(large) -> tuple[str, float]:
     """Its page, and how many seconds it took to draw."""
-    began = time.perf_counter()
-    return page.page(large), time.perf_counter() - began
+    began = time.process_time()
+    return page.page(large), time.process_time() - began
 
 
 def test_a_large_model_fits_into_a_page(large, large_source) -> None:
@@ -434,9 +448,9 @@ def test_a_click_a_key_and_a_link_choose_a_writer(audited, source, seen) -> None
     seen.page.click("#L1H0")
     assert seen.chosen() == "L1H0"
     assert seen.page.url.endswith("#L1H0")
-    way = ["ArrowRight", "ArrowDown", "ArrowLeft", "End", "ArrowUp", "Home", "Control+Home", "ArrowDown", "ArrowUp"]
+    way = ["ArrowRight", "ArrowUp", "ArrowLeft", "End", "ArrowDown", "Home", "Control+Home", "ArrowDown", "ArrowUp"]
     assert [seen.page.keyboard.press(key) or seen.chosen() for key in way] == [
-        "L1H1", "L2H1", "L2H0", "MLP2", "MLP1", "L1H0", "embed", "pos_embed", "embed",
+        "L1H1", "L0H1", "L0H0", "MLP0", "MLP1", "L1H0", "embed", "pos_embed", "embed",
     ]  # fmt: skip
     seen.page.keyboard.press("ArrowUp")
     assert seen.chosen() == "embed"
@@ -457,15 +471,19 @@ def test_the_panel_says_what_was_measured(audited, source, seen) -> None:
     name = str(one["writer"].item())
     seen.open(source, f"#{name}")
     assert seen.page.inner_text("#who") == f"{name}: {one['verdict'].item()}"
-    said = {title.strip() for title in seen.page.eval_on_selector_all("#way title", "all => all.map(x => x.textContent)")}
+    said = {
+        title.strip() for title in seen.page.eval_on_selector_all("#way title", "all => all.map(x => x.textContent)")
+    }
     for place in left["location"].values[-2:]:
-        low, value, high = (float(one[f"survival{end}"].isel(weigh=0).sel(location=place)) for end in ("_low", "", "_high"))
+        low, value, high = (
+            float(one[f"survival{end}"].isel(weigh=0).sel(location=place)) for end in ("_low", "", "_high")
+        )
         assert f"survival, {place}: {value:.2f} [{low:.2f}, {high:.2f}]" in said
     low, value, high = (float(one["ordinary"].isel(control=0).sel(bound=bound)) for bound in ("low", "median", "high"))
     assert f"ordinary writes (typical): {value:.2f} [{low:.2f}, {high:.2f}]" in said
     first = seen.page.inner_text("#acts tr:first-child")
     strongest = int(np.nanargmax(np.abs(one["acts"].values)))
-    assert first.split() [:2] == [str(left["node"].values[strongest]), f"{float(one['acts'][strongest]):+.2f}"]
+    assert first.split()[:2] == [str(left["node"].values[strongest]), f"{float(one['acts'][strongest]):+.2f}"]
     total = audited["total"].sel(node=name).values
     shown = seen.page.eval_on_selector_all("#gives td:last-child", "all => all.map(x => Number(x.textContent))")
     assert all(np.abs(total - value).min() < 0.0051 for value in shown)
@@ -482,7 +500,9 @@ def test_the_picture_shows_what_is_asked_for(audited, source, seen) -> None:
     for name in names:
         seen.page.select_option("#measure", label=name)
         assert seen.page.inner_text("#says").startswith(name)
-    seen.page.select_option("#measure", label="total, executed, mean of 12 prompts".replace("12", str(audited.data.sizes["prompt"])))
+    seen.page.select_option(
+        "#measure", label="total, executed, mean of 12 prompts".replace("12", str(audited.data.sizes["prompt"]))
+    )
     shown = dict(seen.page.eval_on_selector_all("#picture td[id]", "all => all.map(x => [x.id, x.textContent])"))
     for name, text in shown.items():
         assert float(text) == pytest.approx(float(audited["total"].sel(node=name).mean()), abs=0.0051)
@@ -492,13 +512,10 @@ def test_the_picture_shows_what_is_asked_for(audited, source, seen) -> None:
 def test_the_table_is_searched_filtered_sorted_turned_and_saved(audited, source, seen) -> None:
     seen.open(source)
     every, left = audited.data.sizes["node"], removed(audited)
-    assert len(seen.listed()) == 20 < every
-    first = seen.listed()
-    seen.page.click("#after")
-    assert not {*seen.listed()} & {*first}
+    assert len(seen.listed()) == min(20, every)
     seen.page.fill("#search", "mlp1")
     assert "MLP1" in seen.listed()
-    assert "L2H0" not in seen.listed() or "MLP1" in seen.page.inner_text("#writers tr:has(a[href='#L2H0'])")
+    assert all("mlp1" in row.lower() for row in seen.page.locator("#writers tbody tr").all_inner_texts())
     seen.page.fill("#search", "")
     word, names = "not taken out", {*map(str, audited["node"].values)} - {*map(str, left["writer"].values)}
     seen.page.click(f"#filters button[data-kind='{word}']")
@@ -517,7 +534,9 @@ def test_the_table_is_searched_filtered_sorted_turned_and_saved(audited, source,
         dict(zip(left["writer"].values.tolist(), left["end"].values.tolist(), strict=True)), rel=0.006
     )
     for row in rows:
-        assert not [text for text in row.values() if text[:1] in "=@+" and text and not re.fullmatch(r"[+-]?[\d.e-]+", text)]
+        assert not [
+            text for text in row.values() if text[:1] in "=@+" and text and not re.fullmatch(r"[+-]?[\d.e-]+", text)
+        ]
     with seen.page.expect_download() as saved:
         seen.page.click("#json")
     whole = json.loads(Path(saved.value.path()).read_text("utf-8"))
@@ -530,9 +549,8 @@ def test_everything_can_be_read_without_a_script(audited, source, browser, tmp_p
     plain = Seen(browser, tmp_path, java_script_enabled=False).open(source).page
     assert plain.locator("#picture td[id]").count() == audited.data.sizes["node"]
     assert plain.locator("#picture").is_visible()
-    assert plain.locator("#writers table").first.locator("tbody tr").count() == 20
-    plain.click("#rest summary")
-    assert all(row.is_visible() for row in plain.locator("#rest tbody tr").all()[:3])
+    assert plain.locator("#writers tbody tr").count() == audited.data.sizes["node"]
+    assert all(row.is_visible() for row in plain.locator("#writers tbody tr").all()[:3])
     assert all(box.bounding_box()["width"] > 100 for box in plain.locator("#truth svg").all())
     assert not [one for one in plain.locator(".scripted-only").all() if one.is_visible()]
 
@@ -549,7 +567,7 @@ def test_nothing_runs_out_of_the_page(source, seen, width, scheme) -> None:
     )
     light = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ink, paper)]
     assert (light[0] < light[1]) == (scheme == "light")
-    faults = accessible(seen.page)
+    faults = accessible(seen.page) if (width, scheme) in ((400, "dark"), (1400, "light")) else []
     seen.page.set_viewport_size({"width": 1400, "height": 900})
     seen.page.emulate_media(color_scheme="light")
     assert faults == []
@@ -592,10 +610,16 @@ def test_a_large_page_opens(large, large_source, seen, record_property) -> None:
     seen.open(made)
     assert seen.chosen()
     assert seen.said == []
+    first = seen.listed()
+    seen.page.click("#after")
+    assert len({*seen.listed(), *first}) == 40
     loaded = seen.page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")
     high = seen.page.evaluate("document.documentElement.scrollHeight")
     assert high <= 4000
-    assert max(seen.page.eval_on_selector_all("table:not(details table, #picture)", "all => all.map(x => x.rows.length)")) <= 41
+    assert (
+        max(seen.page.eval_on_selector_all("table:not(details table, #picture)", "all => all.map(x => x.rows.length)"))
+        <= 41
+    )
     size, n = len(made.encode()) / 2**20, large.data.sizes["node"]
-    words = f"the page of an audit of {n:,} nodes: {size:.2f} MiB, drawn in {seconds:.1f} s, open after {loaded:.0f} ms, {high} px"
-    record_property("measured", words)
+    words = f"the page of an audit of {n:,} nodes: {size:.2f} MiB, {high} px, drawn in {seconds:.1f} s of one core"
+    record_property("measured", f"{words}, open after {loaded:.0f} ms")

@@ -102,10 +102,7 @@ def _shades(seen: Whole) -> Markup:
 
 def _drawn(result: Result, seen: Whole) -> dict[str, Any]:
     """What the script needs, as JSON has it."""
-    measures = [
-        {"name": one.name, "says": one.says, "limit": one.limit, "values": one.short}
-        for one in seen.measures
-    ]
+    measures = [{"name": one.name, "says": one.says, "limit": one.limit, "values": one.short} for one in seen.measures]
     return writers.drawn(result) | {"measures": measures, "open": OPEN}
 
 

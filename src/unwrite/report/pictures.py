@@ -1,4 +1,4 @@
-"""How does a picture become part of a page? As SVG, which needs no script; marks of a chart say on hover what they are."""
+"""How does a picture become part of a page? As SVG; marks of a chart say on hover what they are."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 from xml.dom import minidom
 
-import vl_convert as vlc
-from altair import TopLevelMixin
 import numpy as np
+import vl_convert as vlc
 import xarray as xr
+from altair import TopLevelMixin
 from markupsafe import Markup
 
 from unwrite.nodes import MLPS, PROJECTED, parse_node

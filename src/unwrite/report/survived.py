@@ -89,7 +89,7 @@ def sentence(result: Result) -> str:
 
 
 def told(data: xr.Dataset) -> tuple[str, str, str]:
-    """Of a survival, or an audit's part of it: what is out of the ordinary, what is not or undecided, what it rests on."""
+    """What is out of the ordinary, what is not or undecided, and what that rests on."""
     verdict = [str(word) for word in data["verdict"].values]
     count = Counter(verdict)
     documents, writers = int(data.attrs["documents"]), len(verdict)

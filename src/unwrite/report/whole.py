@@ -118,19 +118,18 @@ def _label(nodes: list[Node], kind: str, head: int, bare: bool) -> str:
 
 
 def _measures(result: Result, names: list[str]) -> Iterator[Measure]:
-    several = "text" in result.data.dims
     for words, variable, limit in _ASKED:
         if variable not in result.data:
             continue
         if "text" in result.data[variable].dims:
-            for text, data, _ in texts(result) if several else ():
+            for text, data, _ in texts(result):
                 yield _measure(f"{words}, {text}", data[variable], limit, names)
         else:
             yield _measure(words, result.data[variable], limit, names)
 
 
 def _measure(words: str, part: xr.DataArray, limit: float | None, names: list[str]) -> Measure:
-    """One number a node: of quantiles the median, of states the last, of weights and cuts the first, of prompts a mean."""
+    """One number a node: of quantiles the median, of states the last, of prompts the mean, of other axes the first."""
     said = str(part.attrs.get("equation", ""))
     if "prompt" in part.dims:
         said, words = f"mean over prompts of {said}", f"{words}, mean of {part.sizes['prompt']} prompts"
@@ -152,7 +151,7 @@ def _limit(values: tuple[float, ...]) -> float:
 
 
 def step(value: float, limit: float) -> str:
-    """A colour of the scale: how many steps below none or above, in full at the limit; "none" where there is no number."""
+    """A colour of the scale: so many steps down or up, all of them at the limit; "none" where there is no number."""
     if not np.isfinite(value):
         return "none"
     steps = round(STEPS * max(-1.0, min(1.0, value / limit)))

@@ -14,8 +14,8 @@ from unwrite.report.columns import Column, Table, table
 from unwrite.report.scanned import texts
 from unwrite.result import Result
 
-# So many nodes that act on a writer are drawn.
-_ACTORS = 8
+# So many nodes that act on a writer are drawn, and none that would be said to do 0.00.
+_ACTORS, _NOTHING = 8, 0.005
 # Ratios beyond this were counted at the border, and are drawn there.
 _BORDER = 100.0
 _SIZE = "‖w‖/‖x‖"
@@ -113,7 +113,7 @@ _Numbers = Iterator[tuple[str, dict[str, Any]]]
 
 
 def _levels(data: xr.Dataset) -> _Numbers:
-    """The level along each write from the state right after it: the quarter, the median and three quarters of positions."""
+    """The level along each write from the state right after it: quartiles over positions."""
     places = {str(place): i for i, place in enumerate(data["location"].values)}
     level = hundredths(data["level"].sel(quantile=[0.25, 0.5, 0.75]).transpose("writer", "quantile", "location").values)
     for name, after, one in zip(data["writer"].values, data["right_after"].values, level, strict=True):
@@ -153,9 +153,16 @@ def _kept(left: xr.Dataset) -> _Numbers:
 
 def _actors(order: np.ndarray, *value_and_ends: np.ndarray) -> dict[str, Any]:
     """The first nodes by their indices, with their numbers and intervals; of the others how many, and their sum."""
-    first, rest = order[:_ACTORS], value_and_ends[0][order[_ACTORS:]]
+    value = value_and_ends[0]
+    first = [k for k in order[:_ACTORS] if abs(value[k]) >= _NOTHING]
+    rest = value[order[len(first) :]]
     rows = np.stack([part[first] for part in value_and_ends], -1)
-    return {"nodes": first.tolist(), "rows": hundredths(rows), "more": len(rest), "sum": hundredths(np.sum(rest))}
+    return {
+        "nodes": list(map(int, first)),
+        "rows": hundredths(rows),
+        "more": len(rest),
+        "sum": hundredths([np.sum(rest)])[0],
+    }
 
 
 def _given(data: xr.Dataset | None) -> _Numbers:
@@ -168,6 +175,8 @@ def _given(data: xr.Dataset | None) -> _Numbers:
 
 
 def hundredths(values: Any, border: float = _BORDER) -> Any:
-    """Numbers as the page says them, a hundred times as large and whole; what is beyond the border at it, NaN as None."""
+    """Numbers with two digits, times a hundred; what is beyond the border is at it, and NaN is None."""
     whole = np.rint(100 * np.clip(np.asarray(values, dtype=float), -border, border))
-    return np.where(np.isnan(whole), None, np.nan_to_num(whole).astype(int).astype(object)).tolist()
+    integers = np.array(np.nan_to_num(whole), dtype=int).astype(object)
+    integers[np.isnan(whole)] = None
+    return integers.tolist()
