@@ -174,11 +174,12 @@ PROMISES: dict[str, Promise] = {
     ),
     "hostile": Promise(
         "Text of strangers never becomes markup, script, a terminal's command or a spreadsheet's formula",
-        "`errors.py` makes it plain, `report/templates.py` escapes it, and `result.py` disarms the cells of tables.",
+        "`errors.py` makes it plain, `report/templates.py` escapes it, the page's policy takes no text for markup, and "
+        "`result.py` disarms the cells of tables.",
     ),
     "offline": Promise(
         "The page works alone: without network, and without its script",
-        "`report/page.py` puts everything into one file, whose content policy names its only script.",
+        "`report/page.py` puts everything into one file, whose content policy names its only script and style.",
     ),
     "no-torch": Promise(
         "A saved result can be read and drawn where torch is not installed",

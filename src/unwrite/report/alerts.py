@@ -9,6 +9,7 @@ import numpy as np
 
 from unwrite.report import audited, believed
 from unwrite.report.scanned import at_the_start, disagreements, texts
+from unwrite.report.verified import some
 from unwrite.result import Result
 
 # An identity is named above this part of the limit at which the model would be refused.
@@ -75,11 +76,13 @@ def writers(result: Result) -> Iterator[Alert]:
             f"{', '.join(filled)}: survival is low because later nodes would write more of the same if it were "
             "missing. That is a backup, not erasure",
         )
-    material = int(result.data["material"].sum()) if "text" not in result.data.dims else 0
-    if material > len(proofs):
-        yield Alert(
-            "writers", f"{len(proofs)} of {material} material writers were verified; levels alone judge the rest"
-        )
+    if "text" in result.data.dims:
+        return
+    material = result.data["writer"].values[result.data["material"].values.astype(bool)]
+    left = [str(writer) for writer in material if writer not in result.data["removed"].values]
+    if left:
+        words = f"{len(left)} of {len(material)} material writers were not taken out ({some(left)})"
+        yield Alert("writers", f"{words}: what survives of them is not known")
 
 
 def attribution(result: Result) -> Iterator[Alert]:

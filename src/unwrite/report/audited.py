@@ -11,6 +11,7 @@ import xarray as xr
 from unwrite.axes import bare
 from unwrite.report.columns import Column
 from unwrite.report.found import rates
+from unwrite.report.verified import some
 from unwrite.result import Result
 
 _SHARES = "{share}, {share_without}"
@@ -79,7 +80,7 @@ def row(data: xr.Dataset) -> tuple[str, ...]:
         f"{float(data['filled_in'].sum()):+.2f}",
         f"{float(data['opposed']):+.2f}",
         values,
-        data.attrs["erasers"] or "–",
+        some(data.attrs["erasers"].split()) or "–",
     )
 
 

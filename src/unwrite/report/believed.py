@@ -72,6 +72,11 @@ def asked(data: xr.Dataset) -> Iterator[Attribution]:
         yield Attribution(_title(one), says, tuple(row(cells.isel(node=k), names) for k in order))
 
 
+def titles(data: xr.Dataset) -> list[str]:
+    """Every prompt by the end of its text and what was asked about it."""
+    return [_title(data.isel(prompt=i)) for i in range(data.sizes["prompt"])]
+
+
 def _title(one: xr.Dataset) -> str:
     text = str(one["prompt_text"].item())
     against = f" − “{one['against'].item()}”" if "against" in one else ""

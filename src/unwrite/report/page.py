@@ -1,4 +1,4 @@
-"""What does a person see in a browser? One plain, self-contained page of a saved result."""
+"""What does a person see in a browser? One self-contained page of a saved result."""
 
 from __future__ import annotations
 
@@ -9,53 +9,59 @@ from pathlib import Path
 from typing import Any
 
 import xarray as xr
+from markupsafe import Markup
 
 from unwrite.files import write
-from unwrite.report import audited, believed, panels
-from unwrite.report.columns import Column, table
-from unwrite.report.paper import FIGURES
-from unwrite.report.pictures import picture
-from unwrite.report.scanned import HEADER, Row, folded_line, rows, soundness, texts
-from unwrite.report.templates import own, render
+from unwrite.report import audited, believed, panels, writers
+from unwrite.report.columns import Column, Table, table
+from unwrite.report.paper import fig4
+from unwrite.report.pictures import picture, scatters, taken_back
+from unwrite.report.scanned import soundness, texts
+from unwrite.report.templates import embedded, own, render
 from unwrite.report.terminal import certificate, headline
 from unwrite.report.views import alerts, view
+from unwrite.report.whole import STEPS, Whole, special, whole
 from unwrite.result import FILE, Result
 
-# Cells of the map of levels, and bytes of a file that the page carries with it.
-_CELLS = 5000
-_INLINE = 2**19
+# Rows of the table of writers that are open; its script turns it over, without one the others are folded.
+OPEN = 20
 # What lies beside a result's own file; the page only of what it can show.
 BESIDE = ("table.csv", "report.html")
-_KINDS = {".csv": "text/csv", ".nc": "application/x-netcdf"}
 _EQUATIONS = (Column("variable", holds="word"), Column("unit", holds="word"), Column("equation", holds="words"))
 
 
 def page(result: Result, beside: Iterable[Path] = ()) -> str:
     """The result as one HTML document without network; every text in it is escaped.
 
-    Its one script (which writer is looked at) is the only one that its content policy lets run; without it all writers
-    stand below each other. Files that will lie `beside` it can be saved from it: small ones it carries with it.
+    Its content policy lets run one script (which writer is looked at, and by which number) and one style, named by
+    their hashes, and takes no text for markup. Without the script the picture and all tables are there. It links to
+    files that will lie `beside` it, and can save what it shows itself.
     """
-    settings = result.provenance["settings"]
-    shown: list[dict[str, Any]] = [
-        _panel(name, data, read) | {"sound": soundness(data, settings)} for name, data, read in texts(result)
-    ]
-    script = own("page.js")
+    settings, claimed = result.provenance["settings"], view(result).claims
+    found = writers.found(result)
+    seen = whole(result, found.by_name)
+    script, style = own("page.js"), own("page.css") + _shades(seen)
     made = render(
         "page.html.j2",
         headline=headline(result),
         certificate=certificate(result),
-        verdict=view(result).words(result),
+        claims=claimed(result) if claimed else [(view(result).words(result), "")],
         alerts=[(alert.kind, alert.words) for alert in alerts(result)],
-        panels=shown,
-        writers=list(panels.writers(result, [row.writer for row in shown[0]["rows"]])),
+        texts=[(_title(name, read), soundness(data, settings)) for name, data, read in texts(result)],
+        whole=seen,
+        special=special,
+        writers=found,
+        open=OPEN,
+        drawn=embedded(_drawn(result, seen)),
+        truth=list(scatters(result.data)) if "total" in result.data else [],
         audit=_audited(result) if "verified" in result.data.dims else None,
         provenance=_flat(result.provenance),
         equations=table("", _EQUATIONS, _equations(result.data), result.data),
-        downloads=[(file.name, _address(file)) for file in beside],
+        downloads=[file.name for file in beside],
         script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        style=own("page.css"),
+        script_hash=_hash(script),
+        style=style,
+        style_hash=_hash(style),
     )
     return str(made)
 
@@ -79,14 +85,28 @@ def save_all(result: Result, folder: Path) -> tuple[str, ...]:
 
 def files(result: Result) -> tuple[str, ...]:
     """The names of the files that `save_all` writes."""
-    return (FILE, *(BESIDE if view(result).page else BESIDE[:1]))
+    return (FILE, *(BESIDE if view(result).claims else BESIDE[:1]))
 
 
-def _address(file: Path) -> str:
-    """A link that carries a small file's content; of a large one to the file."""
-    if file.stat().st_size > _INLINE:
-        return file.name
-    return f"data:{_KINDS[file.suffix]};base64,{base64.b64encode(file.read_bytes()).decode()}"
+def _hash(text: str) -> str:
+    """As a content policy names a script or a style."""
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _shades(seen: Whole) -> Markup:
+    """The style of what the picture has so many of: steps of its colours, and columns and rows."""
+    steps = "".join(f".{side}{i}{{--w:{100 * i // STEPS}%}}" for side in "du" for i in range(STEPS + 1))
+    return Markup(f"{steps}:root{{--columns:{len(seen.columns)};--rows:{len(seen.rows)}}}\n")  # noqa: S704 - numbers
+
+
+def _drawn(result: Result, seen: Whole) -> dict[str, Any]:
+    """What the script needs, as JSON has it."""
+    measures = [{"name": one.name, "says": one.says, "limit": one.limit, "values": one.short} for one in seen.measures]
+    return writers.drawn(result) | {"measures": measures, "open": OPEN}
+
+
+def _title(name: str, read: Mapping[str, Any]) -> str:
+    return f"{name or read['source']}: {read['prompts']} × {read['length']} tokens"
 
 
 def _equations(data: xr.Dataset) -> Iterator[tuple[str, str, str]]:
@@ -98,53 +118,27 @@ def _equations(data: xr.Dataset) -> Iterator[tuple[str, str, str]]:
 
 def _audited(result: Result) -> dict[str, Any]:
     """The panels that only an audit has; names and texts in them were made plain where they were read."""
-    # Without erasers there is no corpus of what they take back.
-    pictures = ("fig4", "fig5") if "corpus_sample_x" in result.data else ("fig4",)
     data, proofs, judged = result.data, list(audited.verified(result)), result.provenance["settings"]["judged"]
     n = f"{judged['prompts']} × {judged['length']} tokens, which did not choose the writer"
     return {
         "verified": table("", audited.HEADER, map(audited.row, proofs), proofs[0], n),
+        "closely": list(panels.closely(result)),
         "asked": [
             (one.title, one.sums, table("", believed.header(data), one.rows, data, "one prompt"))
             for one in believed.asked(data)
         ],
-        "pictures": [picture(FIGURES[name](result)) for name in pictures],
-        "trust": [
-            table(believed.title(data, kind), believed.TRUST_HEADER, believed.trusted(data, kind), data)
-            for kind in believed.REPLACEMENTS
-        ],
+        "searched": picture(fig4(result)),
+        # Without erasers there is no corpus of what they take back.
+        "taken": list(taken_back(data)) if "corpus_sample_x" in data else [],
+        "trust": list(_trust(data)),
+        "writer": data.attrs["searched"],
         "search": audited.search(result),
     }
 
 
-def _panel(name: str, data: xr.Dataset, read: Mapping[str, Any]) -> dict[str, Any]:
-    """The map of levels of one text, and who writes against whom."""
-    found, folded = rows(data)
-    title = f"{name or read['source']}: {read['prompts']} × {read['length']} tokens"
-    shown = found[: (most := _CELLS // data.sizes["location"])]
-    notes = [f"{row.n:,} positions of {int(data['n_clusters'])} independent prompts" for row in found]
-    return {
-        "title": title,
-        "equation": data["level"].attrs.get("equation", ""),
-        "locations": [str(place) for place in data["location"].values],
-        "rows": shown,
-        "notes": notes,
-        "cells": _cells(data, shown),
-        "against": table(title, HEADER, (row.cells for row in found), data, notes, most),
-        "left_out": len(found) - len(shown),
-        "folded": folded_line(folded) if folded else "",
-    }
-
-
-def _cells(data: xr.Dataset, shown: list[Row]) -> Iterator[list[tuple[str, str, str, bool]]]:
-    """Of each row the levels: in figures, the middle half of positions, a colour, and is it the one after the write?"""
-    one = data[["level", "right_after"]].sel(writer=[row.writer for row in shown])
-    levels = one["level"].sel(quantile=[0.25, 0.5, 0.75]).transpose("writer", "location", "quantile").values
-    for level, after in zip(levels, one["right_after"].values, strict=True):
-        yield [
-            (f"{middle:.2f}", f"{low:.2f} to {high:.2f}", panels.colour(middle), str(place) == str(after))
-            for place, (low, middle, high) in zip(data["location"].values, level.tolist(), strict=True)
-        ]
+def _trust(data: xr.Dataset) -> Iterator[Table]:
+    for kind in believed.REPLACEMENTS:
+        yield table(believed.title(data, kind), believed.TRUST_HEADER, believed.trusted(data, kind), data)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -32,22 +34,28 @@ def rows(data: xr.Dataset) -> list[tuple[str, ...]]:
     """One line for every writer: what is out of the ordinary first, then what is farthest from ordinary writes."""
     verdict, away = [str(word) for word in data["verdict"].values], -np.abs(np.nan_to_num(data["gap"].values))
     order = sorted(range(len(verdict)), key=lambda i: ((*SPECIAL, verdict[i]).index(verdict[i]), away[i]))
-    return [_row(data.isel(writer=i)) for i in order]
+    each = _each(data)
+    return [_row(each[i]) for i in order]
 
 
-def _row(one: xr.Dataset) -> tuple[str, ...]:
-    low, middle, high = (_ordinary(one, bound) for bound in ("low", "median", "high"))
+def _each(data: xr.Dataset) -> list[dict[str, Any]]:
+    """Of every writer the numbers that are told, by name; what is ordinary by the first control."""
+    ends = [f"{name}{end}" for name in ("end", "gap", "acts") for end in ("", "_low", "_high")]
+    parts = {name: data[name].transpose("writer", ...).values for name in (*ends, "writer", "q", "q_above", "verdict")}
+    ordinary = data["ordinary"].isel(control=0)
+    parts |= {str(bound): ordinary.sel(bound=bound).values for bound in ordinary["bound"].values}
+    node = data["node"].values
+    return [{name: part[i] for name, part in parts.items()} | {"node": node} for i in range(data.sizes["writer"])]
+
+
+def _row(one: Mapping[str, Any]) -> tuple[str, ...]:
+    low, middle, high = (float(one[bound]) for bound in ("low", "median", "high"))
     gap = float(one["gap"])
     q = float(one["q"] if gap <= 0 else one["q_above"])
     return (
-        str(one["writer"].item()), between(one, "end", ""), f"{number(middle)} [{number(low)}, {number(high)}]",
-        between(one, "gap", "+"), f"{q:.2f}", str(one["verdict"].item()), actors(one),
+        str(one["writer"]), between(one, "end", ""), f"{number(middle)} [{number(low)}, {number(high)}]",
+        between(one, "gap", "+"), number(q), str(one["verdict"]), actors(one),
     )  # fmt: skip
-
-
-def _ordinary(one: xr.Dataset, bound: str) -> float:
-    """What is ordinary by the first control."""
-    return float(one["ordinary"].isel(control=0).sel(bound=bound))
 
 
 def number(value: float, sign: str = "") -> str:
@@ -57,19 +65,19 @@ def number(value: float, sign: str = "") -> str:
     return f"{value:{sign}.2f}" if abs(value) <= 100 else ("beyond 100" if value > 0 else "beyond −100")
 
 
-def between(one: xr.Dataset, name: str, sign: str) -> str:
+def between(one: Mapping[Any, Any], name: str, sign: str) -> str:
     """A number with its interval, where it has one."""
     value, low, high = (float(one[f"{name}{end}"]) for end in ("", "_low", "_high"))
     interval = f" [{number(low, sign)}, {number(high, sign)}]" if low == low else " (no interval)"
     return f"{number(value, sign)}{interval}"
 
 
-def actors(one: xr.Dataset) -> str:
+def actors(one: Mapping[str, Any]) -> str:
     """Who writes along it because it is there, the strongest first, where the interval leaves no doubt of that."""
-    acts, low, high = (one[f"acts{end}"].values for end in ("", "_low", "_high"))
+    acts, low, high = (one[f"acts{end}"] for end in ("", "_low", "_high"))
     sure = (np.abs(acts) >= _ACTS) & ((low > 0) | (high < 0))
     order = [i for i in np.argsort(-np.abs(acts), kind="stable") if sure[i]]
-    named = [f"{one['node'].values[i]} {acts[i]:+.2f}" for i in order[:_NAMED]]
+    named = [f"{one['node'][i]} {acts[i]:+.2f}" for i in order[:_NAMED]]
     rest = order[_NAMED:]
     more = [f"{len(rest)} more {acts[rest].sum():+.2f} in all"] if rest else []
     return ", ".join([*named, *more]) or "–"
@@ -77,17 +85,17 @@ def actors(one: xr.Dataset) -> str:
 
 def sentence(result: Result) -> str:
     """What is out of the ordinary, with its numbers; how many are undecided; what that rests on."""
-    return paragraph(result.data)
+    return " ".join(told(result.data))
 
 
-def paragraph(data: xr.Dataset) -> str:
-    """The same of what a survival found, or an audit's part of it."""
+def told(data: xr.Dataset) -> tuple[str, str, str]:
+    """What is out of the ordinary, what is not or undecided, and what that rests on."""
     verdict = [str(word) for word in data["verdict"].values]
     count = Counter(verdict)
     documents, writers = int(data.attrs["documents"]), len(verdict)
     of = f"{counted(writers, 'writer')} on {counted(documents, 'document')}"
     hangs = int(data["hangs"].sum()) if "hangs" in data else 0
-    return " ".join([_found(data, verdict, of), _rest(count, documents, hangs), _sound(data)])
+    return (_found(data, verdict, of), _rest(count, documents, hangs), _sound(data))
 
 
 def _found(data: xr.Dataset, verdict: list[str], of: str) -> str:
@@ -100,21 +108,20 @@ def _found(data: xr.Dataset, verdict: list[str], of: str) -> str:
     if parts:
         return f"Of {of}: {'; '.join(parts)}."
     lowest = int(np.nanargmin(np.where(np.isnan(data["gap"]), np.inf, data["gap"])))
-    one = data.isel(writer=lowest)
-    level, q = number(_ordinary(one, "median")), float(one["q"])
+    one = _each(data.isel(writer=[lowest]))[0]
+    level, q = number(float(one["median"])), float(one["q"])
     among = "" if np.isnan(q) else f" (q {q:.2f})"
     return (
-        f"None of {of} ends out of the ordinary. The lowest beside ordinary writes is {one['writer'].item()}: "
+        f"None of {of} ends out of the ordinary. The lowest beside ordinary writes is {one['writer']}: "
         f"{between(one, 'end', '')} of it survives, of such writes {level}{among}."
     )
 
 
 def _named(data: xr.Dataset, chosen: list[int]) -> str:
     said = []
-    for i in chosen[:_NAMED]:
-        one = data.isel(writer=i)
-        end, level = between(one, "end", ""), number(_ordinary(one, "median"))
-        said.append(f"{one['writer'].item()}: {end} survives, of ordinary writes there {level}")
+    for one in _each(data.isel(writer=chosen[:_NAMED])):
+        end, level = between(one, "end", ""), number(float(one["median"]))
+        said.append(f"{one['writer']}: {end} survives, of ordinary writes there {level}")
     more = len(chosen) - _NAMED
     return "; ".join(said) + (f"; and {more} more" if more > 0 else "")
 

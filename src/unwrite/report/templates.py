@@ -6,6 +6,7 @@ from importlib import resources
 from typing import Any
 
 import jinja2
+from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from unwrite.errors import plain
@@ -22,6 +23,20 @@ def render(name: str, **values: Any) -> Markup:
 def own(name: str) -> Markup:
     """A file of the package, which may hold markup, style or script."""
     return Markup(resources.files("unwrite.report").joinpath(name).read_text("utf-8"))  # noqa: S704 - the package's own
+
+
+def embedded(values: object) -> Markup:
+    """Plain values as JSON that can stand in a script's element: every text is printable, and none can end it.
+
+    Raises ValueError for a number that JSON does not have.
+    """
+    return htmlsafe_json_dumps(_all_printable(values), separators=(",", ":"), allow_nan=False)
+
+
+def _all_printable(value: object) -> object:
+    if isinstance(value, dict):
+        return {plain(name): _all_printable(part) for name, part in value.items()}
+    return [_all_printable(part) for part in value] if isinstance(value, (list, tuple)) else _printable(value)
 
 
 def _printable(value: object) -> object:

@@ -8,9 +8,11 @@ from typing import Any
 from unwrite.report.audited import removed
 from unwrite.report.believed import belief
 from unwrite.report.scanned import Row, rows, texts
-from unwrite.report.survived import paragraph
+from unwrite.report.survived import told
 from unwrite.result import Result
 
+# What is claimed, and what that rests on.
+Claim = tuple[str, str]
 _NAMED = 3
 # The identities that say whether nodes add up to the model.
 ADDED = ("heads", "stream", "locations", "logits", "values")
@@ -18,16 +20,32 @@ ADDED = ("heads", "stream", "locations", "logits", "values")
 
 def of_scan(result: Result) -> str:
     """How levels change in words, text by text, with what that does not say."""
-    return (
-        f"{levels(result)} These are levels: all that lies along a write, whoever wrote it. Whether a write was "
-        f"erased, and by whom, only an executed run without it can say (unwrite verify). {_exact(result)}"
-    )
+    return _joined(claims_of_scan(result))
 
 
 def of_audit(result: Result) -> str:
     """What survives, and which attributions can be believed."""
+    return _joined(claims_of_audit(result))
+
+
+def _joined(claims: list[Claim]) -> str:
+    return " ".join(part for claim in claims for part in claim if part)
+
+
+def claims_of_scan(result: Result) -> list[Claim]:
+    """The same, claim by claim."""
+    caveat = (
+        "These are levels: all that lies along a write, whoever wrote it. Whether a write was erased, and by whom, "
+        "only an executed run without it can say (unwrite verify)."
+    )
+    return [(levels(result), ""), (caveat, _exact(result))]
+
+
+def claims_of_audit(result: Result) -> list[Claim]:
+    """The same, claim by claim."""
+    found, rest, sound = told(removed(result))
     believed = belief(result.data)
-    return " ".join([paragraph(removed(result)), f"{believed[0].upper()}{believed[1:]}.", _exact(result)])
+    return [(found, ""), (rest, sound), (f"{believed[0].upper()}{believed[1:]}.", _exact(result))]
 
 
 def _exact(result: Result) -> str:

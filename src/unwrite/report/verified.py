@@ -59,11 +59,12 @@ def _acts(data: xr.Dataset) -> str:
     causal = f", {share:.2f} of it" if share == share else f" ({data.attrs['causal_share_note']})"
     opposed, caused = float(data["opposed"]), float(data["caused"])
     return (
-        f"{done}; {_some(names)} write {opposed:+.2f} along it, and {caused:+.2f} because their values read it{causal}."
+        f"{done}; {some(names)} write {opposed:+.2f} along it, and {caused:+.2f} because their values read it{causal}."
     )
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first names, and how many more there are."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return f"{', '.join(names[:_NAMED])}{more}"
 
@@ -77,7 +78,7 @@ def _readers(result: Result) -> str:
         return f" Who reads it is not measurable: {note}."
     names = data.attrs["readers"].split()
     if names:
-        return f" {_some(names)} read it more than they would a turned write."
+        return f" {some(names)} read it more than they would a turned write."
     # What reads every direction also reads this one.
     acts = any(str(how).startswith("reads it") for how in data["class"].values)
     return " No later node reads it more than it would a turned write" + ("." if acts else ": nobody uses it.")

@@ -31,7 +31,7 @@ class View:
     is the main figure (None: what fits the variables), `small` that of a card; `of` are the variables that it draws,
     the first one there is on a map, where colours are `full` at so much; `matrix` the one of writers × nodes. `alerts`
     are beside those of every result, `numbers` for other programs, `heard` and `row` what a finished part of a run
-    says; `page`: has one in a browser.
+    says; `claims` what a page in a browser claims, each with what it rests on (None: there is no page).
     """
 
     words: Callable[[Result], str] = lambda result: result.data.attrs.get("verdict") or result.method
@@ -46,7 +46,7 @@ class View:
     numbers: Callable[[Result], dict[str, Any]] = lambda _: {}
     heard: Callable[[Result], str] = lambda _: ""
     row: Callable[[Result], tuple[str, ...]] = lambda _: ()
-    page: bool = False
+    claims: Callable[[Result], list[verdict.Claim]] | None = None
 
 
 def view(result: Result) -> View:
@@ -148,7 +148,7 @@ _EFFECTS = View(patched.sentence, _patched, picture="heatmap", of=("effect", "ex
 VIEWS: dict[str, View] = {
     "scan": View(
         verdict.of_scan, _scan, picture="levels", of=("relative_norm",), matrix="share",
-        alerts=(careful.sample, careful.reading), heard=verdict.levels, page=True,
+        alerts=(careful.sample, careful.reading), heard=verdict.levels, claims=verdict.claims_of_scan,
     ),
     "survival": View(
         survived.sentence, _one(survived.HEADER, survived.rows), picture="heatmap", of=("end",), full=1.0,
@@ -161,7 +161,8 @@ VIEWS: dict[str, View] = {
     "dla": View(believed.sentence, _dla, picture="bars", of=("total", "direct")),
     "audit": View(
         _judged, _audit, 1, picture="levels", small="fig1", of=("removed_end",), full=1.0, matrix="removed_acts",
-        alerts=(careful.sample, careful.reading, careful.writers, careful.attribution), page=True,
+        alerts=(careful.sample, careful.reading, careful.writers, careful.attribution),
+        claims=verdict.claims_of_audit,
     ),
     "effects": _EFFECTS,
     "compare": _EFFECTS,
