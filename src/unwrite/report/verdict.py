@@ -12,7 +12,7 @@ from unwrite.report.survived import told
 from unwrite.result import Result
 
 # What is claimed, and what that rests on.
-Claim = tuple[str, str]
+Claimed = tuple[str, str]
 _NAMED = 3
 # The identities that say whether nodes add up to the model.
 ADDED = ("heads", "stream", "locations", "logits", "values")
@@ -28,11 +28,11 @@ def of_audit(result: Result) -> str:
     return _joined(claims_of_audit(result))
 
 
-def _joined(claims: list[Claim]) -> str:
+def _joined(claims: list[Claimed]) -> str:
     return " ".join(part for claim in claims for part in claim if part)
 
 
-def claims_of_scan(result: Result) -> list[Claim]:
+def claims_of_scan(result: Result) -> list[Claimed]:
     """The same, claim by claim."""
     caveat = (
         "These are levels: all that lies along a write, whoever wrote it. Whether a write was erased, and by whom, "
@@ -41,7 +41,7 @@ def claims_of_scan(result: Result) -> list[Claim]:
     return [(levels(result), ""), (caveat, _exact(result))]
 
 
-def claims_of_audit(result: Result) -> list[Claim]:
+def claims_of_audit(result: Result) -> list[Claimed]:
     """The same, claim by claim."""
     found, rest, sound = told(removed(result))
     believed = belief(result.data)

@@ -46,7 +46,7 @@ class View:
     numbers: Callable[[Result], dict[str, Any]] = lambda _: {}
     heard: Callable[[Result], str] = lambda _: ""
     row: Callable[[Result], tuple[str, ...]] = lambda _: ()
-    claims: Callable[[Result], list[verdict.Claim]] | None = None
+    claims: Callable[[Result], list[verdict.Claimed]] | None = None
 
 
 def view(result: Result) -> View:
