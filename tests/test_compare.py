@@ -52,7 +52,7 @@ def test_every_estimator_is_what_it_is_alone(lm, asked) -> None:
     flat = [np.asarray(one).ravel() for one in (star["signed"], exact["effect"])]
     assert float(found["pearson"][at]) == pytest.approx(np.corrcoef(*flat)[0, 1])
     assert float(found["pearson"][-1]) == pytest.approx(1.0)
-    assert set(found.table().columns) == {"pair", "node", "relp", "atp*", "exact"}
+    assert set(found.table().columns) == {"pair", "node", "relp", "atp*", "exact", "kind", "layer", "head"}
 
 
 @pytest.mark.parametrize("methods", ["exact", (), ("exact", "guess")])

@@ -341,7 +341,8 @@ def test_a_result_comes_back_and_is_a_table(method: str, at: str, tmp_path: Path
     frame = back.table()
     axes = ["pair", "node", *(["position"] if at == "each" else [])]
     extra = {"atp*": ["signed"], "ig": ["inputs"]}.get(method, [])
-    assert sorted(frame.columns) == sorted([*axes, "effect", *extra])
+    extra += ["token", "source_token"] if at == "each" else []
+    assert sorted(frame.columns) == sorted([*axes, "effect", *extra, "kind", "layer", "head"])
     assert len(frame) == result["effect"].size
     cell = frame.set_index(axes)["effect"]
     assert (

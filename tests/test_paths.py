@@ -411,7 +411,8 @@ def test_the_result_says_what_it_is(tmp_path: Path) -> None:
     again = uw.read(tmp_path)
     xr.testing.assert_identical(again.data, found.data)
     table = again.table()
-    assert list(table.columns) == ["pair", "sender", "receiver", "effect"]
+    places = [f"{end}_{part}" for end in ("sender", "receiver") for part in ("kind", "layer", "head")]
+    assert list(table.columns) == ["pair", "sender", "receiver", "effect", *places]
     assert len(table) == 2 * 2 * 3
     assert found["effect"].attrs["units"] == "logit_diff"
     assert "x + Δ" in found["effect"].attrs["equation"]

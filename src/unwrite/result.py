@@ -18,7 +18,7 @@ import xarray as xr
 from unwrite.axes import gridded, placed
 from unwrite.errors import ResultError, plain, shown
 from unwrite.files import possible, version, write
-from unwrite.nodes import parse_location, parse_site
+from unwrite.nodes import parse_location, parse_node, parse_site
 
 if TYPE_CHECKING:
     import altair as alt
@@ -43,7 +43,9 @@ _SEAL = b"unwrite sha256: "
 _SEALED = "sealed"
 
 # Names on these axes are nothing else, whoever wrote the file.
-_NAMES = {"writer": parse_site, "node": parse_site, "verified": parse_site, "location": parse_location}
+_NAMES = {"writer": parse_node, "node": parse_node, "verified": parse_node, "location": parse_location}
+# Methods whose nodes may be queries, neurons, states of the stream and other sites.
+_OF_SITES = ("effects", "compare", "bound", "paths")
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +91,7 @@ class Result:
         per prompt and node, of effects one per pair, node and position, of a search one per hit.
 
         Columns are the variables with no further axis, and medians of those with quantiles; last kind, layer and head
-        of what the rows name. Raises ResultError where there is nothing of such rows.
+        of what the rows name, and tokens. Raises ResultError where there is nothing of such rows.
         """
         rows = self.row_axes
         flat = {name: part.transpose(*rows) for name, part in self.data.items() if set(part.dims) == set(rows)}
@@ -190,8 +192,8 @@ def read(path: str | Path) -> Result:
                 f"{file} was written by a newer unwrite", got=f"schema {schema}", expected=f"up to {SCHEMA}",
                 fix="update unwrite",
             )  # fmt: skip
-        str(json.loads(data.attrs["provenance"])["method"])  # a result without one is none
-        for axis, parse in _NAMES.items():
+        of_sites = json.loads(data.attrs["provenance"])["method"] in _OF_SITES
+        for axis, parse in (_NAMES | ({"node": parse_site} if of_sites else {})).items():
             for name in np.unique(data[axis].values) if axis in data.coords else ():
                 parse(str(name))
     except ResultError:
