@@ -29,7 +29,7 @@ from unwrite.model.certificate import certify
 from unwrite.model.hooks import hooked
 from unwrite.model.load import view
 from unwrite.model.mixer_values import values_of
-from unwrite.model.mixers import Held, holding, sloped_z, through_mixer
+from unwrite.model.mixers import Frozen, holding, sloped_z, through_mixer
 from unwrite.model.view import Model, fold
 from unwrite.run.backward.rules import RULES
 from unwrite.run.backward.slopes import cotangents
@@ -252,7 +252,7 @@ def test_of_a_mixer_that_is_not_held_or_lacks_a_value_nothing_is_proved(
 
 def test_a_mixer_whose_norms_or_activations_are_not_held_shows_no_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        Held, "__torch_function__", lambda _, func, types, args=(), kwargs=None: func(*args, **kwargs or {})
+        Frozen, "__torch_function__", lambda _, func, types, args=(), kwargs=None: func(*args, **kwargs or {})
     )
     assert not values_of(model("mamba2"))
 

@@ -269,7 +269,7 @@ def require_readers(erasers: tuple[Node, ...], writer: Node, layers: int) -> tup
     early = [str(node) for node in erasers if node.kind != "head" or node.layer <= writer.layer]
     if early:
         raise NodeError(
-            f"{', '.join(early)} cannot read {writer} through values",
+            f"{', '.join(early)} cannot read {writer} through values of attention",
             expected=f"heads of layers {writer.layer + 1} to {layers - 1}",
         )
     return erasers

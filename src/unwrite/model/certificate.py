@@ -184,6 +184,8 @@ def _in_float32(lm: Model, folded: tuple[Folded, ...]) -> tuple[float | None, di
 def _worst(lm: Model, found: Iterable[tuple[str, float]]) -> dict[str, float]:
     worst = dict.fromkeys((str(name) for name in IDENTITIES if lm.applies(name)), 0.0)
     for identity, error in found:
+        if identity not in worst:  # of mixers that show no values after all
+            continue
         # max() would drop a NaN.
         worst[identity] = error if not error <= worst[identity] else worst[identity]
     return worst

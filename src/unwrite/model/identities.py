@@ -31,7 +31,7 @@ from unwrite.model.continued import Calls, calling, continues, kept_run
 from unwrite.model.hooks import Call, after, first_of, hooked, kept, read_of
 from unwrite.model.inside import maybe
 from unwrite.model.lengths import switches
-from unwrite.model.mixer_values import euler
+from unwrite.model.mixer_values import EXACT, euler
 from unwrite.model.mixers import mixers_called, shown, through_mixer
 from unwrite.model.norms import norm_scale
 from unwrite.model.placed import placed
@@ -76,7 +76,7 @@ def added(lm: Model, folded: tuple[Folded, ...], ids: Ids, mask: Mask, dtype: to
     stream = nodes.sum(0)
     yield from (("mlp", _mlp_error(lm, layer, ends)) for layer in lm.layers if layer.has_mlp)
     if dtype not in HALVES or offloaded(lm.hf):  # else it is float32 that says it: kernels round in ways of their own
-        yield from (("values", _mixer_error(lm, layer, record, mixing[layer.index], mask)) for layer in shown(lm))
+        yield from _of_mixers(lm, record, mixing, mask)
     yield "logits" if lm.has_head else "stream", relative(finished(lm, stream, dtype)[None], logits)
     if lm.has_head:
         yield "reading", relative(*_read(lm, stream, logits))
@@ -286,6 +286,16 @@ def _values_error(lm: Model, folded: tuple[Folded, ...], mask: Mask, record: Rec
         error = _head_error(lm, layer, stream, found, z, constant, mask)
         worst = error if not error <= worst else worst
     return worst
+
+
+def _of_mixers(lm: Model, record: Recording, mixing: Calls, mask: Mask) -> Errors:
+    """What mixers carry. One of which it is not true of these prompts shows no values from here on."""
+    for layer in [*shown(lm)]:
+        error = _mixer_error(lm, layer, record, mixing[layer.index], mask)
+        if error <= EXACT:
+            yield "values", error
+        else:
+            del lm.mixed[layer.index]
 
 
 def _mixer_error(lm: Model, layer: Layer, record: Recording, call: Call, mask: Mask) -> float:

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from unwrite.model.hooks import Call, after, calls_of, hooked, read_of
 from unwrite.model.layers import Layer
-from unwrite.model.mixers import Held, handed, sloped_z
+from unwrite.model.mixers import Frozen, handed, sloped_z
 from unwrite.model.projections import projections_in, sizes
 from unwrite.model.traced import lent, some_ids
 from unwrite.model.view import Columns, Model
 
 # Relative: how far slopes of one channel are from multiples of each other, and what Euler's theorem gives from z.
-_SAME, _EXACT = 1e-4, 1e-4
-Slopes = Float[Tensor, "prompt position output"]
+_SAME, EXACT = 1e-4, 1e-4
+_Slopes = Float[Tensor, "prompt position output"]
 
 
 def values_of(lm: Model) -> dict[int, Columns]:
@@ -63,7 +63,7 @@ def _parts(layer: Layer) -> list[nn.Module]:
 
 def _is_linear(layer: Layer, call: Call, values: Columns) -> bool:
     z, slope = (part.unflatten(-1, (layer.heads, -1)) for part in sloped_z(layer, values, call, read_of(call), True))
-    return euler(z, slope) <= _EXACT  # NaN is not
+    return euler(z, slope) <= EXACT  # NaN is not
 
 
 def euler(z: Float[Tensor, "*rows head d_head"], slope: Float[Tensor, "*rows head d_head"]) -> float:
@@ -92,7 +92,7 @@ def _reached(layer: Layer, call: Call) -> Iterator[tuple[nn.Module, Int[Tensor, 
         leaves[part] = made.detach().requires_grad_()
         return leaves[part]
 
-    with torch.enable_grad(), Held(), hooked(after(part, partial(cut, part)) for part in _parts(layer)):
+    with torch.enable_grad(), Frozen(), hooked(after(part, partial(cut, part)) for part in _parts(layer)):
         z = handed(layer, call)
     draw = torch.Generator().manual_seed(0)
     position, marks = (0.5 + torch.rand(count, generator=draw).to(z) for count in z.shape[1:])
@@ -111,7 +111,7 @@ def _slopes_of(one: Tensor, leaves: Mapping[nn.Module, Tensor]) -> dict[nn.Modul
 
 
 def _channels(
-    whole: Slopes, numbered: Slopes, marked: Slopes, last: Slopes, marks: Float[Tensor, " channel"]
+    whole: _Slopes, numbered: _Slopes, marked: _Slopes, last: _Slopes, marks: Float[Tensor, " channel"]
 ) -> Int[Tensor, " output"]:
     """Which channel outputs reach, from slopes of the sum of all, of all times a number or a mark, and of the last row.
 
@@ -124,7 +124,7 @@ def _channels(
     return torch.where(single & last[:, :-1].ne(0).flatten(0, 1).any(0), channel, -1).cpu()
 
 
-def _multiple(some: Slopes, whole: Slopes) -> tuple[Float[Tensor, " output"], Bool[Tensor, " output"]]:
+def _multiple(some: _Slopes, whole: _Slopes) -> tuple[Float[Tensor, " output"], Bool[Tensor, " output"]]:
     """How often slopes are others, and whether they are that at every position."""
     some, whole = (part.double().flatten(0, 1) for part in (some, whole))
     times = (some * whole).sum(0) / whole.square().sum(0)

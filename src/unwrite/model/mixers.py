@@ -44,7 +44,7 @@ from unwrite.model.weights import followed, offloaded
 _CONSTANT = ("rsqrt", "sigmoid", "softplus")
 
 
-class Held(TorchFunctionMode):
+class Frozen(TorchFunctionMode):
     """Inside the `with`, what makes gates, steps and the scales of norms has no slope, and silu that of its factor.
 
     With `biases`, a bias of a projection or convolution has itself as slope, in channels that have one.
@@ -93,7 +93,7 @@ def mixers_called(lm: Model) -> AbstractContextManager[dict[int, Call]]:
 
 def holding(layer: Layer, values: Columns, biases: bool = False) -> Iterator[Handle]:
     """Hooks under which slopes go through a mixer by its values alone; what it gives stays what it is, bit for bit."""
-    mode = Held(biases)
+    mode = Frozen(biases)
     yield called(layer.attention, lambda _: mode.__enter__())
     yield ended(layer.attention, lambda: mode.__exit__(None, None, None))
     for part, columns in values.items():
