@@ -72,14 +72,15 @@ KINDS: dict[str, Kind] = {
     "mlp": Kind(
         "MLP{layer}", "layer", "mlp_out", (r"blocks\.(\d+)\.hook_mlp_out",), writes=True, sends=True, receives=True
     ),
+    "late": Kind("resid_mid{layer}.1"),
     "beside": Kind("MLP{layer}.1", "layer", "mlp_out", writes=True),
     "post": Kind("resid_post{layer}", "layer", "resid", (r"blocks\.(\d+)\.hook_resid_post",)),
 }
 _ORDER = {name: place for place, name in enumerate(KINDS)}
-_STATES = ("pre", "mid", "post")
+_STATES = ("pre", "mid", "late", "post")
 # What writes through one projection of its layer: heads of attention, and those of a mixer, which has no pattern.
 PROJECTED = ("head", "mixer")
-# An MLP, and what another module adds beside it, as the experts that all tokens share.
+# An MLP, and what another module adds beside it, as the experts that all tokens share, or after it.
 MLPS = ("mlp", "beside")
 # What `uw.effects` can be asked of: a group and the kinds in it.
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -107,7 +108,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Location:
-    """A state of the residual stream: before a layer, between its attention and MLP, or after it."""
+    """A state of the residual stream: before a layer, between its attention and MLP or that and `beside`, or after it."""
 
     state: str
     layer: int
@@ -127,6 +128,8 @@ class Location:
         """
         if node.layer != self.layer:
             return node.layer < self.layer
+        if self.state == "late":
+            return node.kind != "beside"
         return self.state == "post" or (self.state == "mid" and not parallel and node.kind not in MLPS)
 
 

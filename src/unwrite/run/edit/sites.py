@@ -9,6 +9,7 @@ One finder for each kind says where; all units of a kind in a layer are a slot (
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -126,32 +127,34 @@ def _written(lm: Model, module: nn.Module, scale: float) -> Place:
 
 def _start(lm: Model, site: Site) -> Place:
     """What a module writes before the blocks, or what the first of them reads beside what another site holds of it."""
-    path, of_tokens = getattr(lm.row, site.kind), site.kind == "embed"
+    path, of_tokens, begin = getattr(lm.row, site.kind), site.kind == "embed", lm.to_end(lm.states[0])
     if path != REST:
-        return _written(lm, lm.decoder.get_submodule(path), lm.row.embed_scale(lm.config) if of_tokens else 1.0)
+        scale = lm.row.embed_scale(lm.config) if of_tokens else 1.0
+        return _written(lm, lm.decoder.get_submodule(path), scale * begin)
     keep = () if of_tokens else (Point(lm.decoder.get_submodule(lm.row.embed), before=False),)
 
     def shown(tensor: Tensor, now: Pass) -> Tensor:
         others = [_start(lm, Site("embed")).read(now.kept[point], now) for point in keep]
-        return centre(tensor.to(lm.compute_dtype), lm) - sum(other.to(tensor.device) for other in others)
+        return centre(tensor.to(lm.compute_dtype) * begin, lm) - sum(other.to(tensor.device) for other in others)
 
-    return Place(Point(lm.layers[0].block, before=True), shown=shown, keep=keep, adds=True)
+    return Place(Point(lm.layers[0].block, before=True), shown=shown, scale=begin, keep=keep, adds=True)
 
 
 def _mlp(lm: Model, site: Site) -> Place:
-    return _written(lm, lm.layers[site.layer].end(site.kind), lm.residual_scale)
+    layer = lm.layers[site.layer]
+    return _written(lm, layer.end(site.kind), layer.into)
 
 
 def _attn_out(lm: Model, site: Site) -> Place:
     layer = lm.layers[site.layer]
-    shown = lambda tensor, now: centre(_whole(lm, layer, now.rows(tensor).to(lm.compute_dtype)), lm)  # noqa: E731
+    shown = lambda tensor, now: centre(_whole(lm, layer, now.rows(tensor).to(lm.compute_dtype)) * layer.into, lm)  # noqa: E731
     return _attention_part(lm, layer, shown)
 
 
 def _whole(lm: Model, layer: Layer, tensor: Tensor) -> Tensor:
-    """All that attention writes, of what its end puts out."""
+    """All that attention puts out, and what the block adds to it, of what its end does."""
     beside = outside(lm, layer, detach=False)
-    return (tensor if beside is None else tensor + beside.to(tensor.device)) * lm.residual_scale
+    return tensor if beside is None else tensor + beside.to(tensor.device)
 
 
 def _state(lm: Model, site: Site) -> Place:
@@ -168,15 +171,16 @@ def _mid(lm: Model, site: Site) -> Place:
     layer, before = lm.layers[site.layer], Point(lm.layers[site.layer].block, before=True)
 
     def shown(tensor: Tensor, now: Pass) -> Tensor:
-        return centre((now.kept[before].to(tensor.device) + _whole(lm, layer, tensor)).to(lm.compute_dtype), lm)
+        written = _whole(lm, layer, tensor) * layer.residual_scale
+        return centre((now.kept[before].to(tensor.device) + written).to(lm.compute_dtype), lm)
 
     # The norm between attention and MLP reads the stream, but the stream does not go through it.
-    return _attention_part(lm, layer, shown, before)
+    return replace(_attention_part(lm, layer, shown, before), scale=layer.residual_scale)
 
 
 def _attention_part(lm: Model, layer: Layer, shown: Callable[[Tensor, Pass], Tensor], *keep: Point) -> Place:
     """What is computed from, and added to, all that attention writes."""
-    return Place(Point(layer.attention_end, before=False), shown=shown, scale=lm.residual_scale, keep=keep, adds=True)
+    return Place(Point(layer.attention_end, before=False), shown=shown, scale=layer.into, keep=keep, adds=True)
 
 
 def _head(lm: Model, site: Site) -> Place:

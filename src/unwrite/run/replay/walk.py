@@ -115,7 +115,7 @@ def _put(runs: Runs, one: Setting, x: Float[Tensor, "run row d"], tensor: Tensor
     rows, units = runs.rows_of(one.slot, changed, n), one.slot.units
     values = one.values()[:n]
     if one.slot.joined:  # a state between attention and MLP, set by what attention writes
-        values = values - x[:, :, None] / runs.base.lm.residual_scale
+        values = values - x[:, :, None] / runs.base.lm.layers[index].residual_scale
     rows[:, :, units] = torch.where(one.where[:n, ..., None], values.to(changed.dtype), rows[:, :, units])
     return changed
 
