@@ -232,15 +232,18 @@ def nearest(name: object, available: Iterable[object]) -> str | None:
     return f"choose from the nearest: {', '.join(near)}" if near else None
 
 
-def reads(reader: Node, writer: Node, parallel: bool) -> bool:
+def reads(reader: Node, writer: Node, parallel: bool, late: bool = False) -> bool:
     """Can `reader`'s input contain what `writer` wrote?
 
     Only a head, mixer or MLP reads; it reads earlier layers, and in a sequential block the MLP its layer's attention.
+    `late`: what writes beside an MLP reads what that wrote.
     """
     if reader.kind not in (*PROJECTED, *MLPS):
         return False
     if writer.layer < reader.layer:
         return True
+    if writer.layer == reader.layer and reader.kind == "beside" and late:
+        return writer.kind != "beside"
     own = writer.layer == reader.layer and writer.kind in (*PROJECTED, "bias")
     return not parallel and reader.kind in MLPS and own
 
@@ -261,14 +264,15 @@ def choose(names: Iterable[object] | Node | None, available: Sequence[Node]) -> 
     return tuple(sorted(chosen, key=lambda node: node.order))
 
 
-def require_readers(erasers: tuple[Node, ...], writer: Node, layers: int) -> tuple[Node, ...]:
-    """`erasers` again. Raises NodeError for one that cannot read `writer` through values."""
-    early = [str(node) for node in erasers if node.kind != "head" or node.layer <= writer.layer]
+def require_readers(erasers: tuple[Node, ...], writer: Node, layers: Sequence[int]) -> tuple[Node, ...]:
+    """`erasers` again, heads of these `layers`. Raises NodeError for one that cannot read `writer` through values."""
+    early = [str(node) for node in erasers if node.kind != "head" or node.layer not in layers]
     if early:
-        raise NodeError(
-            f"{', '.join(early)} cannot read {writer} through values",
-            expected=f"heads of layers {writer.layer + 1} to {layers - 1}",
-        )
+        spans = "" if not layers else f"heads of layers {layers[0]} to {layers[-1]}"
+        if layers and len(layers) <= layers[-1] - layers[0]:
+            spans = f"heads of layers {', '.join(map(str, layers))}"
+        expected = spans or "heads whose values are made after it; there are none"
+        raise NodeError(f"{', '.join(early)} cannot read {writer} through values", expected=expected)
     return erasers
 
 

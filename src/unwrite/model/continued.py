@@ -92,7 +92,7 @@ def kept_run(lm: Model, ids: Int[Tensor, "prompt position"]) -> tuple[Inputs, li
     return inputs, [] if cache is None else kept_of(cache, makes)
 
 
-def calls_from(lm: Model, ids: Int[Tensor, "prompt position"], kept: Sequence[Past], start: int, end: int) -> Calls:
+def calls_from(lm: Model, ids: Int[Tensor, "_ position"], kept: Sequence[Past], start: int, end: int) -> Calls:
     """How the model calls each block for rows start … end of these prompts that follow on earlier ones.
 
     For runs of any of them: an argument is either the same for all, and then it is that of the first, or `ByPrompt`.
@@ -118,7 +118,7 @@ def by_prompt(lm: Model, call: Call, every: Call) -> Call:
 
 
 @torch.no_grad()
-def calls_of(lm: Model, ids: Int[Tensor, "prompt position"], kept: Sequence[Past], start: int, end: int) -> Calls:
+def calls_of(lm: Model, ids: Int[Tensor, "_ position"], kept: Sequence[Past], start: int, end: int) -> Calls:
     """How the model calls each block for some rows of all of these prompts at once."""
     past = {i: tuple(part[: len(ids), :, :start] for part in own) for i, own in enumerate(kept)}
     cache: dict[str, Any] = {"use_cache": False}

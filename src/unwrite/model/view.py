@@ -23,7 +23,7 @@ from unwrite.model.inside import decoder_of, find, head_of, headless, text_confi
 from unwrite.model.layers import Layer, layers_of
 from unwrite.model.projections import Effective, bias_of, has_bias, matrix_of, sizes
 from unwrite.model.weights import home, weight_of
-from unwrite.nodes import MLPS, PROJECTED, Location, Node
+from unwrite.nodes import MLPS, Location, Node, reads
 from unwrite.prompts.tokens import Images
 
 CONVENTIONS = ("paper", "raw")
@@ -122,18 +122,19 @@ class Model:
         there = {"mid": not self.parallel and layer.heads > 0 and layer.has_mlp, "late": layer.late is not None, "post": True}
         return (Location(state, layer.index) for state, has in there.items() if has)
 
-    def read_by(self, node: Node) -> Location | None:
-        """The state of the stream that a node reads; None for one that reads none."""
-        if node.kind not in (*PROJECTED, *MLPS):
-            return None
+    def read_by(self, node: Node) -> Location:
+        """The state of the stream that a head, a mixer or an MLP reads."""
         between = {"beside": ("late", "mid"), "mlp": ("mid",)}.get(node.kind, ())
         states = (state for kind in between if (state := Location(kind, node.layer)) in self.states)
         return next(states, self.layers[node.layer].reads)
 
     def can_read(self, reader: Node, writer: Node) -> bool:
-        """Can a node's input contain what `writer` wrote? Values of a head may be of an earlier state."""
-        state = self.read_by(reader)
-        return state is not None and state.holds(writer, self.parallel)
+        """Can a node's input contain what `writer` wrote? Values of a head may be of an earlier state (`can_carry`)."""
+        return reads(reader, writer, self.parallel, self.layers[reader.layer].late is not None)
+
+    def carriers(self, writer: Node) -> list[int]:
+        """The layers whose heads can carry through values what `writer` wrote."""
+        return [layer.index for layer in self.layers if self.can_carry(layer, writer)]
 
     def can_carry(self, layer: Layer, writer: Node) -> bool:
         """Can values of this layer's heads contain what `writer` wrote?"""

@@ -87,6 +87,7 @@ def cotangents(
     modules[lm.states[-1]] = lm.final_norm
     if not lm.parallel:
         modules |= {Location("mid", layer.index): layer.mid for layer in lm.layers if layer.mid is not None}
+    modules |= {Location("late", layer.index): layer.late for layer in lm.layers if layer.late is not None}
     value, _, found = backward(lm, ids, rules, metric, _read_by(modules))
     shape = (len(ids), ids.shape[1], lm.d_model)
     slopes = {state: part.reshape(shape).to(lm.device, lm.compute_dtype) for state, part in found.items()}

@@ -102,6 +102,8 @@ def _lacks(lm: Model, kind: str, layer: Layer) -> str | None:
     if kind == "mid" and Location("mid", layer.index) not in lm.states:
         why = "its blocks are parallel" if lm.parallel else "there are not both in this layer"
         return f"no state between attention and MLP: {why}"
+    if kind == "late" and layer.late is None:
+        return "a state between its MLP and what reads it in the same layer; this layer has nothing like it"
     if kind == "beside" and layer.beside is None:
         return "what writes beside its MLP; this layer has nothing like it"
     if kind in ("act", "neuron", "mlp") and not layer.has_mlp:
@@ -130,7 +132,8 @@ def _start(lm: Model, site: Site) -> Place:
     path, of_tokens, begin = getattr(lm.row, site.kind), site.kind == "embed", lm.to_end(lm.states[0])
     if path != REST:
         scale = lm.row.embed_scale(lm.config) if of_tokens else 1.0
-        return _written(lm, lm.decoder.get_submodule(path), scale * begin)
+        found = _written(lm, lm.decoder.get_submodule(path), scale * begin)
+        return _into_stream(lm, found) if lm.by_prompt else found
     keep = () if of_tokens else (Point(lm.decoder.get_submodule(lm.row.embed), before=False),)
 
     def shown(tensor: Tensor, now: Pass) -> Tensor:
@@ -138,6 +141,15 @@ def _start(lm: Model, site: Site) -> Place:
         return centre(tensor.to(lm.compute_dtype) * begin, lm) - sum(other.to(tensor.device) for other in others)
 
     return Place(Point(lm.layers[0].block, before=True), shown=shown, scale=begin, keep=keep, adds=True)
+
+
+def _into_stream(lm: Model, found: Place) -> Place:
+    """The same, changed where the stream begins: of what a module gives something else may be made for blocks."""
+    own = found.point
+    assert isinstance(own, Point)  # noqa: S101 (a module's)
+    shown = lambda tensor, now: found.read(now.kept[own], now).to(tensor.device)  # noqa: E731
+    begin = lm.to_end(lm.states[0])
+    return Place(Point(lm.layers[0].block, before=True), shown=shown, scale=begin, keep=(own,), adds=True)
 
 
 def _mlp(lm: Model, site: Site) -> Place:
@@ -176,6 +188,19 @@ def _mid(lm: Model, site: Site) -> Place:
 
     # The norm between attention and MLP reads the stream, but the stream does not go through it.
     return replace(_attention_part(lm, layer, shown, before), scale=layer.residual_scale)
+
+
+def _late(lm: Model, site: Site) -> Place:
+    layer, before = lm.layers[site.layer], Point(lm.layers[site.layer].block, before=True)
+    end = Point(layer.attention_end, before=False)
+
+    def shown(tensor: Tensor, now: Pass) -> Tensor:
+        written = now.rows(tensor) + _whole(lm, layer, now.kept[end]).to(tensor.device)
+        here = now.kept[before].to(tensor.device) + written * layer.residual_scale
+        return centre(here.to(lm.compute_dtype), lm)
+
+    place = Point(layer.end("mlp"), before=False)
+    return Place(place, shown=shown, scale=layer.residual_scale, keep=(before, end), adds=True)
 
 
 def _attention_part(lm: Model, layer: Layer, shown: Callable[[Tensor, Pass], Tensor], *keep: Point) -> Place:
@@ -321,6 +346,7 @@ _FINDERS: dict[str, Callable[[Model, Site], Place]] = {
     "pos_embed": _start,
     "pre": _state,
     "mid": _mid,
+    "late": _late,
     "post": _state,
     **dict.fromkeys(PROJECTED, _head),
     "bias": _bias,

@@ -17,7 +17,7 @@ from torch import Tensor
 from unwrite.model.attention import Patterns, patterns
 from unwrite.model.cache import Past
 from unwrite.model.capture import Recording, evaluating, recording
-from unwrite.model.continued import Calls, apart, calling, calls_from, continued, kept_run
+from unwrite.model.continued import Calls, apart, by_prompt, calling, calls_from, continued, kept_run
 from unwrite.model.hooks import read_of
 from unwrite.model.placed import decode
 from unwrite.model.values import through_values, value_scale
@@ -54,12 +54,13 @@ class Clean:
         """The stream as this layer's block was given it, wherever the layer before it computes."""
         return read_of(self.calls[layer])
 
-    def scale(self, layer: Layer) -> Tensor | None:
-        """The frozen scale of the norm before this layer's values."""
-        return value_scale(self.lm, layer, self.record.stream[layer.reads])
+    def scale(self, layer: Layer) -> Float[Tensor, "prompt position *kv_head"] | None:
+        """The frozen scale of the norms before and in this layer's values."""
+        return value_scale(self.lm, layer, self.record.stream[layer.makes_values.reads])
 
     def carried(self, layer: int, vector: Tensor) -> Float[Tensor, "prompt position head d_model"]:
-        """C of eq. 3: what this layer's heads write because `vector` is in the stream, pattern and norms held.
+        """C of eq. 3: what this layer's heads write because `vector` is in the stream that their values are made of,
+        pattern and norms held.
 
         Raises ModelError for a layer without attention.
         """
@@ -85,7 +86,7 @@ def clean(
         calls = stack.enter_context(calling(lm))
         stack.enter_context(apart(lm))
         decode(lm, ids, use_cache=False)
-    return Clean(lm, folded, record, calls, found)
+    return Clean(lm, folded, record, {layer: by_prompt(lm, call, call) for layer, call in calls.items()}, found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,8 +111,8 @@ class Base:
         return self.inputs[-1][torch.arange(len(self.row), device=self.row.device), self.row]
 
     def calls(self, start: int, end: int) -> Calls:
-        """How the model calls each block for rows start … end of one prompt that follow on earlier ones."""
-        return calls_from(self.lm, self.ids[:1], self.kept, start, end)
+        """How the model calls each block for rows start … end of its prompts that follow on earlier ones."""
+        return calls_from(self.lm, self.ids, self.kept, start, end)
 
     def begin(self, start: int) -> int:
         """The first row that a run must bring which differs from this one from row `start` on."""
