@@ -108,7 +108,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Location:
-    """A state of the residual stream: before a layer, between its attention and MLP or that and `beside`, or after it."""
+    """A state of the residual stream: before a layer, between two that write in it, or after it."""
 
     state: str
     layer: int

@@ -57,7 +57,7 @@ class Block:
         return None if call is None else below(self.path, call.path)
 
     def states_behind(self, op: Op | None) -> set[Op | None]:
-        """The states of the stream that something rests on; not that from which what a block is given beside was made."""
+        """The states that something rests on; not that from which what a block is given beside the stream was made."""
         return {bare(met) for met in behind(op, self.states | self.given) - self.given}
 
     def calls(self, within: str = "") -> Iterator[Called]:

@@ -111,7 +111,9 @@ class Handed:
             own = known.get(key, ())
             n = len(own[0]) if own else 0
             rest = [part[prompt[n:].to(part.device)] for part in parts]
-            joined = [torch.cat(pair) for pair in zip(own, rest, strict=True)] if own and n < len(prompt) else own or rest
+            joined = (
+                [torch.cat(pair) for pair in zip(own, rest, strict=True)] if own and n < len(prompt) else own or rest
+            )
             made[key] = tuple(joined)
         self._given[name] = made
         return made
@@ -121,20 +123,33 @@ class Handed:
         self._known |= {name: dict(given) for name, given in self._given.items()}
 
 
+def of_prompts(call: Call, prompt: Int[Tensor, " run"], handed: Handed) -> Call:
+    """A call in which what is another one for another prompt is that of these prompts, one for each run."""
+
+    def fit(name: str, value: Any) -> Any:
+        if not isinstance(value, ByPrompt):
+            return value
+        whole = value.whole
+        return whole[prompt.to(whole.device)] if isinstance(whole, Tensor) else handed.give(name, whole, prompt)
+
+    return _each(call, fit)
+
+
 def with_past(call: Call, cache: Cache | None, prompt: Int[Tensor, " run"], handed: Handed) -> Call:
-    """The arguments with which a block was called, for runs of these prompts with this past."""
+    """The arguments with which a block was called for one prompt, for runs of these prompts with this past."""
     prompts = len(prompt)
 
     def fit(name: str, value: Any) -> Any:
         if isinstance(value, Cache):
             return cache
-        if isinstance(value, ByPrompt):
-            whole = value.whole
-            return whole[prompt.to(whole.device)] if isinstance(whole, Tensor) else handed.give(name, whole, prompt)
         if isinstance(value, Tensor) and value.dim() == _OF_MASK and len(value) == 1:
             return value.expand(prompts, -1, -1, -1)  # some families ask for a mask of every prompt
         # Everything else has an axis for prompts, of size 1; that of ALiBi may be folded into that of its heads.
         return value.repeat(prompts, *[1] * (value.dim() - 1)) if name == "alibi" and value is not None else value
 
+    return of_prompts(_each(call, fit), prompt, handed)
+
+
+def _each(call: Call, fit: Callable[[str, Any], Any]) -> Call:
     args, kwargs = call
-    return tuple(fit(str(i), value) for i, value in enumerate(args)), {name: fit(name, value) for name, value in kwargs.items()}
+    return tuple(fit(str(i), value) for i, value in enumerate(args)), {n: fit(n, value) for n, value in kwargs.items()}

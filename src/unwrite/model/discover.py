@@ -29,8 +29,8 @@ from unwrite.model.weights import offloaded, weight_of
 
 # A number that was measured is one of the configuration within this; so much of a cap is told from logits below it.
 _NAMED, _BELOW = 1e-5, 0.9
-_NORMS = ("input_norm", "post_attention_norm", "post_mlp_norm", "post_beside_norm", "latent", "latent_norm", "value_norm",
-          "head_norm")  # fmt: skip
+_NORMS = ("input_norm", "post_attention_norm", "post_mlp_norm", "post_beside_norm", "latent", "latent_norm",
+          "value_norm", "head_norm")  # fmt: skip
 # What is said of the row where no layer says it. A mixture of experts shows no product, and is one with its router's.
 _UNKNOWN: dict[str, Any] = {
     "value_layout": (1, 0), "value_factor": 1.0, "interface": True, "opened": {}, "parallel": False,
@@ -136,7 +136,12 @@ def _agreed(blocks: Sequence[Block], found: Sequence[Said]) -> dict[str, Any]:
     }  # fmt: skip
     of_layers = {name: [getattr(part, name) or 0 for part in found] for name in ("heads", "kv_heads")}
     of_layers["gain"] = [part.gain for part in found]
-    return {**agreed, "mixers": mixers, "shared": shared, **{name: _alike(numbers) for name, numbers in of_layers.items()}}
+    return {
+        **agreed,
+        "mixers": mixers,
+        "shared": shared,
+        **{name: _alike(numbers) for name, numbers in of_layers.items()},
+    }
 
 
 def _alike(numbers: list[Any]) -> Any:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from unwrite.errors import ModelError
 from unwrite.model.attention import Patterns, around_attention, is_called, patterns
 from unwrite.model.capture import Recording, evaluating, recording
-from unwrite.model.continued import Calls, calling, calls_of, continues, kept_run
+from unwrite.model.continued import Calls, calls_of, continues, kept_run
 from unwrite.model.hooks import Call, after, first_of, hooked, kept, read_of
 from unwrite.model.inside import maybe
 from unwrite.model.lengths import switches
@@ -57,10 +57,10 @@ def added(lm: Model, folded: tuple[Folded, ...], ids: Ids, mask: Mask, dtype: to
 
     `dtype` is that in which the model computes now.
     """
-    with recording(lm, folded, truth=True) as record, _ends_of_mlps(lm) as ends, calling(lm) as calls:
+    with recording(lm, folded, truth=True) as record, _ends_of_mlps(lm) as ends:
         whole = output_of(lm, ids, mask)
     if mask.all():
-        _find_by_prompt(lm, calls, calls_of(lm, ids[:1], (), 0, ids.shape[1]))
+        _find_by_prompt(lm, *(calls_of(lm, part, (), 0, ids.shape[1]) for part in (ids, ids[:1])))
     logits = whole[mask]
     nodes = expand(lm, folded, _per_prompt(record, mask).map(lambda part: part[mask]))
     for layer in (layer for layer in lm.layers if layer.heads):

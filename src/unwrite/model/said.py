@@ -121,7 +121,13 @@ def said(block: Block, mixes: Collection[str], earlier: Sequence[Block] = ()) ->
     out_bias = None if first is None else _out_bias(block, first, after)
     scale = next(part.factor for part in (first, second) if part is not None)
     norms = tuple(call for call in (into, *inside, after, last) if call is not None)
-    return Said(**{**dict.fromkeys(Said.paths()), **found}, residual_scale=scale, gain=block.gain, out_bias=out_bias, norms=norms)
+    return Said(
+        **{**dict.fromkeys(Said.paths()), **found},
+        residual_scale=scale,
+        gain=block.gain,
+        out_bias=out_bias,
+        norms=norms,
+    )
 
 
 def looked(block: Block) -> Looked | None:
@@ -155,8 +161,8 @@ def _source(look: Looked, earlier: Sequence[Block]) -> int | None:
 
 
 def unseen(block: Block) -> list[Called]:
-    """What writes in a block, or reads a state of it, and has no attention that was seen: it may mix positions, or be an
-    MLP or a part of one, which does not."""
+    """What writes in a block, or reads a state of it, and has no attention that was seen: it may mix positions, or be
+    an MLP or a part of one, which does not."""
     look = looked(block)
     every = [writer(block, part) for part in block.writers]
     every += [call for call in block.calls() if call not in every and _reads_late(block, call)]

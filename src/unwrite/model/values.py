@@ -106,7 +106,7 @@ def _linear(lm: Model, norm: nn.Module | None, vector: Tensor) -> Tensor:
 
 
 def into_values(lm: Model, layer: Layer, vector: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows read"]:
-    """What a vector in the stream is in what the values' projection reads, but for the scale of norms and for biases."""
+    """What a vector in the stream is in what the values' projection reads, but for norms' scales and biases."""
     vector = _linear(lm, layer.makes_values.input_norm, _here(layer, vector))
     return vector if layer.latent is None else from_latents(lm, layer, vector @ _down(lm, layer))
 

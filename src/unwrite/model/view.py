@@ -94,7 +94,7 @@ class Model:
         return find(self.decoder, self.row.final_norm)
 
     def to_end(self, location: Location) -> float:
-        """By which a state of the stream is multiplied on its way to the end, by gains of the blocks behind it; mostly 1.
+        """By which a state of the stream is multiplied on its way to the end: the gains of blocks behind it; mostly 1.
 
         What nodes write is given as it arrives there, so the final state is the sum of all, and this state times this
         number the sum of those that have written.
@@ -119,26 +119,18 @@ class Model:
         return (Location("pre", 0), *(state for layer in self.layers for state in self._states(layer)))
 
     def _states(self, layer: Layer) -> Iterator[Location]:
-        there = {"mid": not self.parallel and layer.heads > 0 and layer.has_mlp, "late": layer.late is not None, "post": True}
+        both = not self.parallel and layer.heads > 0 and layer.has_mlp
+        there = {"mid": both, "late": layer.late is not None, "post": True}
         return (Location(state, layer.index) for state, has in there.items() if has)
 
-    def read_by(self, node: Node) -> Location:
-        """The state of the stream that a head, a mixer or an MLP reads."""
-        between = {"beside": ("late", "mid"), "mlp": ("mid",)}.get(node.kind, ())
-        states = (state for kind in between if (state := Location(kind, node.layer)) in self.states)
-        return next(states, self.layers[node.layer].reads)
-
     def can_read(self, reader: Node, writer: Node) -> bool:
-        """Can a node's input contain what `writer` wrote? Values of a head may be of an earlier state (`can_carry`)."""
+        """Can a node's input contain what `writer` wrote? Values of a head may be of an earlier state (`carriers`)."""
         return reads(reader, writer, self.parallel, self.layers[reader.layer].late is not None)
 
     def carriers(self, writer: Node) -> list[int]:
         """The layers whose heads can carry through values what `writer` wrote."""
-        return [layer.index for layer in self.layers if self.can_carry(layer, writer)]
-
-    def can_carry(self, layer: Layer, writer: Node) -> bool:
-        """Can values of this layer's heads contain what `writer` wrote?"""
-        return layer.attends and layer.makes_values.reads.holds(writer, self.parallel)
+        attending = (layer for layer in self.layers if layer.attends)
+        return [layer.index for layer in attending if layer.makes_values.reads.holds(writer, self.parallel)]
 
     def after(self, node: Node) -> Location:
         """The state of the stream right after a node has written."""
@@ -280,8 +272,8 @@ def _exact(lm: Model, weight: Tensor, detach: bool = True) -> Tensor:
 class Folded:
     """What turns the factors of one layer's attention into writes.
 
-    `w_o` includes the residual scale, later gains and a post-norm's gain, and is centred under the convention; `constant` is the
-    part of z that the convention moves to the bias node, whose write is `bias` (times a post-norm's frozen scale).
+    `w_o` includes the residual scale, gains of blocks and a post-norm's, and is centred under the convention; `constant`
+    is the part of z that the convention moves to the bias node, whose write is `bias` (times a post-norm's frozen scale).
     """
 
     w_o: Float[Tensor, "head d_head d_model"]

@@ -181,9 +181,7 @@ def _chosen(lm: Model, removed: xr.Dataset, most: int) -> dict[str, str]:
 def _answered(lm: Model, writers: np.ndarray) -> np.ndarray:
     """Which writes can be taken out: not the embedding's, and only those that some later node could read."""
     nodes = [parse_node(writer) for writer in writers]
-    return np.array(
-        [w.kind not in ("embed", "bias") and any(lm.can_read(e, w) for e in lm.parts) for w in nodes]
-    )
+    return np.array([w.kind not in ("embed", "bias") and any(lm.can_read(e, w) for e in lm.parts) for w in nodes])
 
 
 def _gap(proof: Result) -> float:

@@ -168,7 +168,10 @@ def _attention_rules(lm: Model, layer: Layer, rule: str) -> Iterator[Handle]:
         yield after(layer.value, partial(_only, value_columns(lm, layer)))
         if layer.latent is not None:
             yield after(layer.latent, partial(_only, torch.arange(sizes(layer.latent)[1]) < sizes(layer.value)[0]))
-    followed = (layer.out_proj, *(layer.modules.get(name) for name in ("head_norm", "value", "latent", "latent_norm", "value_norm")))
+    followed = (
+        layer.out_proj,
+        *(layer.modules.get(name) for name in ("head_norm", "value", "latent", "latent_norm", "value_norm")),
+    )
     # Of what is followed all parts are: an adapter lies beside the weight that it adapts.
     kept = [module for module in followed[: None if rule == "values" else 1] if module is not None]
     parts = {part for module in kept for part in module.modules()}

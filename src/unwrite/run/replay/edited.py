@@ -14,13 +14,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from unwrite.model.attention import patterns
-from unwrite.model.cache import Handed, with_past
+from unwrite.model.cache import Handed, of_prompts
 from unwrite.model.capture import Recording, recording
 from unwrite.model.continued import block
 from unwrite.model.hooks import Visit, after, before, hooked
 from unwrite.model.values import through_values
 from unwrite.model.view import Layer, Model, centre
-from unwrite.nodes import Location, Node
+from unwrite.nodes import Node
 from unwrite.run.replay.clean import Clean
 
 
@@ -74,21 +74,25 @@ def one_reader(
     block is called as in the clean run. Where attention and MLP read one state the block takes in x − vector, and its
     attention is not looked at; elsewhere what stands between the two does, and its attention is the clean one.
     """
-    changes: dict[Node, Tensor] = {}
-    for layer, state in dict.fromkeys((node.layer, run.lm.read_by(node)) for node in mlps):
-        with recording(run.lm, run.folded) as record:
-            _run_without(run, vector, run.lm.layers[layer], state)
-        here = (node for node in mlps if (node.layer, run.lm.read_by(node)) == (layer, state))
+    lm, changes = run.lm, dict[Node, Tensor]()
+    at = {node: _read_through(lm, node) for node in mlps}
+    # What reads an MLP's write is asked by itself: in a run without the vector the MLP before it writes otherwise.
+    for late in (False, True):
+        here = [node for node, module in at.items() if (module is lm.layers[node.layer].late) is late]
+        with recording(lm, run.folded) as record:
+            for layer, module in {node.layer: at[node] for node in here}.items():
+                with hooked([before(module, partial(_without, vector / lm.layers[layer].to_end))]):
+                    again(run, lm.layers[layer], Handed())
         changes |= {node: run.record.vectors[node] - record.vectors[node] for node in here}
     return {node: changes[node] for node in mlps}
 
 
-def _run_without(run: Clean, vector: Tensor, layer: Layer, state: Location) -> None:
-    """A block of the clean run, what reads a state of it without a vector."""
-    module = {"mid": layer.mid, "late": layer.late}.get(state.state) or layer.block
-    here = vector / layer.to_end
-    with hooked([before(module, partial(_without, here))]):
-        again(run, layer, Handed())
+def _read_through(lm: Model, node: Node) -> nn.Module:
+    """The module whose input is the state that an MLP, or what writes beside or after it, reads."""
+    layer = lm.layers[node.layer]
+    if node.kind == "beside" and layer.late is not None:
+        return layer.late
+    return layer.block if lm.parallel or layer.mid is None else layer.mid
 
 
 def _without(vector: Tensor, x: Tensor) -> Tensor:
@@ -99,7 +103,7 @@ def _without(vector: Tensor, x: Tensor) -> Tensor:
 def again(run: Clean, layer: Layer, handed: Handed, x: Tensor | None = None) -> Tensor:
     """A block of the clean run once more, on another stream if one is given, beside what earlier ones have `handed` on."""
     call, stream = run.calls[layer.index], run.input(layer.index)
-    made = block(layer, with_past(call, None, torch.arange(len(stream), device=stream.device), handed), x)
+    made = block(layer, of_prompts(call, torch.arange(len(stream), device=stream.device), handed), x)
     handed.keep()
     return made
 

@@ -66,7 +66,9 @@ def _delta(base: Base, source: Values, ends: Ends, write: Write) -> Float[Tensor
     slot = next(s for s in ends.sent if s.kind == write.kind and (write.kind == "embed" or s.layer == write.layer))
     if write.kind not in PROJECTED:
         change = (source[slot] - base.values[slot])[:, :, 0]
-        return change * (base.lm.to_end(base.lm.states[0]) if write.kind == "embed" else base.lm.layers[write.layer].into)
+        return change * (
+            base.lm.to_end(base.lm.states[0]) if write.kind == "embed" else base.lm.layers[write.layer].into
+        )
     before = base.values[ends.z[write.layer]]
     after = before.clone()
     for head in write.heads:

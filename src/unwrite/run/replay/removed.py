@@ -120,7 +120,7 @@ def _begun(run: Clean, runs: Changed, rows: slice, index: int, first: int) -> Fl
 
 
 def _edits(run: Clean, runs: Changed, rows: slice, layer: Layer) -> Iterator[Handle]:
-    """Where runs begin inside a block: its attention writes something else, its MLP reads that, or what reads the MLP."""
+    """Where runs begin inside a block: its attention or MLP writes something else, which what is after it reads."""
     begun = [i for i in range(rows.stop) if begins(run.lm, runs.node[i]) == layer.index == runs.node[i].layer]
     for end in dict.fromkeys(layer.end(runs.node[i].kind) for i in begun):
         part = [i for i in begun if layer.end(runs.node[i].kind) is end]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unwrite.model.capture import Recording
 from unwrite.model.view import Model, fold
-from unwrite.nodes import MLPS, PROJECTED, Location, Node
+from unwrite.nodes import MLPS, PROJECTED, Node
 from unwrite.prompts.tokens import Tokens
 from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.ledger import Ledger
@@ -218,12 +218,12 @@ class WithoutTally:
     def _through_values(self, run: Clean, write: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """What of each C lies along the write, and the write propagated layer by layer: x ← x + Σ_e C_e(x)."""
         by_node = write.new_zeros(len(self.lm.parts), *write.shape[:2])
-        whole, survival, read = write, [], dict[int, Tensor]()
+        whole, survival, read, carriers = write, [], dict[int, Tensor](), self.lm.carriers(self.writer)
         for state in self.lm.states:
             layer = self.lm.layers[state.layer]
             first = layer.index not in read and state.state != "pre"
             read |= {layer.index: whole} if first else {}
-            if first and self.lm.can_carry(layer, self.writer):
+            if first and layer.index in carriers:
                 by_node[self._heads(layer.index)] = along(run.carried(layer.index, write).movedim(2, 0), write)
                 whole = whole + run.carried(layer.index, read[layer.makes_values.index]).sum(2)
             survival.append(dot(whole, write))
