@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -429,6 +430,59 @@ def test_effects_are_those_of_patches_by_trace_one_prompt_at_a_time(nodes: str) 
     got = result["effect"].sel(node=some).values
     assert np.nanmax(abs(got - want)) < 1e-6 * max(1.0, np.nanmax(abs(want)))
     assert np.nanmax(abs(want)) > 1e-3
+
+
+def test_paths_are_those_of_plain_hooks() -> None:
+    """Direct edges by hand: what a sender writes more is in what one receiver reads, and nowhere else."""
+    lm, hf, pairs = model(), weights(), contrasts((5, 4))
+    senders, receivers = ["MLP1", "L2H1", "MLP3", "embed"], ["MLP2", "MLP4", "logits"]
+    result = uw.paths(lm, pairs, senders, receivers, mlps="frozen")
+    for i, length in enumerate((5, 4)):
+        base, source = (torch.from_numpy(part.ids[i : i + 1, :length]) for part in (pairs.base, pairs.source))
+        with torch.no_grad():
+            writes = [replay.clean(lm, ids, fold(lm)) for ids in (base, source)]
+        plain = ran(hf, base)[0][0, -1]
+        for sender, receiver in product(senders, receivers):
+            own = parse_node(sender)
+            if sender == "L2H1":  # through the post-norm, with what the other heads hand over
+                continue
+            delta = writes[1].write(own) - writes[0].write(own)
+            got = result["effect"].sel(sender=sender, receiver=receiver).values[i]
+            if receiver != "logits" and not lm.can_read(parse_node(receiver), own):
+                assert np.isnan(got)
+                continue
+            at = hf.model.norm if receiver == "logits" else hf.model.layers[int(receiver[3])].pre_feedforward_layernorm
+            here = delta / behind("resid_post5" if receiver == "logits" else f"resid_mid{receiver[3]}")
+            hook = at.register_forward_pre_hook(lambda _, args, here=here: (args[0] + here, *args[1:]))
+            moved = ran(hf, base, hook)[0][0, -1] - plain
+            want = moved[int(pairs.answer[i])] - moved[int(pairs.against[i])]
+            assert got == pytest.approx(float(want), rel=1e-4, abs=1e-7), (sender, receiver)
+
+
+def test_recomputed_paths_are_what_runs_with_held_heads_do() -> None:
+    """The sender is set, every other head is held, MLPs and what writes after them answer; what a head's query becomes
+    there is put into a plain run."""
+    lm, pairs = model(), contrasts((5,))
+    result = uw.paths(lm, pairs, ["MLP1", "MLP2"], ["L3H1.q", "logits"], mlps="recompute")
+    base, source = (torch.from_numpy(part.ids) for part in (pairs.base, pairs.source))
+    for sender in ("MLP1", "MLP2"):
+        layer = int(sender[3])
+        names = [f"L{i}.attn_out" for i in range(layer + 1, 6)]
+        with torch.no_grad(), uw.trace(lm, sender) as t:
+            lm.hf(input_ids=source, use_cache=False)
+        put_in = t[sender]
+        with torch.no_grad(), uw.trace(lm, *names) as t:
+            plain = lm.hf(input_ids=base, use_cache=False).logits[0, -1]
+        held_there = [uw.Edit.set(name, t[name]) for name in names]
+        edits = [uw.Edit.set(sender, put_in), *held_there]
+        with torch.no_grad(), uw.trace(lm, "L3H1.q", edits=edits) as t:
+            moved = lm.hf(input_ids=base, use_cache=False).logits[0, -1]
+        with torch.no_grad(), uw.trace(lm, edits=uw.Edit.set("L3H1.q", t["L3H1.q"])):
+            other = lm.hf(input_ids=base, use_cache=False).logits[0, -1]
+        for receiver, logits in (("logits", moved), ("L3H1.q", other)):
+            change = (logits - plain)[[int(pairs.answer[0]), int(pairs.against[0])]]
+            got = float(result["effect"].sel(sender=sender, receiver=receiver).values[0])
+            assert got == pytest.approx(float(change[0] - change[1]), rel=1e-4, abs=1e-7), (sender, receiver)
 
 
 @pytest.mark.parametrize("rule", ["direct", "net", "relp", "gradient"])

@@ -172,7 +172,7 @@ def _paired(every: Iterable[Any], first: Iterable[Any]) -> list[tuple[Tensor, Te
 
 def _rows_differ(every: Tensor, first: Tensor, prompts: int) -> bool | None:
     # Keys that another layer has chosen, of so few all, come in an order of its own; of more see `apart`.
-    if not (every.is_floating_point() or every.dtype == torch.bool):
+    if not (every.is_floating_point() or every.is_complex() or every.dtype == torch.bool):
         every, first = every.sort(-1).values, first.sort(-1).values
     if every.shape == first.shape:
         return False if torch.equal(every, first) else None

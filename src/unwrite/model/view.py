@@ -272,8 +272,9 @@ def _exact(lm: Model, weight: Tensor, detach: bool = True) -> Tensor:
 class Folded:
     """What turns the factors of one layer's attention into writes.
 
-    `w_o` includes the residual scale, gains of blocks and a post-norm's, and is centred under the convention; `constant`
-    is the part of z that the convention moves to the bias node, whose write is `bias` (times a post-norm's frozen scale).
+    `w_o` includes the residual scale, the gains of blocks and of a post-norm, and is centred under the convention;
+    `constant` is the part of z that the convention moves to the bias node, whose write is `bias` (times a post-norm's
+    frozen scale).
     """
 
     w_o: Float[Tensor, "head d_head d_model"]

@@ -101,7 +101,7 @@ def _without(vector: Tensor, x: Tensor) -> Tensor:
 
 
 def again(run: Clean, layer: Layer, handed: Handed, x: Tensor | None = None) -> Tensor:
-    """A block of the clean run once more, on another stream if one is given, beside what earlier ones have `handed` on."""
+    """A block of the clean run again, on another stream if one is given, with what earlier ones have `handed` on."""
     call, stream = run.calls[layer.index], run.input(layer.index)
     made = block(layer, of_prompts(call, torch.arange(len(stream), device=stream.device), handed), x)
     handed.keep()
