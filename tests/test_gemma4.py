@@ -31,7 +31,7 @@ from unwrite.model.attention import eager_of
 from unwrite.model.certificate import certify
 from unwrite.model.load import view
 from unwrite.model.view import Model, fold
-from unwrite.nodes import Node, parse_node
+from unwrite.nodes import Node, parse_location, parse_node
 from unwrite.run.backward.rules import RULES
 from unwrite.run.backward.slopes import cotangents
 from unwrite.run.replay import clean as replay
@@ -533,6 +533,30 @@ def test_slopes_are_those_of_a_network_that_is_held_by_plain_hooks(rule: str) ->
 
 
 # What may be otherwise.
+
+
+def test_a_gain_before_the_mlp_and_one_after_it_are_told_apart() -> None:
+    """Beam multiplies its stream at every addition, and each time by another number."""
+    hf = every.model("beam")  # in float32: its experts are computed in no better
+    lm, seen = view(hf, convention="raw"), dict[str, Tensor]()
+    assert [layer.mid_gain for layer in lm.layers] == pytest.approx([((i - 1) / i) ** 0.5 for i in (2, 4, 6, 8)])
+    for i, layer in enumerate(hf.model.layers):
+        for name, module in ((f"resid_mid{i}", layer.pre_feedforward_layernorm), (f"resid_post{i - 1}", layer)):
+            module.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
+    with torch.no_grad(), uw.trace(lm, *lm.locations) as t:
+        hf(input_ids=IDS, use_cache=False)
+    for name in ("resid_mid1", "resid_mid3", "resid_post1"):
+        close(t[name], seen[name], 1e-5)
+    run = replay.clean(lm, IDS, fold(lm))
+    node, change = Node("head", 1, 2), -0.5 * run.write(Node("head", 1, 2))
+    with torch.no_grad(), uw.trace(lm, edits=uw.Edit.scale("L1H2", 0.5)):
+        hf(input_ids=IDS, use_cache=False)
+    after = edited.added(run, node, change)
+    for name, state in (("resid_mid3", parse_location("resid_mid3")), ("resid_mid1", parse_location("resid_mid1"))):
+        close(after.stream[state], seen[name] * lm.to_end(state), 1e-5)
+    names, pairs = ["resid_mid1", "L1.attn_out", "resid_mid2", "MLP2"], contrasts((5, 4))
+    close(torch.from_numpy(uw.effects(lm, pairs, names)["effect"].sel(node=names).values).nan_to_num(),
+          torch.from_numpy(executed(lm, pairs, names)[0]).nan_to_num(), 1e-4)  # fmt: skip
 
 
 def test_values_that_are_keys_are_those_of_the_keys_projection() -> None:

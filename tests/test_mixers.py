@@ -118,7 +118,7 @@ def test_a_mixer_head_writes_what_its_projection_lacks_without_it(lm: Model) -> 
     ran(lm, ids, in_z(lm, head, torch.zeros_like), keep("without"))
     with uw.trace(lm, f"L{layer}M{head}") as t:
         lm.hf(input_ids=ids, use_cache=False)
-    scale = lm.residual_scale
+    scale = lm.layers[layer].residual_scale
     # What stands behind the projection (a norm in no type here) would come in between.
     assert torch.allclose(t[f"L{layer}M{head}"], (found["with"] - found["without"]) * scale, atol=1e-5)
 

@@ -164,7 +164,8 @@ def inside(lm: Model, layer: Layer, record: Recording) -> Iterator[Handle]:
     """Keeps the stream between a layer's attention and its MLP, and after that, where a module reads it there."""
     for state, module in (("mid", layer.mid), ("late", layer.late)):
         if module is not None:
-            keep = _keep(record.stream, Location(state, layer.index), lm, layer.to_end)
+            location = Location(state, layer.index)
+            keep = _keep(record.stream, location, lm, lm.to_end(location))
             yield before(module, lambda x, keep=keep: keep(_like(x, record)))
 
 

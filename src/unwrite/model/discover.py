@@ -34,7 +34,7 @@ _NORMS = ("input_norm", "post_attention_norm", "post_mlp_norm", "post_beside_nor
 # What is said of the row where no layer says it. A mixture of experts shows no product, and is one with its router's.
 _UNKNOWN: dict[str, Any] = {
     "value_layout": (1, 0), "value_factor": 1.0, "interface": True, "opened": {}, "parallel": False,
-    "residual_scale": 1.0, "gated": True,
+    "gated": True,
     "gated_heads": False, "sinks": False,
 }  # fmt: skip
 # What is said of all layers where it is true of some.
@@ -135,7 +135,7 @@ def _agreed(blocks: Sequence[Block], found: Sequence[Said]) -> dict[str, Any]:
         if part.heads is not None and part.value is None and i not in shared
     }  # fmt: skip
     of_layers = {name: [getattr(part, name) or 0 for part in found] for name in ("heads", "kv_heads")}
-    of_layers["gain"] = [part.gain for part in found]
+    of_layers |= {name: [getattr(part, name) for part in found] for name in ("gain", "mid_gain", "residual_scale")}
     return {
         **agreed,
         "mixers": mixers,
@@ -272,7 +272,7 @@ def _numbers(hf: Any) -> list[float]:
 def _settled(found: dict[str, Any], hf: Any) -> dict[str, Any]:
     """The fields of a row, numbers as the configuration has them where it does, functions where a row has functions."""
     for name in ("embed_scale", "residual_scale", "logit_scale", "value_factor"):
-        found[name] = _named(found[name], hf)
+        found[name] = _named(found[name], hf) if isinstance(found[name], float) else found[name]
     functions = {part.name for part in fields(Family) if callable(getattr(Family, part.name, None))}
     return {name: _always(value) if name in functions else value for name, value in found.items()}
 

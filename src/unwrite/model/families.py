@@ -108,8 +108,9 @@ class Family:
     opened: Callable[[Config], Mapping[str, str]] = _nowhere
     parallel: Callable[[Config], bool] = _no
     embed_scale: Callable[[Config], float] = _one  # applied outside the embedding module
-    residual_scale: Callable[[Config], float] = _one
+    residual_scale: Callable[[Config], float | Sequence[float]] = _one  # of all layers alike, or of each, as gains
     gain: Callable[[Config], float | Sequence[float]] = _one  # by which a block multiplies all that it gives
+    mid_gain: Callable[[Config], float | Sequence[float]] = _one  # and by which it did what its MLP reads
     logit_scale: Callable[[Config], float] = _one
     logit_cap: Callable[[Config], float | None] = _none
     refuse: Callable[[Config], str | None] = _none  # why this configuration cannot be expressed

@@ -46,6 +46,7 @@ class Layer:
     kv_heads: int
     residual_scale: float  # by which what attention and MLP put out is multiplied before the stream takes it in
     gain: float  # by which the block multiplies all that it gives, the stream and what joined it
+    mid_gain: float  # by which it did before its MLP reads that
     to_end: float  # by which, the gains of this block and of all later ones, all in its stream reaches the end
     values_of: Layer | None  # the layer whose keys and values its attention looks at, if they are not its own
 
@@ -53,6 +54,11 @@ class Layer:
     def into(self) -> float:
         """By which what attention and MLP put out is multiplied until it is in the final stream."""
         return self.residual_scale * self.to_end
+
+    @property
+    def mid_to_end(self) -> float:
+        """By which the state between attention and MLP reaches the end."""
+        return self.to_end / self.mid_gain
 
     @property
     def attention(self) -> nn.Module:
@@ -190,8 +196,9 @@ def _layer_of(
         out_bias=held(block, row.out_bias),
         heads=heads if "out_proj" in modules else 0,
         kv_heads=_of_layer(row.kv_heads, config, index) if "value" in modules else 0,
-        residual_scale=row.residual_scale(config),
+        residual_scale=_of_layer(row.residual_scale, config, index),
         gain=gain,
+        mid_gain=_of_layer(row.mid_gain, config, index),
         to_end=to_end,
         values_of=of,
     )

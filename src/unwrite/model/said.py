@@ -72,6 +72,7 @@ class Said:
     parallel: bool | None = None
     residual_scale: float
     gain: float
+    mid_gain: float = 1.0
     shared: int | None = None  # the block whose keys and values its attention looks at
     norms: tuple[Called, ...]
 
@@ -105,7 +106,7 @@ def said(block: Block, mixes: Collection[str], earlier: Sequence[Block] = ()) ->
         into = None if mlp is None else _norm_before(block, mlp)
     if mixer is not None and mlp is not None:
         parallel, mid = _between(block, mixer, mlp, path, into)
-        found |= {"parallel": parallel, "mid": block.name(mid)}
+        found |= {"parallel": parallel, "mid": block.name(mid), "mid_gain": _gain_at(block, mlp)}
     if mlp is not None:
         hidden, gated = _hidden(block, mlp)
         act = None if hidden is None else below(mlp.path, hidden.path)
@@ -212,9 +213,19 @@ def _beside(block: Block, part: Term, mlp: Called, mixes: Collection[str]) -> tu
     if not readers or {*held} != {one.call for one in block.writers if one is not part}:
         raise Unlike(f"more than an MLP and what shares its input write in a block ({listed(block, block.writers)})")
     of_stream = [one for one in _factors(own.reads) if block.states_behind(one)]
+    if abs(_gain_at(block, own) - 1) > SAME:
+        raise Unlike(f"the block multiplies its stream before {block.name(own)} reads it")
     if len(of_stream) > 1 or any(call.path in mixes for call in readers):
         raise Unlike(f"what {block.name(own)} reads is no product of one thing in the stream with something beside it")
     return {**found, "late": block.name(min(readers, key=lambda call: call.path.count(".")))}, norm
+
+
+def _gain_at(block: Block, reader: Called) -> float:
+    """By what the block has multiplied its stream where this is read."""
+    (state,) = block.states_behind(reader.made)
+    maker = partial(block.trace.maker, within=block.path)
+    parts = [] if state is None or state is block.source else [*terms(state, block.source, maker)]
+    return sum(part.factor for part in parts if part.call is None and not part.other) if parts else 1.0
 
 
 def _written(block: Block, state: Op | None) -> list[Called]:

@@ -100,7 +100,8 @@ class Model:
         number the sum of those that have written.
         """
         index = location.layer + (location.state == "post")
-        return self.layers[index].to_end if index < len(self.layers) else 1.0
+        layer = self.layers[index] if index < len(self.layers) else None
+        return 1.0 if layer is None else layer.mid_to_end if location.state == "mid" else layer.to_end
 
     @cached_property
     def parts(self) -> tuple[Node, ...]:

@@ -26,7 +26,7 @@ def described(lm: Model) -> str:
     said += [*_attention(lm, attending)] if attending else []
     said += [_mixers(mixing)] if mixing else []
     said += [_mlps(lm, mlps)] if mlps else []
-    said += [f"{what} times {by:g}" for what, by in _factors(lm).items() if by != 1]
+    said += [f"{what} times {by}" for what, by in _factors(lm).items() if by != "1"]
     said += [*_beyond(lm)]
     said += ["positions are what else the first block reads"] if row.pos_embed == REST else []
     said += [f"attention adds {row.out_bias}"] if row.out_bias else []
@@ -34,20 +34,26 @@ def described(lm: Model) -> str:
     return "; ".join(said + ([] if cap is None else [f"logits are capped at {cap:g}"]))
 
 
-def _factors(lm: Model) -> dict[str, float]:
+def _factors(lm: Model) -> dict[str, str]:
     row, config = lm.row, lm.config
-    return {
-        "the embedding is": row.embed_scale(config), "writes of blocks are": row.residual_scale(config),
-        "values are": row.value_factor(config), "logits are": row.logit_scale(config),
+    numbers = {
+        "the embedding is": [row.embed_scale(config)], "writes of blocks are": [x.residual_scale for x in lm.layers],
+        "values are": [row.value_factor(config)], "logits are": [row.logit_scale(config)],
     }  # fmt: skip
+    return {what: _span(by) for what, by in numbers.items()}
+
+
+def _span(numbers: Sequence[float]) -> str:
+    least, most = min(numbers), max(numbers)
+    return f"{least:g}" if least == most else f"{least:g} to {most:g}"
 
 
 def _beyond(lm: Model) -> Iterator[str]:
     """What blocks do beside adding to one stream what is made of it."""
     gains = [layer.gain for layer in lm.layers if layer.gain != 1]
     if gains:
-        by = f"{min(gains):g}" if min(gains) == max(gains) else f"{min(gains):g} to {max(gains):g}"
-        yield f"{len(gains)} blocks multiply their stream by {by}: what nodes write is given as it arrives at the end"
+        by = f"{len(gains)} blocks multiply their stream by {_span(gains)}"
+        yield f"{by}: what nodes write is given as it arrives at the end"
     if behind := _names(lm.layers, lambda layer: layer.beside if layer.late else None):
         yield f"after the MLP writes {behind}, which reads the stream that it leaves"
     if beside := sorted(lm.by_prompt):

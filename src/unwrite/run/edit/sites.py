@@ -184,10 +184,11 @@ def _mid(lm: Model, site: Site) -> Place:
 
     def shown(tensor: Tensor, now: Pass) -> Tensor:
         written = _whole(lm, layer, tensor) * layer.residual_scale
-        return centre((now.kept[before].to(tensor.device) + written).to(lm.compute_dtype), lm)
+        return centre((now.kept[before].to(tensor.device) + written).to(lm.compute_dtype) * layer.mid_gain, lm)
 
     # The norm between attention and MLP reads the stream, but the stream does not go through it.
-    return replace(_attention_part(lm, layer, shown, before), scale=layer.residual_scale)
+    scale = layer.residual_scale * layer.mid_gain
+    return replace(_attention_part(lm, layer, shown, before), scale=scale)
 
 
 def _late(lm: Model, site: Site) -> Place:

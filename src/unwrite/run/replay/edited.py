@@ -81,7 +81,9 @@ def one_reader(
         here = [node for node, module in at.items() if (module is lm.layers[node.layer].late) is late]
         with recording(lm, run.folded) as record:
             for layer, module in {node.layer: at[node] for node in here}.items():
-                with hooked([before(module, partial(_without, vector / lm.layers[layer].to_end))]):
+                own = lm.layers[layer]
+                to_end = own.mid_to_end if module is own.mid else own.to_end
+                with hooked([before(module, partial(_without, vector / to_end))]):
                     again(run, lm.layers[layer], Handed())
         changes |= {node: run.record.vectors[node] - record.vectors[node] for node in here}
     return {node: changes[node] for node in mlps}
