@@ -372,6 +372,25 @@ def test_verify_follows_a_write_through_values_as_the_held_network_does(writer: 
     assert abs(got - 1) > 1e-4
 
 
+def test_the_input_of_values_is_that_of_all_who_share_them() -> None:
+    lm, hf = model(), weights()
+    other = torch.randn(*IDS.shape, lm.d_model, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    names = [f"L{SOURCE}H1.v", f"L{SOURCE}H1.k", f"L{SHARING}H1.v", f"L{SHARING}H1.k"]
+    with torch.no_grad():
+        with uw.trace(lm, *names) as before:
+            hf(input_ids=IDS, use_cache=False)
+        with uw.trace(lm, *names, edits=uw.Edit.set(f"L{SOURCE}.v_input", other)) as after:
+            hf(input_ids=IDS, use_cache=False)
+        hook = hf.model.layers[SOURCE].register_forward_pre_hook(lambda _, args: (other, *args[1:]))
+        with hooks(hook), uw.trace(lm, *names) as want:
+            hf(input_ids=IDS, use_cache=False)
+    for v, k in (names[:2], names[2:]):
+        assert torch.equal(after[k], before[k])
+        torch.testing.assert_close(after[v], want[v], rtol=0, atol=1e-12)
+    with pytest.raises(NodeError, match=r"no site L4\.v_input.*those of layer 2"), uw.trace(lm, "L4.v_input"):
+        pass
+
+
 # Methods.
 
 

@@ -38,6 +38,8 @@ def attending(
 
     `source`: the earlier block, and its attention, whose values these are. The row says of that one how it makes them.
     """
+    if source is not None and not look.interface:
+        raise Unlike("its attention has keys and values of an earlier block and is called by no interface")
     out, z = _attention(block, look, writer)
     head_norm, gated_heads = _between_heads(block, look, out)
     made, normed = source or (block, look), _normed(*(source or (block, look)))

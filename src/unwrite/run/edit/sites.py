@@ -108,6 +108,8 @@ def _lacks(lm: Model, kind: str, layer: Layer) -> str | None:
         return "what writes beside its MLP; this layer has nothing like it"
     if kind in ("act", "neuron", "mlp") and not layer.has_mlp:
         return "an MLP; this layer has none"
+    if kind == "v_input" and layer.values_of is not None:
+        return f"a layer with values of its own; this one has those of layer {layer.values_of.index}"
     if kind in ("v_input", "pattern", "z") or KINDS[kind].group in ("q", "k", "v", "shared_k", "shared_v"):
         instead = f" but a mixer (L{layer.index}M0.z): it has no pattern, queries, keys or values" * bool(layer.heads)
         return None if layer.attends else f"a layer with attention; this one has none{instead}"
@@ -282,11 +284,11 @@ def _v_input(lm: Model, site: Site) -> Place:
     before = Point(layer.block, before=True)
     shown = lambda tensor, now: centre(now.kept[before].to(lm.compute_dtype), lm)  # noqa: E731
     put = partial(_values_of, lm, layer, before)
-    return Place(Point(layer.value, before=False), shown=shown, put=put, keep=(before,))
+    return Place(Point(layer.value_norm or layer.value, before=False), shown=shown, put=put, keep=(before,))
 
 
 def _values_of(lm: Model, layer: Layer, before: Point, tensor: Tensor, old: Tensor, new: Tensor, now: Pass) -> Tensor:
-    """What the value projection puts out, with values that read another stream."""
+    """What the value projection, or a norm of values, puts out, with values that read another stream."""
     stream = (now.kept[before] + (new - old).to(now.kept[before].device)).to(now.kept[before].dtype)
     # `forward`, and not a call: hooks see only what the model itself does.
     read = stream if layer.input_norm is None else layer.input_norm.forward(stream)
@@ -298,8 +300,11 @@ def _values_of(lm: Model, layer: Layer, before: Point, tensor: Tensor, old: Tens
                 fix="give the whole prompt to one pass",
             )
         read = layer.latent_norm.forward(layer.latent.forward(read)[..., : sizes(layer.value)[0]])
-    values = layer.value.forward(read).view_as(tensor)
-    return torch.where(value_columns(lm, layer).to(tensor.device), values, tensor)
+    values, columns = layer.value.forward(read), value_columns(lm, layer).to(tensor.device)
+    if layer.value_norm is None:
+        return torch.where(columns, values.view_as(tensor), tensor)
+    own = values[..., columns].view_as(tensor) * lm.row.value_factor(lm.config)
+    return layer.value_norm.forward(own)
 
 
 def _attended(lm: Model, site: Site) -> Place:
