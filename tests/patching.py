@@ -56,7 +56,7 @@ def contrasts(lengths: Sequence[int] = (6, 4, 7), seed: int = 0, against: bool =
 
 def site(name: str) -> str:
     """Where a node's value is: that of a head is its z."""
-    return f"{name}.z" if re.fullmatch(r"L\d+H\d+", name) else name
+    return f"{name}.z" if re.fullmatch(r"L\d+[HM]\d+", name) else name
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,7 @@ COMMAND = "python tests/survey.py --methods"
 APPLIED = ("scan", "verify", "survival", "dla", "effects")
 
 # At least so many types open. Only ever raised: a test fails when fewer do.
-OPENED = {"text": 125, "images": 68}
+OPENED = {"text": 132, "images": 70}
 
 REFUSED, NOT_MADE, BUG = "refused", "not made", "inner error"
 STATUSES = (BY_HAND, FOUND, REFUSED, NOT_MADE, BUG)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import every
 import unwrite as uw
 from methods import IDS, PAIRS, few_draws
-from unwrite.errors import ModelError, NodeError
+from patching import contrasts, executed
+from unwrite.errors import NodeError
 from unwrite.model.discover import discovered
 from unwrite.model.load import view
 from unwrite.model.view import Model
@@ -117,7 +118,7 @@ def test_a_mixer_head_writes_what_its_projection_lacks_without_it(lm: Model) -> 
     ran(lm, ids, in_z(lm, head, torch.zeros_like), keep("without"))
     with uw.trace(lm, f"L{layer}M{head}") as t:
         lm.hf(input_ids=ids, use_cache=False)
-    scale = lm.residual_scale
+    scale = lm.layers[layer].residual_scale
     # What stands behind the projection (a norm in no type here) would come in between.
     assert torch.allclose(t[f"L{layer}M{head}"], (found["with"] - found["without"]) * scale, atol=1e-5)
 
@@ -241,9 +242,17 @@ def test_a_mixer_has_no_pattern(site: str, says: str) -> None:
         pass
 
 
-def test_blocks_that_are_given_more_than_the_stream_are_refused() -> None:
-    with pytest.raises(ModelError, match="blocks of Zamba2ForCausalLM read something beside the stream"):
-        view(every.model("zamba2"))
+@pytest.mark.parametrize("kind", ["zamba", "zamba2"])
+def test_blocks_that_are_given_a_prompts_embeddings_are_given_its_own(kind: str) -> None:
+    """In every third layer what reads the stream and these is no writer: a mixer reads what it gives."""
+    lm, pairs = view(every.model(kind), convention="raw"), contrasts((5, 4))
+    assert lm.by_prompt == {"1"}
+    names = ["L0M0", "resid_post1", "L3M0"]
+    got, want = uw.effects(lm, pairs, names)["effect"].values, executed(lm, pairs, names)[0]
+    assert np.allclose(got, want, atol=1e-4, equal_nan=True)
+    assert np.nanmax(abs(want)) > 1e-2
+    # Of a prompt by itself there is one row of everything.
+    assert np.allclose(uw.effects(lm, contrasts((5,)), names)["effect"].values[0, :, 0], want[0, :, 0], atol=1e-4)
 
 
 def test_doctor_says_where_mixers_are_and_what_is_not_known_of_them() -> None:

@@ -157,7 +157,8 @@ def test_inner_sites_are_what_plain_hooks_of_an_untraced_pass_show(kind: str) ->
 def read_values(lm: Model, layer: Layer, stream: Tensor) -> Tensor:
     """norm(stream) W_V + b of every query head, from weights alone."""
     weight, bias = value_weights(lm, layer)
-    normed = into_values(lm, layer, stream, value_scale(lm, layer, stream))
+    normed, scale = into_values(lm, layer, stream), value_scale(lm, layer, stream)
+    normed = normed if scale is None else normed * scale[..., None]
     beta = getattr(layer.input_norm, "bias", None)
     return (normed if beta is None else normed + beta.detach())[:, None] @ weight + bias[:, None]
 

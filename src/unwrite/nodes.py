@@ -72,14 +72,15 @@ KINDS: dict[str, Kind] = {
     "mlp": Kind(
         "MLP{layer}", "layer", "mlp_out", (r"blocks\.(\d+)\.hook_mlp_out",), writes=True, sends=True, receives=True
     ),
+    "late": Kind("resid_mid{layer}.1"),
     "beside": Kind("MLP{layer}.1", "layer", "mlp_out", writes=True),
     "post": Kind("resid_post{layer}", "layer", "resid", (r"blocks\.(\d+)\.hook_resid_post",)),
 }
 _ORDER = {name: place for place, name in enumerate(KINDS)}
-_STATES = ("pre", "mid", "post")
+_STATES = ("pre", "mid", "late", "post")
 # What writes through one projection of its layer: heads of attention, and those of a mixer, which has no pattern.
 PROJECTED = ("head", "mixer")
-# An MLP, and what another module adds beside it, as the experts that all tokens share.
+# An MLP, and what another module adds beside it, as the experts that all tokens share, or after it.
 MLPS = ("mlp", "beside")
 # What `uw.effects` can be asked of: a group and the kinds in it.
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -107,7 +108,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Location:
-    """A state of the residual stream: before a layer, between its attention and MLP, or after it."""
+    """A state of the residual stream: before a layer, between two that write in it, or after it."""
 
     state: str
     layer: int
@@ -127,6 +128,8 @@ class Location:
         """
         if node.layer != self.layer:
             return node.layer < self.layer
+        if self.state == "late":
+            return node.kind != "beside"
         return self.state == "post" or (self.state == "mid" and not parallel and node.kind not in MLPS)
 
 
@@ -235,15 +238,18 @@ def nearest(name: object, available: Iterable[object]) -> str | None:
     return f"choose from the nearest: {', '.join(near)}" if near else None
 
 
-def reads(reader: Node, writer: Node, parallel: bool) -> bool:
+def reads(reader: Node, writer: Node, parallel: bool, late: bool = False) -> bool:
     """Can `reader`'s input contain what `writer` wrote?
 
     Only a head, mixer or MLP reads; it reads earlier layers, and in a sequential block the MLP its layer's attention.
+    `late`: what writes beside an MLP reads what that wrote.
     """
     if reader.kind not in (*PROJECTED, *MLPS):
         return False
     if writer.layer < reader.layer:
         return True
+    if writer.layer == reader.layer and reader.kind == "beside" and late:
+        return writer.kind != "beside"
     own = writer.layer == reader.layer and writer.kind in (*PROJECTED, "bias")
     return not parallel and reader.kind in MLPS and own
 
@@ -264,14 +270,15 @@ def choose(names: Iterable[object] | Node | None, available: Sequence[Node]) -> 
     return tuple(sorted(chosen, key=lambda node: node.order))
 
 
-def require_readers(erasers: tuple[Node, ...], writer: Node, layers: int) -> tuple[Node, ...]:
-    """`erasers` again. Raises NodeError for one that cannot read `writer` through values."""
-    early = [str(node) for node in erasers if node.kind != "head" or node.layer <= writer.layer]
+def require_readers(erasers: tuple[Node, ...], writer: Node, layers: Sequence[int]) -> tuple[Node, ...]:
+    """`erasers` again, heads of these `layers`. Raises NodeError for one that cannot read `writer` through values."""
+    early = [str(node) for node in erasers if node.kind != "head" or node.layer not in layers]
     if early:
-        raise NodeError(
-            f"{', '.join(early)} cannot read {writer} through values of attention",
-            expected=f"heads of layers {writer.layer + 1} to {layers - 1}",
-        )
+        spans = "" if not layers else f"heads of layers {layers[0]} to {layers[-1]}"
+        if layers and len(layers) <= layers[-1] - layers[0]:
+            spans = f"heads of layers {', '.join(map(str, layers))}"
+        expected = spans or "heads whose values are made after it; there are none"
+        raise NodeError(f"{', '.join(early)} cannot read {writer} through values of attention", expected=expected)
     return erasers
 
 

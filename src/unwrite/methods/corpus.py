@@ -73,7 +73,7 @@ def corpus_dla(
     one_of("logit", logit, LOGITS)
     lm.require("logits")
     node = choose([parse_node(writer)], lm.parts)[0]
-    named = require_readers(choose(erasers, lm.parts), node, len(lm.layers))
+    named = require_readers(choose(erasers, lm.parts), node, lm.carriers(node))
     size = batch_size(lm, tokens, batch, held=4)
     settings = {"writer": str(node), "erasers": [str(e) for e in named], "skip": skip, "logit": logit, "batch": batch}
     with opened(checkpoint, listener) as job:

@@ -20,7 +20,7 @@ from scipy import stats
 from unwrite.errors import NumericError, plain
 from unwrite.model.load import provenance
 from unwrite.model.view import Model
-from unwrite.nodes import Node, choose, reads
+from unwrite.nodes import Node, choose
 from unwrite.prompts.given import by_name
 from unwrite.result import QUANTILES, Result, build, quantity
 from unwrite.run.loop.job import Job, opened
@@ -164,8 +164,7 @@ def _counts(tally: GramTally) -> dict[str, xr.Variable]:
 
 def _judge(data: xr.Dataset, lm: Model, writers: tuple[Node, ...]) -> xr.Dataset:
     """Candidate erasers, materiality and a reading in words."""
-    parallel = lm.parallel
-    can_read = np.array([[reads(node, writer, parallel) for node in lm.parts] for writer in writers])
+    can_read = np.array([[lm.can_read(node, writer) for node in lm.parts] for writer in writers])
     after = [lm.states.index(lm.after(writer)) for writer in writers]
     index = xr.DataArray(after, dims="writer")
     start, end = data["level_share"].isel(location=index), data["level_share"].isel(location=-1)

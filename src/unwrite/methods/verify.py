@@ -84,7 +84,7 @@ def verify(
     """
     tokens = admit(lm, tokens, mask, skip, bos, sees=True)
     node = choose([parse_node(writer)], lm.parts)[0]
-    named = None if erasers is None else require_readers(choose(erasers, lm.parts), node, len(lm.layers))
+    named = None if erasers is None else require_readers(choose(erasers, lm.parts), node, lm.carriers(node))
     # The states of two runs are held at a time.
     size, floor = batch_size(lm, tokens, batch, held=2), admit_floor(floor)
     asked = {"writer": str(node), "skip": skip, "floor": floor, "batch": batch}

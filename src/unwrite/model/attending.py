@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
@@ -30,22 +31,50 @@ from unwrite.model.traced import Called, Looked, is_pattern
 Layout = tuple[int, int]
 
 
-def attending(block: Block, look: Looked, writer: Called) -> tuple[Called | None, list[Called | None], dict[str, Any]]:
-    """The norm before attention, those on the way through it, and what is said of it."""
-    out, value, kv_heads, layout, heads = _attention(block, look, writer)
+def attending(
+    block: Block, look: Looked, writer: Called, source: tuple[Block, Looked] | None
+) -> tuple[Called | None, list[Called | None], dict[str, Any]]:
+    """The norm before values, those on the way through attention, and what is said of it.
+
+    `source`: the earlier block, and its attention, whose values these are. The row says of that one how it makes them.
+    """
+    if source is not None and not look.interface:
+        raise Unlike("its attention has keys and values of an earlier block and is called by no interface")
+    out, z = _attention(block, look, writer)
     head_norm, gated_heads = _between_heads(block, look, out)
-    latent, latent_norm = _latent(block, look, value)
-    paths = {"out_proj": out, "value": value, "latent": latent, "latent_norm": latent_norm, "head_norm": head_norm}
-    return _input_norm(block, look, latent or value), [latent_norm, head_norm], {
+    made, normed = source or (block, look), _normed(*(source or (block, look)))
+    seen = look if normed is None else _before(normed, look)
+    value, kv_heads, layout = _values(made[0], replace(seen, path=made[1].path), z)
+    latent, latent_norm = _latent(made[0], made[1], value)
+    into, paths = None, {"out_proj": out, "head_norm": head_norm}
+    if source is None:
+        into = _input_norm(block, look, latent or value)
+        paths |= {"value": value, "value_norm": normed, "latent": latent, "latent_norm": latent_norm}
+    return into, [latent_norm, head_norm, normed], {
         **{name: call and below(look.path, call.path) for name, call in paths.items()},
-        "value_layout": layout, "value_factor": factor_of(look.reads), "kv_heads": kv_heads, "heads": heads,
+        "value_layout": layout, "value_factor": factor_of(seen.reads), "kv_heads": kv_heads, "heads": z.shape[2],
         "interface": look.interface,
         "opened": _opened(block, look, value), "gated_heads": gated_heads, "sinks": look.sinks,
     }  # fmt: skip
 
 
-def _attention(block: Block, look: Looked, writer: Called) -> tuple[Called, Called, int, Layout, int]:
-    """Its out-projection, what makes its values, of how many heads, and how these lie there; its own heads."""
+def _normed(block: Block, look: Looked) -> Called | None:
+    """The norm through which attention is given values, those of each head by themselves."""
+    for call in (call for op in chain(look.reads) for call in block.trace.makers(op, look.path)):
+        by_itself = look.value is not None and call.gave.shape == look.value.transpose(1, 2).shape
+        if by_itself and any(not mean for mean, _ in norm_kinds(call)):
+            return call
+    return None
+
+
+def _before(norm: Called, look: Looked) -> Looked:
+    """The same as if attention were given what this norm reads."""
+    assert norm.read is not None  # noqa: S101 (it was found by what it read)
+    return replace(look, value=norm.read.transpose(1, 2), reads=norm.reads)
+
+
+def _attention(block: Block, look: Looked, writer: Called) -> tuple[Called, Tensor]:
+    """Its out-projection, and what this reads of every head [prompt, position, head, d_head]."""
     out = projection_of(block, writer.made, look.path)
     if out is None or out.read is None:
         raise Unlike(f"what attention writes ({block.name(writer)}) comes out of no projection in it")
@@ -57,7 +86,7 @@ def _attention(block: Block, look: Looked, writer: Called) -> tuple[Called, Call
     z = out.read.reshape(*out.gave.shape[:2], heads, -1)
     if look.z is not None and look.z.shape != z.shape:
         raise Unlike("the out-projection reads something else than the output of every head")
-    return (out, *_values(block, look, z), heads)
+    return out, z
 
 
 def _between_heads(block: Block, look: Looked, out: Called) -> tuple[Called | None, bool]:

@@ -26,6 +26,8 @@ from unwrite.model.weights import weight_of
 
 # Relative: what is the same in float32, where the sum is made in another order.
 SAME = 1e-4
+# Products of constants in float64.
+_EXACT = 1e-9
 
 
 class Unlike(Exception):
@@ -45,16 +47,18 @@ class Block:
             parts = listed(self, [*terms(out, None, partial(trace.innermost, within=call.path))])
             raise Unlike(f"the block's output is not a sum that holds its input (it is {parts})")
         self.source, self.states = source, {source, *(op for op, true in leads.items() if true)}
+        self.given = {op for part in _tensors(call) if (op := part.grad_fn) is not None} - self.states
         parts = [*terms(out, source, maker)]
-        self.writers, self.out_bias = _writers(parts), _constant(call, parts)
+        self.gain = _gain(parts)
+        self.writers, self.out_bias = _writers(parts, self.gain), _constant(call, parts, self.gain)
 
     def name(self, call: Called | None) -> str | None:
         """The path of a module from the block."""
         return None if call is None else below(self.path, call.path)
 
     def states_behind(self, op: Op | None) -> set[Op | None]:
-        """The states of the stream that something rests on."""
-        return {bare(met) for met in behind(op, self.states)}
+        """The states that something rests on; not that from which what a block is given beside the stream was made."""
+        return {bare(met) for met in behind(op, self.states | self.given) - self.given}
 
     def calls(self, within: str = "") -> Iterator[Called]:
         """What ran inside of the block, or of a module of it."""
@@ -66,26 +70,39 @@ def below(root: str, path: str) -> str:
     return path if not root else path.removeprefix(root).removeprefix(".")
 
 
-def _writers(parts: list[Term]) -> list[Term]:
+def _tensors(call: Called) -> Iterator[Tensor]:
+    """What a block is given beside the stream."""
+    args, named = call.given or ((), {})
+    return (part for part in (*args, *named.values()) if isinstance(part, Tensor))
+
+
+def _gain(parts: list[Term]) -> float:
+    """By what the block multiplies its stream."""
     gain = sum(part.factor for part in parts if part.call is None and not part.other)
-    if abs(gain - 1) > SAME:
+    if abs(gain) <= SAME:
         raise Unlike(f"the block multiplies its stream by {gain:.3g}")
+    return 1.0 if abs(gain - 1) <= _EXACT else gain
+
+
+def _writers(parts: list[Term], gain: float) -> list[Term]:
+    """What is written, by factors before this gain."""
     if odd := [part.other for part in parts if part.other not in ("", CONSTANT)]:
         raise Unlike(f"the block adds what no module gives ({', '.join(odd)})")
-    return _given(parts)
+    return [part._replace(factor=part.factor / gain) for part in _given(parts)]
 
 
 def _given(parts: list[Term]) -> list[Term]:
     return [part for part in parts if part.call is not None]
 
 
-def _constant(call: Called, parts: list[Term]) -> tuple[float, str] | None:
-    """The factor and the path of the parameter that a block adds to its stream; None where it adds none."""
+def _constant(call: Called, parts: list[Term], gain: float) -> tuple[float, str] | None:
+    """The factor, before this gain, and the path of the parameter that a block adds to its stream; None where it adds
+    none."""
     factors = [part.factor for part in parts if part.other == CONSTANT]
     if not factors:
         return None
     assert call.read is not None  # noqa: S101 (asked before)
-    rest = call.gave - call.read - sum(part.factor * part.call.gave.view_as(call.gave) for part in _given(parts))
+    rest = call.gave - gain * call.read - sum(part.factor * part.call.gave.view_as(call.gave) for part in _given(parts))
     for path, parameter in call.module.named_parameters():
         above, _, name = path.rpartition(".")
         module = call.module.get_submodule(above)
@@ -94,7 +111,7 @@ def _constant(call: Called, parts: list[Term]) -> tuple[float, str] | None:
             continue
         value = weight_of(module, name)
         if value is not None and (rest - factors[0] * value.detach().to(rest)).norm() <= SAME * call.gave.norm():
-            return factors[0], path
+            return factors[0] / gain, path
     raise Unlike("the block adds a constant that is none of its parameters")
 
 

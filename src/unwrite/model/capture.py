@@ -98,7 +98,8 @@ def _hooks(lm: Model, folded: Sequence[Folded], record: Recording, truth: bool) 
 
 
 def _start_hooks(lm: Model, record: Recording) -> Iterator[Handle]:
-    scales = {"embed": lm.row.embed_scale(lm.config), "pos_embed": 1.0}
+    begin = lm.to_end(lm.states[0])
+    scales = {"embed": lm.row.embed_scale(lm.config) * begin, "pos_embed": begin}
     for kind, path in (("embed", lm.row.embed), ("pos_embed", lm.row.pos_embed)):
         if path == REST:
             yield from _rest_hooks(lm, Node(kind), record)
@@ -112,7 +113,7 @@ def _rest_hooks(lm: Model, node: Node, record: Recording) -> Iterator[Handle]:
 
     def keep_rest(state: Tensor) -> None:
         if begun.pop("tokens", None) is not None:
-            _keep(record.vectors, node, lm)(state)
+            _keep(record.vectors, node, lm, lm.to_end(lm.states[0]))(state)
             if node.kind == "pos_embed":
                 record.vectors[node] = record.vectors[node] - record.vectors[Node("embed")]
 
@@ -143,27 +144,29 @@ def _layer_hooks(lm: Model, layer: Layer, fold: Folded, record: Recording) -> It
         if (norm := layer.post_attention_norm) is not None:
             yield before(norm, lambda attention: keep_gain(attention, norm))
     for kind in (kind for kind in MLPS if kind in layer.modules):
-        keep_mlp = _keep(record.vectors, Node(kind, layer.index), lm, lm.residual_scale)
+        keep_mlp = _keep(record.vectors, Node(kind, layer.index), lm, layer.into)
         # OPT flattens prompts and positions before its MLP.
         yield after(layer.end(kind), lambda output, keep=keep_mlp: keep(_like(output, record), record.only))
 
 
 def _truth_hooks(lm: Model, layer: Layer, record: Recording) -> Iterator[Handle]:
-    yield before(layer.block, _keep(record.stream, layer.reads, lm))
+    yield before(layer.block, _keep(record.stream, layer.reads, lm, layer.to_end))
     # In a parallel block too: it must read what attention reads.
-    if layer.mid is not None:
-        yield between_both(lm, layer, layer.mid, record)
+    yield from inside(lm, layer, record)
     if layer.index == len(lm.layers) - 1:
         yield before(lm.final_norm, _keep(record.stream, Location("post", layer.index), lm))
     if layer.heads:
-        keep, more = _keep(record.attention, layer.index, lm, lm.residual_scale), outside(lm, layer)
+        keep, more = _keep(record.attention, layer.index, lm, layer.into), outside(lm, layer)
         yield after(layer.attention_end, lambda written: keep(written if more is None else written.to(more) + more))
 
 
-def between_both(lm: Model, layer: Layer, mid: nn.Module, record: Recording) -> Handle:
-    """Keeps the stream between a layer's attention and its MLP, which `mid` reads."""
-    keep = _keep(record.stream, Location("mid", layer.index), lm)
-    return before(mid, lambda x: keep(_like(x, record)))
+def inside(lm: Model, layer: Layer, record: Recording) -> Iterator[Handle]:
+    """Keeps the stream between a layer's attention and its MLP, and after that, where a module reads it there."""
+    for state, module in (("mid", layer.mid), ("late", layer.late)):
+        if module is not None:
+            location = Location(state, layer.index)
+            keep = _keep(record.stream, location, lm, lm.to_end(location))
+            yield before(module, lambda x, keep=keep: keep(_like(x, record)))
 
 
 def _keep(store: dict[Any, Tensor], key: Any, lm: Model, scale: float = 1.0) -> Callable[..., None]:

@@ -19,7 +19,7 @@ from unwrite.errors import ModelError, PrecisionError
 from unwrite.model.families import BY_HAND
 from unwrite.model.identities import added, beyond, output_of, relative
 from unwrite.model.lengths import affordable, switches
-from unwrite.model.mixer_values import values_of
+from unwrite.model.mixer_values import shown_values
 from unwrite.model.projections import as_matrices
 from unwrite.model.single import HALVES, in_float32
 from unwrite.model.view import ABSENT, Folded, Model, fold
@@ -153,7 +153,7 @@ def certify(lm: Model) -> Certificate:
     """
     folded = fold(lm)
     lm.mixed.clear()
-    lm.mixed.update(values_of(lm))
+    lm.mixed.update(shown_values(lm))
     longer = [length for length in switches(lm) if length + 2 > max(_LENGTHS)]
     tried = [length for length in longer if affordable(lm, length + 2)]
     found = [error for ids, mask in _prompts(lm) for error in added(lm, folded, ids, mask, lm.dtype)]

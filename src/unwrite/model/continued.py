@@ -8,7 +8,7 @@ kept of another one (exchanged layers); that is measured, and then runs are take
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -18,9 +18,20 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from unwrite.errors import ModelError, plain
-from unwrite.model.cache import Past, empty, keeping, kept_of, remembering, with_past
+from unwrite.model.cache import ByPrompt, Handed, Past, empty, keeping, kept_of, remembering, with_past
 from unwrite.model.capture import evaluating
-from unwrite.model.hooks import Call, before, called, calls_of, first_of, hooked, kept, put_out, read_of, reads_instead
+from unwrite.model.hooks import (
+    Call,
+    before,
+    called,
+    calls_kept,
+    first_of,
+    hooked,
+    kept,
+    put_out,
+    read_of,
+    reads_instead,
+)
 from unwrite.model.lengths import switches
 from unwrite.model.placed import decode
 from unwrite.model.view import Layer, Model
@@ -32,7 +43,7 @@ Inputs = list[Float[Tensor, "prompt position d_model"]]
 
 def calling(lm: Model) -> AbstractContextManager[Calls]:
     """Inside the `with`, every forward pass leaves how it called each block."""
-    return calls_of({layer.index: layer.block for layer in lm.layers})
+    return calls_kept({layer.index: layer.block for layer in lm.layers})
 
 
 @contextmanager
@@ -85,16 +96,39 @@ def kept_run(lm: Model, ids: Int[Tensor, "prompt position"]) -> tuple[Inputs, li
         stack.enter_context(hooked(before(module, kept(found, i, copied=True)) for i, module in enumerate(modules)))
         decode(lm, ids, **past)
     inputs = [found[index].to(lm.device) for index in range(len(modules))]
-    return inputs, [] if cache is None else kept_of(cache, len(lm.layers))
+    makes = [layer.values_of is None for layer in lm.layers]
+    return inputs, [] if cache is None else kept_of(cache, makes)
+
+
+def calls_from(lm: Model, ids: Int[Tensor, "_ position"], kept: Sequence[Past], start: int, end: int) -> Calls:
+    """How the model calls each block for rows start … end of these prompts that follow on earlier ones.
+
+    For runs of any of them: an argument is either the same for all, and then it is that of the first, or `ByPrompt`.
+    Where nothing is `kept`, start is 0, and the model is asked for no cache.
+    """
+    alike = calls_of(lm, ids[:1], kept, start, end)
+    if not lm.by_prompt:
+        return alike
+    every = calls_of(lm, ids, kept, start, end) if len(ids) > 1 else alike
+    return {layer: by_prompt(lm, call, every[layer]) for layer, call in alike.items()}
+
+
+def by_prompt(lm: Model, call: Call, every: Call) -> Call:
+    """A call in which the arguments that are another one for another prompt are those of `every` prompt."""
+    (args, kwargs), (all_args, all_kwargs) = call, every
+    instead: Callable[[object, Any, Any], Any] = lambda name, own, whole: (  # noqa: E731
+        ByPrompt(whole) if str(name) in lm.by_prompt else own
+    )
+    pairs = zip(args, all_args, strict=True)
+    return tuple(instead(i, *pair) for i, pair in enumerate(pairs)), {
+        name: instead(name, own, all_kwargs[name]) for name, own in kwargs.items()
+    }  # fmt: skip
 
 
 @torch.no_grad()
-def calls_from(lm: Model, ids: Int[Tensor, "1 position"], kept: Sequence[Past], start: int, end: int) -> Calls:
-    """How the model calls each block for rows start … end of one prompt that follow on earlier ones.
-
-    Where nothing is `kept`, start is 0, and the model is asked for no cache.
-    """
-    past = {i: tuple(part[:1, :, :start] for part in own) for i, own in enumerate(kept)}
+def calls_of(lm: Model, ids: Int[Tensor, "_ position"], kept: Sequence[Past], start: int, end: int) -> Calls:
+    """How the model calls each block for some rows of all of these prompts at once."""
+    past = {i: tuple(part[: len(ids), :, :start] for part in own) for i, own in enumerate(kept)}
     cache: dict[str, Any] = {"use_cache": False}
     if kept:
         cache = keeping(lm.decoder, remembering(past, len(lm.layers)))
@@ -111,14 +145,20 @@ def block_from(
     pair: Int[Tensor, " run"],
     start: int,
     calls: Calls,
+    handed: Handed,
 ) -> Float[Tensor, "run row d_model"]:
-    """What a block makes of rows `start` and later of runs that before them are runs of the prompts `pair`."""
+    """What a block makes of rows `start` and later of runs that before them are runs of the prompts `pair`.
+
+    `handed` is what blocks of these runs hand on to each other, as far as they have gone.
+    """
     past = None
     if kept:
         own = tuple(part[pair.to(part.device), :, :start] for part in kept[index])
         past = remembering({index: own}, len(lm.layers))
     with evaluating(lm.hf):
-        return block(lm.layers[index], with_past(calls[index], past, len(pair)), x).to(pair.device)
+        made = block(lm.layers[index], with_past(calls[index], past, pair, handed), x).to(pair.device)
+    handed.keep()
+    return made
 
 
 def continued(lm: Model, ids: Int[Tensor, "prompt position"], inputs: Sequence[Tensor], kept: Sequence[Past]) -> bool:
@@ -157,8 +197,9 @@ def continues(
     end, pair = start + rows, torch.zeros(1, dtype=torch.long, device=lm.device)
     try:
         calls, x = calls_from(lm, ids[:1].to(lm.device), kept, start, end), inputs[0][:1, start:end]
+        handed = Handed()
         for index in range(len(lm.layers)):
-            x = block_from(lm, kept, index, x, pair, start, calls)
+            x = block_from(lm, kept, index, x, pair, start, calls, handed)
     except (RuntimeError, LookupError, AttributeError, TypeError, ValueError):
         return float("inf")
     whole = inputs[-1][:1, start:end]

@@ -29,11 +29,12 @@ from unwrite.model.weights import offloaded, weight_of
 
 # A number that was measured is one of the configuration within this; so much of a cap is told from logits below it.
 _NAMED, _BELOW = 1e-5, 0.9
-_NORMS = ("input_norm", "post_attention_norm", "post_mlp_norm", "latent", "latent_norm", "head_norm")
+_NORMS = ("input_norm", "post_attention_norm", "post_mlp_norm", "post_beside_norm", "latent", "latent_norm",
+          "value_norm", "head_norm")  # fmt: skip
 # What is said of the row where no layer says it. A mixture of experts shows no product, and is one with its router's.
 _UNKNOWN: dict[str, Any] = {
     "value_layout": (1, 0), "value_factor": 1.0, "interface": True, "opened": {}, "parallel": False,
-    "residual_scale": 1.0, "gated": True,
+    "gated": True,
     "gated_heads": False, "sinks": False,
 }  # fmt: skip
 # What is said of all layers where it is true of some.
@@ -74,7 +75,7 @@ def _row(trace: Traced, hf: Any) -> Family:
     path, calls = _stack(trace, hf)
     blocks = [Block(trace, call) for call in calls]
     mixes = mixing(hf, [call for block in blocks for call in unseen(block)])
-    found = [said(block, mixes) for block in blocks]
+    found = [said(block, mixes, blocks[:i]) for i, block in enumerate(blocks)]
     final, (embed, scale, positions) = _final_norm(trace, path, calls[-1]), _start(trace, calls[0])
     decoder = _around(trace, [path, final.path, *(part for part in (embed, positions) if part)])
     kind = _kind([call for part in found for call in part.norms] + [final])
@@ -128,12 +129,22 @@ def _agreed(blocks: Sequence[Block], found: Sequence[Said]) -> dict[str, Any]:
         if any(value != values[0] for value in values):
             raise Unlike(f"its layers differ in {name.replace('_', ' ')}")
         agreed[name] = values[0]
-    mixers = {i: part.heads for i, part in enumerate(found) if part.heads is not None and part.value is None}
+    shared = {i: part.shared for i, part in enumerate(found) if part.shared is not None}
+    mixers = {
+        i: part.heads for i, part in enumerate(found)
+        if part.heads is not None and part.value is None and i not in shared
+    }  # fmt: skip
     of_layers = {name: [getattr(part, name) or 0 for part in found] for name in ("heads", "kv_heads")}
-    return {**agreed, "mixers": mixers, **{name: _alike(numbers) for name, numbers in of_layers.items()}}
+    of_layers |= {name: [getattr(part, name) for part in found] for name in ("gain", "mid_gain", "residual_scale")}
+    return {
+        **agreed,
+        "mixers": mixers,
+        "shared": shared,
+        **{name: _alike(numbers) for name, numbers in of_layers.items()},
+    }
 
 
-def _alike(numbers: list[int]) -> int | list[int]:
+def _alike(numbers: list[Any]) -> Any:
     """The one number of all layers; else that of each."""
     return numbers[0] if len({*numbers}) == 1 else numbers
 
@@ -261,7 +272,7 @@ def _numbers(hf: Any) -> list[float]:
 def _settled(found: dict[str, Any], hf: Any) -> dict[str, Any]:
     """The fields of a row, numbers as the configuration has them where it does, functions where a row has functions."""
     for name in ("embed_scale", "residual_scale", "logit_scale", "value_factor"):
-        found[name] = _named(found[name], hf)
+        found[name] = _named(found[name], hf) if isinstance(found[name], float) else found[name]
     functions = {part.name for part in fields(Family) if callable(getattr(Family, part.name, None))}
     return {name: _always(value) if name in functions else value for name, value in found.items()}
 

@@ -40,7 +40,7 @@ def _nowhere(config: Config) -> Mapping[str, str]:
     return {}
 
 
-def _no_mixers(config: Config) -> Mapping[int, int]:
+def _no_layers(config: Config) -> Mapping[int, int]:
     return {}
 
 
@@ -71,9 +71,11 @@ class Family:
     attention: Where = "self_attn"  # or what is in its place: a mixer; a layer without its out_proj has neither
     mid: Where = "post_attention_layernorm"  # the module whose input is the stream between attention and MLP
     mlp: Where = "mlp"  # the module whose output the MLP writes, or hands to post_mlp_norm; a layer may have none
-    beside: Where = None  # what another module writes beside the MLP, from the same state
+    beside: Where = None  # what another module writes beside the MLP, from the same state, or
+    late: Where = None  # from that between both, which this module reads
     post_attention_norm: Where = None
     post_mlp_norm: Where = None
+    post_beside_norm: Where = None
     out_bias: str | None = None  # a parameter that the block adds to what attention writes; some layers may lack it
     act: str = "down_proj"  # from `mlp`: the projection that reads the hidden activation ("": `mlp` itself)
     # From the attention module.
@@ -86,13 +88,16 @@ class Family:
     # Where values are made in two steps: the projection whose first outputs are normed for the one that gives values.
     latent: Where = None
     latent_norm: Where = None
+    value_norm: Where = None  # the norm through which attention is given them, those of each head by themselves
+    # Layers whose attention looks at keys and values of an earlier one -> that one.
+    shared: Callable[[Config], Mapping[int, int]] = _no_layers
     head_norm: Where = None  # the norm through which the out-projection reads what attention gives
     gated_heads: bool = False  # that is multiplied, number by number, on its way to the out-projection
     sinks: bool = False  # a softmax has one part more that no key gets, so rows of patterns sum to less than 1
     heads: Callable[[Config], int | Sequence[int]] = _heads  # of all layers alike, or of each
     kv_heads: Callable[[Config], int | Sequence[int]] = _kv_heads
     # Layers where something without a pattern mixes positions in the place of attention -> its heads.
-    mixers: Callable[[Config], Mapping[int, int]] = _no_mixers
+    mixers: Callable[[Config], Mapping[int, int]] = _no_layers
     gated: bool = True  # the MLP multiplies an activation by a second projection
     # What the configuration decides.
     layer_norm: bool = False  # every reader removes the mean over d_model
@@ -103,7 +108,9 @@ class Family:
     opened: Callable[[Config], Mapping[str, str]] = _nowhere
     parallel: Callable[[Config], bool] = _no
     embed_scale: Callable[[Config], float] = _one  # applied outside the embedding module
-    residual_scale: Callable[[Config], float] = _one
+    residual_scale: Callable[[Config], float | Sequence[float]] = _one  # of all layers alike, or of each, as gains
+    gain: Callable[[Config], float | Sequence[float]] = _one  # by which a block multiplies all that it gives
+    mid_gain: Callable[[Config], float | Sequence[float]] = _one  # and by which it did what its MLP reads
     logit_scale: Callable[[Config], float] = _one
     logit_cap: Callable[[Config], float | None] = _none
     refuse: Callable[[Config], str | None] = _none  # why this configuration cannot be expressed

@@ -116,7 +116,7 @@ def ended(module: nn.Module, end: Callable[[], object]) -> Handle:
 
 
 @contextmanager
-def calls_of(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, Call]]:
+def calls_kept(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, Call]]:
     """Inside the `with`, every forward pass leaves key -> how it called the module of this key."""
     calls: dict[int, Call] = {}
     with hooked(called(module, partial(calls.__setitem__, key)) for key, module in modules.items()):

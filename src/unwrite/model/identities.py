@@ -16,7 +16,7 @@ continued  a run continued from a later position, over the keys and values kept 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from unwrite.errors import ModelError
 from unwrite.model.attention import Patterns, around_attention, is_called, patterns
 from unwrite.model.capture import Recording, evaluating, recording
-from unwrite.model.continued import Calls, calling, continues, kept_run
+from unwrite.model.continued import Calls, calls_of, continues, kept_run
 from unwrite.model.hooks import Call, after, first_of, hooked, kept, read_of
 from unwrite.model.inside import maybe
 from unwrite.model.lengths import switches
@@ -38,8 +38,8 @@ from unwrite.model.placed import placed
 from unwrite.model.projections import is_sized, projections_in, sizes
 from unwrite.model.single import HALVES
 from unwrite.model.unembedding import before_norm, rows_of, unembedding
-from unwrite.model.values import into_values, looked, of_biases, value_scale
-from unwrite.model.view import Folded, Layer, Model, value_constant, value_weights
+from unwrite.model.values import looked, of_biases, read_by, value_scale, values_of
+from unwrite.model.view import Folded, Layer, Model, value_constant
 from unwrite.model.weights import offloaded, through, weight_of
 from unwrite.model.writes import Writes, expand
 from unwrite.nodes import PROJECTED, Location, Node
@@ -63,11 +63,10 @@ def added(lm: Model, folded: tuple[Folded, ...], ids: Ids, mask: Mask, dtype: to
     """
     with ExitStack() as stack:
         record = stack.enter_context(recording(lm, folded, truth=True))
-        ends, calls = stack.enter_context(_ends_of_mlps(lm)), stack.enter_context(calling(lm))
-        mixing = stack.enter_context(mixers_called(lm))
+        ends, mixing = stack.enter_context(_ends_of_mlps(lm)), stack.enter_context(mixers_called(lm))
         whole = output_of(lm, ids, mask)
     if mask.all():
-        _require_stream_alone(lm, calls)
+        _find_by_prompt(lm, *(calls_of(lm, part, (), 0, ids.shape[1]) for part in (ids, ids[:1])))
     logits = whole[mask]
     nodes = expand(lm, folded, _per_prompt(record, mask).map(lambda part: part[mask]))
     for layer in (layer for layer in lm.layers if layer.heads):
@@ -140,23 +139,55 @@ def _loud(lm: Model, ids: Int[Tensor, "1 position"], stream: Float[Tensor, "posi
     return relative(_bounded(lm, raw * louder)[None], own)
 
 
-def _require_stream_alone(lm: Model, calls: Calls) -> None:
-    """Raise ModelError for blocks that are given something else of a prompt: a run that begins at one has only that."""
+def _find_by_prompt(lm: Model, calls: Calls, alone: Calls) -> None:
+    """Note which arguments of blocks are another one for another prompt: a run that begins at a block must bring them.
+
+    `alone` is how blocks are called for the first prompt by itself. Raises ModelError for what has no axis of prompts
+    and is not the same for all.
+    """
     for layer in lm.layers:
-        args, named = calls[layer.index]
-        given = {**{f"argument {i}": part for i, part in enumerate(args)}, **named}
-        stream = read_of(calls[layer.index])
-        for name, part in given.items():
-            rows = part if isinstance(part, Tensor) and part is not stream and len(part) == len(stream) else None
-            # Keys that another layer has chosen, of so few all, come in an order of its own; of more see `apart`.
-            if rows is not None and not (rows.is_floating_point() or rows.dtype == torch.bool):
-                rows = rows.sort(-1).values
-            if rows is not None and not torch.equal(rows, rows[:1].expand_as(rows)):
+        every, first, stream = *(_arguments(of[layer.index]) for of in (calls, alone)), read_of(calls[layer.index])
+        for name, part in every.items():
+            if part is stream or (how := _differs(part, first[name], len(stream))) is False:
+                continue
+            if how is None:
                 raise ModelError(
                     f"the blocks of {lm.about.get('name', lm.family)} read something beside the stream",
-                    got=f"layer {layer.index}, which is given {name}, another one for another prompt",
-                    expected="blocks that know of a prompt what is in the stream",
+                    got=f"layer {layer.index}, which is given argument {name}, another one for another prompt",
+                    expected="what is the same for all prompts, or has one part for each",
                 )  # fmt: skip
+            lm.by_prompt.add(name)
+
+
+def _arguments(call: Call) -> dict[str, Any]:
+    return {**{str(i): part for i, part in enumerate(call[0])}, **call[1]}
+
+
+def _differs(every: Any, first: Any, prompts: int) -> bool | None:
+    """Is an argument another one for another prompt; None where that cannot be put apart by prompt."""
+    if isinstance(every, Tensor):
+        return _rows_differ(every, first, prompts) if isinstance(first, Tensor) else None
+    if isinstance(every, MutableMapping):
+        parts = [pair for key, own in every.items() for pair in _paired(own, first[key])]
+        return bool(parts) and (None if any(len(a) != prompts or len(b) != 1 for a, b in parts) else True)
+    pairs = _paired(every, first) if isinstance(every, tuple | list) else []
+    return None if any(_rows_differ(*pair, prompts) is not False for pair in pairs) else False
+
+
+def _paired(every: Iterable[Any], first: Iterable[Any]) -> list[tuple[Tensor, Tensor]]:
+    return [pair for pair in zip(every, first, strict=True) if isinstance(pair[0], Tensor)]
+
+
+def _rows_differ(every: Tensor, first: Tensor, prompts: int) -> bool | None:
+    # Keys that another layer has chosen, of so few all, come in an order of its own; of more see `apart`.
+    if not (every.is_floating_point() or every.is_complex() or every.dtype == torch.bool):
+        every, first = every.sort(-1).values, first.sort(-1).values
+    if every.shape == first.shape:
+        return False if torch.equal(every, first) else None
+    if every.shape == (prompts, *first.shape[1:]):
+        return not torch.equal(every, every[:1].expand_as(every))
+    whole = every.numel() == prompts * first.numel()  # as ALiBi, whose prompts and heads are one axis
+    return False if whole and torch.equal(every.flatten(), first.flatten().repeat(prompts)) else None
 
 
 def relative(parts: Float[Tensor, "part row d"], truth: Float[Tensor, "row d"]) -> float:
@@ -277,7 +308,7 @@ def _values_error(lm: Model, folded: tuple[Folded, ...], mask: Mask, record: Rec
     for layer, folds in zip(lm.layers, folded, strict=True):
         if not layer.attends:
             continue
-        stream = everywhere[_earlier(lm, layer)].sum(0).unflatten(0, mask.shape)
+        stream = everywhere[_earlier(lm, layer.makes_values)].sum(0).unflatten(0, mask.shape)
         gain = record.gain.get(layer.index)
         z = record.z[layer.index] if gain is None else record.z[layer.index] / gain[..., None, None]
         constant = value_constant(lm, layer)
@@ -300,8 +331,8 @@ def _of_mixers(lm: Model, record: Recording, mixing: Calls, mask: Mask) -> Error
 
 def _mixer_error(lm: Model, layer: Layer, record: Recording, call: Call, mask: Mask) -> float:
     """Worst ‖slope along the stream and biases − z‖ of a mixer's head, relative to its largest z (Euler's theorem)."""
-    stream, beta = record.stream[layer.reads], weight_of(layer.input_norm, "bias")
-    read = into_values(lm, layer, stream, value_scale(lm, layer, stream))
+    stream, beta = record.stream[layer.reads] * layer.to_end, weight_of(layer.input_norm, "bias")
+    read = read_by(lm, layer, stream, value_scale(lm, layer, stream))
     z, gain = record.z[layer.index], record.gain.get(layer.index)
     slope = through_mixer(lm, layer, call, read if beta is None else read + beta.to(read), biases=True)
     return euler((z if gain is None else z / gain[..., None, None])[mask], slope[mask])
@@ -314,8 +345,8 @@ def _head_error(
 
     x is the normed stream, g what heads are multiplied by (or 1), `rest` what biases put there beside the constant.
     """
-    (weight, _), normed = value_weights(lm, layer), into_values(lm, layer, stream, value_scale(lm, layer, stream))
-    values, summed = normed[:, None] @ weight, normed.abs()[:, None] @ weight.abs()
+    scale = value_scale(lm, layer, stream)
+    values, summed = (values_of(lm, layer, stream, scale, sizes_alone) for sizes_alone in (False, True))
     if (rest := of_biases(lm, layer, stream)) is not None:
         values, summed = values + rest, summed + rest.abs()
     through, summed = (looked(found[layer.index], part)[mask] for part in (values, summed))

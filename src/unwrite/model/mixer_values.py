@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from unwrite.model.hooks import Call, after, calls_of, hooked, read_of
+from unwrite.model.hooks import Call, after, calls_kept, hooked, read_of
 from unwrite.model.layers import Layer
 from unwrite.model.mixers import Frozen, handed, sloped_z
 from unwrite.model.projections import projections_in, sizes
@@ -28,7 +28,7 @@ _SAME, EXACT = 1e-4, 1e-4
 _Slopes = Float[Tensor, "prompt position output"]
 
 
-def values_of(lm: Model) -> dict[int, Columns]:
+def shown_values(lm: Model) -> dict[int, Columns]:
     """Layer -> which outputs of its mixer's projections are values, for every mixer that shows them in a short pass."""
     mixers = [layer for layer in lm.layers if layer.mixes]
     if not mixers:
@@ -37,7 +37,7 @@ def values_of(lm: Model) -> dict[int, Columns]:
         stack.enter_context(torch.inference_mode(mode=False))
         for inside in lent(lm.hf):
             stack.enter_context(inside)
-        with torch.no_grad(), calls_of({layer.index: layer.attention for layer in mixers}) as calls:
+        with torch.no_grad(), calls_kept({layer.index: layer.attention for layer in mixers}) as calls:
             lm.hf(input_ids=some_ids(lm.hf), use_cache=False)
         found: dict[int, Columns] = {}
         for layer in mixers:

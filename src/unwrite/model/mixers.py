@@ -28,7 +28,7 @@ from unwrite.model.hooks import (
     after,
     before,
     called,
-    calls_of,
+    calls_kept,
     ended,
     hooked,
     kept,
@@ -88,7 +88,7 @@ def shown(lm: Model) -> Iterator[Layer]:
 
 def mixers_called(lm: Model) -> AbstractContextManager[dict[int, Call]]:
     """Inside the `with`, every forward pass leaves layer -> how it called a mixer that shows its values."""
-    return calls_of({layer.index: layer.attention for layer in shown(lm)})
+    return calls_kept({layer.index: layer.attention for layer in shown(lm)})
 
 
 def holding(layer: Layer, values: Columns, biases: bool = False) -> Iterator[Handle]:

@@ -89,11 +89,13 @@ def _sources(lm: Model, layer: Layer) -> Iterator[tuple[nn.Module, Location]]:
     mid = layer.reads if lm.parallel else Location("mid", layer.index)
     norms = [module for module in layer.block.children() if is_norm(module, lm.d_model)]
     for norm in norms:
-        yield norm, mid if norm is layer.mid else layer.reads
+        yield norm, Location("late", layer.index) if norm is layer.late else mid if norm is layer.mid else layer.reads
     if layer.input_norm is None:
         yield layer.block, layer.reads
     if layer.mid is not None and not is_norm(layer.mid, lm.d_model):
         yield layer.mid, mid
+    if layer.late is not None and not is_norm(layer.late, lm.d_model):
+        yield layer.late, Location("late", layer.index)
 
 
 def _projections(lm: Model, layer: Layer) -> Iterator[tuple[str, nn.Module]]:

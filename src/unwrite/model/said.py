@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 from unwrite.model.attending import Layout, attending
@@ -20,12 +21,14 @@ from unwrite.model.blocks import (
     writer,
 )
 from unwrite.model.sums import (
+    Op,
     Term,
     bare,
     behind,
     chain,
     is_product,
     merged_from,
+    terms,
 )
 from unwrite.model.traced import Called, Looked, is_pattern
 
@@ -44,10 +47,13 @@ class Said:
     mid: str | None = _leads()
     mlp: str | None = _leads(always=True)
     beside: str | None = _leads()
+    late: str | None = _leads()
     post_attention_norm: str | None = _leads()
     post_mlp_norm: str | None = _leads()
+    post_beside_norm: str | None = _leads()
     out_proj: str | None = _leads("attention", always=True)
     value: str | None = _leads("attention", always=True)
+    value_norm: str | None = _leads("attention")
     latent: str | None = _leads("attention")
     latent_norm: str | None = _leads("attention")
     head_norm: str | None = _leads("attention")
@@ -65,6 +71,9 @@ class Said:
     out_bias: str | None = None
     parallel: bool | None = None
     residual_scale: float
+    gain: float
+    mid_gain: float = 1.0
+    shared: int | None = None  # the block whose keys and values its attention looks at
     norms: tuple[Called, ...]
 
     @classmethod
@@ -73,8 +82,8 @@ class Said:
         return {part.name: part.metadata for part in fields(cls) if part.metadata}
 
 
-def said(block: Block, mixes: Collection[str]) -> Said:
-    """What a block says, where of what is `unseen` these `mixes` mix positions.
+def said(block: Block, mixes: Collection[str], earlier: Sequence[Block] = ()) -> Said:
+    """What a block says, where of what is `unseen` these `mixes` mix positions; `earlier` blocks may have its values.
 
     Raises Unlike for what a row cannot say.
     """
@@ -87,19 +96,25 @@ def said(block: Block, mixes: Collection[str]) -> Said:
     found: dict[str, Any] = {}
     inside: list[Called | None] = []
     if look is not None and mixer is not None:
-        into, inside, found = attending(block, look, mixer)
+        shared = _source(look, earlier)
+        into, inside, found = attending(block, look, mixer, None if shared is None else _of(earlier[shared]))
+        into = into if shared is None else _norm_before(block, mixer)
+        found["shared"] = shared
     elif mixer is not None:
         into, found = _norm_before(block, mixer), _mixer(block, mixer)
     else:
         into = None if mlp is None else _norm_before(block, mlp)
     if mixer is not None and mlp is not None:
         parallel, mid = _between(block, mixer, mlp, path, into)
-        found |= {"parallel": parallel, "mid": block.name(mid)}
+        found |= {"parallel": parallel, "mid": block.name(mid), "mid_gain": _gain_at(block, mlp)}
     if mlp is not None:
         hidden, gated = _hidden(block, mlp)
         act = None if hidden is None else below(mlp.path, hidden.path)
         found.update(mlp=below(block.path, mlp.path), act=act, gated=gated)
-        found["beside"] = None if beside is None else _beside(block, beside, mlp, last)
+        if beside is not None:
+            named, norm = _beside(block, beside, mlp, mixes)
+            found |= named
+            inside.append(norm)
     found |= {
         "input_norm": block.name(into), "post_attention_norm": block.name(after), "post_mlp_norm": block.name(last),
         "attention": below(block.path, path) if path else None,
@@ -107,7 +122,13 @@ def said(block: Block, mixes: Collection[str]) -> Said:
     out_bias = None if first is None else _out_bias(block, first, after)
     scale = next(part.factor for part in (first, second) if part is not None)
     norms = tuple(call for call in (into, *inside, after, last) if call is not None)
-    return Said(**{**dict.fromkeys(Said.paths()), **found}, residual_scale=scale, out_bias=out_bias, norms=norms)
+    return Said(
+        **{**dict.fromkeys(Said.paths()), **found},
+        residual_scale=scale,
+        gain=block.gain,
+        out_bias=out_bias,
+        norms=norms,
+    )
 
 
 def looked(block: Block) -> Looked | None:
@@ -127,11 +148,30 @@ def looked(block: Block) -> Looked | None:
     return found[0]
 
 
-def unseen(block: Block) -> list[Called]:
-    """What writes in a block and has no attention that was seen: it may mix positions, or be an MLP, which does not."""
+def _of(block: Block) -> tuple[Block, Looked]:
     look = looked(block)
-    every = (writer(block, part) for part in block.writers)
+    assert look is not None  # noqa: S101 (asked of a block that has one)
+    return block, look
+
+
+def _source(look: Looked, earlier: Sequence[Block]) -> int | None:
+    """The first of earlier blocks whose attention was given the very values that this one is."""
+    made = bare(look.reads)
+    every = ((i, looked(block)) for i, block in enumerate(earlier) if look.value is not None)
+    return next((i for i, one in every if one is not None and made is not None and bare(one.reads) is made), None)
+
+
+def unseen(block: Block) -> list[Called]:
+    """What writes in a block, or reads a state of it, and has no attention that was seen: it may mix positions, or be
+    an MLP or a part of one, which does not."""
+    look = looked(block)
+    every = [writer(block, part) for part in block.writers]
+    every += [call for call in block.calls() if call not in every and _reads_late(block, call)]
     return [call for call in every if look is None or not _in(look.path, call.path)]
+
+
+def _reads_late(block: Block, call: Called) -> bool:
+    return bare(call.reads) in block.states - {block.source} and not norm_kinds(call)
 
 
 def _roots(block: Block, writer: Called) -> list[str]:
@@ -161,12 +201,49 @@ def _writers_of(
     return next(iter(attends), None), mlp, beside
 
 
-def _beside(block: Block, part: Term, mlp: Called, norm: Called | None) -> str | None:
-    """What writes beside an MLP, from the same state, if neither writes through a norm."""
-    same_state = block.states_behind(part.call.made) == block.states_behind(mlp.made)
-    if norm is not None or norm_kinds(part.call) or not same_state:
+def _beside(block: Block, part: Term, mlp: Called, mixes: Collection[str]) -> tuple[dict[str, Any], Called | None]:
+    """What writes beside an MLP, from the same state, or after it, from the one that the MLP leaves; and its norm."""
+    norm, own = without_norm(block, part.call)
+    found = {"beside": block.name(own), "post_beside_norm": block.name(norm)}
+    met, of_mlp = block.states_behind(own.made), block.states_behind(mlp.made)
+    if met == of_mlp:
+        return found, norm
+    held = [call for state in met for call in _written(block, state)]
+    readers = _readers(block, next(iter(met)), own) if len(met) == 1 else []
+    if not readers or {*held} != {one.call for one in block.writers if one is not part}:
         raise Unlike(f"more than an MLP and what shares its input write in a block ({listed(block, block.writers)})")
-    return block.name(part.call)
+    of_stream = [one for one in _factors(own.reads) if block.states_behind(one)]
+    if abs(_gain_at(block, own) - 1) > SAME:
+        raise Unlike(f"the block multiplies its stream before {block.name(own)} reads it")
+    if len(of_stream) > 1 or any(call.path in mixes for call in readers):
+        raise Unlike(f"what {block.name(own)} reads is no product of one thing in the stream with something beside it")
+    return {**found, "late": block.name(min(readers, key=lambda call: call.path.count(".")))}, norm
+
+
+def _gain_at(block: Block, reader: Called) -> float:
+    """By what the block has multiplied its stream where this is read."""
+    (state,) = block.states_behind(reader.made)
+    maker = partial(block.trace.maker, within=block.path)
+    parts = [] if state is None or state is block.source else [*terms(state, block.source, maker)]
+    return sum(part.factor for part in parts if part.call is None and not part.other) if parts else 1.0
+
+
+def _written(block: Block, state: Op | None) -> list[Called]:
+    """What has been written where the stream is in a state of the block."""
+    maker = partial(block.trace.maker, within=block.path)
+    return [] if state is None else [part.call for part in terms(state, block.source, maker) if part.call is not None]
+
+
+def _readers(block: Block, state: Op | None, writer: Called) -> list[Called]:
+    """The modules on the way to a writer that read a state of the stream."""
+    every = {call.made: call for call in block.calls() if bare(call.reads) is state}.values()
+    return [call for call in every if call is writer or call.made in behind(writer.made, block.states | {call.made})]
+
+
+def _factors(op: Op | None) -> list[Op | None]:
+    """What something is the product of."""
+    op = bare(op)
+    return [part for part, _ in op.next_functions] if op is not None and op.name() == "MulBackward0" else [op]
 
 
 def _mixer(block: Block, mixer: Called) -> dict[str, Any]:

@@ -7,7 +7,7 @@ where it must, and never changes a weight of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from unwrite.errors import ModelError, shown
 from unwrite.model.families import Family
 from unwrite.model.inside import decoder_of, find, head_of, headless, text_config
-from unwrite.model.layers import Layer, layer_of
+from unwrite.model.layers import Layer, layers_of
 from unwrite.model.projections import Effective, bias_of, has_bias, matrix_of, sizes
 from unwrite.model.weights import home, weight_of
-from unwrite.nodes import MLPS, Location, Node
+from unwrite.nodes import MLPS, Location, Node, reads
 from unwrite.prompts.tokens import Images
 
 # Projections -> which of what each puts out is followed.
@@ -57,6 +57,7 @@ class Model:
     state: Mapping[str, Any] = field(default_factory=dict)  # what changes logits and is no weight, at load
     effective: dict[nn.Module, Effective] = field(default_factory=dict)  # of projections that are not plain
     hashes: dict[Any, str] = field(default_factory=dict)  # state of the parameters -> hash of their values
+    by_prompt: set[str] = field(default_factory=set)  # arguments of blocks that are another one for another prompt
     whole: dict[int, bool] = field(default_factory=dict)  # prompt length -> must runs of it be whole?
     mixed: dict[int, Columns] = field(default_factory=dict)  # of mixers that show their values: layer -> these
     images: WeakSet[Images] = field(default_factory=WeakSet)  # vectors of prompts that are kept
@@ -88,18 +89,22 @@ class Model:
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
         """The blocks, first to last."""
-        blocks = find(self.decoder, self.row.blocks).children()
-        return tuple(layer_of(self.row, self.config, i, block) for i, block in enumerate(blocks))
+        return layers_of(self.row, self.config, [*find(self.decoder, self.row.blocks).children()])
 
     @cached_property
     def final_norm(self) -> nn.Module:
         """The norm between the final stream and the unembedding."""
         return find(self.decoder, self.row.final_norm)
 
-    @property
-    def residual_scale(self) -> float:
-        """What attention and MLP write is multiplied by this on its way into the stream."""
-        return self.row.residual_scale(self.config)
+    def to_end(self, location: Location) -> float:
+        """By which a state of the stream is multiplied on its way to the end: the gains of blocks behind it; mostly 1.
+
+        What nodes write is given as it arrives there, so the final state is the sum of all, and this state times this
+        number the sum of those that have written.
+        """
+        index = location.layer + (location.state == "post")
+        layer = self.layers[index] if index < len(self.layers) else None
+        return 1.0 if layer is None else layer.mid_to_end if location.state == "mid" else layer.to_end
 
     @cached_property
     def parts(self) -> tuple[Node, ...]:
@@ -115,9 +120,21 @@ class Model:
     @cached_property
     def states(self) -> tuple[Location, ...]:
         """The states of the stream that this model has, first to last."""
-        both = [not self.parallel and layer.heads > 0 and layer.has_mlp for layer in self.layers]
-        states = [Location(state, i) for i, mid in enumerate(both) for state in (["mid"] if mid else []) + ["post"]]
-        return (Location("pre", 0), *states)
+        return (Location("pre", 0), *(state for layer in self.layers for state in self._states(layer)))
+
+    def _states(self, layer: Layer) -> Iterator[Location]:
+        both = not self.parallel and layer.heads > 0 and layer.has_mlp
+        there = {"mid": both, "late": layer.late is not None, "post": True}
+        return (Location(state, layer.index) for state, has in there.items() if has)
+
+    def can_read(self, reader: Node, writer: Node) -> bool:
+        """Can a node's input contain what `writer` wrote? Values of a head may be of an earlier state (`carriers`)."""
+        return reads(reader, writer, self.parallel, self.layers[reader.layer].late is not None)
+
+    def carriers(self, writer: Node) -> list[int]:
+        """The layers whose heads can carry through values what `writer` wrote."""
+        carrying = filter(self.carries, self.layers)
+        return [layer.index for layer in carrying if layer.makes_values.reads.holds(writer, self.parallel)]
 
     def after(self, node: Node) -> Location:
         """The state of the stream right after a node has written."""
@@ -252,7 +269,7 @@ def _has_constant(lm: Model, layer: Layer) -> bool:
     """Is there anything constant in what attention writes? All that a mixer makes of a bias moves with its input."""
     moved = lm.convention == "paper" and layer.attends and _is_constant(lm, layer)
     projections = [layer.modules[name] for name in ("out_proj", "value")[: 1 + moved] if name in layer.modules]
-    of_norm = moved and getattr(layer.value_norm, "bias", None) is not None
+    of_norm = moved and getattr(layer.read_by_value, "bias", None) is not None
     return of_norm or layer.out_bias is not None or any(has_bias(lm, projection) for projection in projections)
 
 
@@ -265,8 +282,9 @@ def _exact(lm: Model, weight: Tensor, detach: bool = True) -> Tensor:
 class Folded:
     """What turns the factors of one layer's attention into writes.
 
-    `w_o` includes the residual scale and a post-norm's gain, and is centred under the convention; `constant` is the
-    part of z that the convention moves to the bias node, whose write is `bias` (times a post-norm's frozen scale).
+    `w_o` includes the residual scale, the gains of blocks and of a post-norm, and is centred under the convention;
+    `constant` is the part of z that the convention moves to the bias node, whose write is `bias` (times a post-norm's
+    frozen scale).
     """
 
     w_o: Float[Tensor, "head d_head d_model"]
@@ -284,7 +302,7 @@ def folded(lm: Model, layer: Layer, detach: bool = True) -> Folded:
     if not layer.heads:
         nothing = torch.zeros(0, 0, lm.d_model, dtype=lm.compute_dtype, device=lm.device)
         return Folded(nothing, None, nothing.sum((0, 1)))
-    scale = lm.residual_scale
+    scale = layer.into
     gain = gain_of(layer.post_attention_norm, lm, detach)
     shape: Callable[[Tensor], Tensor] = lambda write: centre(write if gain is None else write * gain, lm)  # noqa: E731
     weight = _exact(lm, matrix_of(lm, layer.out_proj, detach), detach).view(layer.heads, layer.head_dim, lm.d_model)
@@ -328,20 +346,31 @@ def value_columns(lm: Model, layer: Layer) -> Bool[Tensor, " output"]:
 def value_weights(
     lm: Model, layer: Layer, detach: bool = True
 ) -> tuple[Float[Tensor, "head d_model d_head"], Float[Tensor, "head d_head"]]:
-    """W_V and its bias for every query head (a group's heads share theirs)."""
+    """W_V and its bias for every query head (a group's heads share theirs), times the gain of a norm of values."""
+    weight, bias = made_values(lm, layer, detach)
+    gain = gain_of(layer.value_norm, lm, detach)
+    each = layer.heads // layer.kv_heads
+    heads, biases = (part if gain is None else part * gain for part in (weight, bias))
+    return heads.repeat_interleave(each, dim=0), biases.repeat_interleave(each, dim=0)
+
+
+def made_values(
+    lm: Model, layer: Layer, detach: bool = True
+) -> tuple[Float[Tensor, "kv_head d_model d_head"], Float[Tensor, "kv_head d_head"]]:
+    """W_V and its bias for every key/value head, before a norm of values if there is one."""
     weight, bias = _exact(lm, matrix_of(lm, layer.value, detach), detach), bias_of(lm, layer.value, detach)
     both = weight if bias is None else torch.cat([weight, _exact(lm, bias, detach)[None]])
     kv, width = layer.kv_heads, layer.head_dim
     values = both[:, value_columns(lm, layer)].unflatten(1, (kv, width)) * lm.row.value_factor(lm.config)
-    heads = values.transpose(0, 1).repeat_interleave(layer.heads // kv, dim=0)
+    heads = values.transpose(0, 1)
     if bias is None:
-        return heads, heads.new_zeros(layer.heads, width)
+        return heads, heads.new_zeros(kv, width)
     return heads[:, :-1], heads[:, -1]
 
 
 def _is_constant(lm: Model, layer: Layer) -> bool:
     """Do biases put the same into z at every position: do rows of patterns sum to 1, and is z all that they give?"""
-    return not (lm.row.sinks or lm.row.gated_heads) and layer.head_norm is None
+    return not (lm.row.sinks or lm.row.gated_heads) and layer.head_norm is layer.value_norm is None
 
 
 def value_constant(lm: Model, layer: Layer, detach: bool = True) -> Float[Tensor, "head d_head"] | None:
@@ -354,7 +383,7 @@ def value_constant(lm: Model, layer: Layer, detach: bool = True) -> Float[Tensor
 
 def value_bias(lm: Model, layer: Layer, detach: bool = True) -> Float[Tensor, "head d_head"] | None:
     """What the bias of the values' projection, and that of the norm that it reads, put into every head's values."""
-    beta = weight_of(layer.value_norm, "bias")
+    beta = weight_of(layer.read_by_value, "bias")
     if beta is None and not has_bias(lm, layer.value):
         return None
     weight, bias = value_weights(lm, layer, detach)

@@ -26,7 +26,7 @@ from unwrite.methods.scan import scan
 from unwrite.methods.survival import survival
 from unwrite.methods.verify import verify
 from unwrite.model.view import Model
-from unwrite.nodes import parse_node, reads
+from unwrite.nodes import parse_node
 from unwrite.prompts.given import by_name
 from unwrite.prompts.texts import windows
 from unwrite.prompts.tokens import Tokens
@@ -182,9 +182,7 @@ def _chosen(lm: Model, removed: xr.Dataset, most: int) -> dict[str, str]:
 def _answered(lm: Model, writers: np.ndarray) -> np.ndarray:
     """Which writes can be taken out: not the embedding's, and only those that some later node could read."""
     nodes = [parse_node(writer) for writer in writers]
-    return np.array(
-        [w.kind not in ("embed", "bias") and any(reads(e, w, lm.parallel) for e in lm.parts) for w in nodes]
-    )
+    return np.array([w.kind not in ("embed", "bias") and any(lm.can_read(e, w) for e in lm.parts) for w in nodes])
 
 
 def _gap(proof: Result) -> float:

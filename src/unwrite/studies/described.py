@@ -26,19 +26,38 @@ def described(lm: Model) -> str:
     said += [*_attention(lm, attending)] if attending else []
     said += [_mixers(lm, mixing)] if mixing else []
     said += [_mlps(lm, mlps)] if mlps else []
-    said += [f"{what} times {by:g}" for what, by in _factors(lm).items() if by != 1]
+    said += [f"{what} times {by}" for what, by in _factors(lm).items() if by != "1"]
+    said += [*_beyond(lm)]
     said += ["positions are what else the first block reads"] if row.pos_embed == REST else []
     said += [f"attention adds {row.out_bias}"] if row.out_bias else []
     cap = row.logit_cap(lm.config)
     return "; ".join(said + ([] if cap is None else [f"logits are capped at {cap:g}"]))
 
 
-def _factors(lm: Model) -> dict[str, float]:
+def _factors(lm: Model) -> dict[str, str]:
     row, config = lm.row, lm.config
-    return {
-        "the embedding is": row.embed_scale(config), "writes of blocks are": lm.residual_scale,
-        "values are": row.value_factor(config), "logits are": row.logit_scale(config),
+    numbers = {
+        "the embedding is": [row.embed_scale(config)], "writes of blocks are": [x.residual_scale for x in lm.layers],
+        "values are": [row.value_factor(config)], "logits are": [row.logit_scale(config)],
     }  # fmt: skip
+    return {what: _span(by) for what, by in numbers.items()}
+
+
+def _span(numbers: Sequence[float]) -> str:
+    least, most = min(numbers), max(numbers)
+    return f"{least:g}" if least == most else f"{least:g} to {most:g}"
+
+
+def _beyond(lm: Model) -> Iterator[str]:
+    """What blocks do beside adding to one stream what is made of it."""
+    gains = [layer.gain for layer in lm.layers if layer.gain != 1]
+    if gains:
+        by = f"{len(gains)} blocks multiply their stream by {_span(gains)}"
+        yield f"{by}: what nodes write is given as it arrives at the end"
+    if behind := _names(lm.layers, lambda layer: layer.beside if layer.late else None):
+        yield f"after the MLP writes {behind}, which reads the stream that it leaves"
+    if beside := sorted(lm.by_prompt):
+        yield f"blocks are given something of the prompt beside the stream (argument {', '.join(beside)})"
 
 
 def _attention(lm: Model, layers: Sequence[Layer]) -> Iterator[str]:
@@ -50,6 +69,11 @@ def _attention(lm: Model, layers: Sequence[Layer]) -> Iterator[str]:
     if first := _names(layers, lambda layer: layer.latent, within=True):
         norm = _names(layers, lambda layer: layer.latent_norm, within=True)
         yield f"values take two steps, through {first} and the norm {norm}"
+    if norm := _names(layers, lambda layer: layer.value_norm, within=True):
+        yield f"values are normed ({norm})"
+    if shared := {layer.index: layer.values_of.index for layer in layers if layer.values_of is not None}:
+        pairs = ", ".join(f"{layer} of {source}" for layer, source in shared.items())
+        yield f"layers have keys and values of an earlier one ({pairs})"
     if norm := _names(layers, lambda layer: layer.head_norm, within=True):
         yield f"what heads give goes through the norm {norm}"
     if lm.row.gated_heads:
@@ -83,7 +107,7 @@ def _carried(lm: Model, layers: Sequence[Layer]) -> str:
 
 def _mlps(lm: Model, layers: Sequence[Layer]) -> str:
     last = _names(layers, lambda layer: last_projection(lm, layer)) or _names(layers, lambda layer: layer.mlp)
-    beside = _names(layers, lambda layer: layer.beside)
+    beside = _names(layers, lambda layer: None if layer.late else layer.beside)
     with_it = f", and beside it {beside}" if beside else ""
     reads = _names(layers, lambda layer: layer.mid or layer.input_norm)
     read = "beside attention" if lm.parallel else f"what {reads} is given"

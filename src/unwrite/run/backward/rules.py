@@ -95,7 +95,7 @@ def put(lm: Model, rules: Rules) -> Iterator[Handle]:
 
 def _norms(lm: Model, layer: Layer) -> Iterator[nn.Module]:
     """Every norm on the way of the stream; those of queries and keys are part of the attention."""
-    inside = _inside(layer) - {layer.latent_norm, layer.head_norm}
+    inside = _inside(layer) - {layer.latent_norm, layer.value_norm, layer.head_norm}
     for module in layer.block.modules():
         if module not in inside and is_norm(module, lm.d_model):
             yield module
@@ -122,8 +122,11 @@ def _mlp_rules(lm: Model, layer: Layer, rule: str) -> Iterator[Handle]:
     if not layer.has_mlp:
         return
     product = last_projection(lm, layer)
-    if layer.beside is not None and rule in ("stopped", "relp"):
-        yield _stopped(layer.beside) if rule == "stopped" else after(layer.beside, _halved)
+    if layer.beside is not None and rule == "stopped":
+        yield _stopped(layer.beside)
+    # What reads the MLP's state is multiplied by something beside the stream, which is no second factor in it.
+    if layer.beside is not None and layer.late is None and rule == "relp":
+        yield after(layer.beside, _halved)
     if rule == "stopped":
         yield _stopped(layer.mlp) if product is None else before(product, Tensor.detach)
     if rule != "relp":
@@ -170,7 +173,10 @@ def _attention_rules(lm: Model, layer: Layer, rule: str) -> Iterator[Handle]:
         yield after(layer.value, partial(_only, value_columns(lm, layer)))
         if layer.latent is not None:
             yield after(layer.latent, partial(_only, torch.arange(sizes(layer.latent)[1]) < sizes(layer.value)[0]))
-    followed = (layer.out_proj, *(layer.modules.get(name) for name in ("head_norm", "value", "latent", "latent_norm")))
+    followed = (
+        layer.out_proj,
+        *(layer.modules.get(name) for name in ("head_norm", "value", "latent", "latent_norm", "value_norm")),
+    )
     # Of what is followed all parts are: an adapter lies beside the weight that it adapts.
     kept = [module for module in followed[: None if rule == "values" else 1] if module is not None]
     parts = {part for module in kept for part in module.modules()}

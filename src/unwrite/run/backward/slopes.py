@@ -20,7 +20,7 @@ from unwrite.model.capture import evaluating
 from unwrite.model.hooks import before, first_of, hooked, kept, leaf
 from unwrite.model.placed import decode
 from unwrite.model.projections import require_slopes
-from unwrite.model.view import Model
+from unwrite.model.view import Layer, Model
 from unwrite.model.weights import followed, reloading
 from unwrite.nodes import Location
 from unwrite.run.backward.rules import Rules, put
@@ -82,14 +82,16 @@ def _differentiable() -> Iterator[None]:
 def cotangents(
     lm: Model, ids: Int[Tensor, "pair position"], rules: Rules, metric: MetricOf
 ) -> tuple[Float[Tensor, " pair"], dict[Location, Float[Tensor, "pair position d_model"]]]:
-    """The metric, and its slope under `rules` at every state of the stream."""
+    """The metric, and its slope under `rules` at every state of the stream, per unit of what arrives at the end."""
     modules: dict[Location, nn.Module] = {layer.reads: layer.block for layer in lm.layers}
     modules[lm.states[-1]] = lm.final_norm
     if not lm.parallel:
         modules |= {Location("mid", layer.index): layer.mid for layer in lm.layers if layer.mid is not None}
+    modules |= {Location("late", layer.index): layer.late for layer in lm.layers if layer.late is not None}
     value, _, found = backward(lm, ids, rules, metric, _read_by(modules))
     shape = (len(ids), ids.shape[1], lm.d_model)
-    return value.detach(), {state: part.reshape(shape).to(lm.device, lm.compute_dtype) for state, part in found.items()}
+    slopes = {state: part.reshape(shape).to(lm.device, lm.compute_dtype) for state, part in found.items()}
+    return value.detach(), {state: slope / lm.to_end(state) for state, slope in slopes.items()}
 
 
 @contextmanager
@@ -113,7 +115,7 @@ class Graph:
     cotangents: Sequence[Float[Tensor, "pair position d_model"]]
     _tensors: Mapping[Slot, Tensor]
     _stream: Sequence[Tensor]
-    _scale: float
+    _layers: Sequence[Layer]
 
     def without(self, layer: int) -> Slopes:
         """Slopes at what lies before this layer when none enters what the layer writes: one variant of GradDrop.
@@ -125,12 +127,13 @@ class Graph:
             if slot.layer < layer or (slot.at is None and slot.layer == layer)
         }  # fmt: skip
         between = {slot: tensor for slot, tensor in self._tensors.items() if slot.joined and slot.layer == layer}
-        behind, read = self.cotangents[layer + 1], self._stream[layer]
+        block, read = self._layers[layer], self._stream[layer]
+        behind = self.cotangents[layer + 1] * block.gain
         found: Sequence[Tensor | None] = ()
         if earlier:
             asked, slope = [*earlier.values()], behind.to(read.device)
             found = torch.autograd.grad(read, asked, slope, retain_graph=True, allow_unused=True)
-        return _named({**earlier, **between}, [*found, *(behind * self._scale for _ in between)], self.metric)
+        return _named({**earlier, **between}, [*found, *(behind * block.residual_scale for _ in between)], self.metric)
 
 
 def graph(
@@ -151,7 +154,7 @@ def graph(
     cotangents = [found[i].to(lm.device) for i in range(len(inputs))]
     return Graph(
         value.detach(), values_of(lm, watched, inputs, len(ids)), slopes, cotangents,
-        watched if keep else {}, inputs if keep else (), lm.residual_scale,
+        watched if keep else {}, inputs if keep else (), lm.layers,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ One finder for each kind says where; all units of a kind in a layer are a slot (
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -101,10 +102,14 @@ def _lacks(lm: Model, kind: str, layer: Layer) -> str | None:
     if kind == "mid" and Location("mid", layer.index) not in lm.states:
         why = "its blocks are parallel" if lm.parallel else "there are not both in this layer"
         return f"no state between attention and MLP: {why}"
+    if kind == "late" and layer.late is None:
+        return "a state between its MLP and what reads it in the same layer; this layer has nothing like it"
     if kind == "beside" and layer.beside is None:
         return "what writes beside its MLP; this layer has nothing like it"
     if kind in ("act", "neuron", "mlp") and not layer.has_mlp:
         return "an MLP; this layer has none"
+    if kind == "v_input" and layer.values_of is not None:
+        return f"a layer with values of its own; this one has those of layer {layer.values_of.index}"
     if kind in ("v_input", "pattern", "z") or KINDS[kind].group in ("q", "k", "v", "shared_k", "shared_v"):
         instead = f" but a mixer (L{layer.index}M0.z): it has no pattern, queries, keys or values" * bool(layer.heads)
         return None if layer.attends else f"a layer with attention; this one has none{instead}"
@@ -126,32 +131,44 @@ def _written(lm: Model, module: nn.Module, scale: float) -> Place:
 
 def _start(lm: Model, site: Site) -> Place:
     """What a module writes before the blocks, or what the first of them reads beside what another site holds of it."""
-    path, of_tokens = getattr(lm.row, site.kind), site.kind == "embed"
+    path, of_tokens, begin = getattr(lm.row, site.kind), site.kind == "embed", lm.to_end(lm.states[0])
     if path != REST:
-        return _written(lm, lm.decoder.get_submodule(path), lm.row.embed_scale(lm.config) if of_tokens else 1.0)
+        scale = lm.row.embed_scale(lm.config) if of_tokens else 1.0
+        found = _written(lm, lm.decoder.get_submodule(path), scale * begin)
+        return _into_stream(lm, found) if lm.by_prompt else found
     keep = () if of_tokens else (Point(lm.decoder.get_submodule(lm.row.embed), before=False),)
 
     def shown(tensor: Tensor, now: Pass) -> Tensor:
         others = [_start(lm, Site("embed")).read(now.kept[point], now) for point in keep]
-        return centre(tensor.to(lm.compute_dtype), lm) - sum(other.to(tensor.device) for other in others)
+        return centre(tensor.to(lm.compute_dtype) * begin, lm) - sum(other.to(tensor.device) for other in others)
 
-    return Place(Point(lm.layers[0].block, before=True), shown=shown, keep=keep, adds=True)
+    return Place(Point(lm.layers[0].block, before=True), shown=shown, scale=begin, keep=keep, adds=True)
+
+
+def _into_stream(lm: Model, found: Place) -> Place:
+    """The same, changed where the stream begins: of what a module gives something else may be made for blocks."""
+    own = found.point
+    assert isinstance(own, Point)  # noqa: S101 (a module's)
+    shown = lambda tensor, now: found.read(now.kept[own], now).to(tensor.device)  # noqa: E731
+    begin = lm.to_end(lm.states[0])
+    return Place(Point(lm.layers[0].block, before=True), shown=shown, scale=begin, keep=(own,), adds=True)
 
 
 def _mlp(lm: Model, site: Site) -> Place:
-    return _written(lm, lm.layers[site.layer].end(site.kind), lm.residual_scale)
+    layer = lm.layers[site.layer]
+    return _written(lm, layer.end(site.kind), layer.into)
 
 
 def _attn_out(lm: Model, site: Site) -> Place:
     layer = lm.layers[site.layer]
-    shown = lambda tensor, now: centre(_whole(lm, layer, now.rows(tensor).to(lm.compute_dtype)), lm)  # noqa: E731
+    shown = lambda tensor, now: centre(_whole(lm, layer, now.rows(tensor).to(lm.compute_dtype)) * layer.into, lm)  # noqa: E731
     return _attention_part(lm, layer, shown)
 
 
 def _whole(lm: Model, layer: Layer, tensor: Tensor) -> Tensor:
-    """All that attention writes, of what its end puts out."""
+    """All that attention puts out, and what the block adds to it, of what its end does."""
     beside = outside(lm, layer, detach=False)
-    return (tensor if beside is None else tensor + beside.to(tensor.device)) * lm.residual_scale
+    return tensor if beside is None else tensor + beside.to(tensor.device)
 
 
 def _state(lm: Model, site: Site) -> Place:
@@ -168,15 +185,30 @@ def _mid(lm: Model, site: Site) -> Place:
     layer, before = lm.layers[site.layer], Point(lm.layers[site.layer].block, before=True)
 
     def shown(tensor: Tensor, now: Pass) -> Tensor:
-        return centre((now.kept[before].to(tensor.device) + _whole(lm, layer, tensor)).to(lm.compute_dtype), lm)
+        written = _whole(lm, layer, tensor) * layer.residual_scale
+        return centre((now.kept[before].to(tensor.device) + written).to(lm.compute_dtype) * layer.mid_gain, lm)
 
     # The norm between attention and MLP reads the stream, but the stream does not go through it.
-    return _attention_part(lm, layer, shown, before)
+    scale = layer.residual_scale * layer.mid_gain
+    return replace(_attention_part(lm, layer, shown, before), scale=scale)
+
+
+def _late(lm: Model, site: Site) -> Place:
+    layer, before = lm.layers[site.layer], Point(lm.layers[site.layer].block, before=True)
+    end = Point(layer.attention_end, before=False)
+
+    def shown(tensor: Tensor, now: Pass) -> Tensor:
+        written = now.rows(tensor) + _whole(lm, layer, now.kept[end]).to(tensor.device)
+        here = now.kept[before].to(tensor.device) + written * layer.residual_scale
+        return centre(here.to(lm.compute_dtype), lm)
+
+    place = Point(layer.end("mlp"), before=False)
+    return Place(place, shown=shown, scale=layer.residual_scale, keep=(before, end), adds=True)
 
 
 def _attention_part(lm: Model, layer: Layer, shown: Callable[[Tensor, Pass], Tensor], *keep: Point) -> Place:
     """What is computed from, and added to, all that attention writes."""
-    return Place(Point(layer.attention_end, before=False), shown=shown, scale=lm.residual_scale, keep=keep, adds=True)
+    return Place(Point(layer.attention_end, before=False), shown=shown, scale=layer.into, keep=keep, adds=True)
 
 
 def _head(lm: Model, site: Site) -> Place:
@@ -252,11 +284,11 @@ def _v_input(lm: Model, site: Site) -> Place:
     before = Point(layer.block, before=True)
     shown = lambda tensor, now: centre(now.kept[before].to(lm.compute_dtype), lm)  # noqa: E731
     put = partial(_values_of, lm, layer, before)
-    return Place(Point(layer.value, before=False), shown=shown, put=put, keep=(before,))
+    return Place(Point(layer.value_norm or layer.value, before=False), shown=shown, put=put, keep=(before,))
 
 
 def _values_of(lm: Model, layer: Layer, before: Point, tensor: Tensor, old: Tensor, new: Tensor, now: Pass) -> Tensor:
-    """What the value projection puts out, with values that read another stream."""
+    """What the value projection, or a norm of values, puts out, with values that read another stream."""
     stream = (now.kept[before] + (new - old).to(now.kept[before].device)).to(now.kept[before].dtype)
     # `forward`, and not a call: hooks see only what the model itself does.
     read = stream if layer.input_norm is None else layer.input_norm.forward(stream)
@@ -268,8 +300,11 @@ def _values_of(lm: Model, layer: Layer, before: Point, tensor: Tensor, old: Tens
                 fix="give the whole prompt to one pass",
             )
         read = layer.latent_norm.forward(layer.latent.forward(read)[..., : sizes(layer.value)[0]])
-    values = layer.value.forward(read).view_as(tensor)
-    return torch.where(value_columns(lm, layer).to(tensor.device), values, tensor)
+    values, columns = layer.value.forward(read), value_columns(lm, layer).to(tensor.device)
+    if layer.value_norm is None:
+        return torch.where(columns, values.view_as(tensor), tensor)
+    own = values[..., columns].view_as(tensor) * lm.row.value_factor(lm.config)
+    return layer.value_norm.forward(own)
 
 
 def _attended(lm: Model, site: Site) -> Place:
@@ -317,6 +352,7 @@ _FINDERS: dict[str, Callable[[Model, Site], Place]] = {
     "pos_embed": _start,
     "pre": _state,
     "mid": _mid,
+    "late": _late,
     "post": _state,
     **dict.fromkeys(PROJECTED, _head),
     "bias": _bias,

@@ -226,12 +226,11 @@ def values_of(
     They are detached, and on the model's own device. A state between attention and MLP comes in units of what
     attention writes, which is multiplied on its way.
     """
-    scale = lm.residual_scale
     made: dict[Slot, Tensor] = {}
     for slot, tensor in found.items():
         value = slot.view(tensor.detach().to(lm.device), prompts).index_select(2, slot.units.to(lm.device))
         read = inputs[slot.layer].detach().to(lm.device)[:, :, None] if slot.joined else None
-        made[slot] = value.clone() if read is None else value + read / scale
+        made[slot] = value.clone() if read is None else value + read / lm.layers[slot.layer].residual_scale
     return made
 
 

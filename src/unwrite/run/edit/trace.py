@@ -67,7 +67,7 @@ def trace(lm: Model, *sites: object, edits: Sequence[Edit] | Edit = ()) -> Itera
     the edits. Shapes, with d that of the site:
 
         "L2H3", "L2H3.out", "L2.bias", "MLP2", "embed", "pos_embed"   [prompt, position, d_model], as the nodes sum up
-        "resid_pre0", "resid_mid2", "resid_post2", "L2.v_input"       [prompt, position, d_model]
+        "resid_pre0", "resid_mid2", "resid_post2", "L2.v_input"       [prompt, position, d_model], the model's own
         "L2H3.q", ".k", ".v" (after rotation), ".z"; "L2KV1.k", ".v"  [prompt, position, d_head]
         "L2H3.pattern"                                                [prompt, query, key]
         "L2.attn_out"                                                 [prompt, position, d_model]
@@ -75,7 +75,9 @@ def trace(lm: Model, *sites: object, edits: Sequence[Edit] | Edit = ()) -> Itera
 
     "L2.v_input" is the stream as all values of layer 2 read it, before the norm: queries, keys and the stream itself
     stay. ".k" and ".v" of a query head are its copy of what its group shares as "L2KV1.k". ".z" and ".act" are what the
-    last projections read; writes and states are under the model's `convention`, in `lm.compute_dtype`. With a cache, a
+    last projections read; writes and states are under the model's `convention`, in `lm.compute_dtype`. Where blocks
+    multiply all that they give, writes (also "L2.attn_out") are given, and edited, as they arrive at the end, states as
+    the model has them there: the nodes that a state holds add up to `lm.to_end(location)` times it. With a cache, a
     pass brings only its new positions; keys and values are all that attention sees.
     Gradients flow through recorded tensors and edits wherever autograd is on: `t[site].grad` is there after `backward`.
 

@@ -17,11 +17,11 @@ from torch import Tensor
 from unwrite.model.attention import Patterns, patterns
 from unwrite.model.cache import Past
 from unwrite.model.capture import Recording, evaluating, recording
-from unwrite.model.continued import Calls, apart, calling, calls_from, continued, kept_run
+from unwrite.model.continued import Calls, apart, by_prompt, calling, calls_from, continued, kept_run
 from unwrite.model.hooks import read_of
 from unwrite.model.mixers import through_mixer
 from unwrite.model.placed import decode
-from unwrite.model.values import into_values, through_values, value_scale
+from unwrite.model.values import read_by, through_values, value_scale
 from unwrite.model.view import Folded, Layer, Model
 from unwrite.model.writes import blocks, expand, write_of
 from unwrite.nodes import Node
@@ -55,12 +55,13 @@ class Clean:
         """The stream as this layer's block was given it, wherever the layer before it computes."""
         return read_of(self.calls[layer])
 
-    def scale(self, layer: Layer) -> Tensor | None:
-        """The frozen scale of the norm before this layer's values."""
-        return value_scale(self.lm, layer, self.record.stream[layer.reads])
+    def scale(self, layer: Layer) -> Float[Tensor, "prompt position *kv_head"] | None:
+        """The frozen scale of the norms before and in this layer's values."""
+        return value_scale(self.lm, layer, self.record.stream[layer.makes_values.reads])
 
     def carried(self, layer: int, vector: Tensor) -> Float[Tensor, "prompt position head d_model"]:
-        """C of eq. 3: what this layer's heads write because `vector` is in the stream, pattern and norms held.
+        """C of eq. 3: what this layer's heads write because `vector` is in the stream that their values are made of,
+        pattern and norms held.
 
         Of a mixer that shows its values what its heads do, with all else held that it makes of the stream. Raises
         ModelError for a layer with neither.
@@ -68,7 +69,7 @@ class Clean:
         block = self.lm.layers[layer]
         scale = self.scale(block)
         if block.mixes:
-            read = into_values(self.lm, block, vector, scale)
+            read = read_by(self.lm, block, vector, scale)
             through = through_mixer(self.lm, block, self.patterns.mixed[layer], read)
         else:
             gate = self.patterns.gate.get(layer)
@@ -92,7 +93,7 @@ def clean(
         calls = stack.enter_context(calling(lm))
         stack.enter_context(apart(lm))
         decode(lm, ids, use_cache=False)
-    return Clean(lm, folded, record, calls, found)
+    return Clean(lm, folded, record, {layer: by_prompt(lm, call, call) for layer, call in calls.items()}, found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,8 +118,8 @@ class Base:
         return self.inputs[-1][torch.arange(len(self.row), device=self.row.device), self.row]
 
     def calls(self, start: int, end: int) -> Calls:
-        """How the model calls each block for rows start … end of one prompt that follow on earlier ones."""
-        return calls_from(self.lm, self.ids[:1], self.kept, start, end)
+        """How the model calls each block for rows start … end of its prompts that follow on earlier ones."""
+        return calls_from(self.lm, self.ids, self.kept, start, end)
 
     def begin(self, start: int) -> int:
         """The first row that a run must bring which differs from this one from row `start` on."""

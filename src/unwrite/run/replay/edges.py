@@ -1,6 +1,7 @@
 """Which nodes can be the ends of a path, and which edges are there?
 
-Places where something joins the stream, or is read: 2l the input of block l, 2l + 1 between its attention and its MLP.
+Places where something joins the stream, or is read: 3l the input of block l, 3l + 1 between its attention and its MLP,
+3l + 2 behind this, where something reads it there.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class Write:
         """Where it joins the stream."""
         if self.kind == "embed":
             return 0
-        return 2 * self.layer + (1 if self.kind not in MLPS and not lm.parallel else 2)
+        behind = 2 if lm.layers[self.layer].late is not None and self.kind != "beside" else 3
+        return 3 * self.layer + (1 if self.kind not in MLPS and not lm.parallel else behind)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +76,13 @@ class Ends:
 def read_at(lm: Model, site: Site) -> int:
     """The place where a receiver reads the stream."""
     if site.kind == LOGITS:
-        return 2 * len(lm.layers)
-    return 2 * site.layer + (site.kind == "mlp" and not lm.parallel)
+        return 3 * len(lm.layers)
+    return 3 * site.layer + (site.kind == "mlp" and not lm.parallel)
+
+
+def to_end(lm: Model, place: int) -> float:
+    """By which what is in the stream at a place is multiplied on its way to the end."""
+    return lm.layers[place // 3].to_end if place // 3 < len(lm.layers) else 1.0
 
 
 def ends(lm: Model, senders: Sequence[str], receivers: Sequence[str]) -> Ends:

@@ -14,12 +14,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from unwrite.model.attention import patterns
+from unwrite.model.cache import Handed, of_prompts
 from unwrite.model.capture import Recording, recording
 from unwrite.model.continued import block
 from unwrite.model.hooks import Visit, after, before, hooked
 from unwrite.model.values import through_values
 from unwrite.model.view import Layer, Model, centre
-from unwrite.nodes import MLPS, Node
+from unwrite.nodes import Node
 from unwrite.run.replay.clean import Clean
 
 
@@ -32,7 +33,7 @@ def added(run: Clean, node: Node, change: Float[Tensor, "prompt position d_model
     if node.layer < 0:
         return _continued(run, 0, change, {})
     layer = run.lm.layers[node.layer]
-    return _continued(run, node.layer, None, {layer.end(node.kind): partial(_plus, run.lm, lambda: change)})
+    return _continued(run, node.layer, None, {layer.end(node.kind): partial(_plus, layer, lambda: change)})
 
 
 @torch.no_grad()
@@ -55,7 +56,7 @@ def hidden(run: Clean, vector: Float[Tensor, "prompt position d_model"], layers:
             return -torch.einsum("bthk,hkd->btd", taken[layer.index], run.folded[layer.index].w_o)
 
         edited = [lm.layers[index] for index in layers]
-        visits = {_attention_end(lm, layer): partial(_plus, lm, partial(carried, layer)) for layer in edited}
+        visits = {_attention_end(lm, layer): partial(_plus, layer, partial(carried, layer)) for layer in edited}
         record = _continued(run, min(layers), None, visits)
     for index, part in taken.items():
         record.z[index] = record.z[index] - part  # recorded before it was taken out
@@ -64,7 +65,7 @@ def hidden(run: Clean, vector: Float[Tensor, "prompt position d_model"], layers:
 
 @torch.no_grad()
 def one_reader(
-    run: Clean, vector: Float[Tensor, "prompt position d_model"], layers: Sequence[int]
+    run: Clean, vector: Float[Tensor, "prompt position d_model"], mlps: Sequence[Node]
 ) -> dict[Node, Float[Tensor, "prompt position d_model"]]:
     """D = MLP(x) − MLP(x − vector), norms free: what each of these MLPs writes because `vector` is in what it reads.
 
@@ -73,20 +74,40 @@ def one_reader(
     block is called as in the clean run. Where attention and MLP read one state the block takes in x − vector, and its
     attention is not looked at; elsewhere what stands between the two does, and its attention is the clean one.
     """
-    lm = run.lm
-    with ExitStack() as stack:
-        record = stack.enter_context(recording(lm, run.folded))
-        for layer in (lm.layers[index] for index in layers):
-            module = layer.block if lm.parallel or layer.mid is None else layer.mid
-            stack.enter_context(hooked([before(module, partial(_without, vector))]))
-            block(layer, run.calls[layer.index])
-    nodes = [node for node in lm.parts if node.kind in MLPS and node.layer in layers]
-    return {node: run.record.vectors[node] - record.vectors[node] for node in nodes}
+    lm, changes = run.lm, dict[Node, Tensor]()
+    at = {node: _read_through(lm, node) for node in mlps}
+    # What reads an MLP's write is asked by itself: in a run without the vector the MLP before it writes otherwise.
+    for late in (False, True):
+        here = [node for node, module in at.items() if (module is lm.layers[node.layer].late) is late]
+        with recording(lm, run.folded) as record:
+            for layer, module in {node.layer: at[node] for node in here}.items():
+                own = lm.layers[layer]
+                to_end = own.mid_to_end if module is own.mid else own.to_end
+                with hooked([before(module, partial(_without, vector / to_end))]):
+                    again(run, lm.layers[layer], Handed())
+        changes |= {node: run.record.vectors[node] - record.vectors[node] for node in here}
+    return {node: changes[node] for node in mlps}
+
+
+def _read_through(lm: Model, node: Node) -> nn.Module:
+    """The module whose input is the state that an MLP, or what writes beside or after it, reads."""
+    layer = lm.layers[node.layer]
+    if node.kind == "beside" and layer.late is not None:
+        return layer.late
+    return layer.block if lm.parallel or layer.mid is None else layer.mid
 
 
 def _without(vector: Tensor, x: Tensor) -> Tensor:
     # OPT flattens prompts and positions before its MLP.
     return (x - vector.reshape(x.shape).to(x.device)).to(x.dtype)
+
+
+def again(run: Clean, layer: Layer, handed: Handed, x: Tensor | None = None) -> Tensor:
+    """A block of the clean run again, on another stream if one is given, with what earlier ones have `handed` on."""
+    call, stream = run.calls[layer.index], run.input(layer.index)
+    made = block(layer, of_prompts(call, torch.arange(len(stream), device=stream.device), handed), x)
+    handed.keep()
+    return made
 
 
 def _attention_end(lm: Model, layer: Layer) -> nn.Module:
@@ -96,9 +117,9 @@ def _attention_end(lm: Model, layer: Layer) -> nn.Module:
     return layer.attention_end
 
 
-def _plus(lm: Model, change: Callable[[], Tensor], written: Tensor) -> Tensor:
-    """What a module writes with something added, in units of the stream, which it reaches scaled."""
-    return written + (change() / lm.residual_scale).reshape(written.shape).to(written)
+def _plus(layer: Layer, change: Callable[[], Tensor], written: Tensor) -> Tensor:
+    """What a module writes with something added, in units of the final stream, which it reaches scaled."""
+    return written + (change() / layer.into).reshape(written.shape).to(written)
 
 
 def _continued(run: Clean, start: int, change: Tensor | None, visits: Mapping[nn.Module, Visit]) -> Recording:
@@ -109,9 +130,10 @@ def _continued(run: Clean, start: int, change: Tensor | None, visits: Mapping[nn
         stack.enter_context(hooked(after(module, visit) for module, visit in visits.items()))
         record = stack.enter_context(recording(lm, run.folded, truth=True))
         x = run.input(start)
-        x = x if change is None else x + change.to(x)
+        x = x if change is None else x + (change / lm.layers[start].to_end).to(x)
+        handed = Handed()
         for layer in lm.layers[start:]:
-            x = block(layer, run.calls[layer.index], x)
+            x = again(run, layer, handed, x)
     record.stream[lm.states[-1]] = centre(x.to(lm.device, lm.compute_dtype), lm)
     return _completed(run.record, record)
 

@@ -22,7 +22,7 @@ from unwrite.model.view import Model
 from unwrite.nodes import PROJECTED
 from unwrite.run.edit.slots import Slot, Values, Visit, visiting
 from unwrite.run.replay.clean import Base
-from unwrite.run.replay.edges import LOGITS, Ends, Write, read_at
+from unwrite.run.replay.edges import LOGITS, Ends, Write, read_at, to_end
 from unwrite.run.replay.walk import ROWS, Runs, Setting, visits_of
 
 MODES = ("recompute", "frozen")
@@ -62,18 +62,19 @@ def _first_change(base: Base, source: Values) -> int | None:
 
 
 def _delta(base: Base, source: Values, ends: Ends, write: Write) -> Float[Tensor, "pair position d_model"]:
-    """What a write puts into the stream more when it is set to its source value."""
+    """What a write puts into the stream more, as it arrives at the end, when it is set to its source value."""
     slot = next(s for s in ends.sent if s.kind == write.kind and (write.kind == "embed" or s.layer == write.layer))
     if write.kind not in PROJECTED:
         change = (source[slot] - base.values[slot])[:, :, 0]
-        return change if write.kind == "embed" else change * base.lm.residual_scale
+        return change * (
+            base.lm.to_end(base.lm.states[0]) if write.kind == "embed" else base.lm.layers[write.layer].into
+        )
     before = base.values[ends.z[write.layer]]
     after = before.clone()
     for head in write.heads:
         after[:, :, head] = source[slot][:, :, slot.units.tolist().index(head)].to(after.dtype)
-    return (
-        _attention_end(base, write.layer, after) - _attention_end(base, write.layer, before)
-    ) * base.lm.residual_scale
+    own = base.lm.layers[write.layer]
+    return (_attention_end(base, write.layer, after) - _attention_end(base, write.layer, before)) * own.into
 
 
 def _attention_end(base: Base, layer: int, z: Float[Tensor, "pair position head d"]) -> Tensor:
@@ -103,7 +104,7 @@ class _Sent:
         return Runs(self.base, pair, layer, self.start, self.end, self.calls)
 
     def more(self, sender: Int[Tensor, " run"], pair: Int[Tensor, " run"], low: int, high: int) -> Tensor | None:
-        """Σ Δ over what joins the stream at places low … high, run by run; None where nothing does."""
+        """Σ Δ over what joins the stream at places low … high, run by run, as it is there; None where nothing does."""
         total: Tensor | None = None
         for write, delta in self.deltas.items():
             if not low <= write.place(self.base.lm) <= high:
@@ -113,7 +114,7 @@ class _Sent:
             if len(rows):
                 total = delta.new_zeros(len(sender), *delta.shape[1:]) if total is None else total
                 total[rows] += delta[pair[rows]]
-        return total
+        return None if total is None else total / to_end(self.base.lm, high)
 
     def changed(self) -> Bool[Tensor, "sender pair"]:
         """Which senders write anything else, at rows that the read row can see."""
@@ -144,7 +145,7 @@ class _Sent:
         """What receivers become when a sender is set, all other heads are held, and MLPs answer."""
         sender, pair = changed.nonzero(as_tuple=True)
         places = {i: min(write.place(self.base.lm) for write in writes) for i, writes in self.sent.items()}
-        layer = torch.tensor([places[int(i)] // 2 for i in sender], device=sender.device)
+        layer = torch.tensor([places[int(i)] // 3 for i in sender], device=sender.device)
         order = layer.argsort(stable=True)
         sender, runs = sender[order], self.runs(pair[order], layer[order].tolist())
         became = _Became.empty(self, changed, sender, runs.pair)
@@ -152,31 +153,42 @@ class _Sent:
         def step(index: int, x: Tensor) -> Tensor:
             n = len(x)
             some = sender[:n], runs.pair[:n]
-            if (joining := self.more(*some, 2 * index, 2 * index)) is not None:
+            if (joining := self.more(*some, 3 * index, 3 * index)) is not None:
                 x = x + joining.to(x.dtype)
             if index == len(self.base.lm.layers):
                 return x
             held = runs.of_base(self.base.values[self.ends.held[index]], n)[:, :, 0]
-            if (between := self.more(*some, 2 * index + 1, 2 * index + 1)) is not None:
-                held = held + (between / self.base.lm.residual_scale).to(held.dtype)
+            scale = self.base.lm.layers[index].residual_scale
+            if (between := self.more(*some, 3 * index + 1, 3 * index + 1)) is not None:
+                held = held + (between / scale).to(held.dtype)
             keep = {slot: partial(became.keep, runs, slot) for slot in self.ends.received if slot.layer == index}
             hold: dict[Slot, Visit] = {self.ends.held[index]: lambda tensor: held.reshape(tensor.shape)}
             # An MLP that is a sender is set: it does not answer, and what it writes more joins behind it.
-            silent = visits_of(runs, self._senders_held(runs, sender, index), index, x)
+            behind = self.more(*some, 3 * index + 2, 3 * index + 2)
+            silent = visits_of(runs, self._senders_held(runs, sender, index, behind), index, x)
             with visiting(self.base.lm, {**keep, **hold}), visiting(self.base.lm, silent):
                 return runs.block(index, x)
 
         became.final.copy_(runs.finals(step) - self.base.final[runs.pair])
         return became
 
-    def _senders_held(self, runs: Runs, sender: Int[Tensor, " run"], index: int) -> list[Setting]:
-        """The MLP of a layer at base, in the runs of senders that hold it."""
+    def _senders_held(
+        self, runs: Runs, sender: Int[Tensor, " run"], index: int, behind: Tensor | None
+    ) -> list[Setting]:
+        """The MLP of a layer at base, or with what joins right `behind` it, in the runs of senders that hold it."""
         slot = next((one for one in self.ends.sent if one.kind == "mlp" and one.layer == index), None)
         if slot is None:
             return []
         owners = [i for i, writes in self.sent.items() if Write("mlp", index) in writes]
         where = torch.isin(sender, sender.new_tensor(owners))[:, None, None]
-        return [Setting(slot, where, partial(runs.of_base, self.base.values[slot], len(sender)))]
+
+        def values() -> Tensor:
+            held, n = runs.of_base(self.base.values[slot], len(sender)), 0 if behind is None else len(behind)
+            more = held.new_zeros(held.shape)
+            more[:n] += 0 if behind is None else behind[:, :, None] / self.base.lm.layers[index].residual_scale
+            return held + more
+
+        return [Setting(slot, where, values)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,7 +262,7 @@ class _Edges:
     def _live_step(self, index: int, x: Tensor) -> Tensor:
         n, every = len(x), torch.arange(len(x), device=x.device)
         if index == len(self._lm.layers):
-            return x + torch.where(self._at_end()[:n, None], self._more(every, 2 * index), 0)
+            return x + torch.where(self._at_end()[:n, None], self._more(every, 3 * index), 0)
         here = [slot for slot in self.asked.ends.received if slot.layer == index]
         settings = self._attended(index, x, [slot for slot in here if slot.kind != "mlp"])
         mlp = next((slot for slot in here if slot.kind == "mlp"), None)
@@ -269,8 +281,15 @@ class _Edges:
         with visiting(self._lm, {**hold, mlp: _keep(mlp, again)}):
             self.runs.block(index, branch, reads)
         change = mlp.view(again[mlp], len(reads)) - mlp.view(found[mlp], n)[reads]
-        out[reads] += change[:, :, 0] * self.asked.base.lm.residual_scale
-        return out
+        own = self._lm.layers[index]
+        if own.late is None:
+            out[reads] += change[:, :, 0] * own.residual_scale * own.gain
+            return out
+        whole = mlp.view(found[mlp], n)[:, :, 0].clone()
+        whole[reads] += change[:, :, 0]
+        with visiting(self._lm, {mlp: lambda tensor: whole.reshape(tensor.shape)}), ExitStack() as stack:
+            stack.enter_context(visiting(self._lm, visits_of(self.runs, settings, index, x)))
+            return self.runs.block(index, x)
 
     def _attended(self, index: int, x: Tensor, here: Sequence[Slot]) -> list[Setting]:
         """Heads, or their queries, keys and values, as they are when they read more."""
@@ -280,7 +299,7 @@ class _Edges:
         reads = torch.stack([part.any(1) for part in taken.values()]).any(0).nonzero()[:, 0]
         if not len(reads):
             return []
-        branch, found = x[reads] + self._more(reads, 2 * index), {}
+        branch, found = x[reads] + self._more(reads, 3 * index), {}
         with visiting(self._lm, {slot: _keep(slot, found) for slot in here}):
             self.runs.block(index, branch, reads)
         settings = []

@@ -16,12 +16,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from unwrite.model.cache import Past, with_past
-from unwrite.model.capture import Recording, between_both, recording
-from unwrite.model.continued import Calls, block, block_from, calls_from
+from unwrite.model.cache import Handed, Past
+from unwrite.model.capture import Recording, inside, recording
+from unwrite.model.continued import Calls, block_from, calls_from
 from unwrite.model.hooks import Handle, after, hooked
 from unwrite.model.view import Layer, Model, centre
-from unwrite.nodes import MLPS, Location, Node
+from unwrite.nodes import Location, Node
 from unwrite.run.replay.clean import Clean
 from unwrite.run.replay.walk import ROWS
 
@@ -47,13 +47,12 @@ Seen = Callable[[int, int, Recording], object]
 
 def begins(lm: Model, node: Node) -> int:
     """The first block that a run goes through in which this node's write is changed."""
-    inside = node.kind not in MLPS and Location("mid", node.layer) in lm.states
-    return node.layer + int(not inside)
+    return max(node.layer, 0) + int(lm.after(node).state == "post")
 
 
 def in_order(lm: Model, nodes: Sequence[Node]) -> list[int]:
     """Where the nodes are, in the order in which their runs begin: of a block before those inside of it."""
-    return sorted(range(len(nodes)), key=lambda i: (begins(lm, nodes[i]), nodes[i].layer))
+    return sorted(range(len(nodes)), key=lambda i: (begins(lm, nodes[i]), nodes[i].layer, lm.after(nodes[i]).order))
 
 
 def at_once(length: int, device: torch.device) -> int:
@@ -63,8 +62,8 @@ def at_once(length: int, device: torch.device) -> int:
 
 
 def alone(lm: Model, ids: Int[Tensor, "prompt position"]) -> Calls:
-    """How the model calls its blocks for one prompt of this length: so it can be called for any number of them."""
-    return calls_from(lm, ids[:1].to(lm.device), (), 0, ids.shape[1])
+    """How the model calls its blocks for whole runs of these prompts: so it can be called for any number of them."""
+    return calls_from(lm, ids.to(lm.device), (), 0, ids.shape[1])
 
 
 @torch.no_grad()
@@ -77,15 +76,14 @@ def changed(
     nothing is changed and behind which nothing is read; `calls` are then those of these rows.
 
     `seen(layer, n, record)` is told of every block that the first `n` runs went through; `record` holds what that
-    block's nodes write there, in those that are looked at, and its states of the stream in all: mid (none in a parallel
-    block) and post.
+    block's nodes write there, in those that are looked at, and its states of the stream in all: post, and those inside.
     """
     lm = run.lm
-    start = [begins(lm, node) for node in runs.node]
+    start, handed = [begins(lm, node) for node in runs.node], Handed()
     x = run.input(0).to(lm.device)[:0, : runs.change.shape[1]]
     with ExitStack() as stack:
         record = stack.enter_context(recording(lm, run.folded))
-        stack.enter_context(hooked(_mids(lm, record)))
+        stack.enter_context(hooked(_inner_states(lm, record)))
         for index in range(min(start), len(lm.layers) + 1):
             n = sum(begin <= index for begin in start)
             if n > len(x):
@@ -95,25 +93,19 @@ def changed(
             record.only = runs.looked_at if runs.looked_at is None else runs.looked_at[runs.looked_at < n]
             # Edits come last, so what nodes hand on after one is not what is recorded of them.
             with hooked(_edits(run, runs, slice(0, n), lm.layers[index])):
-                x = _block(lm, kept, index, x, runs.prompt[:n], first, calls)
-            record.stream[Location("post", index)] = centre(x.to(lm.device, lm.compute_dtype), lm)
+                x = block_from(lm, kept, index, x, runs.prompt[:n], first, calls, handed)
+            post = Location("post", index)
+            record.stream[post] = centre(x.to(lm.device, lm.compute_dtype) * lm.to_end(post), lm)
             seen(index, n, record)
             for store in (record.z, record.gain, record.vectors, record.stream):
                 store.clear()
     return centre(x.to(lm.device, lm.compute_dtype), lm)
 
 
-def _block(lm: Model, kept: Sequence[Past], index: int, x: Tensor, prompt: Tensor, first: int, calls: Calls) -> Tensor:
-    """A block of all rows, or of later ones over what is kept of the earlier; no module trains while one records."""
-    if kept:
-        return block_from(lm, kept, index, x, prompt, first, calls)
-    return block(lm.layers[index], with_past(calls[index], None, len(prompt)), x).to(prompt.device)
-
-
-def _mids(lm: Model, record: Recording) -> Iterator[Handle]:
+def _inner_states(lm: Model, record: Recording) -> Iterator[Handle]:
     for layer in lm.layers:
-        if layer.mid is not None and not lm.parallel:
-            yield between_both(lm, layer, layer.mid, record)
+        if not lm.parallel:
+            yield from inside(lm, layer, record)
 
 
 def _begun(run: Clean, runs: Changed, rows: slice, index: int, first: int) -> Float[Tensor, "run position d_model"]:
@@ -123,20 +115,20 @@ def _begun(run: Clean, runs: Changed, rows: slice, index: int, first: int) -> Fl
     change = runs.change[rows]
     x = x.to(lm.device)[runs.prompt[rows], first : first + change.shape[1]]
     read = torch.tensor([node.layer < index for node in runs.node[rows]], dtype=torch.bool, device=x.device)
-    return torch.where(read[:, None, None], x + change.to(x), x)
+    to_end = 1.0 if last else lm.layers[index].to_end
+    return torch.where(read[:, None, None], x + (change / to_end).to(x), x)
 
 
 def _edits(run: Clean, runs: Changed, rows: slice, layer: Layer) -> Iterator[Handle]:
-    """Where runs begin inside a block: its attention writes something else, its MLP reads that."""
-    lm = run.lm
-    inside = [i for i in range(rows.stop) if begins(lm, runs.node[i]) == layer.index == runs.node[i].layer]
-    if inside:
-        part = slice(inside[0], inside[-1] + 1)
-        yield after(layer.attention_end, partial(_plus, lm, part, runs.change[part]))
+    """Where runs begin inside a block: its attention or MLP writes something else, which what is after it reads."""
+    begun = [i for i in range(rows.stop) if begins(run.lm, runs.node[i]) == layer.index == runs.node[i].layer]
+    for end in dict.fromkeys(layer.end(runs.node[i].kind) for i in begun):
+        part = [i for i in begun if layer.end(runs.node[i].kind) is end]
+        yield after(end, partial(_plus, layer, slice(part[0], part[-1] + 1), runs.change[part[0] : part[-1] + 1]))
 
 
-def _plus(lm: Model, part: slice, change: Tensor, written: Tensor) -> Tensor:
-    """What a module writes with something added in some runs, in units of the stream, which it reaches scaled."""
+def _plus(layer: Layer, part: slice, change: Tensor, written: Tensor) -> Tensor:
+    """What a module writes with something added in some runs, in units of the final stream, which it reaches scaled."""
     whole = written.clone()
-    whole.view(-1, *change.shape[1:])[part] += (change / lm.residual_scale).to(written)
+    whole.view(-1, *change.shape[1:])[part] += (change / layer.into).to(written)
     return whole

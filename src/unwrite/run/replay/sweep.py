@@ -173,7 +173,7 @@ def _set_inside(runs: Runs, source: Values, part: Jobs, rows: slice) -> Tensor:
     slot, lm = part.slot, runs.base.lm
     x, put_in = runs.of_base(runs.base.inputs[slot.layer], len(part.pair)), source[slot][part.pair, rows, part.unit]
     if slot.joined:
-        put_in = put_in - x[:, _own(runs, rows)] / lm.residual_scale
+        put_in = put_in - x[:, _own(runs, rows)] / lm.layers[slot.layer].residual_scale
     # Attention sees the keys and values of earlier positions too.
     own = rows if slot.sees_past else _own(runs, rows)
     at, unit = torch.arange(own.start, own.stop, device=part.pair.device), slot.units[part.unit]

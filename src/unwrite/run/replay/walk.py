@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from unwrite.model.cache import Handed
 from unwrite.model.continued import Calls, block_from
 from unwrite.run.edit.slots import Slot, Visit, visiting
 from unwrite.run.replay.clean import Base
@@ -29,7 +30,8 @@ Step = Callable[[int, Tensor], Tensor]
 class Runs:
     """Runs of base prompts `pair[i]` that leave the base run at block `layer[i]`, in ascending order.
 
-    They bring rows `start` … `end` of the prompts; `calls` is how blocks are called for them.
+    They bring rows `start` … `end` of the prompts; `calls` is how blocks are called for them, `handed` what these hand
+    on to later ones beside the stream as the runs go up, once.
     """
 
     base: Base
@@ -38,6 +40,7 @@ class Runs:
     start: int
     end: int
     calls: Calls
+    handed: Handed = field(default_factory=Handed)
 
     def part(self, rows: slice) -> Runs:
         """Some of the runs."""
@@ -53,8 +56,8 @@ class Runs:
 
     def block(self, index: int, x: Float[Tensor, "_ row d"], at: Int[Tensor, " _"] | None = None) -> Tensor:
         """What a block puts out for the first runs, or for some (`at`) of them."""
-        pair = self.pair[: len(x)] if at is None else self.pair[at]
-        return block_from(self.base.lm, self.base.kept, index, x, pair, self.start, self.calls)
+        pair, handed = (self.pair[: len(x)], self.handed) if at is None else (self.pair[at], self.handed.of(at))
+        return block_from(self.base.lm, self.base.kept, index, x, pair, self.start, self.calls, handed)
 
     def finals(self, step: Step) -> Float[Tensor, "run d_model"]:
         """The final stream of each run at the row that is read."""
@@ -115,7 +118,7 @@ def _put(runs: Runs, one: Setting, x: Float[Tensor, "run row d"], tensor: Tensor
     rows, units = runs.rows_of(one.slot, changed, n), one.slot.units
     values = one.values()[:n]
     if one.slot.joined:  # a state between attention and MLP, set by what attention writes
-        values = values - x[:, :, None] / runs.base.lm.residual_scale
+        values = values - x[:, :, None] / runs.base.lm.layers[one.slot.layer].residual_scale
     rows[:, :, units] = torch.where(one.where[:n, ..., None], values.to(changed.dtype), rows[:, :, units])
     return changed
 

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from unwrite.model.cache import Handed
 from unwrite.model.capture import Recording, recording
 from unwrite.model.continued import Calls, block_from
 from unwrite.nodes import PROJECTED
@@ -104,9 +105,9 @@ def _queried(asked: Asked, i: int, layer: int, reads: Tensor, calls: Calls, prom
     """Run one block of a prompt's run with what others read at the read row; where that row is in what it brings."""
     base, row = asked.base, int(asked.row[i])
     if base.kept:
-        block_from(asked.lm, base.kept, layer, reads[:, None], prompt, row, calls)
+        block_from(asked.lm, base.kept, layer, reads[:, None], prompt, row, calls, Handed())
         return 0
     mixed = asked.run.input(layer)[i].expand(len(reads), -1, -1).clone()
     mixed[:, row] = reads.to(mixed)
-    block_from(asked.lm, (), layer, mixed, prompt, 0, calls)
+    block_from(asked.lm, (), layer, mixed, prompt, 0, calls, Handed())
     return row

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unwrite.model.capture import Recording
 from unwrite.model.view import Model, fold
-from unwrite.nodes import MLPS, PROJECTED, Location, Node
+from unwrite.nodes import MLPS, PROJECTED, Node
 from unwrite.prompts.tokens import Tokens
 from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.ledger import Ledger
@@ -78,7 +78,7 @@ class WithoutTally:
         """Does `node` write after the writer, so that it can act because of it?"""
         if node.layer != self.writer.layer:
             return node.layer > self.writer.layer
-        return node.kind in MLPS and self.writer.kind not in MLPS and not self.lm.parallel
+        return node.kind in MLPS and self.lm.can_read(node, self.writer)
 
     def executed(self, erasers: Sequence[Node] = ()) -> Round:
         """One clean run, one without the write, one for every rotation, its readers, and the algebra through values.
@@ -218,12 +218,14 @@ class WithoutTally:
     def _through_values(self, run: Clean, write: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """What of each C lies along the write, and the write propagated layer by layer: x ← x + Σ_e C_e(x)."""
         by_node = write.new_zeros(len(self.lm.parts), *write.shape[:2])
-        whole, survival = write, []
+        whole, survival, read, carriers = write, [], dict[int, Tensor](), self.lm.carriers(self.writer)
         for state in self.lm.states:
-            reads = state.layer > self.writer.layer and self.lm.carries(self.lm.layers[state.layer])
-            if reads and (state.state == "mid" or Location("mid", state.layer) not in self.lm.states):
-                by_node[self._heads(state.layer)] = along(run.carried(state.layer, write).movedim(2, 0), write)
-                whole = whole + run.carried(state.layer, whole).sum(2)
+            layer = self.lm.layers[state.layer]
+            first = layer.index not in read and state.state != "pre"
+            read |= {layer.index: whole} if first else {}
+            if first and layer.index in carriers:
+                by_node[self._heads(layer.index)] = along(run.carried(layer.index, write).movedim(2, 0), write)
+                whole = whole + run.carried(layer.index, read[layer.makes_values.index]).sum(2)
             survival.append(dot(whole, write))
         return by_node, {"v_share": summed(by_node).t(), "v_survival": torch.stack(survival, 1)}
 
@@ -234,13 +236,12 @@ class WithoutTally:
 
     def _read(self, run: Clean, vector: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         """Σ‖·‖² of what each node writes because it reads `vector`, and each MLP's part of that along the vector."""
-        mlps = sorted({node.layer for node in self.lm.parts if node.kind in MLPS and self.later(node)})
+        mlps = [node for node in self.lm.parts if node.kind in MLPS and self.later(node)]
         n, exact = len(self.lm.parts), torch.float64
         onto, energy = vector.new_zeros(len(vector), n, dtype=exact), vector.new_zeros(n, dtype=exact)
-        for layer in range(self.writer.layer + 1, len(self.lm.layers)):
+        for layer in self.lm.carriers(self.writer):
             # Behind a prompt, padding would read it.
-            if self.lm.carries(self.lm.layers[layer]):
-                energy[self._heads(layer)] = squares(run.carried(layer, vector).movedim(2, 0) * kept[..., None])
+            energy[self._heads(layer)] = squares(run.carried(layer, vector).movedim(2, 0) * kept[..., None])
         there = vector.ne(0).any(-1, keepdim=True)  # elsewhere the difference is rounding
         for node, change in one_reader(run, vector, mlps).items():
             index = self.lm.parts.index(node)
