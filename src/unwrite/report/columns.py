@@ -32,7 +32,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Said:
+class Line:
     """A line of words beside tables: plain, quiet ("dim") or a warning ("yellow")."""
 
     words: str

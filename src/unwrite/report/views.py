@@ -15,16 +15,16 @@ from unwrite.errors import ResultError, plain
 from unwrite.report import alerts as careful
 from unwrite.report import audited, believed, found, patched, survived, verdict, verified
 from unwrite.report.alerts import Alert
-from unwrite.report.columns import Column, Listing, Said, listed
+from unwrite.report.columns import Column, Line, Listing, listed
 from unwrite.report.scanned import HEADER, disagreements, folded_line, rows, soundness, texts
 from unwrite.result import Result
 
-Parts = Iterator[Said | Listing]
+_Parts = Iterator[Line | Listing]
 _TURNS, _NAMED = 12, 12
 
 
 @dataclass(frozen=True)
-class View:
+class MethodView:
     """How results of one method are shown; what a method does not say is as for a method that has no view.
 
     `words` is the finding; `parts` tables and lines before it, of which a card shows the `foremost`-th table. `picture`
@@ -35,7 +35,7 @@ class View:
     """
 
     words: Callable[[Result], str] = lambda result: result.data.attrs.get("verdict") or result.method
-    parts: Callable[[Result], Parts] = lambda result: iter([listed(result)])
+    parts: Callable[[Result], _Parts] = lambda result: iter([listed(result)])
     foremost: int = 0
     picture: str | None = None
     small: str | None = None
@@ -49,9 +49,9 @@ class View:
     claims: Callable[[Result], list[verdict.Claimed]] | None = None
 
 
-def view(result: Result) -> View:
+def view(result: Result) -> MethodView:
     """The view of a result's method."""
-    return VIEWS.get(result.method, View())
+    return VIEWS.get(result.method, MethodView())
 
 
 def words(result: Result) -> str:
@@ -72,70 +72,70 @@ def listings(result: Result) -> list[Listing]:
 def _one(header: Iterable[Column], lines: Callable[[xr.Dataset], list[tuple[str, ...]]], whole: bool = False) -> Any:
     """Of a result that is one table."""
 
-    def parts(result: Result) -> Parts:
+    def parts(result: Result) -> _Parts:
         listing = Listing("", header, lines(result.data), result.data)
         yield Listing("", header, listing.rows, result.data, None) if whole else listing
 
     return parts
 
 
-def _scan(result: Result) -> Parts:
+def _scan(result: Result) -> _Parts:
     for name, data, read in texts(result):
         shown, folded = rows(data)
         title = f"{name or read['source']}: {read['prompts']} × {read['length']} tokens"
         yield Listing(title, HEADER, [row.cells for row in shown], data, None)
         if folded:
-            yield Said(folded_line(folded), "dim")
-        yield Said(soundness(data, result.provenance["settings"]), "dim")
+            yield Line(folded_line(folded), "dim")
+        yield Line(soundness(data, result.provenance["settings"]), "dim")
     for line in disagreements(result):
-        yield Said(f"texts disagree: {line}", "yellow")
-    yield Said("")
+        yield Line(f"texts disagree: {line}", "yellow")
+    yield Line("")
 
 
-def _verify(result: Result) -> Parts:
+def _verify(result: Result) -> _Parts:
     data, turns = result.data, verified.turns(result, _TURNS)
     yield Listing("", verified.TRAJECTORY, verified.trajectory(result), data, turns)
     yield Listing("later nodes that act on it", verified.ACTORS, verified.actors(result), data)
 
 
-def _dla(result: Result) -> Parts:
+def _dla(result: Result) -> _Parts:
     yield from _attribution(result.data)
-    yield Said("")
+    yield Line("")
 
 
-def _attribution(data: xr.Dataset) -> Parts:
+def _attribution(data: xr.Dataset) -> _Parts:
     for one in believed.asked(data):
-        yield Said(one.title)
-        yield Said(one.sums, "dim")
+        yield Line(one.title)
+        yield Line(one.sums, "dim")
         yield Listing("", believed.header(data), list(one.rows), data, None)
     for replacement in believed.REPLACEMENTS if "trust" in data else ():
         if lines := believed.trusted(data, replacement):
             yield Listing(believed.title(data, replacement), believed.TRUST_HEADER, lines, data, None)
-    yield Said(believed.added(data), "dim")
+    yield Line(believed.added(data), "dim")
 
 
-def _audit(result: Result) -> Parts:
+def _audit(result: Result) -> _Parts:
     for name, data, read in texts(result):
-        yield Said(f"{name or read['source']}: {read['prompts']} × {read['length']} tokens")
-        yield Said(soundness(data, result.provenance["settings"]), "dim")
+        yield Line(f"{name or read['source']}: {read['prompts']} × {read['length']} tokens")
+        yield Line(soundness(data, result.provenance["settings"]), "dim")
     left, proofs = audited.removed(result), list(audited.verified(result))
     title = "what survives of every material write, by runs without it"
     yield Listing(title, survived.HEADER, survived.rows(left), left)
     title = "writers verified, by runs without them"
     yield Listing(title, audited.HEADER, [*map(audited.row, proofs)], proofs[0], None)
     yield from _attribution(result.data)
-    yield Said(audited.search(result))
-    yield Said("")
+    yield Line(audited.search(result))
+    yield Line("")
 
 
-def _patched(result: Result) -> Parts:
+def _patched(result: Result) -> _Parts:
     data = result.data
     for one in patched.shown(data):
-        yield Said(one.title)
-        yield Said(one.sums, "dim")
+        yield Line(one.title)
+        yield Line(one.sums, "dim")
         yield Listing("", one.header, one.rows, data, None)
     if more := patched.left_out(data):
-        yield Said(more, "dim")
+        yield Line(more, "dim")
     if lines := patched.agreement(data):
         yield Listing("how estimates agree with what was executed", patched.AGREEMENT, lines, data, None)
 
@@ -144,34 +144,34 @@ def _judged(result: Result) -> str:
     return result.data.attrs.get("verdict") or verdict.of_audit(result)
 
 
-_EFFECTS = View(patched.sentence, _patched, picture="heatmap", of=("effect", "exact"))
-VIEWS: dict[str, View] = {
-    "scan": View(
+_EFFECTS = MethodView(patched.sentence, _patched, picture="heatmap", of=("effect", "exact"))
+VIEWS: dict[str, MethodView] = {
+    "scan": MethodView(
         verdict.of_scan, _scan, picture="levels", of=("relative_norm",), matrix="share",
         alerts=(careful.sample, careful.reading), heard=verdict.levels, claims=verdict.claims_of_scan,
     ),
-    "survival": View(
+    "survival": MethodView(
         survived.sentence, _one(survived.HEADER, survived.rows), picture="heatmap", of=("end",), full=1.0,
         matrix="acts",
     ),
-    "verify": View(
+    "verify": MethodView(
         verified.sentence, _verify, 1, picture="fig1", of=("acts",), matrix="acts", numbers=verified.numbers,
         row=lambda result: audited.row(result.data),
     ),
-    "dla": View(believed.sentence, _dla, picture="bars", of=("total", "direct")),
-    "audit": View(
+    "dla": MethodView(believed.sentence, _dla, picture="bars", of=("total", "direct")),
+    "audit": MethodView(
         _judged, _audit, 1, picture="levels", small="fig1", of=("removed_end",), full=1.0, matrix="removed_acts",
         alerts=(careful.sample, careful.reading, careful.writers, careful.attribution),
         claims=verdict.claims_of_audit,
     ),
     "effects": _EFFECTS,
     "compare": _EFFECTS,
-    "agree": View(patched.agreed, picture="bars", of=("pearson",)),
-    "bound": View(patched.bounded, picture="heatmap", of=("upper",)),
-    "paths": View(patched.along, picture="matrix", matrix="effect"),
-    "adversarial": View(found.sentence, _one(found.HEADER, found.rows), picture="bars", of=("rate",)),
-    "corpus_dla": View(found.corpus_sentence, _one(found.CORPUS_HEADER, found.corpus_rows), picture="fig5"),
-    "reproduce": View(
+    "agree": MethodView(patched.agreed, picture="bars", of=("pearson",)),
+    "bound": MethodView(patched.bounded, picture="heatmap", of=("upper",)),
+    "paths": MethodView(patched.along, picture="matrix", matrix="effect"),
+    "adversarial": MethodView(found.sentence, _one(found.HEADER, found.rows), picture="bars", of=("rate",)),
+    "corpus_dla": MethodView(found.corpus_sentence, _one(found.CORPUS_HEADER, found.corpus_rows), picture="fig5"),
+    "reproduce": MethodView(
         found.claims_sentence, _one(found.CLAIMS_HEADER, found.claims, True), picture="bars", of=("ours", "paper")
     ),
 }  # fmt: skip
