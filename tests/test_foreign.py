@@ -140,7 +140,8 @@ def calls() -> dict[str, Call]:
         "scan": Call(uw.scan, {**text, "writers": ["L0H0"]}, {"tokens": f"{TAKES['tokens']} Dataset"}),
         "verify": Call(uw.verify, {**text, "writer": "L0H0", "erasers": ["L1H0"]}, {"writer": ""}, long=True),
         "survival": Call(
-            uw.survival, {**text, "writers": ["L0H0"], "decoys": 1}, {"decoys": f"None {_COUNTS}"}, long=True
+            uw.survival, {**text, "writers": ["L0H0"], "decoys": 1, "budget": None},
+            {"decoys": f"None {_COUNTS}", "budget": "None 3 2**70 0.5 3.0 np.int64 np.float32 three"}, long=True
         ),
         "dla": Call(uw.dla, {"lm": lm(), "prompts": IDS[:2], "answer": 5, "against": 9, "texts": IDS[2:]}, long=True),
         "adversarial": Call(uw.adversarial, {**text, "writer": "L0H0"}, {"writer": ""}, long=True),

@@ -196,7 +196,14 @@ def test_shards_and_merge_from_a_shell(folder, monkeypatch, capsys, tmp_path) ->
 def test_survival_in_shards_and_ranks_from_a_shell(folder, monkeypatch, capsys, tmp_path) -> None:
     asked = ("survival", folder / "model", "--text", folder / "text.txt", "-n", 3, "--length", 16, "--decoys", 1)
     assert run(monkeypatch, *asked, "--out", tmp_path / "whole") == 0
+    assert "plan: 3 prompts of 16 tokens; survival of" in capsys.readouterr().err
     whole = uw.read(tmp_path / "whole")
+    assert run(monkeypatch, *asked, "--budget", "2h", "--out", tmp_path / "allowed") == 0
+    assert "(--budget 2.0 h; -n and --length say otherwise)" in " ".join(capsys.readouterr().err.split())
+    assert same(uw.read(tmp_path / "allowed"), whole)
+    assert run(monkeypatch, *asked, "--budget", "0.000001") == 1
+    assert "the budget is too small for one prompt. Got: 0 s. Expected: about" in capsys.readouterr().err
+    assert run(monkeypatch, *asked, "--budget", "2h", "--shard", "1/2", "--out", tmp_path / "part") == 2
     places = [tmp_path / f"run{i}" for i in (1, 2)]
     for i, place in enumerate(places):
         assert run(monkeypatch, *asked, "--shard", f"{i + 1}/2", "--out", place) == 0

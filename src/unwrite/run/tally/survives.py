@@ -99,7 +99,7 @@ class SurvivalTally:
         self.step, self.whole = self._rows.step, self._rows.whole
 
     def _measured(self, batch: Batch) -> Arrays:
-        of = _Measuring(self._asked, batch)
+        of = Measuring(self._asked, batch)
         name, writers = f"prompts {batch.first} to {batch.first + batch.real}", len(self._asked.writers)
         held = {
             path.removeprefix(f"{name}/"): part for path, part in self._begun.items() if path.startswith(f"{name}/")
@@ -113,7 +113,7 @@ class SurvivalTally:
         return of.found()
 
 
-class _Measuring:
+class Measuring:
     """One batch of prompts, one clean run of it, and every run in which something is taken out of it."""
 
     def __init__(self, asked: Removals, batch: Batch):
@@ -185,7 +185,7 @@ class _Measuring:
 class _Chunk:
     """Some runs, each (prompt, writer, what is put in), that go up the layers together."""
 
-    def __init__(self, of: _Measuring, runs: Sequence[tuple[int, int, int]]):
+    def __init__(self, of: Measuring, runs: Sequence[tuple[int, int, int]]):
         self.of, lm = of, of.lm
         self.prompt, self.w, self.s = (torch.tensor(part, device=lm.device) for part in zip(*runs, strict=True))
         self.nodes = [of.asked.writers[w] for _, w, _ in runs]
