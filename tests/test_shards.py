@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from test_cli import run
 from test_resume import same
 from unwrite.errors import ModelError, ResultError
 from unwrite.model.load import view
+from unwrite.run.tally import survives
 
 IDS = torch.randint(3, 50, (29, 9), generator=torch.Generator().manual_seed(1))
 # What torchrun sets. Children are forked, since loading torch anew takes longer than the scan.
@@ -113,6 +115,48 @@ def test_shards_of_survival_have_the_bits_of_one_process(lm, tmp_path) -> None:
         uw.survival(lm, some, **asked, checkpoint=job)
     places = [tmp_path / str(part) for part in (2, 3, 1)]
     assert same(uw.survival(lm, some, **asked, checkpoint=uw.Job(of=places)), uw.survival(lm, some, **asked))
+
+
+@pytest.mark.promise("shards")
+@pytest.mark.parametrize(("prompts", "of"), [(1, 2), (2, 3), (3, 5)])
+def test_shards_divide_the_writers_where_prompts_do_not_go_up(lm, tmp_path, monkeypatch, prompts, of) -> None:
+    # Few runs at a time, so that there is something to divide; of one prompt every shard has some of the writers.
+    monkeypatch.setattr(survives, "at_once", lambda *_: 3)
+    chunks, go = [], survives._Chunk.go
+    monkeypatch.setattr(survives._Chunk, "go", lambda self: (chunks.append(self.nodes), go(self)))
+    asked: dict[str, Any] = {"writers": ["L0H0", "L0H1", "MLP0", "L1H1"], "decoys": 2}
+    some = uw.Tokens(IDS[:prompts].numpy(), np.full(prompts, 9), np.arange(prompts))
+    whole = uw.survival(lm, some, **asked)
+    every = len(chunks)
+    for part in range(1, of + 1):
+        chunks.clear()
+        with uw.Job(tmp_path / str(part), every=0.0, shard=(part, of)) as job:
+            uw.survival(lm, some, **asked, checkpoint=job)
+        assert abs(len(chunks) - every / of) <= prompts
+    places = [tmp_path / str(part) for part in range(of, 0, -1)]
+    assert same(uw.survival(lm, some, **asked, checkpoint=uw.Job(of=places)), whole)
+
+
+def test_a_shard_of_writers_that_was_stopped_goes_on(lm, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(survives, "at_once", lambda *_: 3)
+    asked: dict[str, Any] = {"writers": ["L0H0", "L0H1", "MLP0", "L1H1"], "decoys": 2}
+    one = uw.Tokens(IDS[:1].numpy(), np.full(1, 9), np.arange(1))
+    whole, go, count = uw.survival(lm, one, **asked), survives._Chunk.go, [0]
+    every = -(-4 * (1 + 2 + 1) // 3)
+
+    def stopped(self: Any) -> None:
+        count[0] += 1
+        if count[0] in (2, 5):
+            raise KeyboardInterrupt
+        go(self)
+
+    monkeypatch.setattr(survives._Chunk, "go", stopped)
+    for part in (1, 1, 2, 2):
+        with suppress(KeyboardInterrupt), uw.Job(tmp_path / str(part), every=0.0, shard=(part, 2)) as job:
+            uw.survival(lm, one, **asked, checkpoint=job)
+    # Each part was stopped once, and what it had done was not done again.
+    assert count[0] == 2 + every
+    assert same(uw.survival(lm, one, **asked, checkpoint=uw.Job(of=[tmp_path / "1", tmp_path / "2"])), whole)
 
 
 def test_a_shard_that_was_stopped_goes_on(lm, whole, tmp_path, monkeypatch) -> None:

@@ -118,7 +118,7 @@ def survival(
         draws = stand_ins(len(chosen), controls, decoys)
         question = Removals(lm, fold(lm), read, skip, chosen, _weights(lm, chosen, weigh), draws)
         tally = SurvivalTally(question, job)
-        stream(lm, read, tally, size, f"survival of {len(chosen)}", listener, job)
+        stream(lm, read, tally, size, f"survival of {len(chosen)}", listener, job, divided=True)
         job.together()
         data = _Found(question, tally.whole()).dataset()
         return job.signed(build("survival", data, settings, provenance(lm), {"": read.about()}))

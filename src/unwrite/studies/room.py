@@ -22,7 +22,7 @@ def memory(lm: Model, n: int, length: int, writers: int | None = None) -> dict[s
     tokens = from_ids(torch.zeros(min(n, 4096), length, dtype=torch.long))
     found = {
         "scan": _scan(lm, n, tokens), "survival": _survival(lm, n, length, writers or len(lm.parts)),
-        "verify": _verify(lm, tokens), "dla": _clean(lm, length) + _going_up(lm, length),
+        "verify": _verify(lm, n, tokens), "dla": _clean(lm, length) + _going_up(lm, length),
     }  # fmt: skip
     return {name: _folded(lm) + part + _ALWAYS for name, part in found.items()}
 
@@ -44,7 +44,7 @@ def _factors(lm: Model) -> int:
 def _scan(lm: Model, n: int, tokens: Tokens) -> int:
     nodes, length = len(lm.parts), tokens.length
     pairs = (nodes + len(lm.states) + 1) * nodes
-    batch = batch_size(lm, tokens)
+    batch = batch_size(lm, tokens, whole_only=True)
     alive = (-(-n // batch)).bit_length() + 2
     positions = min(2**30, _factors(lm) * length * alive)
     # Histograms with their stash; the forward pass holds about as much again as the factors it shows.
@@ -68,12 +68,14 @@ def _survival(lm: Model, n: int, length: int, writers: int) -> int:
     return _clean(lm, length) + _going_up(lm, length) + (n + 3) * of_prompt
 
 
-def _verify(lm: Model, tokens: Tokens) -> int:
+def _verify(lm: Model, n: int, tokens: Tokens) -> int:
     """Two recorded runs of a batch, their patterns, what a block's nodes write, turns, and what is decoded."""
-    rows = batch_size(lm, tokens, held=2) * tokens.length
+    rows = batch_size(lm, tokens, whole_only=True) * tokens.length
     width = _width(lm)
     recorded = 2 * rows * (_factors(lm) + len(lm.states) * lm.d_model * width)
     patterns = 2 * rows * tokens.length * len(lm.layers) * lm.n_heads * width
     nodes = 4 * rows * (lm.n_heads + 2) * lm.d_model * width
-    fits = min(_FITS, len(lm.states) * 32 * lm.d_model * (lm.d_model + lm.head_dim + tokens.length))
+    # Nothing is decoded where a half has fewer rows than there are channels.
+    enough = n * (tokens.length - 1) // 2 > lm.d_model
+    fits = enough * min(_FITS, len(lm.states) * 32 * lm.d_model * (lm.d_model + lm.head_dim + tokens.length))
     return recorded + patterns + nodes + ROTATIONS * lm.d_model**2 * (8 + width) + fits
