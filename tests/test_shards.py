@@ -22,12 +22,13 @@ from hypothesis import strategies as st
 
 import tiny
 import unwrite as uw
+from methods import few_draws
 from test_cli import folder as folder
 from test_cli import run
 from test_resume import same
 from unwrite.errors import ModelError, ResultError
 from unwrite.model.load import view
-from unwrite.run.tally import survives
+from unwrite.run.tally import survives, without
 
 IDS = torch.randint(3, 50, (29, 9), generator=torch.Generator().manual_seed(1))
 # What torchrun sets. Children are forked, since loading torch anew takes longer than the scan.
@@ -339,10 +340,14 @@ def test_ctrl_c_waits_for_the_batch_and_keeps_it_and_a_second_one_does_not_wait(
         finished[0] += 1
 
     monkeypatch.setattr(gram.GramTally, "step", step)
-    before = signal.getsignal(signal.SIGINT)
+    before, said = signal.getsignal(signal.SIGINT), list[int]()
     with pytest.raises(KeyboardInterrupt):
-        uw.scan(lm, tokens(), batch=2, checkpoint=tmp_path)
+        uw.scan(
+            lm, tokens(), batch=2, checkpoint=tmp_path,
+            listener=lambda step: said.extend([finished[0]] * step.stopping),
+        )  # fmt: skip
     assert (steps, finished) == ([4], [4])
+    assert said == [3]  # at once, before the batch is done
     assert signal.getsignal(signal.SIGINT) is before
     with pytest.raises(KeyboardInterrupt):
         uw.scan(lm, tokens(), batch=2, checkpoint=tmp_path)
@@ -353,6 +358,27 @@ def test_ctrl_c_waits_for_the_batch_and_keeps_it_and_a_second_one_does_not_wait(
         uw.scan(lm, tokens(), batch=2, checkpoint=tmp_path, listener=heard.append), uw.scan(lm, tokens(), batch=2)
     )
     assert (heard[0].before, heard[0].done) == (8, 10)
+
+
+@pytest.mark.promise("interrupted")
+@pytest.mark.usefixtures("_heard")
+def test_verify_is_stopped_between_two_runs_of_a_batch(lm, tmp_path, monkeypatch) -> None:
+    real, runs = without.added, [0]
+
+    def added(*given: Any) -> Any:
+        runs[0] += 1
+        if runs[0] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0)
+        return real(*given)
+
+    with few_draws():
+        whole = uw.verify(lm, IDS[:4], "L0H0")
+        monkeypatch.setattr(without, "added", added)
+        with pytest.raises(KeyboardInterrupt):
+            uw.verify(lm, IDS[:4], "L0H0", checkpoint=tmp_path)
+        assert runs == [3]
+        assert same(uw.verify(lm, IDS[:4], "L0H0", checkpoint=tmp_path), whole)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="this system has no SIGUSR1")

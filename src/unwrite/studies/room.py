@@ -13,6 +13,8 @@ from unwrite.stats.mergeable import RATIO
 
 # What is there whatever is asked: tables, hooks, and what libraries take for themselves.
 _ALWAYS = 2**26
+# Of each word of a tokenizer: 321 MiB of Gemma's 262,144.
+_WORD = 1280
 # At most so much is spent on the matrices of one fit in verify.
 _FITS = 2**30
 
@@ -24,7 +26,12 @@ def memory(lm: Model, n: int, length: int, writers: int | None = None) -> dict[s
         "scan": _scan(lm, n, tokens), "survival": _survival(lm, n, length, writers or len(lm.parts)),
         "verify": _verify(lm, n, tokens), "dla": _clean(lm, length) + _going_up(lm, length),
     }  # fmt: skip
-    return {name: _folded(lm) + part + _ALWAYS for name, part in found.items()}
+    return {name: _folded(lm) + part + _ALWAYS + _tokenizer(lm) for name, part in found.items()}
+
+
+def _tokenizer(lm: Model) -> int:
+    """What a tokenizer keeps, in the memory of the processor."""
+    return _WORD * lm.vocabulary if lm.tokenizer is not None and lm.device.type == "cpu" else 0
 
 
 def _width(lm: Model) -> int:

@@ -253,7 +253,7 @@ class Job:
 
     @contextmanager
     def unbroken(self) -> Iterator[None]:
-        """Inside the `with` a first interrupt waits until `tick` or the end, and is said; a second one does not wait."""
+        """Inside the `with` a first interrupt waits until `tick` or the end, and is said; a second does not wait."""
         self._came.clear()
         self._done = 0.0, ""
         before = signal.getsignal(signal.SIGINT)
