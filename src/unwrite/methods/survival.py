@@ -88,8 +88,7 @@ def survival(
     paper), or d_model numbers; `controls` what stands in for a write, the first of them being the decoys: "typical" (a
     mix of what other nodes write there in another prompt), "signs" (a random sign for each channel), "rotated";
     `decoys` of these for each writer (by default 4, or up to 16 until there are 200 in all), and half as many of the
-    other controls; `budget` a time (seconds, or "20m"): of the prompts as many are taken, of as many documents as there
-    are, as a trial says fit into it.
+    other controls; `budget` a time (seconds, or "20m"): as many prompts, of as many documents, as a trial says fit in.
     Returns a Result: `survival[writer, location, weigh]` with `survival_low` and `survival_high` (95 % t interval over
     documents), `end` the same at the end of the stream and `median_survival` its median over positions;
     `ordinary[writer, control, bound]`, what becomes of stand-ins (5 %, median, 95 %), `gap` = `end` − that median with
@@ -99,15 +98,15 @@ def survival(
     `filled_in_by` sum these over nodes and over whole blocks. `energy_top3` and `participation` of each write's
     channels; `without_sinks`, survival without rows at which the stream is ten times as long as usual; `rescaled`, the
     mean of log(‖x‖ / ‖x^{−w}‖), by which norms scale everything else otherwise.
-    Raises NodeError for an unknown writer; NumericError where no write is material, for an unknown weight or control,
-    and for a budget that is too small for one prompt; TokensError as `uw.scan`.
+    Raises NodeError for an unknown writer; NumericError where no write is material, for an unknown weight or control, a
+    budget that is too small for one prompt; TokensError as `uw.scan`.
 
     Example: `uw.survival(lm, uw.text("books/", lm.tokenizer, n=8, length=64)).table()`
     """
     read, controls = admit(lm, tokens, mask, skip, bos, sees=True), _require(controls, decoys)
     named, size = choose(writers, lm.parts) if writers is not None else None, _size(lm, read, batch)
     allowed = None if budget is None else seconds("budget is a time", budget)
-    asked = {"controls": [*controls], "decoys": decoys, "skip": skip, "batch": batch, "budget": allowed}
+    asked = {"controls": controls, "decoys": decoys, "skip": skip, "batch": batch, "budget": allowed}
     settings = {"writers": None if named is None else [*map(str, named)], "weigh": _named(lm, weigh), **asked}
     with opened(checkpoint, listener) as job:
         if done := job.begin("survival", lm, {"": read.hash}, settings, in_parts=allowed is None):
@@ -115,9 +114,7 @@ def survival(
         if allowed is not None:
             read = _within(read, lambda whole: fitted(lm, whole, named, weigh, controls, decoys, skip, allowed), job)
         chosen = _chosen(lm, read, named, skip, listener, job)
-        draws = stand_ins(len(chosen), controls, decoys)
-        question = Removals(lm, fold(lm), read, skip, chosen, _weights(lm, chosen, weigh), draws)
-        tally = SurvivalTally(question, job)
+        tally = SurvivalTally(question := _question(lm, read, skip, chosen, weigh, controls, decoys), job)
         stream(lm, read, tally, size, f"survival of {len(chosen)}", listener, job, divided=True)
         job.together()
         data = _Found(question, tally.whole()).dataset()
@@ -153,8 +150,7 @@ def fitted(
     seen, look = looked_at(lm, few, skip)
     named = choose(writers, lm.parts) if writers is not None else None
     chosen = _material(seen, named)
-    draws = stand_ins(len(chosen), _require(controls, decoys), decoys)
-    taken = look + per_prompt(Removals(lm, fold(lm), few, skip, chosen, _weights(lm, chosen, weigh), draws))
+    taken = look + per_prompt(_question(lm, few, skip, chosen, weigh, _require(controls, decoys), decoys))
     once = now() - begun
     n = len(tokens) if budget is None else min(len(tokens), int((budget - once) / taken))
     if n < 1:
@@ -175,6 +171,14 @@ def _within(tokens: Tokens, fit: Callable[[Tokens], Fitted], job: Job) -> Tokens
         n[0] = fit(tokens).n
         stage.done(kept, 0, now=True)
     return tokens.spread(int(n[0]))
+
+
+def _question(
+    lm: Model, tokens: Tokens, skip: int, chosen: Sequence[Node], weigh: Any, controls: Sequence[str],
+    decoys: int | None,
+) -> Removals:  # fmt: skip
+    draws = stand_ins(len(chosen), controls, decoys)
+    return Removals(lm, fold(lm), tokens, skip, chosen, _weights(lm, chosen, weigh), draws)
 
 
 def stand_ins(writers: int, controls: Sequence[str] = CONTROLLED, decoys: int | None = None) -> dict[str, int]:
@@ -236,7 +240,7 @@ def _chosen(
 
     Either way all that is written is looked at first: what is no number is named by its prompt.
     """
-    tally = Written(lm, tokens, skip)
+    tally = Written(lm, tokens, skip, only_finite=named is not None)
     stream(lm, tokens, tally, batch_size(lm, tokens), _FIRST, listener, job, everywhere=True)
     return _material(tally, named)
 

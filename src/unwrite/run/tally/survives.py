@@ -27,7 +27,8 @@ from unwrite.prompts.tokens import Tokens
 from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.job import Job
 from unwrite.run.loop.ledger import Ledger
-from unwrite.run.loop.stream import Batch, Rows
+from unwrite.run.loop.rows import Rows
+from unwrite.run.loop.stream import Batch
 from unwrite.run.replay.clean import clean
 from unwrite.run.replay.removed import Changed, alone, at_once, changed, in_order
 from unwrite.run.source.standins import Others, Stead, stand_in

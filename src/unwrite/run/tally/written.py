@@ -22,10 +22,11 @@ MATERIAL = 0.05
 
 
 class Written:
-    """A tally of ‖o_w‖ / ‖x right after‖ of every node."""
+    """A tally of ‖o_w‖ / ‖x right after‖ of every node, or with `only_finite` of none: then writes are looked at one by
+    one only where something is no number."""
 
-    def __init__(self, lm: Model, tokens: Tokens, skip: int):
-        self._lm, self._skip, self._folded = lm, skip, fold(lm)
+    def __init__(self, lm: Model, tokens: Tokens, skip: int, only_finite: bool = False):
+        self._lm, self._skip, self._folded, self._only_finite = lm, skip, fold(lm), only_finite
         counted = int(np.maximum(tokens.lengths - skip, 0).sum())
         self._sizes = Histogram(len(lm.parts), LENGTH, counted, lm.device)
         self.kept = Ledger({"sizes": self._sizes})
@@ -36,6 +37,8 @@ class Written:
         for part, writes in forward(lm, batch, self._folded):
             prompt, place = counted[part].nonzero(as_tuple=True)
             if not len(prompt):
+                continue
+            if self._only_finite and all(bool(part.isfinite().all()) for part in writes.tensors().values()):
                 continue
             rows, found = writes.map(itemgetter((prompt, place))), []
             before = torch.zeros(len(prompt), lm.d_model, dtype=lm.compute_dtype, device=lm.device)
