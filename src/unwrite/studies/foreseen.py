@@ -22,7 +22,7 @@ from unwrite.model.placed import decode
 from unwrite.model.view import Model, fold
 from unwrite.nodes import Node, choose
 from unwrite.prompts.tokens import Tokens, from_ids
-from unwrite.run.loop.stream import Listener, Progress
+from unwrite.run.loop.stream import Listener, Progress, batch_size
 from unwrite.run.loop.trial import Taken, clock
 from unwrite.run.replay.removed import behind
 from unwrite.run.tally.foretold import looked_at, per_prompt
@@ -31,8 +31,10 @@ from unwrite.run.tally.without import READ_ROTATIONS, ROTATIONS
 
 # Tokens of one trial, and of the shortest pass that is timed, whose cost is that of a call.
 TRIED, FEW = 128, 8
+# Prompts that fill every batch.
+_MANY = 4096
 # A prompt's readings in `uw.dla`, in passes; and what a changed run costs beside its blocks, there and in `uw.verify`.
-_READINGS, _SWEPT, _RECORDED = 10, 1.3, 1.6
+_READINGS, _SWEPT, _RECORDED = 10, 1.3, 1.75
 # What stands in for one writer that is looked at closely, and the write itself.
 _BESIDE = 1 + sum(ALONE.values())
 
@@ -135,9 +137,10 @@ def _verify(lm: Model, length: int, writers: list[Node], one: BlockTime) -> Take
     and beside two runs of each prompt those without the write, and without what stands in for it."""
     blocks, part = len(lm.layers), behind(lm, writers) / max(len(writers), 1)
     runs = 4 * blocks + (1 + ROTATIONS + (1 + READ_ROTATIONS) * 2 / 3) * part
+    together = batch_size(lm, from_ids(torch.zeros(_MANY, length, dtype=torch.long)), whole_only=True)
     shown = 5 * one.seconds(length, blocks + part)
     beside = 2 * one.seconds(length, blocks) + _SWEPT * one.seconds(_BESIDE * length, part)
-    return Taken(_RECORDED * shown, _RECORDED * length * one.row * runs + beside)
+    return Taken(_RECORDED * shown, _RECORDED * one.seconds(together * length, runs) / together + beside)
 
 
 def _dla(lm: Model, length: int, one: BlockTime) -> Taken:
