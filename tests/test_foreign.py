@@ -180,6 +180,7 @@ def calls() -> dict[str, Call]:
         "Tokens": Call(uw.Tokens, ids, named),
         "Tokens.named": Call(tokens.named, {"source": "mine"}, {"source": _STRINGS}),
         "Tokens.take": Call(tokens.take, {"prompts": [0]}, {"prompts": "range", "name": f"None {_STRINGS}"}),
+        "Tokens.spread": Call(tokens.spread, {"n": 2}, {"n": _COUNTS}),
         "Tokens.check": Call(tokens.check, {"vocabulary": 256, "context": None}),
         "Pairs": Call(uw.Pairs, held, {"answer": "", "against": "None", "source": ""}),
         "Pairs.check": Call(pairs().check, {"vocabulary": 256, "context": None}),
@@ -191,8 +192,8 @@ NAMES = (
     "load", "planted", "text", "images", "pairs", "read", "scan", "verify", "survival", "dla", "adversarial",
     "corpus_dla", "effects", "paths", "bound", "compare", "agree", "audit", "reproduce", "doctor", "trace", "trace[]",
     "Edit", "Edit.set", "Edit.add", "Edit.scale", "Edit.project_out", "Job", "Rules", "Result", "Result[]",
-    "Result.figure", "Result.save", "Result.save_table", "Tokens", "Tokens.named", "Tokens.take", "Tokens.check",
-    "Pairs", "Pairs.check", "Pairs.words",
+    "Result.figure", "Result.save", "Result.save_table", "Tokens", "Tokens.named", "Tokens.take", "Tokens.spread",
+    "Tokens.check", "Pairs", "Pairs.check", "Pairs.words",
 )  # fmt: skip
 # What the methods of the library ask of a job; people hand it over.
 NOT_ASKED = {
