@@ -140,7 +140,8 @@ def calls() -> dict[str, Call]:
         "scan": Call(uw.scan, {**text, "writers": ["L0H0"]}, {"tokens": f"{TAKES['tokens']} Dataset"}),
         "verify": Call(uw.verify, {**text, "writer": "L0H0", "erasers": ["L1H0"]}, {"writer": ""}, long=True),
         "survival": Call(
-            uw.survival, {**text, "writers": ["L0H0"], "decoys": 1}, {"decoys": f"None {_COUNTS}"}, long=True
+            uw.survival, {**text, "writers": ["L0H0"], "decoys": 1, "budget": None},
+            {"decoys": f"None {_COUNTS}", "budget": "None 3 2**70 0.5 3.0 np.int64 np.float32 three"}, long=True
         ),
         "dla": Call(uw.dla, {"lm": lm(), "prompts": IDS[:2], "answer": 5, "against": 9, "texts": IDS[2:]}, long=True),
         "adversarial": Call(uw.adversarial, {**text, "writer": "L0H0"}, {"writer": ""}, long=True),
@@ -180,6 +181,7 @@ def calls() -> dict[str, Call]:
         "Tokens": Call(uw.Tokens, ids, named),
         "Tokens.named": Call(tokens.named, {"source": "mine"}, {"source": _STRINGS}),
         "Tokens.take": Call(tokens.take, {"prompts": [0]}, {"prompts": "range", "name": f"None {_STRINGS}"}),
+        "Tokens.spread": Call(tokens.spread, {"n": 2}, {"n": _COUNTS}),
         "Tokens.check": Call(tokens.check, {"vocabulary": 256, "context": None}),
         "Pairs": Call(uw.Pairs, held, {"answer": "", "against": "None", "source": ""}),
         "Pairs.check": Call(pairs().check, {"vocabulary": 256, "context": None}),
@@ -193,7 +195,7 @@ NAMES = (
     "corpus_dla", "effects", "paths", "bound", "compare", "agree", "audit", "reproduce", "doctor", "trace", "trace[]",
     "Edit", "Edit.set", "Edit.add", "Edit.scale", "Edit.project_out", "Job", "Rules", "Result", "Result[]",
     "Result.figure", "Result.grid", "Result.save", "Result.save_table", "Tokens", "Tokens.named",
-    "Tokens.take", "Tokens.check", "Pairs", "Pairs.check", "Pairs.words", "Pairs.each",
+    "Tokens.take", "Tokens.spread", "Tokens.check", "Pairs", "Pairs.check", "Pairs.words", "Pairs.each",
 )  # fmt: skip
 # What the methods of the library ask of a job; people hand it over.
 NOT_ASKED = {

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from hypothesis import strategies as st
 
 import tiny
 import unwrite as uw
+from methods import few_draws
 from test_cli import folder as folder
 from test_cli import run
 from test_resume import same
 from unwrite.errors import ModelError, ResultError
 from unwrite.model.load import view
+from unwrite.run.tally import survives, without
 
 IDS = torch.randint(3, 50, (29, 9), generator=torch.Generator().manual_seed(1))
 # What torchrun sets. Children are forked, since loading torch anew takes longer than the scan.
@@ -115,6 +118,48 @@ def test_shards_of_survival_have_the_bits_of_one_process(lm, tmp_path) -> None:
     assert same(uw.survival(lm, some, **asked, checkpoint=uw.Job(of=places)), uw.survival(lm, some, **asked))
 
 
+@pytest.mark.promise("shards")
+@pytest.mark.parametrize(("prompts", "of"), [(1, 2), (2, 3), (3, 5)])
+def test_shards_divide_the_writers_where_prompts_do_not_go_up(lm, tmp_path, monkeypatch, prompts, of) -> None:
+    # Few runs at a time, so that there is something to divide; of one prompt every shard has some of the writers.
+    monkeypatch.setattr(survives, "at_once", lambda *_: 3)
+    chunks, go = [], survives._Chunk.go
+    monkeypatch.setattr(survives._Chunk, "go", lambda self: (chunks.append(self.nodes), go(self)))
+    asked: dict[str, Any] = {"writers": ["L0H0", "L0H1", "MLP0", "L1H1"], "decoys": 2}
+    some = uw.Tokens(IDS[:prompts].numpy(), np.full(prompts, 9), np.arange(prompts))
+    whole = uw.survival(lm, some, **asked)
+    every = len(chunks)
+    for part in range(1, of + 1):
+        chunks.clear()
+        with uw.Job(tmp_path / str(part), every=0.0, shard=(part, of)) as job:
+            uw.survival(lm, some, **asked, checkpoint=job)
+        assert abs(len(chunks) - every / of) <= prompts
+    places = [tmp_path / str(part) for part in range(of, 0, -1)]
+    assert same(uw.survival(lm, some, **asked, checkpoint=uw.Job(of=places)), whole)
+
+
+def test_a_shard_of_writers_that_was_stopped_goes_on(lm, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(survives, "at_once", lambda *_: 3)
+    asked: dict[str, Any] = {"writers": ["L0H0", "L0H1", "MLP0", "L1H1"], "decoys": 2}
+    one = uw.Tokens(IDS[:1].numpy(), np.full(1, 9), np.arange(1))
+    whole, go, count = uw.survival(lm, one, **asked), survives._Chunk.go, [0]
+    every = -(-4 * (1 + 2 + 1) // 3)
+
+    def stopped(self: Any) -> None:
+        count[0] += 1
+        if count[0] in (2, 5):
+            raise KeyboardInterrupt
+        go(self)
+
+    monkeypatch.setattr(survives._Chunk, "go", stopped)
+    for part in (1, 1, 2, 2):
+        with suppress(KeyboardInterrupt), uw.Job(tmp_path / str(part), every=0.0, shard=(part, 2)) as job:
+            uw.survival(lm, one, **asked, checkpoint=job)
+    # Each part was stopped once, and what it had done was not done again.
+    assert count[0] == 2 + every
+    assert same(uw.survival(lm, one, **asked, checkpoint=uw.Job(of=[tmp_path / "1", tmp_path / "2"])), whole)
+
+
 def test_a_shard_that_was_stopped_goes_on(lm, whole, tmp_path, monkeypatch) -> None:
     from unwrite.run.tally import gram
 
@@ -196,7 +241,14 @@ def test_shards_and_merge_from_a_shell(folder, monkeypatch, capsys, tmp_path) ->
 def test_survival_in_shards_and_ranks_from_a_shell(folder, monkeypatch, capsys, tmp_path) -> None:
     asked = ("survival", folder / "model", "--text", folder / "text.txt", "-n", 3, "--length", 16, "--decoys", 1)
     assert run(monkeypatch, *asked, "--out", tmp_path / "whole") == 0
+    assert "plan: 3 prompts of 16 tokens; survival of" in capsys.readouterr().err
     whole = uw.read(tmp_path / "whole")
+    assert run(monkeypatch, *asked, "--budget", "2h", "--out", tmp_path / "allowed") == 0
+    assert "(--budget 2.0 h; -n and --length say otherwise)" in " ".join(capsys.readouterr().err.split())
+    assert same(uw.read(tmp_path / "allowed"), whole)
+    assert run(monkeypatch, *asked, "--budget", "0.000001") == 1
+    assert "the budget is too small for one prompt. Got: 0 s. Expected: about" in capsys.readouterr().err
+    assert run(monkeypatch, *asked, "--budget", "2h", "--shard", "1/2", "--out", tmp_path / "part") == 2
     places = [tmp_path / f"run{i}" for i in (1, 2)]
     for i, place in enumerate(places):
         assert run(monkeypatch, *asked, "--shard", f"{i + 1}/2", "--out", place) == 0
@@ -288,10 +340,14 @@ def test_ctrl_c_waits_for_the_batch_and_keeps_it_and_a_second_one_does_not_wait(
         finished[0] += 1
 
     monkeypatch.setattr(gram.GramTally, "step", step)
-    before = signal.getsignal(signal.SIGINT)
+    before, said = signal.getsignal(signal.SIGINT), list[int]()
     with pytest.raises(KeyboardInterrupt):
-        uw.scan(lm, tokens(), batch=2, checkpoint=tmp_path)
+        uw.scan(
+            lm, tokens(), batch=2, checkpoint=tmp_path,
+            listener=lambda step: said.extend([finished[0]] * step.stopping),
+        )  # fmt: skip
     assert (steps, finished) == ([4], [4])
+    assert said == [3]  # at once, before the batch is done
     assert signal.getsignal(signal.SIGINT) is before
     with pytest.raises(KeyboardInterrupt):
         uw.scan(lm, tokens(), batch=2, checkpoint=tmp_path)
@@ -302,6 +358,27 @@ def test_ctrl_c_waits_for_the_batch_and_keeps_it_and_a_second_one_does_not_wait(
         uw.scan(lm, tokens(), batch=2, checkpoint=tmp_path, listener=heard.append), uw.scan(lm, tokens(), batch=2)
     )
     assert (heard[0].before, heard[0].done) == (8, 10)
+
+
+@pytest.mark.promise("interrupted")
+@pytest.mark.usefixtures("_heard")
+def test_verify_is_stopped_between_two_runs_of_a_batch(lm, tmp_path, monkeypatch) -> None:
+    real, runs = without.added, [0]
+
+    def added(*given: Any) -> Any:
+        runs[0] += 1
+        if runs[0] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0)
+        return real(*given)
+
+    with few_draws():
+        whole = uw.verify(lm, IDS[:4], "L0H0")
+        monkeypatch.setattr(without, "added", added)
+        with pytest.raises(KeyboardInterrupt):
+            uw.verify(lm, IDS[:4], "L0H0", checkpoint=tmp_path)
+        assert runs == [3]
+        assert same(uw.verify(lm, IDS[:4], "L0H0", checkpoint=tmp_path), whole)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="this system has no SIGUSR1")

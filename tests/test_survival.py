@@ -16,12 +16,16 @@ import unwrite as uw
 from executed import exact
 from methods import few_draws
 from test_resume import same
-from unwrite.errors import NumericError, TokensError
+from unwrite.errors import ModelError, NumericError, TokensError, seconds
+from unwrite.methods import survival as methods_survival
+from unwrite.methods.survival import Fitted, fitted
 from unwrite.model.planted import Planted
 from unwrite.model.readers import readers, weights
-from unwrite.model.view import Model
+from unwrite.model.view import Model, fold
 from unwrite.nodes import parse_node
-from unwrite.run.tally import survives
+from unwrite.prompts.tokens import Tokens, from_ids
+from unwrite.run.loop.stream import batches
+from unwrite.run.tally import foretold, survives
 
 PINNED: dict[str, dict[str, Any]] = {"opt": {"word_embed_proj_dim": None}}
 # A planted model as it is, and with so much of every write in two channels that hardly anybody reads, and a sink.
@@ -276,3 +280,84 @@ def test_raw_coordinates_say_the_opposite_where_channels_that_nobody_reads_hold_
     assert (raw["end"].sel(writer=planted) > 1.25).all()
     assert not set(raw["verdict"].sel(writer=planted).values) & AGAINST
     assert (raw["energy_top3"].sel(writer=planted, weigh="raw") > 0.86).all()
+
+
+# What is said of the cost before it is paid
+
+
+def test_a_prompt_is_foreseen_to_the_row_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A clock that counts rows through blocks: a trial of a few writers must say how many all writers take.
+    lm, rows = build("llama"), [0]
+    for layer in lm.layers:
+        monkeypatch.setattr(layer.block, "forward", _counting(layer.block.forward, rows))
+    monkeypatch.setattr(foretold, "clock", lambda _: lambda: rows[0])
+    monkeypatch.setattr(foretold, "_TRIED", 1)
+    asked = removals(lm, ["embed", "L0H0", "L0H1", "MLP0", "L1H1"], {"typical": 3, "signs": 1})
+    for size in (4, 1024):  # of runs that go up together
+        monkeypatch.setattr(foretold, "at_once", lambda *_, size=size: size)
+        before = foretold.per_prompt(asked)
+        rows[0] = 0
+        for _ in (whole := survives.Measuring(asked, next(batches(asked.tokens, 1)))).all({}):
+            pass
+        assert before == rows[0] > len(whole.run.calls) * 2 * IDS.shape[1]
+
+
+def _counting(forward: Any, rows: list[int]) -> Any:
+    def counted(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        rows[0] += x.shape[0] * x.shape[1]
+        return forward(x, *args, **kwargs)
+
+    return counted
+
+
+def removals(lm: Model, writers: list[str], draws: dict[str, int]) -> survives.Removals:
+    nodes = [parse_node(writer) for writer in writers]
+    return survives.Removals(lm, fold(lm), from_ids(IDS), 1, nodes, {"readers": weights(lm, nodes)}, draws)
+
+
+@pytest.fixture
+def ten(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A trial that takes no time and says that a prompt takes so many seconds, by default 10."""
+    each, real = [10.0], methods_survival.looked_at
+    monkeypatch.setattr(methods_survival, "clock", lambda _: lambda: 0.0)
+    monkeypatch.setattr(methods_survival, "looked_at", lambda *asked: (real(*asked)[0], 0.0))
+    monkeypatch.setattr(methods_survival, "per_prompt", lambda _: each[0])
+    return each
+
+
+def test_a_budget_takes_as_many_documents_as_fit(ten: list[float]) -> None:
+    lm, ids = build("llama"), torch.randint(3, 50, (6, 6), generator=torch.Generator().manual_seed(0)).numpy()
+    # Three documents of two prompts each: first one of every document, then another.
+    tokens, asked = Tokens(ids, np.full(6, 6), np.repeat([0, 1, 2], 2)), {"controls": ["signs"], "decoys": 1}
+    for budget, prompts in ((39, [0, 2, 4]), ("49s", [0, 1, 2, 4]), ("2h", range(6))):
+        found = uw.survival(lm, tokens, ["L0H0"], **asked, budget=budget)
+        want = uw.survival(lm, tokens.take([*prompts]), ["L0H0"], **asked)
+        assert found.data.equals(want.data)
+        assert found.provenance["settings"]["budget"] == seconds("", budget)
+    with pytest.raises(NumericError, match=r"too small for one prompt\. Got: 9 s\. Expected: about 10 s for one"):
+        uw.survival(lm, tokens, ["L0H0"], **asked, budget=9.4)
+    assert fitted(lm, tokens, ["L0H0", "MLP0"], controls=["signs"]) == Fitted(6, 2, 60.0)
+    assert ten == [10.0]
+
+
+def test_a_run_within_a_budget_goes_on_with_the_prompts_that_it_began_with(
+    ten: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, asked = build("llama"), {"writers": ["L0H0"], "controls": ["signs"], "decoys": 1, "budget": 25}
+    whole, real, count = uw.survival(lm, IDS, **asked), survives.Measuring.all, [0]
+
+    def stopped(*given: Any) -> Any:
+        count[0] += 1
+        if count[0] == 2:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    monkeypatch.setattr(survives.Measuring, "all", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        uw.survival(lm, IDS, **asked, checkpoint=tmp_path)
+    monkeypatch.setattr(survives.Measuring, "all", real)
+    ten[0] = 1.0  # the machine is faster now
+    assert same(uw.survival(lm, IDS, **asked, checkpoint=tmp_path), whole)
+    assert whole.data.attrs["n_prompts"] == 2
+    with pytest.raises(ModelError, match="cannot be done in parts"), uw.Job(tmp_path / "part", shard=(1, 2)) as job:
+        uw.survival(lm, IDS, **asked, checkpoint=job)

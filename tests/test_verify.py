@@ -442,7 +442,7 @@ def test_executed_runs_of_falcon_are_the_models_own() -> None:
 
 def tallied(lm: Model, tokens: Tokens, size: int, named: bool) -> without.WithoutTally:
     """A whole tally, with erasers named beforehand or hidden in a second pass."""
-    tally, erasers = without.WithoutTally(lm, tokens, lm.parts[2], 1, 1e-4), [lm.parts[-3]]
+    tally, erasers = without.WithoutTally(lm, tokens, lm.parts[2], 1, 1e-4, uw.Job()), [lm.parts[-3]]
     with Job() as job:
         stream(lm, tokens, tally.executed(erasers if named else ()), size, "", None, job)
         if not named:

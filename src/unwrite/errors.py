@@ -7,7 +7,7 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence, Set
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, cast
 
 # A part of a message has at most so many characters, and of something listed so many are shown.
 _LONG, _WIDE, _LISTED = 600, 80, 8
@@ -105,6 +105,16 @@ def number(what: str, value: object, expected: str, fits: Callable[[Any], bool])
 def finite(what: str, value: object) -> None:
     """Raise NumericError, which says `what` it is, unless `value` is a number that is not infinite."""
     number(what, value, "a finite number", lambda value: abs(value) <= sys.float_info.max)
+
+
+def seconds(what: str, value: object) -> float:
+    """Seconds, as a number or as a person writes them: "90s", "5m", "2h". Raises NumericError for anything else."""
+    expected = "a time above 0, in seconds or as 90s, 5m or 2h"
+    found = re.fullmatch(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*([smh]?)\s*", value) if isinstance(value, str) else None
+    if found is not None:
+        value = float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+    number(what, value, expected, lambda value: 0 < value <= sys.float_info.max)
+    return float(cast("float", value))
 
 
 def function(setting: str, value: object) -> None:

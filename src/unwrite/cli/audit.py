@@ -77,9 +77,9 @@ def audit(
     def read(job: Job) -> Texts:
         if n is not None or length is not None:
             return some(n or 300, length or LENGTH, job)
-        plan = kept(job.folder) or planned(lm, partial(some, job=Job()), LENGTH, allowed)
+        plan = kept(job.folder, allowed) or planned(lm, partial(some, job=Job()), LENGTH, allowed)
         plan.save(job.folder)
-        voice.plan(plan, allowed)
+        voice.plan(plan)
         return some(plan.n, plan.length, job)
 
     def method(tokens: Texts, listener: Listener, job: Job) -> Result:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,7 +136,9 @@ def listed(names: str | None) -> list[str] | None:
 
 def seconds_of(budget: str) -> float:
     """A time as a person writes it."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", budget)
-    if found is None or not float(found[1]) > 0:
-        raise typer.BadParameter(f"not a time: {budget}; write 90s, 5m or 2h", param_hint="--budget")
-    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+    from unwrite.errors import NumericError, seconds
+
+    try:
+        return seconds("not a time", budget)
+    except NumericError as error:
+        raise typer.BadParameter(str(error), param_hint="--budget") from None

@@ -54,6 +54,11 @@ class Shard:
     controls: str = "typical,signs"
     decoys: int | None = None
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What survival alone is told."""
+        return {"weigh": self.weigh, "controls": tuple(self.controls.split(",")), "decoys": self.decoys}
+
     def write(self, folder: Path) -> None:
         """Leave it beside what the shard keeps. Raises ResultError where it cannot be written."""
         write(folder / _FILE, lambda place: place.write_text(json.dumps(asdict(self)), encoding="utf-8"))
@@ -73,35 +78,48 @@ def asked_of(folders: Sequence[Path]) -> Shard:
     return found[first]
 
 
-def start(asked: Shard, out: Path | None, every: float, shard: str | None, quiet: bool, as_json: bool) -> None:
+def start(
+    asked: Shard, out: Path | None, every: float, shard: str | None, quiet: bool, as_json: bool,
+    budget: float | None = None,
+) -> None:  # fmt: skip
     """Do what was asked, or that part of it which the shard, or this rank of a torchrun, is there for."""
     if shard is not None and out is None:
         raise typer.BadParameter("a shard needs a folder that keeps it", param_hint="--out")
     with joined_ranks() as ranks:
         job = job_in(out, every, shard, ranks)
-        run(asked, out, Voice(quiet or (job.shard[0] > 1 and ranks is not None), as_json), job)
+        if budget is not None and job.shard[1] > 1:
+            raise typer.BadParameter("each part would choose its own prompts; say -n", param_hint="--budget")
+        run(asked, out, Voice(quiet or (job.shard[0] > 1 and ranks is not None), as_json), job, budget)
 
 
-def run(asked: Shard, out: Path | None, voice: Voice, job: Job) -> None:
+def run(asked: Shard, out: Path | None, voice: Voice, job: Job, budget: float | None = None) -> None:
     """Do what was asked: the whole, or the job's part of it."""
     from unwrite.methods.scan import scan
     from unwrite.methods.survival import survival
 
     lm = load_model(asked.model, asked.device, asked.dtype, asked.convention, asked.device_map)
     several = asked.method == "scan"
-    read = partial(read_texts if several else read_text, lm, asked.text, asked.n, asked.length, asked.bos)
+    texts = partial(read_texts if several else read_text, lm, asked.text, asked.n, asked.length, asked.bos)
+    writers, settings = listed(asked.writers), asked.settings
+
+    def read(job: Job) -> Texts:
+        tokens = texts(job)
+        alone = job.shard[1] == 1 and not job.of
+        return tokens if isinstance(tokens, dict) or several or not alone else planned(tokens)
+
+    def planned(tokens: Tokens) -> Tokens:
+        from unwrite.studies.plan import kept, removals
+
+        plan = kept(job.folder, budget) or removals(lm, tokens, budget, writers=writers, skip=asked.skip, **settings)
+        plan.save(job.folder)
+        voice.plan(plan)
+        return tokens.spread(plan.n)
 
     def method(tokens: Texts, listener: Listener, job: Job) -> Result:
         if job.shard[1] > 1 and job.peers is None:
             asked.write(Path(str(job.folder)))
-        writers = listed(asked.writers)
         if several:
             return scan(lm, tokens, writers, asked.skip, checkpoint=job, listener=listener)
-        settings: dict[str, Any] = {
-            "weigh": asked.weigh,
-            "controls": tuple(asked.controls.split(",")),
-            "decoys": asked.decoys,
-        }
         return survival(lm, tokens, writers, skip=asked.skip, **settings, checkpoint=job, listener=listener)
 
     produce(lm, read, method, out, voice, job)

@@ -16,12 +16,14 @@ from unwrite.cli.options import (
     Json,
     Length,
     ModelName,
-    Prompts,
     Quiet,
     ShardOf,
     TableOut,
     TextPath,
 )  # fmt: skip
+
+# So many prompts a budget chooses from.
+_MOST = 1000
 
 
 def survival(
@@ -36,7 +38,13 @@ def survival(
         str, typer.Option("--controls", help="What stands in for a write: typical, signs, rotated.")
     ] = "typical,signs",
     decoys: Annotated[int | None, typer.Option("--decoys", min=1, help="Stand-ins for each writer.")] = None,
-    n: Prompts = 8,
+    budget: Annotated[
+        str | None,
+        typer.Option("--budget", metavar="TIME", help="How long it may take: 90s, 5m, 2h; of at most -n prompts."),
+    ] = None,
+    n: Annotated[
+        int | None, typer.Option("-n", min=1, help="Prompts, by default 8, or as many as the budget allows.")
+    ] = None,
     length: Length = 64,
     bos: Bos = None,
     out: TableOut = None,
@@ -50,8 +58,11 @@ def survival(
     as_json: Json = False,
 ) -> None:
     """What survives of every write, beside ordinary writes in its place, and who acts on it? Also under torchrun."""
+    from unwrite.cli.options import seconds_of
     from unwrite.cli.shards import Shard, start
 
     settings: dict[str, Any] = {"method": "survival", "weigh": weigh, "controls": controls, "decoys": decoys}
+    allowed = None if budget is None else seconds_of(budget)
+    n = n or (8 if allowed is None else _MOST)
     asked = Shard(model, text, n, length, writers, 1, device, device_map, dtype, convention, bos, **settings)
-    start(asked, out, every, shard, quiet, as_json)
+    start(asked, out, every, shard, quiet, as_json, allowed)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from unwrite.errors import plain
+from unwrite.errors import counted, plain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,8 +46,8 @@ class Voice:
         elif not self.quiet:
             terminal.console(stderr=True).print(plain(f"certificate: {lm.certificate.explain()}"))
 
-    def plan(self, plan: Planned, budget: float) -> None:
-        """Say what an audit consists of and how long it will take, before it is begun."""
+    def plan(self, plan: Planned) -> None:
+        """Say what a run consists of and how long it will take, before it is begun."""
         from unwrite.report import events, terminal
         from unwrite.report.live import duration
 
@@ -55,9 +55,11 @@ class Voice:
             events.say("plan", n=plan.n, length=plan.length, seconds=dict(plan.seconds), total=plan.total)
         elif not self.quiet:
             stages = " · ".join(f"{name} {duration(seconds)}" for name, seconds in plan.seconds.items())
+            whole = f"; about {duration(plan.total)} in all" if len(plan.seconds) > 1 else ""
+            allowed = "" if plan.budget is None else f"--budget {duration(plan.budget)}; "
+            prompts = counted(plan.n, "prompt")
             terminal.console(stderr=True).print(plain(
-                f"plan: {plan.n} prompts of {plan.length} tokens; {stages}; about {duration(plan.total)} in all "
-                f"(--budget {duration(budget)}; -n and --length say otherwise)"
+                f"plan: {prompts} of {plan.length} tokens; {stages}{whole} ({allowed}-n and --length say otherwise)"
             ))  # fmt: skip
 
     @contextmanager

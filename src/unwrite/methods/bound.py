@@ -29,7 +29,8 @@ from unwrite.run.answer.metrics import METRICS, Custom, known, metric_of, name_o
 from unwrite.run.edit.slots import Slot, Values, slots
 from unwrite.run.loop.finite import require_finite
 from unwrite.run.loop.job import Job, opened
-from unwrite.run.loop.stream import Batch, Listener, Rows, admit_pairs, batch_size, stream
+from unwrite.run.loop.rows import Rows
+from unwrite.run.loop.stream import Batch, Listener, admit_pairs, batch_size, stream
 from unwrite.run.replay.clean import Base, base_of
 from unwrite.run.replay.sweep import differing
 from unwrite.run.replay.walk import ROWS, patched_together

@@ -30,7 +30,8 @@ from unwrite.run.answer.logits import Question, top_two
 from unwrite.run.loop.finite import require_finite
 from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.ledger import Begun, Ledger
-from unwrite.run.loop.stream import Batch, Listener, Rows, admit, batch_size, stream
+from unwrite.run.loop.rows import Rows
+from unwrite.run.loop.stream import Batch, Listener, admit, batch_size, stream
 from unwrite.run.replay.clean import clean
 from unwrite.run.source.writes import REPLACEMENTS, Pool, Replaced
 from unwrite.run.tally.account import PARTS, READINGS, Asked, readings
@@ -317,12 +318,8 @@ class _Found:
         return xr.Dataset(variables, axes).assign_attrs(invariance_note=note)
 
     def _words(self, value: dict[str, np.ndarray]) -> dict[str, Any]:
-        request, tokenizer = self.request, self.lm.tokenizer
-
-        tokens, asked = (
-            request.tokens,
-            {name: value[name].astype(int) for name in ("answer", "against") if name in value},
-        )
+        request, tokenizer, tokens = self.request, self.lm.tokenizer, self.request.tokens
+        asked = {name: value[name].astype(int) for name in ("answer", "against") if name in value}
         words = {name: [spelled([i], tokenizer) for i in ids] for name, ids in asked.items()}
         words["prompt_text"] = [
             spelled(ids[: n + 1], tokenizer) for ids, n in zip(tokens.written, request.row, strict=True)

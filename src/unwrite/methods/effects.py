@@ -33,7 +33,8 @@ from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.finite import require_finite
 from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.ledger import Begun, Ledger
-from unwrite.run.loop.stream import Batch, Listener, Progress, Rows, admit_pairs, batch_size, stream
+from unwrite.run.loop.rows import Rows
+from unwrite.run.loop.stream import Batch, Listener, Progress, admit_pairs, batch_size, stream
 from unwrite.run.replay.clean import base_of
 from unwrite.run.replay.sweep import forwards, patched, patches
 from unwrite.run.source.values import Donor, donor

@@ -26,7 +26,8 @@ from unwrite.result import Result, build, quantity
 from unwrite.run.answer.metrics import Custom, known, metric_of, name_of, unless_own
 from unwrite.run.loop.finite import require_finite
 from unwrite.run.loop.job import Job, opened
-from unwrite.run.loop.stream import Batch, Listener, Rows, admit_pairs, batch_size, stream
+from unwrite.run.loop.rows import Rows
+from unwrite.run.loop.stream import Batch, Listener, admit_pairs, batch_size, stream
 from unwrite.run.replay.clean import base_of
 from unwrite.run.replay.edges import Ends, ends
 from unwrite.run.replay.paths import MODES, effects_of_edges

@@ -72,7 +72,7 @@ def scan(
     """
     texts = {plain(name): admit(lm, part, mask, skip, bos, sees=True) for name, part in by_name(tokens).items()}
     chosen, floor = choose(writers, lm.parts), admit_floor(floor)
-    sizes = [batch_size(lm, part, batch) for part in texts.values()]
+    sizes = [batch_size(lm, part, batch, whole_only=True) for part in texts.values()]
     settings = {"writers": [str(node) for node in chosen], "skip": skip, "floor": floor, "batch": batch}
     with opened(checkpoint, listener) as job:
         if done := job.begin("scan", lm, {name: part.hash for name, part in texts.items()}, settings, in_parts=True):

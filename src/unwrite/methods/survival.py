@@ -9,7 +9,8 @@ of the energy of some models. What a survival means is said by decoys, which are
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from unwrite.errors import NumericError, one_of, require, several, shown, whole
+from unwrite.errors import NumericError, counted, one_of, require, seconds, several, shown, whole
 from unwrite.model import readers
 from unwrite.model.load import provenance
 from unwrite.model.view import Model, fold
@@ -28,8 +29,11 @@ from unwrite.prompts.tokens import Tokens, array_of
 from unwrite.result import Result, build, quantity
 from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.job import Job, opened
+from unwrite.run.loop.ledger import Ledger
 from unwrite.run.loop.stream import Listener, admit, batch_size, fitting, stream
+from unwrite.run.loop.trial import clock
 from unwrite.run.source.standins import CONTROLS
+from unwrite.run.tally.foretold import looked_at, per_prompt
 from unwrite.run.tally.survives import Removals, SurvivalTally, judged
 from unwrite.run.tally.written import MATERIAL, Written
 from unwrite.stats.verdicts import (
@@ -48,8 +52,11 @@ from unwrite.stats.verdicts import (
 
 WEIGHTS = ("readers", "raw", "unembed")
 CONTROLLED = ("typical", "signs")
-# The stage before all others, of survival as they are.
+# Stages before all others, of survival as they are; the second where there is a budget.
 _FIRST = "survival (material)"
+_PLAN = "survival (plan)"
+# So many prompts say which writes are material, and what one costs.
+_SEEN = 4
 CUTS = ("nodes", "blocks")
 # Decoys of each writer; and of all together so many that a q of a tenth can be reached by a few writers.
 _FEWEST, _MOST, _ALL = 4, 16, 200
@@ -65,6 +72,7 @@ def survival(
     decoys: int | None = None,
     skip: int = 1,
     *,
+    budget: int | float | str | None = None,
     mask: Any = None,
     bos: int | bool | None = None,
     batch: int | None = None,
@@ -79,7 +87,7 @@ def survival(
     paper), or d_model numbers; `controls` what stands in for a write, the first of them being the decoys: "typical" (a
     mix of what other nodes write there in another prompt), "signs" (a random sign for each channel), "rotated";
     `decoys` of these for each writer (by default 4, or up to 16 until there are 200 in all), and half as many of the
-    other controls.
+    other controls; `budget` a time (seconds, or "20m"): as many prompts, of as many documents, as a trial says fit in.
     Returns a Result: `survival[writer, location, weigh]` with `survival_low` and `survival_high` (95 % t interval over
     documents), `end` the same at the end of the stream and `median_survival` its median over positions;
     `ordinary[writer, control, bound]`, what becomes of stand-ins (5 %, median, 95 %), `gap` = `end` − that median with
@@ -91,27 +99,90 @@ def survival(
     stream is ten times as long as usual, and `without_loudest`, without the three channels (`loudest`) that hold most
     of what all writers write; `rescaled`, the mean of log(‖x‖ / ‖x^{−w}‖), by which norms scale everything else
     otherwise.
-    Raises NodeError for an unknown writer; NumericError where no write is material, for an unknown weight or control;
-    TokensError as `uw.scan`.
+    Raises NodeError for an unknown writer; NumericError where no write is material, for an unknown weight or control, a
+    budget that is too small for one prompt; TokensError as `uw.scan`.
 
     Example: `uw.survival(lm, uw.text("books/", lm.tokenizer, n=8, length=64)).table()`
     """
     read, controls = admit(lm, tokens, mask, skip, bos, sees=True), _require(controls, decoys)
     named, size = choose(writers, lm.parts) if writers is not None else None, _size(lm, read, batch)
-    asked = {"controls": [*controls], "decoys": decoys, "skip": skip, "batch": batch}
+    allowed = None if budget is None else seconds("budget is a time", budget)
+    asked = {"controls": controls, "decoys": decoys, "skip": skip, "batch": batch, "budget": allowed}
     settings = {"writers": None if named is None else [*map(str, named)], "weigh": _named(lm, weigh), **asked}
     with opened(checkpoint, listener) as job:
-        if done := job.begin("survival", lm, {"": read.hash}, settings, in_parts=True):
+        if done := job.begin("survival", lm, {"": read.hash}, settings, in_parts=allowed is None):
             return done
-        chosen, loudest = _chosen(lm, read, named, skip, listener, job)
-        draws = stand_ins(len(chosen), controls, decoys)
-        weights = fitting(lambda: _weights(lm, chosen, weigh), "finding who reads the stream")
-        question = Removals(lm, fold(lm), read, skip, chosen, weights, draws, loudest)
+        if allowed is not None:
+            read = _within(read, lambda whole: fitted(lm, whole, named, weigh, controls, decoys, skip, allowed), job)
+        seen = _seen(lm, read, skip, listener, job)
+        chosen = _material(seen, named)
+        question = _question(lm, read, skip, chosen, weigh, controls, decoys, seen.loudest(CRITERIA.channels))
         tally = SurvivalTally(question, job)
-        stream(lm, read, tally, size, f"survival of {len(chosen)}", listener, job)
+        stream(lm, read, tally, size, f"survival of {len(chosen)}", listener, job, divided=True)
         job.together()
         data = _Found(question, tally.whole()).dataset()
         return job.signed(build("survival", data, settings, provenance(lm), {"": read.about()}))
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """So many prompts, of which so many writes are taken out, and the seconds that it takes."""
+
+    n: int
+    writers: int
+    seconds: float
+
+
+@torch.no_grad()
+def fitted(
+    lm: Model,
+    tokens: Tokens,
+    writers: Iterable[object] | None = None,
+    weigh: Any = "readers",
+    controls: Sequence[str] = CONTROLLED,
+    decoys: int | None = None,
+    skip: int = 1,
+    budget: float | None = None,
+) -> Fitted:
+    """Of how many of these prompts `survival` finds what survives in a budget of seconds, told by a trial on a few.
+
+    Without a budget, what all take. Raises NumericError where not even one prompt fits, and as `survival`.
+    """
+    few, now = tokens.spread(_SEEN), clock(lm)
+    begun = now()
+    seen, look = looked_at(lm, few, skip)
+    named = choose(writers, lm.parts) if writers is not None else None
+    chosen = _material(seen, named)
+    loudest = seen.loudest(CRITERIA.channels)
+    taken = look + per_prompt(_question(lm, few, skip, chosen, weigh, _require(controls, decoys), decoys, loudest))
+    once = now() - begun
+    n = len(tokens) if budget is None else min(len(tokens), int((budget - once) / taken))
+    if n < 1:
+        raise NumericError(
+            "the budget is too small for one prompt", got=f"{budget:.0f} s",
+            expected=f"about {once + taken:.0f} s for one of {counted(tokens.length, 'token')} and "
+            f"{counted(len(chosen), 'writer')}", fix="allow more, name fewer writers, or read shorter prompts",
+        )  # fmt: skip
+    return Fitted(n, len(chosen), once + n * taken)
+
+
+def _within(tokens: Tokens, fit: Callable[[Tokens], Fitted], job: Job) -> Tokens:
+    """The prompts that a budget allows; a run that goes on has those that it began with."""
+    n = np.zeros(1, dtype=np.int64)
+    kept = Ledger({"prompts": n})
+    stage = job.stage(_PLAN, 1, tokens.hash)
+    if stage.resume(kept):
+        n[0] = fit(tokens).n
+        stage.done(kept, 0, now=True)
+    return tokens.spread(int(n[0]))
+
+
+def _question(
+    lm: Model, tokens: Tokens, skip: int, chosen: Sequence[Node], weigh: Any, controls: Sequence[str],
+    decoys: int | None, loudest: tuple[int, ...],
+) -> Removals:  # fmt: skip
+    draws = stand_ins(len(chosen), controls, decoys)
+    return Removals(lm, fold(lm), tokens, skip, chosen, _weights(lm, chosen, weigh), draws, loudest)
 
 
 def stand_ins(writers: int, controls: Sequence[str] = CONTROLLED, decoys: int | None = None) -> dict[str, int]:
@@ -153,6 +224,10 @@ def _named(lm: Model, weigh: Any) -> str | list[float]:
 
 def _weights(lm: Model, writers: Sequence[Node], weigh: Any) -> dict[str, Float[Tensor, "writer d_model"]]:
     """The weights asked for, by their name, and the paper's own beside them."""
+    return fitting(lambda: _weighed(lm, writers, weigh), "finding who reads the stream")
+
+
+def _weighed(lm: Model, writers: Sequence[Node], weigh: Any) -> dict[str, Float[Tensor, "writer d_model"]]:
     even = torch.ones(len(writers), lm.d_model, dtype=lm.compute_dtype, device=lm.device)
     if isinstance(weigh, str) and weigh == "raw":
         return {"raw": even}
@@ -162,24 +237,23 @@ def _weights(lm: Model, writers: Sequence[Node], weigh: Any) -> dict[str, Float[
     return {weigh: readers.weights(lm, writers, unembedding_only=weigh == "unembed"), "raw": even}
 
 
-def _chosen(
-    lm: Model, tokens: Tokens, named: tuple[Node, ...] | None, skip: int, listener: Listener | None, job: Job
-) -> tuple[tuple[Node, ...], tuple[int, ...]]:
-    """The writers that are named, or those whose write is not tiny beside the stream, and the channels that hold most
-    of what they write; a bias is none to ask about.
-
-    Either way all that is written is looked at first: what is no number is named by its prompt.
-    """
+def _seen(lm: Model, tokens: Tokens, skip: int, listener: Listener | None, job: Job) -> Written:
+    """All that is written, also where writers are named: what is no number is named by its prompt."""
     tally = Written(lm, tokens, skip)
     stream(lm, tokens, tally, batch_size(lm, tokens), _FIRST, listener, job, everywhere=True)
-    found = named or tuple(node for node in tally.material() if node.kind != "bias")
+    return tally
+
+
+def _material(seen: Written, named: tuple[Node, ...] | None) -> tuple[Node, ...]:
+    """The writers that are named, or those whose write is not tiny beside the stream; a bias is none to ask about."""
+    found = named or tuple(node for node in seen.material() if node.kind != "bias")
     if not found:
         raise NumericError(
             "no node writes anything material on this text",
-            got=f"at most {np.nanmax(tally.relative_norm()):.3f} of the stream",
+            got=f"at most {np.nanmax(seen.relative_norm()):.3f} of the stream",
             expected=f"at least {MATERIAL}", fix="name writers=, or give other text",
         )  # fmt: skip
-    return found, tally.loudest(CRITERIA.channels)
+    return found
 
 
 class _Found:

@@ -85,13 +85,12 @@ def verify(
     tokens = admit(lm, tokens, mask, skip, bos, sees=True)
     node = choose([parse_node(writer)], lm.parts)[0]
     named = None if erasers is None else require_readers(choose(erasers, lm.parts), node, lm.carriers(node))
-    # The states of two runs are held at a time.
-    size, floor = batch_size(lm, tokens, batch, held=2), admit_floor(floor)
+    size, floor = batch_size(lm, tokens, batch, whole_only=True), admit_floor(floor)
     asked = {"writer": str(node), "skip": skip, "floor": floor, "batch": batch}
     with opened(checkpoint, listener) as job:
         if done := job.begin("verify", lm, {"": tokens.hash}, {**asked, "erasers": named and [*map(str, named)]}):
             return done
-        tally = WithoutTally(lm, tokens, node, skip, floor)
+        tally = WithoutTally(lm, tokens, node, skip, floor, job)
         stream(lm, tokens, tally.executed(named or ()), size, f"verify {node}", listener, job)
         if not tally.n_positions:
             raise NumericError(f"{node} never writes on this text: no position is above the floor", fix=_LOWER)

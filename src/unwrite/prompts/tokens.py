@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -120,6 +121,15 @@ class Tokens:
         width = int(self.lengths[kept].max())
         part = replace(self, ids=self.ids[kept, :width], lengths=self.lengths[kept], cluster=self.cluster[kept])
         return part if name is None else part.named(name)
+
+    def spread(self, n: int) -> Tokens:
+        """At most `n` prompts of as many documents as there are, in their order: of each one, then another."""
+        seen: Counter[int] = Counter()
+        turn = []
+        for cluster in self.cluster.tolist():
+            turn.append(seen[cluster])
+            seen[cluster] += 1
+        return self.take(np.sort(np.argsort(turn, kind="stable")[: whole("n is a number of prompts", n, 1)]))
 
     def halves(self) -> tuple[Tokens, Tokens]:
         """The first half of the independent prompts, to choose by, and the second, to judge by.

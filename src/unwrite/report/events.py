@@ -30,7 +30,7 @@ def hear(step: Heard) -> None:
     if step.result is not None:
         say("part", stage=step.stage, **found(step.result))
         return
-    names = ("stage", "done", "total", "tokens", "seconds", "rate", "left", "before", "begun", "doing")
+    names = ("stage", "done", "total", "tokens", "seconds", "rate", "left", "before", "begun", "doing", "stopping")
     say("done" if step.done == step.total else "progress", **{name: getattr(step, name) for name in names})
 
 

@@ -25,13 +25,15 @@ _STAGE = 22  # cells for a stage's name: "search L0H3 (held out)"
 _FIXED, _NARROWEST, _WIDEST = 70, 6, 30
 # A further pass over the same prompts is named after the first one: "verify L0H3, hidden".
 _AGAIN = ", "
+_STOPPING = "stopping as soon as this step is done; a second Ctrl-C does not wait"
 
 
 @runtime_checkable
 class Heard(Protocol):
     """What a listener hears: `done` of `total` prompts of a stage, or with a `result` that a part is finished.
 
-    `begun` is how many more are done in part, and `doing` says so in what is counted there.
+    `begun` is how many more are done in part, and `doing` says so in what is counted there; `stopping`: an interrupt
+    waits for what is under way.
     """
 
     @property
@@ -46,6 +48,8 @@ class Heard(Protocol):
     def begun(self) -> float: ...
     @property
     def doing(self) -> str: ...
+    @property
+    def stopping(self) -> bool: ...
     @property
     def tokens(self) -> int: ...
     @property
@@ -89,6 +93,9 @@ def _lines(screen: Console) -> Callable[[Heard], None]:
         if step.result is not None:
             if words := _words(step.result):
                 screen.print(Text(words))
+            return
+        if step.stopping:
+            screen.print(Text(_STOPPING))
             return
         tenth = int(10 * _reached(step) / step.total)
         if tenths.get(step.stage) != tenth:
@@ -138,7 +145,8 @@ class _Shown:
             return Group(*table)
         words = "computing …" if self.now is None else line(self.now, self.screen.width - 2)
         self.spinner.update(text=Text(words, no_wrap=True, overflow="ellipsis"))
-        memory = Text("  " + _memory(self.device()) + self.hint, "dim", no_wrap=True, overflow="ellipsis")
+        hint = f" · {_STOPPING}" if self.now is not None and self.now.stopping else self.hint
+        memory = Text("  " + _memory(self.device()) + hint, "dim", no_wrap=True, overflow="ellipsis")
         return Group(*table, self.spinner, memory)
 
 

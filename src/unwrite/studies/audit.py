@@ -6,7 +6,6 @@ by runs on the other half.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from importlib import resources
 from itertools import zip_longest
@@ -147,18 +146,8 @@ def _removed(lm: Model, scanned: Result, tokens: Tokens, parts: Parts, job: Job)
     # Where nothing is material, anything that writes has to do.
     writes = material if material.any() else able & (first["n_positions"].values > 0)
     writers = [str(writer) for writer in first["writer"].values[writes]]
-    few = tokens.take(_spread(tokens, REMOVED_FROM))
+    few = tokens.spread(REMOVED_FROM)
     return parts.finish(survival(lm, few, writers, checkpoint=job, listener=parts))
-
-
-def _spread(tokens: Tokens, n: int) -> list[int]:
-    """So many prompts of as many documents as there are, in their order: of each document one, then another."""
-    seen: Counter[int] = Counter()
-    turn = []
-    for cluster in tokens.cluster.tolist():
-        turn.append(seen[cluster])
-        seen[cluster] += 1
-    return sorted(np.argsort(turn, kind="stable")[:n].tolist())
 
 
 def _chosen(lm: Model, removed: xr.Dataset, most: int) -> dict[str, str]:

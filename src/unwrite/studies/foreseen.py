@@ -6,7 +6,6 @@ verify and dla consist of is known in passes of blocks, and a pass is timed.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,36 +16,27 @@ from torch import Tensor
 
 from unwrite.errors import whole
 from unwrite.methods.scan import scan
-from unwrite.methods.survival import stand_ins, survival
+from unwrite.methods.survival import stand_ins
+from unwrite.model import readers
 from unwrite.model.placed import decode
-from unwrite.model.view import Model
+from unwrite.model.view import Model, fold
 from unwrite.nodes import Node, choose
-from unwrite.run.loop.stream import Listener, Progress
-from unwrite.run.replay.removed import begins
-from unwrite.run.tally.survives import ALONE
+from unwrite.prompts.tokens import Tokens, from_ids
+from unwrite.run.loop.stream import Listener, Progress, batch_size
+from unwrite.run.loop.trial import Taken, clock
+from unwrite.run.replay.removed import behind
+from unwrite.run.tally.foretold import looked_at, per_prompt
+from unwrite.run.tally.survives import ALONE, Removals
 from unwrite.run.tally.without import READ_ROTATIONS, ROTATIONS
 
 # Tokens of one trial, and of the shortest pass that is timed, whose cost is that of a call.
 TRIED, FEW = 128, 8
-# Blocks behind the writers whose survival is tried.
-_LATE = 10
-_TRIED_DECOYS = 4
+# Prompts that fill every batch.
+_MANY = 4096
 # A prompt's readings in `uw.dla`, in passes; and what a changed run costs beside its blocks, there and in `uw.verify`.
-_READINGS, _SWEPT, _RECORDED = 10, 1.3, 1.6
+_READINGS, _SWEPT, _RECORDED = 10, 1.3, 1.75
 # What stands in for one writer that is looked at closely, and the write itself.
 _BESIDE = 1 + sum(ALONE.values())
-
-
-@dataclass(frozen=True)
-class Taken:
-    """Seconds that a stage takes once, and for each prompt."""
-
-    once: float
-    each: float
-
-    def seconds(self, n: int | float) -> float:
-        """For so many prompts."""
-        return self.once + n * self.each
 
 
 @dataclass(frozen=True)
@@ -69,32 +59,25 @@ def foreseen(lm: Model, n: int, length: int, writers: int | Iterable[object] | N
     return {name: stage.seconds(1 if name == "dla" else n) for name, stage in stages(lm, length, writers).items()}
 
 
-def stages(
-    lm: Model, length: int, writers: int | Iterable[object] | None = None, clock: Callable[[], float] = time.monotonic
-) -> Mapping[str, Taken]:
+def stages(lm: Model, length: int, writers: int | Iterable[object] | None = None) -> Mapping[str, Taken]:
     """What each stage takes once and for each prompt of `length` tokens, so that a number of prompts can be chosen.
 
     `writers` as in `spread`. A stage of several writers is all of them in survival, and one of them, in the middle, in
-    verify.
+    verify. Seconds are those of `clock`: of the processor where one thread does all.
     """
-    chosen = spread(lm, writers)
+    chosen, now = spread(lm, writers), clock(lm)
     short = max(1, min(length, TRIED))
     scale = length / short
     ids = trial_ids(lm, 2 * max(1, TRIED // short), short)
     with torch.no_grad():
-        one = _pass(lm, ids[: len(ids) // 2], clock)
-    scanned = _tried(lambda tell: scan(lm, ids, batch=len(ids) // 2, listener=tell), len(ids) // 2, clock)
+        one = _pass(lm, ids[: len(ids) // 2], now)
+    scanned = _tried(lambda tell: scan(lm, ids, batch=len(ids) // 2, listener=tell), len(ids) // 2, now)
     return {
         "scan": Taken(scanned.once, scale * scanned.each),
-        "survival": _survival(lm, ids[:2], scale, chosen, one, clock),
+        "survival": _survival(lm, from_ids(ids[:2]), scale, chosen, now),
         "verify": _verify(lm, length, chosen, one),
         "dla": _dla(lm, length, one),
     }
-
-
-def behind(lm: Model, nodes: Iterable[Node]) -> int:
-    """Blocks that runs go through in which the write of one of these nodes is changed, in all."""
-    return sum(len(lm.layers) - begins(lm, node) for node in nodes)
 
 
 def spread(lm: Model, writers: int | Iterable[object] | None) -> list[Node]:
@@ -108,49 +91,45 @@ def spread(lm: Model, writers: int | Iterable[object] | None) -> list[Node]:
     return list(choose(writers, lm.parts))
 
 
-def _pass(lm: Model, ids: Tensor, clock: Callable[[], float]) -> BlockTime:
+def _pass(lm: Model, ids: Tensor, now: Callable[[], float]) -> BlockTime:
     """From a pass over many rows and one over few."""
     few, many = ids[:1, :FEW], ids
-    short, long = (min(_passed(lm, part, clock) for _ in range(2)) for part in (few, many))
+    short, long = (min(_passed(lm, part, now) for _ in range(2)) for part in (few, many))
     rows = many.numel() - few.numel()
     row = max(long - short, 0.0) / max(rows, 1) if rows else short / few.numel()
     blocks = len(lm.layers)
     return BlockTime(max(short - row * few.numel(), 0.0) / blocks, row / blocks)
 
 
-def _passed(lm: Model, ids: Tensor, clock: Callable[[], float]) -> float:
-    start = clock()
+def _passed(lm: Model, ids: Tensor, now: Callable[[], float]) -> float:
+    start = now()
     decode(lm, ids, use_cache=False)[0].sum().item()
-    return clock() - start
+    return now() - start
 
 
-def _tried(work: Callable[[Listener], Any], prompts: int, clock: Callable[[], float]) -> Taken:
+def _tried(work: Callable[[Listener], Any], prompts: int, now: Callable[[], float]) -> Taken:
     """Of a method that is told of two batches of so many prompts: the second shows what a prompt costs."""
     told: list[float] = []
 
     def tell(progress: Progress) -> None:
         if not progress.begun:
-            told.append(clock())
+            told.append(now())
 
-    start = clock()
+    start = now()
     work(tell)
-    took, second = clock() - start, told[-1] - told[-2]
+    took, second = now() - start, told[-1] - told[-2]
     return Taken(max(took - 2 * second, 0.0), second / prompts)
 
 
-def _survival(
-    lm: Model, ids: Tensor, scale: float, writers: list[Node], one: BlockTime, clock: Callable[[], float]
-) -> Taken:
-    """A few late writers are tried; of a prompt's runs each block costs what it costs there."""
-    first = max(0, len(lm.layers) - _LATE)
-    late = [node for node in lm.parts if node.layer >= first and node.kind != "bias"][:3]
-    tried = _tried(lambda tell: survival(lm, ids, late, decoys=_TRIED_DECOYS, listener=tell), 1, clock)
-    # Few writers have more stand-ins each.
-    of, as_tried = (1 + sum(stand_ins(len(writers), decoys=n).values()) for n in (None, _TRIED_DECOYS))
-    prepared = 2 * one.seconds(ids.shape[1], len(lm.layers))
-    run = max(tried.each - prepared, 0.2 * tried.each) / behind(lm, late)
-    # Which writers are material is found by one pass more.
-    return Taken(tried.once, scale * (prepared * 3 / 2 + run * behind(lm, writers) * of / as_tried))
+@torch.no_grad()
+def _survival(lm: Model, tokens: Tokens, scale: float, writers: list[Node], now: Callable[[], float]) -> Taken:
+    """Who reads the stream is found once; what is written is looked at in a pass of its own."""
+    start = now()
+    weights = {"readers": readers.weights(lm, writers), "raw": torch.ones(len(writers), lm.d_model)}
+    weights = {name: part.to(lm.device, lm.compute_dtype) for name, part in weights.items()}
+    asked = Removals(lm, fold(lm), tokens, 1, writers, weights, stand_ins(len(writers)))
+    once = now() - start
+    return Taken(once, scale * (per_prompt(asked) + looked_at(lm, tokens)[1]))
 
 
 def _verify(lm: Model, length: int, writers: list[Node], one: BlockTime) -> Taken:
@@ -158,9 +137,10 @@ def _verify(lm: Model, length: int, writers: list[Node], one: BlockTime) -> Take
     and beside two runs of each prompt those without the write, and without what stands in for it."""
     blocks, part = len(lm.layers), behind(lm, writers) / max(len(writers), 1)
     runs = 4 * blocks + (1 + ROTATIONS + (1 + READ_ROTATIONS) * 2 / 3) * part
+    together = batch_size(lm, from_ids(torch.zeros(_MANY, length, dtype=torch.long)), whole_only=True)
     shown = 5 * one.seconds(length, blocks + part)
     beside = 2 * one.seconds(length, blocks) + _SWEPT * one.seconds(_BESIDE * length, part)
-    return Taken(_RECORDED * shown, _RECORDED * length * one.row * runs + beside)
+    return Taken(_RECORDED * shown, _RECORDED * one.seconds(together * length, runs) / together + beside)
 
 
 def _dla(lm: Model, length: int, one: BlockTime) -> Taken:

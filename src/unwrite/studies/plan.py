@@ -1,4 +1,4 @@
-"""What does an audit consist of, how long will each stage take, and how many prompts fit into a budget?
+"""What does a long run consist of, how long will each stage take, and how many prompts fit into a budget?
 
 Said before anything long is run: a few prompts show which writes are material, a trial of the model itself what they
 cost.
@@ -14,13 +14,14 @@ from typing import Any
 
 from unwrite.errors import NumericError
 from unwrite.files import write
+from unwrite.methods.survival import fitted
 from unwrite.model.view import Model
 from unwrite.prompts.given import by_name
 from unwrite.prompts.tokens import Tokens
-from unwrite.run.loop.stream import batch_size, batches
-from unwrite.run.tally.written import Written
+from unwrite.run.loop.trial import Taken
+from unwrite.run.tally.foretold import looked_at
 from unwrite.studies.audit import ASKED, FOUND, MOST, REMOVED_FROM, SHORT
-from unwrite.studies.foreseen import Taken, stages
+from unwrite.studies.foreseen import stages
 from unwrite.studies.keep import PLAN
 
 # An audit of so many prompts, the most that fit; who wants more says -n.
@@ -31,12 +32,13 @@ _SEEN = 4
 
 @dataclass(frozen=True)
 class Planned:
-    """Prompts and their length, how many writes are taken out, and seconds by stage."""
+    """Prompts and their length, how many writes are taken out, seconds by stage, and what was allowed (None: all)."""
 
     n: int
     length: int
     writers: int
     seconds: Mapping[str, float]
+    budget: float | None = None
 
     @property
     def total(self) -> float:
@@ -49,12 +51,13 @@ class Planned:
             write(Path(folder) / PLAN, lambda place: place.write_text(json.dumps(asdict(self)), "utf-8"))
 
 
-def kept(folder: str | Path | None) -> Planned | None:
+def kept(folder: str | Path | None, budget: float | None) -> Planned | None:
     """The plan that an earlier start of the same command kept; None where there is none that can be read."""
     try:
-        return None if folder is None else Planned(**json.loads((Path(folder) / PLAN).read_text("utf-8")))
+        found = None if folder is None else Planned(**json.loads((Path(folder) / PLAN).read_text("utf-8")))
     except (OSError, ValueError, TypeError):
         return None
+    return found if found is not None and found.budget == budget else None
 
 
 def planned(lm: Model, read: Callable[[int, int], Any], length: int, budget: float) -> Planned:
@@ -65,9 +68,9 @@ def planned(lm: Model, read: Callable[[int, int], Any], length: int, budget: flo
     """
     writers = material(lm, next(iter(by_name(read(_SEEN, length)).values())))
     taken = stages(lm, length, writers)
-    fits = [plan for size in _SIZES if (plan := _plan(size, length, writers, taken)).total <= budget]
+    fits = [plan for size in _SIZES if (plan := _plan(size, length, writers, taken, budget)).total <= budget]
     if not fits:
-        least = _plan(_SIZES[0], length, writers, taken).total
+        least = _plan(_SIZES[0], length, writers, taken, budget).total
         raise NumericError(
             "the budget is too small for an audit", got=f"{budget:.0f} s",
             expected=f"about {least:.0f} s for {_SIZES[0]} prompts of {length} tokens",
@@ -76,7 +79,7 @@ def planned(lm: Model, read: Callable[[int, int], Any], length: int, budget: flo
     return fits[-1]
 
 
-def _plan(n: int, length: int, writers: int, taken: Mapping[str, Taken]) -> Planned:
+def _plan(n: int, length: int, writers: int, taken: Mapping[str, Taken], budget: float) -> Planned:
     half, few = n / 2, min(n / 2, REMOVED_FROM)
     scan, survival, verify, dla = (taken[name] for name in ("scan", "survival", "verify", "dla"))
     asked = min(FOUND + (ASKED - FOUND) * SHORT / length, half)
@@ -84,12 +87,20 @@ def _plan(n: int, length: int, writers: int, taken: Mapping[str, Taken]) -> Plan
         "scan": scan.seconds(half), f"survival of {writers}": survival.seconds(few),
         f"verify of {MOST}": MOST * verify.seconds(half), "search": verify.seconds(half) / 2, "dla": dla.seconds(asked),
     }  # fmt: skip
-    return Planned(n, length, writers, seconds)
+    return Planned(n, length, writers, seconds, budget)
+
+
+def removals(lm: Model, tokens: Tokens, budget: float | None, **asked: Any) -> Planned:
+    """What `uw.survival` does with these prompts, or with as many of them as a budget of seconds allows.
+
+    `asked` as there. Raises NumericError where not even one prompt fits.
+    """
+    found = fitted(lm, tokens, **asked, budget=budget)
+    stage = {f"survival of {found.writers}": found.seconds}
+    return Planned(found.n, tokens.length, found.writers, stage, budget)
 
 
 def material(lm: Model, tokens: Tokens) -> int:
     """How many nodes write anything material on some prompts."""
-    tally = Written(lm, tokens, 1)
-    for batch in batches(tokens, batch_size(lm, tokens)):
-        tally.step(batch)
+    tally, _ = looked_at(lm, tokens)
     return max(1, sum(node.kind not in ("bias", "embed") for node in tally.material()))

@@ -13,6 +13,8 @@ from unwrite.stats.mergeable import RATIO
 
 # What is there whatever is asked: tables, hooks, and what libraries take for themselves.
 _ALWAYS = 2**26
+# Of each word of a tokenizer: 321 MiB of Gemma's 262,144.
+_WORD = 1280
 # At most so much is spent on the matrices of one fit in verify.
 _FITS = 2**30
 
@@ -22,9 +24,14 @@ def memory(lm: Model, n: int, length: int, writers: int | None = None) -> dict[s
     tokens = from_ids(torch.zeros(min(n, 4096), length, dtype=torch.long))
     found = {
         "scan": _scan(lm, n, tokens), "survival": _survival(lm, n, length, writers or len(lm.parts)),
-        "verify": _verify(lm, tokens), "dla": _clean(lm, length) + _going_up(lm, length),
+        "verify": _verify(lm, n, tokens), "dla": _clean(lm, length) + _going_up(lm, length),
     }  # fmt: skip
-    return {name: _folded(lm) + part + _ALWAYS for name, part in found.items()}
+    return {name: _folded(lm) + part + _ALWAYS + _tokenizer(lm) for name, part in found.items()}
+
+
+def _tokenizer(lm: Model) -> int:
+    """What a tokenizer keeps, in the memory of the processor."""
+    return _WORD * lm.vocabulary if lm.tokenizer is not None and lm.device.type == "cpu" else 0
 
 
 def _width(lm: Model) -> int:
@@ -44,7 +51,7 @@ def _factors(lm: Model) -> int:
 def _scan(lm: Model, n: int, tokens: Tokens) -> int:
     nodes, length = len(lm.parts), tokens.length
     pairs = (nodes + len(lm.states) + 1) * nodes
-    batch = batch_size(lm, tokens)
+    batch = batch_size(lm, tokens, whole_only=True)
     alive = (-(-n // batch)).bit_length() + 2
     positions = min(2**30, _factors(lm) * length * alive)
     # Histograms with their stash; the forward pass holds about as much again as the factors it shows.
@@ -68,12 +75,14 @@ def _survival(lm: Model, n: int, length: int, writers: int) -> int:
     return _clean(lm, length) + _going_up(lm, length) + (n + 3) * of_prompt
 
 
-def _verify(lm: Model, tokens: Tokens) -> int:
+def _verify(lm: Model, n: int, tokens: Tokens) -> int:
     """Two recorded runs of a batch, their patterns, what a block's nodes write, turns, and what is decoded."""
-    rows = batch_size(lm, tokens, held=2) * tokens.length
+    rows = batch_size(lm, tokens, whole_only=True) * tokens.length
     width = _width(lm)
     recorded = 2 * rows * (_factors(lm) + len(lm.states) * lm.d_model * width)
     patterns = 2 * rows * tokens.length * len(lm.layers) * lm.n_heads * width
     nodes = 4 * rows * (lm.n_heads + 2) * lm.d_model * width
-    fits = min(_FITS, len(lm.states) * 32 * lm.d_model * (lm.d_model + lm.head_dim + tokens.length))
+    # Nothing is decoded where a half has fewer rows than there are channels.
+    enough = n * (tokens.length - 1) // 2 > lm.d_model
+    fits = enough * min(_FITS, len(lm.states) * 32 * lm.d_model * (lm.d_model + lm.head_dim + tokens.length))
     return recorded + patterns + nodes + ROTATIONS * lm.d_model**2 * (8 + width) + fits

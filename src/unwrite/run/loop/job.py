@@ -8,6 +8,7 @@ scheduler, each with a folder of its own, or the ranks of torchrun, which tell e
 from __future__ import annotations
 
 import json
+import math
 import re
 import signal
 import threading
@@ -82,8 +83,9 @@ class Job:
     _lock: FileLock | None = field(init=False, default=None)
     _open: bool = field(init=False, default=False)
     _came: list[int] = field(init=False, default_factory=list)
-    # Who wants to know how far a step is: which part of its batch is done, and that in words.
-    heard: Callable[[float, str], object] = field(init=False, default=lambda *_: None)
+    # Who wants to know how far a step is: which part of its batch is done, that in words, and is the run to stop?
+    heard: Callable[[float, str, bool], object] = field(init=False, default=lambda *_: None)
+    _done: tuple[float, str] = field(init=False, default=(0.0, ""))
     _began: float = field(init=False, default_factory=time.monotonic)
     # In earlier starts of the same run, and elsewhere.
     _before: Spent = field(init=False, default=Spent())
@@ -197,9 +199,12 @@ class Job:
         """A part of the run was done by an earlier start of it, or elsewhere."""
         self._before = self._before.beside(spent)
 
-    def stage(self, name: str, total: int, more: object = None, everywhere: bool = False) -> Stage:
+    def stage(
+        self, name: str, total: int, more: object = None, everywhere: bool = False, divided: bool = False
+    ) -> Stage:
         """What is kept of one pass over `total` batches, all of them in every shard if they are done `everywhere`;
-        `more` says what it depends on beside the job's key.
+        `more` says what it depends on beside the job's key. Where batches may be `divided`, so that each shard has as
+        much to do as any other, the stage says into how many parts.
 
         Raises ResultError outside of the `with`.
         """
@@ -211,10 +216,12 @@ class Job:
         run = {} if self._now == self.key else {"run": self.key}
         key = json.dumps({**json.loads(self._now or "{}"), **run, **own}, sort_keys=True)
         (part, of), others = ((1, 1), ()) if everywhere else (self.shard, self.of)
+        parts = _parts(total, of) if divided else 1
+        units = total * parts
         stage = Stage(
             self, None if self.folder is None else self._named(Path(self.folder), label), key,
-            range(0) if others else range(total * (part - 1) // of, total * part // of),
-            _whole(others, label, key) if others else None,
+            range(0) if others else range(units * (part - 1) // of, units * part // of),
+            _whole(others, label, key, divided) if others else None, parts,
         )  # fmt: skip
         self._stages.append(stage)
         return stage
@@ -222,7 +229,8 @@ class Job:
     def tick(self, lasting: Lasting, done: float = 0.0, doing: str = "") -> None:
         """Where a step takes long: what lasts is whole here, `done` of its batch, and an interrupt need not wait."""
         self._stages[-1].tick(lasting, now=self.interrupted)
-        self.heard(done, doing)
+        self._done = done, doing
+        self.heard(done, doing, self.interrupted)
         if self.interrupted:
             raise KeyboardInterrupt
 
@@ -245,8 +253,9 @@ class Job:
 
     @contextmanager
     def unbroken(self) -> Iterator[None]:
-        """Inside the `with` a first interrupt waits until `tick` or the end; a second one does not wait."""
+        """Inside the `with` a first interrupt waits until `tick` or the end, and is said; a second does not wait."""
         self._came.clear()
+        self._done = 0.0, ""
         before = signal.getsignal(signal.SIGINT)
         # A process in the background may ignore interrupts, and only the main thread can take them.
         heard = callable(before) and threading.current_thread() is threading.main_thread()
@@ -258,6 +267,7 @@ class Job:
             self._came.append(number)
             if len(self._came) > 1:
                 raise KeyboardInterrupt
+            self.heard(*self._done, True)
 
         signal.signal(signal.SIGINT, wait)
         try:
@@ -284,7 +294,8 @@ def opened(place: Job | str | Path | None, listener: object = None) -> Iterator[
 class Stage:
     """What is kept at `path` (None: nothing) of one pass over batches, of which those in `span` are to be done here.
 
-    `whole`: what shards kept of all of them, one after the other, since each may be large.
+    `whole`: what shards kept of all of them, one after the other, since each may be large. `parts`: into how many each
+    batch is divided, which are then what `span` counts.
     """
 
     job: Job
@@ -292,6 +303,7 @@ class Stage:
     key: str
     span: range
     whole: Iterator[Arrays] | None
+    parts: int = 1
     _saved: float = field(init=False, default_factory=time.monotonic)
     _next: int = field(init=False, default=0)
 
@@ -332,7 +344,12 @@ class Stage:
         self.tick(lasting, now or self._next == self.span.stop)
 
 
-def _whole(folders: Iterable[str | Path], label: str, key: str) -> Iterator[Arrays]:
+def _parts(total: int, of: int) -> int:
+    """Into how many parts each of so many batches is divided, so that so many shards have equally many."""
+    return of // math.gcd(total, of)
+
+
+def _whole(folders: Iterable[str | Path], label: str, key: str, divided: bool) -> Iterator[Arrays]:
     """What all shards kept of a stage. Raises ResultError where one is missing, unfinished or of another run."""
     stem = label.removesuffix(".npz")
     files = sorted({file.resolve() for folder in folders for file in Path(folder).glob(f"{stem}.*-of-*.npz")})
@@ -345,7 +362,7 @@ def _whole(folders: Iterable[str | Path], label: str, key: str) -> Iterator[Arra
             expected="every shard of one division, once",
             fix=f"run shard {missing[0][0]}/{missing[0][1]}, too" if missing else "name the folder of every shard",
         )  # fmt: skip
-    total = json.loads(key)["batches"]
+    total = json.loads(key)["batches"] * (_parts(json.loads(key)["batches"], max(of)) if divided else 1)
     for (part, n), file in sorted(found.items()):
         state = checkpoint.read(file, key)
         if int(state[_NEXT]) < total * part // n:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -24,13 +23,14 @@ from unwrite.prompts.given import given, holds_images
 from unwrite.prompts.pairs import Pairs, pairs_of
 from unwrite.prompts.tokens import Tokens
 from unwrite.result import Result
-from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.finite import not_finite, require_finite
 from unwrite.run.loop.job import Job
-from unwrite.run.loop.ledger import Lasting, Ledger
+from unwrite.run.loop.ledger import Lasting
 
 _BATCH_TOKENS = 4096
 _BATCH_BYTES = 2**28
+# Tokens that a processor is done with before a person is impatient; a block is nearly as fast on so few.
+_SOON = 256
 # Seconds between two words of one step.
 _BETWEEN = 0.5
 
@@ -39,7 +39,8 @@ _BETWEEN = 0.5
 class Batch:
     """Prompts [first, first + len(counted)) of the tokens, filled up with repeats so that every batch has one shape.
 
-    `ids` [prompt, position] as the model sees them; `counted` says which rows are real tokens and not a repeat.
+    `ids` [prompt, position] as the model sees them; `counted` says which rows are real tokens and not a repeat; `share`
+    (k, n): of what is to be done with them the part k of n, where a stage divides that.
     """
 
     index: int
@@ -47,6 +48,7 @@ class Batch:
     real: int
     ids: Int[Tensor, "prompt position"]
     counted: Bool[Tensor, "prompt position"]
+    share: tuple[int, int] = (0, 1)
 
     def beyond(self, skip: int) -> Bool[Tensor, "prompt position"]:
         """The counted rows without the first `skip` positions of each prompt."""
@@ -55,7 +57,7 @@ class Batch:
     def part(self, rows: slice) -> Batch:
         """Some of its prompts; `real` is 0 where they are all repeats."""
         real = max(0, min(self.real, rows.stop) - rows.start)
-        return Batch(self.index, self.first + rows.start, real, self.ids[rows], self.counted[rows])
+        return Batch(self.index, self.first + rows.start, real, self.ids[rows], self.counted[rows], self.share)
 
     def require_finite(self, lm: Model, finite: Bool[Tensor, "row node"], prompt: Tensor, place: Tensor) -> None:
         """Raise NumericError naming the first node, in write order, that is not finite at some row of this batch.
@@ -88,7 +90,7 @@ class Progress:
 
     `before` of them were done before this start of a run. `result` is there where a part of a longer run is finished:
     what it found. Where a batch takes long, `begun` is how much of its prompts is done, and `doing` says that in what
-    the method counts there ("87/301 nodes").
+    the method counts there ("87/301 nodes"). `stopping`: an interrupt came, and waits for the step that is under way.
     """
 
     stage: str
@@ -100,6 +102,7 @@ class Progress:
     before: int = 0
     begun: float = 0.0
     doing: str = ""
+    stopping: bool = False
 
     @property
     def rate(self) -> float:
@@ -130,17 +133,19 @@ class Tally(Protocol):
         """Count one batch."""
 
 
-def batch_size(lm: Model, tokens: Tokens, wanted: int | None = None, held: int = 1) -> int:
+def batch_size(lm: Model, tokens: Tokens, wanted: int | None = None, held: int = 1, whole_only: bool = False) -> int:
     """Prompts per batch: `wanted`, or about 4,096 tokens, fewer where the factors of all writes would pass 256 MiB.
 
-    `held`: how many such runs a method holds at once; each gets its part.
+    `held`: how many such runs a method holds at once; each gets its part. `whole_only`: a batch that is begun has to be
+    done before an interrupt is obeyed, so on a processor it is short.
 
     Raises NumericError unless `wanted` is a positive integer.
     """
     if wanted is not None:
         return min(whole("batch is a number of prompts", wanted, 1), len(tokens))
+    most = _SOON if whole_only and lm.device.type == "cpu" else _BATCH_TOKENS
     factors = (2 * len(lm.layers) + 2) * lm.d_model * torch.finfo(lm.compute_dtype).bits // 8
-    return max(1, min(len(tokens), min(_BATCH_TOKENS, _BATCH_BYTES // factors) // (held * tokens.length)))
+    return max(1, min(len(tokens), min(most, _BATCH_BYTES // factors) // (held * tokens.length)))
 
 
 def admit(
@@ -207,45 +212,55 @@ def batches(tokens: Tokens, size: int, which: range | None = None) -> Iterator[B
 
 def stream(
     lm: Model, tokens: Tokens, tally: Tally, size: int, stage: str, listener: Listener | None, job: Job,
-    everywhere: bool = False,
+    everywhere: bool = False, divided: bool = False,
 ) -> None:  # fmt: skip
     """Give the tally every batch that is this job's and not done yet, in order, and tell the listener how far it is.
 
     Afterwards the tally holds the whole, or in a job that does a part of the work that part. A step that takes long
     says between whiles how far it is, by `job.tick(kept, 0.29, "87/301 nodes")`, which also keeps what is done. In a
-    job that does a part, what is short and decides about the rest is done `everywhere`: all batches of it.
+    job that does a part, what is short and decides about the rest is done `everywhere`: all batches of it. What is to
+    be done with a batch may be `divided`, too, so that no process has more to do than another.
     """
-    done = job.stage(stage, -(-len(tokens) // size), [tokens.hash, size], everywhere)
-    left = done.resume(tally.kept)
-    first, end = (min(index * size, len(tokens)) for index in (done.span.start, done.span.stop))
-    start, seen, before = time.monotonic(), 0, min(left.start * size, end) - first
+    done = job.stage(stage, -(-len(tokens) // size), [tokens.hash, size], everywhere, divided)
+    left, parts = done.resume(tally.kept), done.parts
+    first, end = done.span.start // parts * size, min(-(-done.span.stop // parts) * size, len(tokens))
+    start, seen, before = time.monotonic(), 0, max(min(left.start // parts * size, end) - first, 0)
     told = start
 
-    def tell(prompts: int, part: float = 0.0, doing: str = "", of: Batch | None = None) -> None:
+    def tell(prompts: int, part: float = 0.0, doing: str = "", stopping: bool = False, of: Batch | None = None) -> None:
         nonlocal told
-        if listener is None or end <= first or (of is not None and time.monotonic() < told + _BETWEEN):
+        soon = of is not None and not stopping and time.monotonic() < told + _BETWEEN
+        if listener is None or end <= first or soon:
             return
         told = time.monotonic()
         tokens, begun = (0, 0.0) if of is None else (int(part * int(of.counted.sum())), part * of.real)
         step = Progress(stage, prompts, end - first, seen + tokens, told - start, before=before)
-        listener(replace(step, begun=begun, doing=doing))
+        listener(replace(step, begun=begun, doing=doing, stopping=stopping))
 
     if not left:
         tell(end - first)
-    for batch in batches(tokens, size, left):
+    for unit in left:
+        batch = _unit(tokens, size, unit, parts)
         if not job.checked:
             _require_same(lm, batch)
             job.checked = True
         job.heard = partial(tell, batch.first - first, of=batch)
         with job.unbroken():
             tally.step(batch)
-            done.done(tally.kept, batch.index, now=job.interrupted)
-        seen += int(batch.counted.sum())
-        tell(batch.first + batch.real - first)
+            done.done(tally.kept, unit, now=job.interrupted)
+        seen += int(batch.counted.sum()) // parts
+        over = unit + 1 == done.span.stop or (unit + 1) % parts == 0
+        tell(batch.first + batch.real * over - first)
         if job.interrupted:
             raise KeyboardInterrupt
     if not everywhere:
         job.gather(tally.kept)
+
+
+def _unit(tokens: Tokens, size: int, unit: int, parts: int) -> Batch:
+    """A batch, or of what is to be done with it one of so many parts."""
+    index, part = divmod(unit, parts)
+    return replace(next(batches(tokens, size, range(index, index + 1))), share=(part, parts))
 
 
 def _require_same(lm: Model, batch: Batch) -> None:
@@ -331,25 +346,3 @@ def device_memory() -> int:
 def _out_of_memory(error: BaseException) -> bool:
     # The CPU allocator raises a plain RuntimeError.
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
-class Rows:
-    """A tally of what is measured of every prompt by itself: arrays by name, the prompts' axis first."""
-
-    def __init__(self, measure: Callable[[Batch], Mapping[str, np.ndarray]]):
-        self._measure = measure
-        self._parts: Arrays = {}  # by the first prompt of each part and name
-        self.kept = Ledger({"parts": self._parts})
-
-    def step(self, batch: Batch) -> None:
-        """Measure the prompts of one batch, in as many parts as memory asks for."""
-        for rows, found in parts(batch.part(slice(0, batch.real)), self._measure):
-            self._parts |= {f"{batch.first + rows.start}/{name}": part for name, part in found.items()}
-
-    def whole(self) -> Arrays:
-        """What was found of all prompts, in their order."""
-        found: dict[str, dict[int, np.ndarray]] = {}
-        for path, part in self._parts.items():
-            first, name = path.split("/", 1)
-            found.setdefault(name, {})[int(first)] = part
-        return {name: np.concatenate([these[first] for first in sorted(these)]) for name, these in found.items()}

@@ -7,7 +7,7 @@ every node writes in every run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -48,6 +48,11 @@ Seen = Callable[[int, int, Recording], object]
 def begins(lm: Model, node: Node) -> int:
     """The first block that a run goes through in which this node's write is changed."""
     return max(node.layer, 0) + int(lm.after(node).state == "post")
+
+
+def behind(lm: Model, nodes: Iterable[Node]) -> int:
+    """Blocks that runs go through in which the write of one of these nodes is changed, in all."""
+    return sum(len(lm.layers) - begins(lm, node) for node in nodes)
 
 
 def in_order(lm: Model, nodes: Sequence[Node]) -> list[int]:

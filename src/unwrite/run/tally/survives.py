@@ -27,7 +27,8 @@ from unwrite.prompts.tokens import Tokens
 from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.job import Job
 from unwrite.run.loop.ledger import Ledger
-from unwrite.run.loop.stream import Batch, Rows
+from unwrite.run.loop.rows import Rows
+from unwrite.run.loop.stream import Batch
 from unwrite.run.replay.clean import clean
 from unwrite.run.replay.removed import Changed, alone, at_once, changed, in_order
 from unwrite.run.source.standins import Others, Stead, stand_in
@@ -41,7 +42,9 @@ SINK = 10.0
 FEWER = "fewer channels"
 # Who the write itself is, among what is put in its place.
 OWN = ("own", 0)
-_DONE = "runs done"
+_DONE = "chunks done"
+# What is NaN where nothing was run; all else is 0 there, but for what every part of a prompt's runs counts anew.
+_NAN, _ALIKE = ("y", "rescaled", "rows"), ("sinks", "counted")
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,14 +111,15 @@ class SurvivalTally:
 
     def __init__(self, asked: Removals, job: Job):
         self._asked, self._job = asked, job
-        self._rows = Rows(self._measured)
+        self._rows = Rows(self._measured, _joined)
         self._begun: Arrays = {}
         self.kept = Ledger({"done": self._rows.kept, "begun": self._begun})
         self.step, self.whole = self._rows.step, self._rows.whole
 
     def _measured(self, batch: Batch) -> Arrays:
-        of = _Measuring(self._asked, batch)
+        of = Measuring(self._asked, batch)
         name, writers = f"prompts {batch.first} to {batch.first + batch.real}", len(self._asked.writers)
+        name += f", part {batch.share[0]}" if batch.share[1] > 1 else ""
         held = {
             path.removeprefix(f"{name}/"): part for path, part in self._begun.items() if path.startswith(f"{name}/")
         }
@@ -124,16 +128,23 @@ class SurvivalTally:
             self._begun |= {f"{name}/{key}": part for key, part in of.found(done).items()}
             self._job.tick(self.kept, done / total, f"{done * writers // total}/{writers} writers")
         self._begun.clear()
-        batch.require_sums((of.y[..., -1, :], of.x, of.share, of.acts), "what a run without a write leaves")
+        batch.require_sums((of.y[..., -1, :][of.own], of.x, of.share, of.acts), "what a run without a write leaves")
         return of.found()
 
 
-class _Measuring:
+def _joined(one: Arrays, other: Arrays) -> Arrays:
+    """Two parts of the runs of the same prompts."""
+    found = {name: part + other[name] for name, part in one.items() if name not in (*_NAN, *_ALIKE)}
+    found |= {name: np.where(np.isnan(one[name]), other[name], one[name]) for name in _NAN}
+    return {**found, **{name: one[name] for name in _ALIKE}}
+
+
+class Measuring:
     """One batch of prompts, one clean run of it, and every run in which something is taken out of it."""
 
     def __init__(self, asked: Removals, batch: Batch):
         lm = self.lm = asked.lm
-        self.asked, self.real, self.weights = asked, batch.real, asked.weighed
+        self.asked, self.real, self.weights, self.part = asked, batch.real, asked.weighed, batch.share
         self.kept = batch.beyond(asked.skip).to(lm.device)
         self.run = clean(lm, batch.ids, asked.folded)
         # Of one prompt the clean run has called its blocks just so.
@@ -147,6 +158,7 @@ class _Measuring:
         exact = {"dtype": torch.float64, "device": lm.device}
         self.y = torch.full((*shape, len(lm.states), len(self.weights)), torch.nan, **exact)
         self.x = torch.zeros(*shape, len(self.weights), **exact)
+        self.own = torch.zeros(shape, dtype=torch.bool, device=lm.device)
         self.without_sinks = torch.zeros(*shape, 2, **exact)
         self.share, self.acts = (torch.zeros(*shape[:2], len(lm.parts), **exact) for _ in range(2))
         self.rescaled = torch.full((*shape[:2], len(lm.states)), torch.nan, **exact)
@@ -154,16 +166,22 @@ class _Measuring:
         self.channels = torch.zeros(*shape[:2], lm.d_model, **exact)
 
     def all(self, held: Arrays) -> Iterator[tuple[int, int]]:
-        """Every run, in as many batches as it takes, some of them `held`; says how many are done, of how many."""
+        """Every run, or this part of them, in as many chunks as it takes, some of them `held`; says how many are done,
+        of how many."""
         writers, put_in = range(len(self.asked.writers)), range(self.x.shape[2])
         runs = [(p, w, s) for w in writers for s in put_in for p in range(self.real)]
         order = in_order(self.lm, [self.asked.writers[w] for _, w, _ in runs])
         for name, part in self._sums().items() if held else ():
             part.copy_(torch.from_numpy(held[name]))
-        size = at_once(self.length, self.lm.device)
-        for start in range(int(held.get(_DONE, 0)), len(order), size):
-            _Chunk(self, [runs[i] for i in order[start : start + size]]).go()
-            yield min(start + size, len(order)), len(order)
+        size, (part, of) = at_once(self.length, self.lm.device), self.part
+        # Which runs go up together is the same whoever does them, and so are their bits.
+        chunks = [[runs[i] for i in order[start : start + size]] for start in range(0, len(order), size)][part::of]
+        for p, w, s in (run for chunk in chunks for run in chunk):
+            self.own[p, w, s] = True
+        for done, chunk in enumerate(chunks, 1):
+            if done > int(held.get(_DONE, 0)):
+                _Chunk(self, chunk).go()
+                yield done, len(chunks)
 
     def _sums(self) -> dict[str, Tensor]:
         return {
@@ -200,7 +218,7 @@ class _Measuring:
 class _Chunk:
     """Some runs, each (prompt, writer, what is put in), that go up the layers together."""
 
-    def __init__(self, of: _Measuring, runs: Sequence[tuple[int, int, int]]):
+    def __init__(self, of: Measuring, runs: Sequence[tuple[int, int, int]]):
         self.of, lm = of, of.lm
         self.prompt, self.w, self.s = (torch.tensor(part, device=lm.device) for part in zip(*runs, strict=True))
         self.nodes = [of.asked.writers[w] for _, w, _ in runs]
@@ -247,7 +265,7 @@ class _Chunk:
             of.y[self.prompt[:n], self.w[:n], self.s[:n], at] = self._weighed(products)
             if len(own):
                 length = base.norm(dim=-1) if self.alone else base.norm(dim=-1)[own]
-                self._rescaled(own, at, length, x.norm(dim=-1)[own])
+                self._rescaled(own, at, length, x[own].norm(dim=-1))
         if len(own):
             self._nodes(layer, own, record)
 

@@ -18,6 +18,7 @@ from unwrite.model.view import Model, fold
 from unwrite.nodes import MLPS, PROJECTED, Node
 from unwrite.prompts.tokens import Tokens
 from unwrite.run.loop.checkpoint import Arrays
+from unwrite.run.loop.job import Job
 from unwrite.run.loop.ledger import Ledger
 from unwrite.run.loop.stream import Batch, batches, parts
 from unwrite.run.replay.clean import Clean, clean
@@ -57,8 +58,8 @@ class Measured:
 class WithoutTally:
     """Everything that `verify` keeps about one writer while prompts stream by."""
 
-    def __init__(self, lm: Model, tokens: Tokens, writer: Node, skip: int, floor: float):
-        self.lm, self.tokens, self.writer, self.skip, self.floor = lm, tokens, writer, skip, floor
+    def __init__(self, lm: Model, tokens: Tokens, writer: Node, skip: int, floor: float, job: Job):
+        self.lm, self.tokens, self.writer, self.skip, self.floor, self._job = lm, tokens, writer, skip, floor, job
         self.folded = fold(lm)
         rows, n = int(np.maximum(tokens.lengths - skip, 0).sum()), len(lm.parts)
         channels = {**dict.fromkeys(CONDITIONS, n + len(lm.states)), "values": n, "opposed": 1}
@@ -85,8 +86,13 @@ class WithoutTally:
 
         With `erasers` named beforehand, what `hiding` does as well, from the same run.
         """
-        names = (*_EXECUTED, *(_HIDDEN if erasers else ()))
-        return Round(self, lambda batch: self._measured(batch, erasers), self.kept.only(names))
+        kept = self.kept.only((*_EXECUTED, *(_HIDDEN if erasers else ())))
+        runs = 2 + ROTATIONS + READ_ROTATIONS
+
+        def ran(done: int) -> None:
+            self._job.tick(kept, done / runs, f"{done}/{runs} runs")
+
+        return Round(self, lambda batch: self._measured(batch, erasers, ran), kept)
 
     def hiding(self, erasers: Sequence[Node]) -> Round:
         """The paper's intervention: the write hidden from the values of all heads in the erasers' layers."""
@@ -111,7 +117,7 @@ class WithoutTally:
         for name, values in totals.items():
             self._totals[name].add(batch.index, reduce(add, values))
 
-    def _measured(self, batch: Batch, erasers: Sequence[Node]) -> Measured:
+    def _measured(self, batch: Batch, erasers: Sequence[Node], ran: Callable[[int], None]) -> Measured:
         run = self._clean(batch, with_patterns=True)
         beside = self._hidden(batch, run, erasers) if erasers else Measured({}, {})
         # Executed runs are the model's own, and so is what they are compared with. Attention that is opened to show its
@@ -122,10 +128,10 @@ class WithoutTally:
             patterns = run.patterns
             del run  # or both would be held until the second is there
             run = replace(self._clean(batch), patterns=patterns)
-        part = self._followed(batch, run)
+        part = self._followed(batch, run, ran)
         return replace(part, totals={**part.totals, **beside.totals}, ratios={**part.ratios, **beside.ratios})
 
-    def _followed(self, batch: Batch, run: Clean) -> Measured:
+    def _followed(self, batch: Batch, run: Clean, ran: Callable[[int], None]) -> Measured:
         kept = self._kept(batch)
         write = run.write(self.writer) * kept[..., None]
         finite, onto, energy = self._looked_at(run, write, kept)
@@ -134,12 +140,16 @@ class WithoutTally:
         sums, rows = self._executed(run, onto, write)
         rows = rows[:, : batch.real]
         for number, rotation in enumerate(self._rotations):
+            ran(1 + number)
             turned = write @ rotation
             sums[f"rotation {number}"] = self._survival(run.record, added(run, self.writer, -turned), turned)
         by_node, through = self._through_values(run, write)
         sums |= through
         read, sums["one_reader"] = self._read(run, write, kept)
-        generic = [self._read(run, write @ rotation, kept)[0] for rotation in self._rotations[:READ_ROTATIONS]]
+        generic = []
+        for number, rotation in enumerate(self._rotations[:READ_ROTATIONS]):
+            ran(2 + ROTATIONS + number)
+            generic.append(self._read(run, write @ rotation, kept)[0])
         self._rows |= {name: np.array(part.shape[1]) for name, part in sums.items()}
         totals = {
             "sums": self._clusters(batch, torch.cat(list(sums.values()), 1), write),

@@ -22,7 +22,7 @@ MATERIAL = 0.05
 
 
 class Written:
-    """A tally of ‖o_w‖ / ‖x right after‖ of every node."""
+    """A tally of ‖o_w‖ / ‖x right after‖ of every node, and of the energy that it writes into each channel."""
 
     def __init__(self, lm: Model, tokens: Tokens, skip: int):
         self._lm, self._skip, self._folded = lm, skip, fold(lm)
