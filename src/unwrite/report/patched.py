@@ -127,7 +127,7 @@ def bounded(result: Result) -> str:
 def along(result: Result) -> str:
     """The edge that does most."""
     # NaN where no pair has such an edge.
-    size = np.abs(result.data["effect"]).mean("pair").transpose("sender", "receiver").values
+    size = abs(result.data["effect"]).mean("pair").transpose("sender", "receiver").values
     sender, receiver = np.unravel_index(np.nanargmax(size), size.shape)
     edge = f"{result.data['sender'].values[sender]} → {result.data['receiver'].values[receiver]}"
     return f"{edge} does most: {size[sender, receiver]:.3f} on average, of either sign (MLPs {_mlps(result)})."
