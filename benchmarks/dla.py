@@ -22,7 +22,8 @@ import torch
 from flops import Shape, build, executed
 
 import unwrite as uw
-from unwrite.model.view import Model, fold
+from unwrite.model.fold import fold
+from unwrite.model.view import Model
 from unwrite.run.replay.clean import clean
 from unwrite.run.replay.edited import added
 

@@ -26,7 +26,7 @@ from scipy import stats
 
 import unwrite as uw
 from unwrite.model.capture import run
-from unwrite.model.view import fold
+from unwrite.model.fold import fold
 from unwrite.run.tally.gram import ON_DEVICE
 from unwrite.stats.mergeable import RATIO, Histogram
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 import unwrite as uw
+from unwrite.model.fold import fold
 from unwrite.model.readers import weights
-from unwrite.model.view import Model, fold
+from unwrite.model.view import Model
 from unwrite.nodes import choose
 from unwrite.prompts.tokens import Tokens
 from unwrite.run.loop.job import Job

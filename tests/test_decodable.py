@@ -8,9 +8,10 @@ import torch
 
 import tiny
 import unwrite as uw
+from unwrite.model.fold import fold
 from unwrite.model.load import view
 from unwrite.model.planted import planted
-from unwrite.model.view import Model, fold
+from unwrite.model.view import Model
 from unwrite.prompts.tokens import Tokens
 from unwrite.report.verified import sentence, trajectory
 from unwrite.run.loop.stream import batches

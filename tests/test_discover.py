@@ -25,9 +25,10 @@ from unwrite.model import load as loading
 from unwrite.model.certificate import IDENTITIES
 from unwrite.model.discover import discovered
 from unwrite.model.families import FAMILIES, REST, Family
+from unwrite.model.fold import value_columns
 from unwrite.model.inside import decoder_of, find, maybe
 from unwrite.model.load import outline, provenance, view
-from unwrite.model.view import Model, value_columns
+from unwrite.model.view import Model
 from unwrite.report.terminal import headline, show
 
 _COMMON = {

@@ -20,8 +20,9 @@ from unwrite.errors import ModelError
 from unwrite.model import capture
 from unwrite.model.certificate import IDENTITIES, NEEDED, Certificate
 from unwrite.model.families import FAMILIES
+from unwrite.model.fold import fold
 from unwrite.model.load import view
-from unwrite.model.view import Model, fold
+from unwrite.model.view import Model
 from unwrite.model.writes import expand
 
 # These compute in the dtype of the weights throughout; the others' norms, scores or softmax are float32 in any model.

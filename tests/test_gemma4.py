@@ -29,8 +29,9 @@ from unwrite.errors import ModelError, NodeError
 from unwrite.model import values
 from unwrite.model.attention import eager_of
 from unwrite.model.certificate import certify
+from unwrite.model.fold import fold
 from unwrite.model.load import view
-from unwrite.model.view import Model, fold
+from unwrite.model.view import Model
 from unwrite.nodes import Node, parse_location, parse_node
 from unwrite.run.backward.rules import RULES
 from unwrite.run.backward.slopes import cotangents

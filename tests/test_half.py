@@ -20,8 +20,9 @@ import tiny
 import unwrite as uw
 from methods import COMBINED, IDS, METHODS, VARIANTS, few_draws
 from unwrite.model.capture import run
+from unwrite.model.fold import fold
 from unwrite.model.load import provenance
-from unwrite.model.view import Model, fold
+from unwrite.model.view import Model
 from unwrite.model.writes import write_of
 
 HERE = Path(uw.__file__).parent

@@ -31,9 +31,10 @@ from unwrite.model import identities, values
 from unwrite.model.attention import Scored, eager_of, patterns
 from unwrite.model.cache import empty, keeping
 from unwrite.model.certificate import certify
+from unwrite.model.fold import fold
 from unwrite.model.load import view
 from unwrite.model.values import through_values
-from unwrite.model.view import Model, fold
+from unwrite.model.view import Model
 from unwrite.run.backward.rules import RULES
 from unwrite.run.backward.saturation import of_keys, of_queries
 from unwrite.run.backward.slopes import cotangents

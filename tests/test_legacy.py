@@ -20,8 +20,8 @@ import unwrite as uw
 from test_load import tokenizer
 from unwrite.errors import ModelError
 from unwrite.model import legacy
+from unwrite.model.fold import fold
 from unwrite.model.legacy import from_legacy, is_legacy
-from unwrite.model.view import fold
 from unwrite.run.replay import clean as replay
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -26,11 +26,12 @@ import unwrite as uw
 from methods import IDS, few_draws
 from unwrite.model import identities
 from unwrite.model.certificate import certify
+from unwrite.model.fold import fold
 from unwrite.model.hooks import hooked
 from unwrite.model.load import view
 from unwrite.model.mixer_values import values_of
 from unwrite.model.mixers import Frozen, holding, sloped_z, through_mixer
-from unwrite.model.view import Model, fold
+from unwrite.model.view import Model
 from unwrite.run.backward.rules import RULES
 from unwrite.run.backward.slopes import cotangents
 from unwrite.run.replay import clean as replay

@@ -12,7 +12,8 @@ import tiny
 import unwrite as uw
 from executed import exact
 from unwrite.model.capture import Recording
-from unwrite.model.view import Model, fold
+from unwrite.model.fold import fold
+from unwrite.model.view import Model
 from unwrite.nodes import Node
 from unwrite.run.replay import edited
 from unwrite.run.replay.clean import Clean, clean

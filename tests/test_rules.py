@@ -17,10 +17,11 @@ from torch.nn import functional as F
 import tiny
 from executed import Alone, exact, uncapped, weights
 from surrogates import linearised
+from unwrite.model.fold import fold, value_columns
 from unwrite.model.load import view
 from unwrite.model.projections import matrix_of
 from unwrite.model.values import through_values
-from unwrite.model.view import Model, fold, value_columns
+from unwrite.model.view import Model
 from unwrite.nodes import Location
 from unwrite.run.answer.logits import Question, linear, normed_measure
 from unwrite.run.backward.rules import RULES, Rules

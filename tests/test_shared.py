@@ -24,7 +24,8 @@ from twin import Rows, Truth, carried, share
 from twin import patterns as looks
 from unwrite.model import capture
 from unwrite.model.attention import patterns
-from unwrite.model.view import Model, fold
+from unwrite.model.fold import fold
+from unwrite.model.view import Model
 from unwrite.model.writes import expand
 from unwrite.prompts.tokens import Tokens
 

@@ -19,9 +19,10 @@ from test_resume import same
 from unwrite.errors import ModelError, NumericError, TokensError, seconds
 from unwrite.methods import survival as methods_survival
 from unwrite.methods.survival import Fitted, fitted
+from unwrite.model.fold import fold
 from unwrite.model.planted import Planted
 from unwrite.model.readers import readers, weights
-from unwrite.model.view import Model, fold
+from unwrite.model.view import Model
 from unwrite.nodes import parse_node
 from unwrite.prompts.tokens import Tokens, from_ids
 from unwrite.run.loop.stream import batches

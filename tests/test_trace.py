@@ -21,9 +21,10 @@ from unwrite.errors import ModelError, NodeError
 from unwrite.model.attention import patterns
 from unwrite.model.cache import keeping
 from unwrite.model.families import FAMILIES
+from unwrite.model.fold import fold, value_weights
 from unwrite.model.load import view
 from unwrite.model.values import into_values, value_scale
-from unwrite.model.view import Layer, Model, fold, value_weights
+from unwrite.model.view import Layer, Model
 from unwrite.nodes import Node, Site, parse_site
 from unwrite.run.edit.edits import Pending
 from unwrite.run.edit.sites import _sites, place

@@ -12,8 +12,9 @@ from torch import Tensor
 import tiny
 import unwrite as uw
 from unwrite.model import capture
+from unwrite.model.fold import fold
 from unwrite.model.load import view
-from unwrite.model.view import Model, fold
+from unwrite.model.view import Model
 from unwrite.model.writes import expand
 from unwrite.nodes import parse_location
 

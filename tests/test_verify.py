@@ -13,10 +13,11 @@ from torch import Tensor
 import tiny
 import unwrite as uw
 from unwrite.errors import NodeError, NumericError
+from unwrite.model.fold import fold
 from unwrite.model.load import view
 from unwrite.model.planted import planted
 from unwrite.model.values import through_values
-from unwrite.model.view import Model, fold
+from unwrite.model.view import Model
 from unwrite.prompts.texts import windows
 from unwrite.prompts.tokens import Tokens, from_ids
 from unwrite.report.verified import sentence

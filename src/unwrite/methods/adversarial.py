@@ -21,8 +21,9 @@ from torch import Tensor
 
 from unwrite.errors import whole
 from unwrite.model.capture import Recording
+from unwrite.model.fold import fold
 from unwrite.model.load import provenance
-from unwrite.model.view import Model, fold
+from unwrite.model.view import Model
 from unwrite.model.writes import write_of
 from unwrite.nodes import Node, choose, parse_node
 from unwrite.prompts.tokens import Tokens, spelled

@@ -21,9 +21,10 @@ import xarray as xr
 from torch import Tensor
 
 from unwrite.errors import one_of
+from unwrite.model.fold import fold
 from unwrite.model.load import provenance
 from unwrite.model.values import through_values
-from unwrite.model.view import Model, fold
+from unwrite.model.view import Model
 from unwrite.model.writes import write_of
 from unwrite.nodes import Node, choose, parse_node, require_readers
 from unwrite.prompts.tokens import Tokens

@@ -18,9 +18,10 @@ import xarray as xr
 from torch import Tensor
 
 from unwrite.errors import NumericError, TokensError, counted, one_of, require
+from unwrite.model.fold import fold
 from unwrite.model.load import provenance
 from unwrite.model.projections import sizes
-from unwrite.model.view import Model, fold
+from unwrite.model.view import Model
 from unwrite.nodes import MLPS, PROJECTED
 from unwrite.prompts.answers import answers
 from unwrite.prompts.positions import rows_at

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from torch import Tensor
 
 from unwrite.errors import NumericError, counted, one_of, require, seconds, several, shown, whole
 from unwrite.model import readers
+from unwrite.model.fold import fold
 from unwrite.model.load import provenance
-from unwrite.model.view import Model, fold
+from unwrite.model.view import Model
 from unwrite.nodes import Node, choose
 from unwrite.prompts.tokens import Tokens, array_of
 from unwrite.result import Result, build, quantity
@@ -91,18 +93,14 @@ def survival(
     Returns a Result: `survival[writer, location, weigh]` with `survival_low` and `survival_high` (95 % t interval over
     documents), `end` the same at the end of the stream and `median_survival` its median over positions;
     `ordinary[writer, control, bound]`, what becomes of stand-ins (5 %, median, 95 %), `gap` = `end` − that median with
-    its interval; `q` and `q_above` by target–decoy competition over all writers: which part of those that are at least
-    as low, or high, would be so by chance; `verdict`, undecided where it `hangs` on the three loudest channels.
-    `acts[writer, node]` = what a later node writes along the write because it is there, with interval, and its parts
-    `erased` and `filled_in`; `erased_by[writer, cut]` and `filled_in_by` sum these over nodes and over whole blocks.
-    `energy_top3` and `participation` of each write's channels; `without_sinks`, survival without rows at which the
-    stream is ten times as long as usual, and `without_loudest`, without the three channels (`loudest`) that hold most
-    of what all writers write; `rescaled`, the mean of log(‖x‖ / ‖x^{−w}‖), by which norms scale everything else
-    otherwise.
+    its interval; `q` and `q_above` by target–decoy competition over all writers: which part of those as low, or high,
+    would be so by chance; `verdict`, undecided where it `hangs` on the three channels (`loudest`) that hold most of all
+    that is written; `without_loudest`, `end` without these, and `without_sinks`, without rows at which the stream is
+    ten times as long as usual. `acts[writer, node]` = what a later node writes along the write because it is there,
+    with interval, and its parts `erased` and `filled_in`, which `erased_by[writer, cut]` and `filled_in_by` sum up over
+    nodes and whole blocks; `energy_top3`, `participation` of its channels; `rescaled`, mean of log(‖x‖ / ‖x^{−w}‖).
     Raises NodeError for an unknown writer; NumericError where no write is material, for an unknown weight or control, a
-    budget that is too small for one prompt; TokensError as `uw.scan`.
-
-    Example: `uw.survival(lm, uw.text("books/", lm.tokenizer, n=8, length=64)).table()`
+    budget that is too small for one prompt; TokensError as `uw.scan`. Example: `uw.survival(lm, tokens).table()`
     """
     read, controls = admit(lm, tokens, mask, skip, bos, sees=True), _require(controls, decoys)
     named, size = choose(writers, lm.parts) if writers is not None else None, _size(lm, read, batch)
@@ -112,11 +110,11 @@ def survival(
     with opened(checkpoint, listener) as job:
         if done := job.begin("survival", lm, {"": read.hash}, settings, in_parts=allowed is None):
             return done
-        if allowed is not None:
-            read = _within(read, lambda whole: fitted(lm, whole, named, weigh, controls, decoys, skip, allowed), job)
+        fit = partial(fitted, lm, writers=named, weigh=weigh, controls=controls, decoys=decoys, skip=skip)
+        read = read if allowed is None else _within(read, partial(fit, budget=allowed), job)
         seen = _seen(lm, read, skip, listener, job)
-        chosen = _material(seen, named)
-        question = _question(lm, read, skip, chosen, weigh, controls, decoys, seen.loudest(CRITERIA.channels))
+        chosen, loudest = _material(seen, named), seen.loudest(CRITERIA.channels)
+        question = _question(lm, read, skip, chosen, weigh, controls, decoys, loudest)
         tally = SurvivalTally(question, job)
         stream(lm, read, tally, size, f"survival of {len(chosen)}", listener, job, divided=True)
         job.together()

@@ -20,9 +20,10 @@ import xarray as xr
 from scipy import stats
 
 from unwrite.errors import NumericError, counted
+from unwrite.model.fold import fold
 from unwrite.model.load import provenance
 from unwrite.model.readers import weights
-from unwrite.model.view import Model, fold
+from unwrite.model.view import Model
 from unwrite.nodes import MLPS, Node, choose, parse_node, require_readers
 from unwrite.prompts.tokens import Tokens, spelled
 from unwrite.result import QUANTILES, Result, build, quantity

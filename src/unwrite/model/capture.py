@@ -12,11 +12,12 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from unwrite.model.families import REST
+from unwrite.model.fold import Folded, centre, outside
 from unwrite.model.hooks import Handle, after, before, hooked, kept
 from unwrite.model.inside import text_config
 from unwrite.model.norms import norm_scale
 from unwrite.model.placed import decode
-from unwrite.model.view import Folded, Layer, Model, centre, outside
+from unwrite.model.view import Layer, Model
 from unwrite.model.writes import Writes
 from unwrite.nodes import MLPS, Location, Node
 

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from unwrite.errors import ModelError, PrecisionError
 from unwrite.model.families import BY_HAND
+from unwrite.model.fold import Folded, fold
 from unwrite.model.identities import added, beyond, output_of, relative
 from unwrite.model.lengths import affordable, switches
 from unwrite.model.mixer_values import shown_values
 from unwrite.model.projections import as_matrices
 from unwrite.model.single import HALVES, in_float32
-from unwrite.model.view import ABSENT, Folded, Model, fold
+from unwrite.model.view import ABSENT, Model
 from unwrite.model.weights import offloaded
 
 NEEDED = ("heads", "stream", "locations", "logits", "values", "causal")

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from unwrite.model.fold import gain_of
 from unwrite.model.hooks import before, between, hooked
 from unwrite.model.norms import norm_scale
-from unwrite.model.view import Layer, Model, gain_of
+from unwrite.model.view import Layer, Model
 
 
 def has_gates(lm: Model) -> bool:

@@ -28,6 +28,7 @@ from unwrite.errors import ModelError
 from unwrite.model.attention import Patterns, around_attention, is_called, patterns
 from unwrite.model.capture import Recording, evaluating, recording
 from unwrite.model.continued import Calls, calls_of, continues, kept_run
+from unwrite.model.fold import Folded, value_constant
 from unwrite.model.hooks import Call, after, first_of, hooked, kept, read_of
 from unwrite.model.inside import maybe
 from unwrite.model.lengths import switches
@@ -39,7 +40,7 @@ from unwrite.model.projections import is_sized, projections_in, sizes
 from unwrite.model.single import HALVES
 from unwrite.model.unembedding import before_norm, rows_of, unembedding
 from unwrite.model.values import looked, of_biases, read_by, value_scale, values_of
-from unwrite.model.view import Folded, Layer, Model, value_constant
+from unwrite.model.view import Layer, Model
 from unwrite.model.weights import offloaded, through, weight_of
 from unwrite.model.writes import Writes, expand
 from unwrite.nodes import PROJECTED, Location, Node

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from unwrite.errors import ModelError
 from unwrite.model.capture import run
+from unwrite.model.fold import fold
 from unwrite.model.identities import finished, output_of, relative
 from unwrite.model.single import HALVES
-from unwrite.model.view import Model, fold
+from unwrite.model.view import Model
 from unwrite.model.writes import expand
 
 # So many rows at the end of a prompt are compared.

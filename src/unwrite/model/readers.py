@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from unwrite.errors import NumericError
 from unwrite.model.capture import evaluating
+from unwrite.model.fold import gain_of
 from unwrite.model.hooks import Handle, after, before, hooked, kept
 from unwrite.model.norms import is_norm
 from unwrite.model.projections import matrix_of
 from unwrite.model.unembedding import unembedding
-from unwrite.model.view import Layer, Model, gain_of
+from unwrite.model.view import Layer, Model
 from unwrite.nodes import MLPS, Location, Node
 
 # The experts of a mixture are one stack [expert, output, input], which no module is called with.

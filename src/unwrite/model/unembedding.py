@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from unwrite.model.fold import gain_of
 from unwrite.model.projections import bias_of, matrix_of
-from unwrite.model.view import Model, gain_of
+from unwrite.model.view import Model
 from unwrite.model.weights import weight_of
 
 

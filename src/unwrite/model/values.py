@@ -16,9 +16,10 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from unwrite.model.fold import gain_of, made_values, value_bias, value_constant, value_weights
 from unwrite.model.norms import norm_scale
 from unwrite.model.projections import bias_of, matrix_of, sizes
-from unwrite.model.view import Layer, Model, gain_of, made_values, value_bias, value_constant, value_weights
+from unwrite.model.view import Layer, Model
 from unwrite.model.weights import weight_of
 
 

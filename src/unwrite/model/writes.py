@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unwrite.model.view import Folded, Model
+from unwrite.model.fold import Folded
+from unwrite.model.view import Model
 from unwrite.nodes import PROJECTED, Node, parse_node
 
 

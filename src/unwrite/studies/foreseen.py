@@ -18,8 +18,9 @@ from unwrite.errors import whole
 from unwrite.methods.scan import scan
 from unwrite.methods.survival import stand_ins
 from unwrite.model import readers
+from unwrite.model.fold import fold
 from unwrite.model.placed import decode
-from unwrite.model.view import Model, fold
+from unwrite.model.view import Model
 from unwrite.nodes import Node, choose
 from unwrite.prompts.tokens import Tokens, from_ids
 from unwrite.run.loop.stream import Listener, Progress, batch_size

@@ -25,11 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from unwrite.errors import one_of
+from unwrite.model.fold import gain_of, value_columns
 from unwrite.model.hooks import Handle, after, before, between
 from unwrite.model.mixers import holding
 from unwrite.model.norms import is_norm, norm_scale
 from unwrite.model.projections import sizes
-from unwrite.model.view import Layer, Model, gain_of, value_columns
+from unwrite.model.view import Layer, Model
 from unwrite.run.edit.sites import last_projection
 
 _STABLE = 1e-6

@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from unwrite.model.fold import Folded, folded
 from unwrite.model.hooks import Point
-from unwrite.model.view import Folded, Layer, Model, folded
+from unwrite.model.view import Layer, Model
 
 
 @dataclass(frozen=True)

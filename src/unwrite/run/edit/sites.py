@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from unwrite.errors import NodeError
 from unwrite.model.attention import is_called
 from unwrite.model.families import REST
+from unwrite.model.fold import centre, outside, value_columns
 from unwrite.model.hooks import Point
 from unwrite.model.inside import find
 from unwrite.model.norms import norm_scale
 from unwrite.model.projections import sizes
-from unwrite.model.view import Layer, Model, centre, outside, value_columns
+from unwrite.model.view import Layer, Model
 from unwrite.nodes import KINDS, MLPS, PROJECTED, Location, Site, nearest, parse_site
 from unwrite.run.edit.place import Inner, Pass, Place, View, by_row
 

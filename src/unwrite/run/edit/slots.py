@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from unwrite.errors import NodeError, several
 from unwrite.model.attention import Attend, Attended, around_attention
 from unwrite.model.capture import evaluating
+from unwrite.model.fold import outside
 from unwrite.model.hooks import Point, Visit, before, hooked, kept, visited
 from unwrite.model.placed import decode
 from unwrite.model.softmax import per_query_head
-from unwrite.model.view import Model, outside
+from unwrite.model.view import Model
 from unwrite.nodes import GROUPS, KINDS, Site
 from unwrite.run.edit.place import Inner, Place, as_one
 from unwrite.run.edit.sites import every, named, place, unit_of

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from unwrite.errors import NumericError, TokensError, counted, number, whole
 from unwrite.model.capture import run
+from unwrite.model.fold import Folded
 from unwrite.model.images import images
 from unwrite.model.now import same_now
-from unwrite.model.view import Folded, Model, require_model
+from unwrite.model.view import Model, require_model
 from unwrite.model.writes import Writes
 from unwrite.prompts.given import given, holds_images
 from unwrite.prompts.pairs import Pairs, pairs_of

@@ -18,11 +18,12 @@ from unwrite.model.attention import Patterns, patterns
 from unwrite.model.cache import Past
 from unwrite.model.capture import Recording, evaluating, recording
 from unwrite.model.continued import Calls, apart, by_prompt, calling, calls_from, continued, kept_run
+from unwrite.model.fold import Folded
 from unwrite.model.hooks import read_of
 from unwrite.model.mixers import through_mixer
 from unwrite.model.placed import decode
 from unwrite.model.values import read_by, through_values, value_scale
-from unwrite.model.view import Folded, Layer, Model
+from unwrite.model.view import Layer, Model
 from unwrite.model.writes import blocks, expand, write_of
 from unwrite.nodes import Node
 from unwrite.prompts.pairs import Pairs

@@ -17,9 +17,10 @@ from unwrite.model.attention import patterns
 from unwrite.model.cache import Handed, of_prompts
 from unwrite.model.capture import Recording, recording
 from unwrite.model.continued import block
+from unwrite.model.fold import centre
 from unwrite.model.hooks import Visit, after, before, hooked
 from unwrite.model.values import through_values
-from unwrite.model.view import Layer, Model, centre
+from unwrite.model.view import Layer, Model
 from unwrite.nodes import Node
 from unwrite.run.replay.clean import Clean
 

@@ -19,8 +19,9 @@ from torch import Tensor
 from unwrite.model.cache import Handed, Past
 from unwrite.model.capture import Recording, inside, recording
 from unwrite.model.continued import Calls, block_from, calls_from
+from unwrite.model.fold import centre
 from unwrite.model.hooks import Handle, after, hooked
-from unwrite.model.view import Layer, Model, centre
+from unwrite.model.view import Layer, Model
 from unwrite.nodes import Location, Node
 from unwrite.run.replay.clean import Clean
 from unwrite.run.replay.walk import ROWS

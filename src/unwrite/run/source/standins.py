@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from unwrite.model.view import Folded, Model, centre
+from unwrite.model.fold import Folded, centre
+from unwrite.model.view import Model
 from unwrite.model.writes import Writes, write_of
 from unwrite.nodes import PROJECTED, Node
 from unwrite.run.source.rotations import rotation

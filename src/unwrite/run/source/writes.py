@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from unwrite.model.capture import run
-from unwrite.model.view import Folded, Model
+from unwrite.model.fold import Folded
+from unwrite.model.view import Model
 from unwrite.model.writes import Writes, write_of
 from unwrite.nodes import Node
 from unwrite.prompts.tokens import Tokens

@@ -17,7 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from unwrite.model.capture import Recording
-from unwrite.model.view import Folded, Model
+from unwrite.model.fold import Folded
+from unwrite.model.view import Model
 from unwrite.model.writes import blocks, expand
 from unwrite.nodes import PROJECTED, Location
 from unwrite.run.answer.logits import Question, capped, linear, measure, normed_measure

@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from unwrite.model.view import Model, fold
+from unwrite.model.fold import fold
+from unwrite.model.view import Model
 from unwrite.model.writes import Writes, expand
 from unwrite.nodes import Node
 from unwrite.prompts.tokens import Tokens

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from unwrite.model.view import Folded, Model
+from unwrite.model.fold import Folded
+from unwrite.model.view import Model
 from unwrite.model.writes import Writes, expand
 from unwrite.prompts.tokens import Tokens
 from unwrite.run.loop.ledger import Ledger

@@ -21,7 +21,8 @@ from torch import Tensor
 from unwrite.errors import NumericError
 from unwrite.model.capture import Recording
 from unwrite.model.capture import run as writes_of
-from unwrite.model.view import Folded, Model
+from unwrite.model.fold import Folded
+from unwrite.model.view import Model
 from unwrite.nodes import MLPS, Node
 from unwrite.prompts.tokens import Tokens
 from unwrite.run.loop.checkpoint import Arrays

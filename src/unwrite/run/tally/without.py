@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unwrite.model.capture import Recording
-from unwrite.model.view import Model, fold
+from unwrite.model.fold import fold
+from unwrite.model.view import Model
 from unwrite.nodes import MLPS, PROJECTED, Node
 from unwrite.prompts.tokens import Tokens
 from unwrite.run.loop.checkpoint import Arrays

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unwrite.model.view import Model, fold
+from unwrite.model.fold import fold
+from unwrite.model.view import Model
 from unwrite.model.writes import blocks, expand
 from unwrite.nodes import Node
 from unwrite.prompts.tokens import Tokens
