@@ -99,9 +99,10 @@ class Model:
         What nodes write is given as it arrives there, so the final state is the sum of all, and this state times this
         number the sum of those that have written.
         """
-        index = location.layer + (location.state == "post")
-        layer = self.layers[index] if index < len(self.layers) else None
-        return 1.0 if layer is None else layer.mid_to_end if location.state == "mid" else layer.to_end
+        if location == self.states[-1]:
+            return 1.0
+        layer = self.layers[location.layer + (location.state == "post")]
+        return layer.mid_to_end if location.state == "mid" else layer.to_end
 
     @cached_property
     def parts(self) -> tuple[Node, ...]:
@@ -273,9 +274,8 @@ def _exact(lm: Model, weight: Tensor, detach: bool = True) -> Tensor:
 class Folded:
     """What turns the factors of one layer's attention into writes.
 
-    `w_o` includes the residual scale, the gains of blocks and of a post-norm, and is centred under the convention;
-    `constant` is the part of z that the convention moves to the bias node, whose write is `bias` (times a post-norm's
-    frozen scale).
+    `w_o` includes the residual scale and the gains of blocks and a post-norm, and is centred under the convention;
+    `constant` is the part of z that the convention moves to the bias node, which writes `bias` (× a post-norm's scale).
     """
 
     w_o: Float[Tensor, "head d_head d_model"]
