@@ -101,9 +101,10 @@ class Model:
         What nodes write is given as it arrives there, so the final state is the sum of all, and this state times this
         number the sum of those that have written.
         """
-        index = location.layer + (location.state == "post")
-        layer = self.layers[index] if index < len(self.layers) else None
-        return 1.0 if layer is None else layer.mid_to_end if location.state == "mid" else layer.to_end
+        if location == self.states[-1]:
+            return 1.0
+        layer = self.layers[location.layer + (location.state == "post")]
+        return layer.mid_to_end if location.state == "mid" else layer.to_end
 
     @cached_property
     def parts(self) -> tuple[Node, ...]:
