@@ -592,6 +592,20 @@ def test_a_page_is_printed(source, seen) -> None:
     seen.page.emulate_media(media="screen")
 
 
+def test_the_page_of_a_scan_shows_levels_and_who_writes_against_a_write(every, seen) -> None:
+    data = every["scan"].data
+    seen.open(page.page(every["scan"]))
+    seen.page.click("#L0H1")
+    assert seen.page.inner_text("#acting").startswith("Who writes against it")
+    middle = float(data["level"].sel(writer="L0H1", quantile=0.5).isel(location=-1))
+    titles = seen.page.eval_on_selector_all("#way title", "all => all.map(x => x.textContent)")
+    assert titles[-1].startswith(f"level, {data['location'].values[-1]}: {number(middle)} [")
+    against = data["node"].values[data["eraser"].sel(writer="L0H1").values]
+    assert seen.page.locator("#acts tr").count() == min(8, len(against))
+    assert not seen.page.locator("#truth, #verified").count()
+    assert seen.said == []
+
+
 @pytest.mark.promise("hostile")
 def test_hostile_text_does_nothing_in_a_browser(hostile_source, seen) -> None:
     seen.open(hostile_source)
