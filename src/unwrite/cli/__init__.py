@@ -231,7 +231,7 @@ def effects(
 ) -> None:
     """What does each node do when it is set to its value in another prompt: guesses beside the executed truth."""
     from unwrite.nodes import GROUPS
-    from unwrite.prompts.pairs import read_pairs
+    from unwrite.prompts.given_pairs import read_pairs
     from unwrite.studies.compare import compare as run
 
     lm = load_model(model, device, dtype, convention, device_map)

@@ -14,6 +14,8 @@ from unwrite.result import Result
 # Pairs that are shown, and nodes of each.
 _PAIRS, _NODES = 3, 12
 _ALONE = ("effect", "signed", "inputs")
+# The axis of places, where there is one.
+_WHERE = ("position", "role")
 AGREEMENT = (
     Column("estimator", holds="word"),
     Column("passes", "{cost}"),
@@ -35,7 +37,7 @@ class Shown:
 def shown(data: xr.Dataset) -> Iterator[Shown]:
     """The first pairs, with the nodes that do most."""
     names = estimates(data)
-    where = ("position",) if "position" in data.dims else ()
+    where = [axis for axis in _WHERE if axis in data.dims]
     header = (Column("node", holds="word"), *map(Column, where), *(Column(name, f"{{{name}}}") for name in names))
     for pair in range(min(_PAIRS, data.sizes["pair"])):
         one = data.isel(pair=pair)
@@ -70,7 +72,7 @@ def _rows(one: xr.Dataset, names: list[str]) -> list[tuple[str, ...]]:
     order = np.argsort(-size, axis=None, kind="stable")[:_NODES]
     lines = []
     for place in zip(*np.unravel_index(order, size.shape), strict=True):
-        where = [str(int(one["position"].values[place[1]]))] if len(place) == 2 else []
+        where = [str(one[axis].values[place[1]]) for axis in _WHERE if axis in one.dims]
         numbers = [f"{float(one[name].values[place]):+.3f}" for name in names]
         lines.append((str(one["node"].values[place[0]]), *where, *numbers))
     return lines
@@ -104,11 +106,17 @@ def sentence(result: Result) -> str:
         known = [(float(r), str(name)) for name, r in named if name != "exact" and np.isfinite(r)]
         if known:
             r, name = max(known)
-            return f"Of the guesses {name} comes nearest to the executed effects: correlation {r:+.3f} over all cells."
+            nearest = f"correlation {r:+.3f} over all cells. {_solves(data)}"
+            return f"Of the guesses {name} comes nearest to the executed effects: {nearest}".strip()
     size = np.abs(_lead(data).transpose("node", ...).values)
     each = np.nanmean(size.reshape(len(size), -1), 1)
     node = data["node"].values[int(np.nanargmax(each))]
-    return f"{node} does most: {np.nanmax(each):.3f} on average, of either sign."
+    return f"{node} does most: {np.nanmax(each):.3f} on average, of either sign. {_solves(data)}".strip()
+
+
+def _solves(data: xr.Dataset) -> str:
+    """Whether the model does at all what the effects are of; a result of an earlier version does not say."""
+    return str(data.attrs.get("solves", ""))
 
 
 def agreed(result: Result) -> str:
@@ -126,10 +134,12 @@ def bounded(result: Result) -> str:
 
 def along(result: Result) -> str:
     """The edge that does most."""
-    size = np.nanmean(np.abs(result.data["effect"].transpose("pair", "sender", "receiver").values), 0)
-    sender, receiver = np.unravel_index(np.nanargmax(size), size.shape)
+    size = np.nanmean(np.abs(result.data["effect"].transpose("sender", "receiver", "pair", ...).values), 2)
+    sender, receiver, *role = np.unravel_index(np.nanargmax(size), size.shape)
     edge = f"{result.data['sender'].values[sender]} → {result.data['receiver'].values[receiver]}"
-    return f"{edge} does most: {size[sender, receiver]:.3f} on average, of either sign (MLPs {_mlps(result)})."
+    at = "".join(f" at {result.data['role'].values[one]}" for one in role)
+    most = f"{float(np.nanmax(size)):.3f} on average, of either sign (MLPs {_mlps(result)})"
+    return f"{edge}{at} does most: {most}. {_solves(result.data)}".strip()
 
 
 def _mlps(result: Result) -> str:
