@@ -13,9 +13,19 @@ from unwrite.result import Result
 
 # Pairs that are shown, and nodes of each.
 _PAIRS, _NODES = 3, 12
+# Characters of a prompt's end.
+_WIDE = 48
 _ALONE = ("effect", "signed", "inputs")
 # The axis of places, where there is one.
 _WHERE = ("position", "role")
+RATES = (
+    Column("template", holds="word"),
+    Column("pairs", "{n}"),
+    Column("right [95 %]", "{accuracy}"),
+    Column("top of all tokens", "{top_accuracy}"),
+    Column("verdict", "{verdict}", holds="word"),
+    Column("its first prompt, and what the model says", holds="word"),
+)
 AGREEMENT = (
     Column("estimator", holds="word"),
     Column("passes", "{cost}"),
@@ -140,6 +150,33 @@ def along(result: Result) -> str:
     at = "".join(f" at {result.data['role'].values[one]}" for one in role)
     most = f"{float(np.nanmax(size)):.3f} on average, of either sign (MLPs {_mlps(result)})"
     return f"{edge}{at} does most: {most}. {_solves(result.data)}".strip()
+
+
+def rates(data: xr.Dataset) -> list[tuple[str, ...]]:
+    """One line for each template: how often the answer is right, and what that says."""
+    lines = []
+    for name in data["template"].values:
+        one = data.sel(template=name)
+        numbers = (f"{float(one['accuracy']):.2f} [{float(one['lower']):.2f}, {float(one['upper']):.2f}]",)
+        first = int(np.flatnonzero(data["label"].values == name)[0])
+        text = f"{data['base_text'].values[first]}"[-_WIDE:]
+        said = f"…{text} →{data['says'].values[first]}"
+        lines.append(
+            (
+                str(name),
+                str(int(one["n"])),
+                *numbers,
+                f"{float(one['top_accuracy']):.2f}",
+                str(one["verdict"].item()),
+                said,
+            )
+        )
+    return lines
+
+
+def solving(result: Result) -> str:
+    """Whether the model does it."""
+    return str(result.data.attrs["solves"])
 
 
 def _mlps(result: Result) -> str:

@@ -64,7 +64,7 @@ class Metric:
             return value if self.against is None else value - self._logit(normed, self.against[pair])
         if isinstance(self.name, str) and self.name == "restricted":
             return self._chosen(normed, self.choices, pair).logsumexp(-1) - self._logit(normed, self.answer[pair])
-        logits = self._bounded(self._logits(normed))
+        logits = self.logits(normed)
         if callable(self.name):
             return _numbers(_asked(self.name, logits), logits)
         if self.name == "match" and self.against is not None:
@@ -76,16 +76,27 @@ class Metric:
         chosen = log_p.gather(-1, self.answer[pair][:, None])[:, 0]
         return chosen.exp() if self.name == "prob" else chosen
 
+    def logits(self, normed: Float[Tensor, "run d_model"]) -> Float[Tensor, "run vocabulary"]:
+        """What the model returns."""
+        return self._bounded(self._logits(normed))
+
     @torch.no_grad()
     def solved(self, normed: Float[Tensor, "pair d_model"]) -> Bool[Tensor, " pair"]:
         """Does the answer beat all other choices, or what it is compared to, or else the whole vocabulary?"""
+        return self.margin(normed) > 0
+
+    @torch.no_grad()
+    def margin(self, normed: Float[Tensor, "pair d_model"]) -> Float[Tensor, " pair"]:
+        """By how much the answer's logit is above that of the best of these."""
         if self.choices is None and self.against is None:
-            return self._logits(normed).argmax(-1) == self.answer
+            logits = self.logits(normed)
+            own = logits.gather(1, self.answer[:, None])
+            return (own - logits.scatter(1, self.answer[:, None], -torch.inf).amax(1, keepdim=True))[:, 0]
         others = self.answer[:, None] if self.against is None else self.against[:, None]
         others = others if self.choices is None else self.choices
         logits = self._chosen(normed, others, torch.arange(len(normed), device=others.device))
         own = self._logit(normed, self.answer)
-        return (own[:, None] > logits.masked_fill(others == self.answer[:, None], -torch.inf)).all(-1)
+        return own - logits.masked_fill(others == self.answer[:, None], -torch.inf).amax(-1)
 
     def _chosen(
         self, normed: Tensor, choices: Int[Tensor, "pair option"] | None, pair: Int[Tensor, " run"]
@@ -96,7 +107,7 @@ class Metric:
     def _reference(self) -> Float[Tensor, "pair vocabulary"]:
         assert self.clean is not None  # noqa: S101 (given wherever runs are continued)
         with torch.no_grad():
-            return self._bounded(self._logits(self.clean)).log_softmax(-1)
+            return self.logits(self.clean).log_softmax(-1)
 
     def _logits(self, normed: Tensor) -> Tensor:
         return through(self.lm.head, normed).to(self.lm.device, self.lm.compute_dtype)
