@@ -41,7 +41,7 @@ def solves(
 ) -> Result:  # fmt: skip
     """Whether a model gives the answers of pairs, pair by pair and template by template.
 
-    Arguments: `pairs` and `bos` as in `uw.effects`; of each the base prompt is read, once; `checkpoint` as in `uw.scan`.
+    Arguments: `pairs` and `bos` as in `uw.effects`, whose base prompts are read once; `checkpoint` as in `uw.scan`.
     Returns a Result with `solved[pair]`, whether the answer's logit is above that of every other choice (above that of
     `against` where pairs have no choices, of all tokens where they have neither), `top[pair]`, whether it is the
     largest of the vocabulary, `margin[pair]` (logits over the best other choice), `prob[pair]`, and `says[pair]`, the
@@ -96,7 +96,7 @@ def _dataset(lm: Model, pairs: Pairs, whole: dict[str, np.ndarray]) -> xr.Datase
         "lower": (bounds[:, 0], "Wilson's 95 % interval of accuracy, from"),
         "upper": (bounds[:, 1], "Wilson's 95 % interval of accuracy, to"),
         "top_accuracy": (
-            np.array([whole["top"][labels == name].mean() for name in names]), "part of the pairs whose answer is the top"
+            np.array([whole["top"][labels == name].mean() for name in names]), "part whose answer is the top"
         ),
         "n": (np.array([n for _, n in counts]), "pairs"),
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What does a task ask of a model? Scenes drawn by a seed, put into words that a tokenizer has, and what else they could be.
+"""What does a task ask of a model? Scenes drawn by a seed, in words that a tokenizer has, and what else they could be.
 
 A scene is a text with named slots and the words in them, each one token; every slot is a role of the pairs. A change
 says which words of a scene become others, so that a source prompt differs from its base prompt there and nowhere else.
@@ -31,7 +31,7 @@ _BEFORE = "the"
 
 @dataclass(frozen=True)
 class Scene:
-    """A prompt: `text` with {slots}, the `words` in them, and the `options` that it may go on with, the right one first.
+    """A prompt: `text` with {slots}, the `words` in them, and the `options` to go on with, the right one first.
 
     `label` says of which template it is.
     """
@@ -120,22 +120,16 @@ def made(
     lists = _listed(task, words)
     single = {kind: _single(part, tokenizer) for kind, part in lists.items()}
     drawn = _drawn(task, n, seed, change, single)
-    tokens = [
-        prompts([_told(scene)[0] for scene in part], tokenizer, bos) for part in list(zip(*drawn, strict=True))[:2]
-    ]
     kept = ", ".join(f"{len(single[kind])} of {len(part)} words of the kind {kind}" for kind, part in lists.items())
+    named = {"source": f"{task.name} ({change}, seed {seed})", "notes": (f"one token each: {kept}",)}
+    scenes, others = [scene for scene, *_ in drawn], [other for _, other, _ in drawn]
     base, source = (
-        replace(part, source=f"{task.name} ({change}, seed {seed})", notes=(f"one token each: {kept}",))
-        for part in tokens
+        replace(prompts([_told(scene)[0] for scene in part], tokenizer, bos), **named) for part in (scenes, others)
     )
-    roles, source_roles = (
-        _roles(task, part, [pair[side] for pair in drawn], tokenizer) for side, part in enumerate((base, source))
-    )
-    scenes = [pair[0] for pair in drawn]
     return pairs(
         base, source, [scene.options[0] for scene in scenes], [against for *_, against in drawn], tokenizer=tokenizer,
-        roles=roles, source_roles=source_roles, template=[scene.label for scene in scenes],
-        choices=[list(scene.options) for scene in scenes],
+        roles=_roles(task, base, scenes, tokenizer), source_roles=_roles(task, source, others, tokenizer),
+        template=[scene.label for scene in scenes], choices=[list(scene.options) for scene in scenes],
     )  # fmt: skip
 
 
@@ -215,12 +209,11 @@ def _checked(kind: str, listed: Any) -> tuple[Filler, ...]:
     """A caller's own words, in the shape of ours."""
     like = _own()[kind][0]
     number = 1 if isinstance(like, str) else len(like)
-    rows = [(part,) if isinstance(part, str) else part for part in listed] if isinstance(listed, (list, tuple)) else [0]
+    rows: list[Any] = list(listed) if isinstance(listed, (list, tuple)) else [None]
+    rows = [(row,) if isinstance(row, str) else row for row in rows]
     for row in rows:
         fits = isinstance(row, (list, tuple)) and len(row) == number
-        if not fits or not all(
-            isinstance(part, str) and part.isprintable() and part.strip() == part and part for part in row
-        ):
+        if not fits or not all(isinstance(part, str) and part.isprintable() and part.split() == [part] for part in row):
             expected = "a list of words" if number == 1 else f"lists of {number} words, such as {shown(list(like))}"
             raise TokensError(f"words of the kind {kind} cannot be these", got=shown(listed), expected=expected)
     return tuple(dict.fromkeys(row[0] if number == 1 else tuple(row) for row in rows))

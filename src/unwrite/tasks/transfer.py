@@ -75,8 +75,8 @@ def ioi(
     Seven templates, each as often in either order of the names. Roles: "IO", "S1", "S2", "place", "object", "end".
     Arguments: `n` pairs; `tokenizer` as transformers has it; `seed`; `change` what is another in the source prompts:
     "S2", "order", "both", "names", "names+order", "ABC"; `order` "ABB", "BAB" or "both"; `words` lists of the caller's
-    own by kind ("female", "male", "place", "object"), such as names that another set of pairs does not have; `bos` as in
-    `uw.text`. `against` is S, but for "names" the new IO.
+    own by kind ("female", "male", "place", "object"), such as names that another set of pairs does not have; `bos` as
+    in `uw.text`. `against` is S, but for "names" the new IO.
     Raises NumericError for unknown settings, TokensError for a tokenizer that cannot fill a template.
     Source: Wang et al. 2022, arXiv 2211.00593.
 
