@@ -107,7 +107,8 @@ TAKES = {
     "method": "Rules", "source": "Model", "guess": "Result_of_effects", "edits": "[] () set() empty_array Edit",
     "path": _PLACES, "name": "None", "writer": "None", "context": "None", "vocabulary": "", "value": _VALUES,
     "factor": _NUMBERS, "basis": "float_tensor", "out": f"None {_PLACES}", "dtype": "None dtype",
-    "total": "True False",
+    "total": "True False", "roles": "None {} mapping_proxy state_dict", "source_roles": "None {} mapping_proxy", "template": "None",
+    "choices": "None",
 }  # fmt: skip
 # What listens is asked nothing but to listen: what it raises itself is its own, and ends the run.
 HEARD = {"class", "module", "raising", "HF_model", "tokenizer"}
@@ -148,6 +149,7 @@ def calls() -> dict[str, Call]:
             uw.corpus_dla, {**text, "writer": "L0H0", "erasers": ["L1H0"]}, {"writer": "", "erasers": ""}
         ),
         "effects": Call(uw.effects, {**asked, "nodes": ["L0H0"], "at": "all"}),
+        "solves": Call(uw.solves, asked),
         "paths": Call(uw.paths, {**asked, "senders": ["L0H0"]}),
         "bound": Call(
             uw.bound, {**asked, "guess": found("atp"), "verified": 0, "subsets": 8, "p": 0.5},
@@ -182,16 +184,21 @@ def calls() -> dict[str, Call]:
         "Tokens.check": Call(tokens.check, {"vocabulary": 256, "context": None}),
         "Pairs": Call(uw.Pairs, held, {"answer": "", "against": "None", "source": ""}),
         "Pairs.check": Call(pairs().check, {"vocabulary": 256, "context": None}),
+        "Pairs.rows": Call(pairs().rows, {"at": "end"}),
+        "Pairs.take": Call(pairs().take, {"pairs": [0]}, {"pairs": "range"}),
+        "Pairs.split": Call(
+            pairs().split, {"by": "pair"}, {"share": "0.5 np.float32"},
+        ),
         "Pairs.words": Call(pairs().words, {"tokenizer": tokenizer}),
     }  # fmt: skip
 
 
 NAMES = (
     "load", "planted", "text", "images", "pairs", "read", "scan", "verify", "survival", "dla", "adversarial",
-    "corpus_dla", "effects", "paths", "bound", "compare", "agree", "audit", "reproduce", "doctor", "trace", "trace[]",
+    "corpus_dla", "effects", "solves", "paths", "bound", "compare", "agree", "audit", "reproduce", "doctor", "trace", "trace[]",
     "Edit", "Edit.set", "Edit.add", "Edit.scale", "Edit.project_out", "Job", "Rules", "Result", "Result[]",
     "Result.figure", "Result.save", "Result.save_table", "Tokens", "Tokens.named", "Tokens.take", "Tokens.check",
-    "Pairs", "Pairs.check", "Pairs.words",
+    "Pairs", "Pairs.check", "Pairs.rows", "Pairs.take", "Pairs.split", "Pairs.words",
 )  # fmt: skip
 # What the methods of the library ask of a job; people hand it over.
 NOT_ASKED = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -19,34 +18,30 @@ TEMPLATES = (
 )
 
 
-def _scene(pieces: int, draw: Draw) -> Scene:
-    """A year whose last `pieces` digits are one token: it has later and earlier ones in its century."""
-    template = draw.turn(range(len(TEMPLATES)))
-    low, high = (2, 8) if pieces == 1 else (12, 88)
-    year = int(draw.rng.integers(low, high))
-    later, earlier = int(draw.rng.integers(year + 1, 10**pieces)), int(draw.rng.integers(0, year))
-    text = (
-        TEMPLATES[template]
-        if pieces == 2
-        else TEMPLATES[template].replace("{year}", f"{{year}}{draw.rng.integers(2, 9)}")
-    )
-    written = tuple(f"{number:0{pieces}}" for number in (year, later, earlier))
-    return Scene(f"t{template}", text, {"span": draw.one("span"), "year": written[0]}, written[1:])
+# Fewer years of two digits are too few to draw from.
+_FEWEST = 30
 
 
-def _first(pieces: int, scene: Scene, _: Draw) -> tuple[Mapping[str, str], str]:
-    return {"year": f"{1:02}" if pieces == 2 else "0"}, scene.options[1]
+def _scene(years: tuple[str, ...], draw: Draw) -> Scene:
+    """A year of which the last digits, or the decade, are one of `years`, and a later and an earlier one of these."""
+    template, at = draw.turn(range(len(TEMPLATES))), int(draw.rng.integers(1, len(years) - 1))
+    later, earlier = int(draw.rng.integers(at + 1, len(years))), int(draw.rng.integers(0, at))
+    text = TEMPLATES[template]
+    if len(years[0]) == 1:  # the last digit is a token by itself, and not asked for
+        text = text.replace("{year}", f"{{year}}{draw.rng.integers(2, 9)}")
+    return Scene(f"t{template}", text, {"span": draw.one("span"), "year": years[at]}, (years[later], years[earlier]))
 
 
-def _task(pieces: int) -> Task:
+def _task(years: tuple[str, ...]) -> Task:
     first = Change(
-        "the year is the first of its century or decade: every later one is right", ("year",), partial(_first, pieces)
-    )
+        "the first year of the century: every later one is right", ("year",),
+        lambda scene, _: ({"year": years[0]}, scene.options[1]),
+    )  # fmt: skip
     says = "Something lasted from a year to a year: a later one?"
-    return Task("greater_than", says, ("span",), {"first": first}, partial(_scene, pieces))
+    return Task("greater_than", says, ("span",), {"first": first}, partial(_scene, years))
 
 
-TASK = _task(2)
+TASK = _task(tuple(f"{year:02}" for year in range(1, 100)))
 
 
 def greater_than(
@@ -64,17 +59,22 @@ def greater_than(
     Example: `uw.tasks.greater_than(50, lm.tokenizer)`
     """
     need(tokenizer, "the task greater_than")
-    return made(_task(_pieces(tokenizer)), n, tokenizer, seed, change, words, bos)
+    return made(_task(_years(tokenizer)), n, tokenizer, seed, change, words, bos)
 
 
-def _pieces(tokenizer: Any) -> int:
-    """How many digits of a year are one token behind its century."""
+def _years(tokenizer: Any) -> tuple[str, ...]:
+    """Last digits of years that are one token behind their century: two of them, or else the decade's."""
     before = bare(" the year 17", tokenizer)
-    for pieces, written in ((2, [f"{year:02}" for year in range(1, 100)]), (1, [f"{ten}5" for ten in range(10)])):
-        found = [bare(f" the year 17{year}", tokenizer) for year in written]
-        if all(ids[: len(before)] == before and len(ids) == len(before) + 3 - pieces for ids in found):
-            return pieces
-    raise TokensError(
-        "this tokenizer cannot fill year of greater_than", got="years whose last digits are cut otherwise",
-        expected="a token of two digits, or each digit its own", fix="take another task",
-    )  # fmt: skip
+
+    def behind(year: str) -> int:
+        ids = bare(f" the year 17{year}", tokenizer)
+        return len(ids) - len(before) if ids[: len(before)] == before else 0
+
+    two = tuple(year for year in (f"{number:02}" for number in range(1, 100)) if behind(year) == 1)
+    one = tuple(str(ten) for ten in range(10) if behind(f"{ten}5") == 2)
+    if len(two) < _FEWEST and len(one) < 10:
+        raise TokensError(
+            "this tokenizer cannot fill year of greater_than", got="years whose last digits are cut otherwise",
+            expected="a token of two digits, or each digit its own", fix="take another task",
+        )  # fmt: skip
+    return two if len(two) >= _FEWEST else one
