@@ -39,7 +39,7 @@ def tokenizer(digits: bool = False) -> Any:
     made.decoder = decoders.ByteLevel()
     trainer = BpeTrainer(vocab_size=9000, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     spoken = [f" {word} {word}\n({word} {word}." for word in words]
-    texts = [TASKS[name].example(seed) for name in NAMES for seed in range(9)]
+    texts = [TASKS[name].example(seed) for name in NAMES for seed in range(9)] + [" is are he she is are he she"]
     made.train_from_iterator([*spoken, *texts, *(f"17{year:02} 17" for year in range(100))] * 3, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=made)
 

@@ -168,7 +168,8 @@ def _request(
         raise NumericError("ig goes from base to source prompts", got=f"source={name_of(source)}", fix="leave it out")
     asked, metric = slots(lm, nodes), known(metric, pairs)
     given = donor(lm, pairs, asked, source, rows and rows[1])
-    return _Request(lm, pairs, asked, at, rows and rows[0], method, metric, given, steps)
+    where = at if isinstance(at, str) else [*at]
+    return _Request(lm, pairs, asked, where, rows and rows[0], method, metric, given, steps)
 
 
 def _require_settings(method: Any, metric: Any, steps: Any) -> None:

@@ -124,16 +124,18 @@ def paths(
 
 def _request(lm: Model, pairs: Pairs, found: Ends, mlps: str, at: Any, metric: Any, source: Any) -> _Request:
     """Also positions are roles: "last" is the one that is read."""
-    if at == "each":
+    if isinstance(at, str) and at == "each":
         raise NumericError(
             "at each position is a run of its own for every edge", got="each", fix="name roles, or 'all'"
         )
     one_of("mlps", mlps, MODES)
     rows = pairs.rows(at)
-    if at == "last":
+    if isinstance(at, str) and at == "last":
         rows = pairs.row[:, None], pairs.row[:, None]
     given = donor(lm, pairs, found.sent, source, rows and rows[1])
-    return _Request(lm, pairs, found, mlps, at, rows and rows[0], known(metric, pairs), given)
+    return _Request(
+        lm, pairs, found, mlps, at if isinstance(at, str) else [*at], rows and rows[0], known(metric, pairs), given
+    )
 
 
 def _sources(request: _Request, rows: slice, base: Base) -> Iterator[Values]:

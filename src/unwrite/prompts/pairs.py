@@ -132,8 +132,9 @@ class Pairs:
 
         Example: `pairs.take([label == "t0" for label in pairs.template])`
         """
-        listed = np.asarray(pairs) if isinstance(pairs, (list, tuple, np.ndarray)) else np.zeros(())
-        kept: Any = np.flatnonzero(listed) if listed.dtype == bool and listed.shape == (len(self),) else pairs
+        listed = array_of(np.array(pairs, dtype=object) if _truths(pairs) else pairs)
+        is_mask = listed is not None and listed.shape == (len(self),) and _truths(listed.tolist())
+        kept: Any = np.flatnonzero(np.asarray(listed, dtype=bool)) if is_mask else pairs
         base, source = self.base.take(kept), self.source.take(kept)
         kept = np.asarray(array_of(kept))
         rows = {"answer": self.answer, "against": self.against, "row": self.row, "choices": self.choices}
@@ -163,7 +164,7 @@ class Pairs:
         return self.take(first), self.take(~first)
 
     def _labels(self, by: Any) -> Sequence[str]:
-        if by == "pair":
+        if isinstance(by, str) and by == "pair":
             return [f"{i:09}" for i in range(len(self))]
         if isinstance(by, str) and by == "template" and self.template is not None:
             return self.template
@@ -266,6 +267,15 @@ def pairs(
     return Pairs(read, other, ids[0], ids[1], row, named, theirs, labels, chosen)
 
 
+def _truths(values: Any) -> bool:
+    """Are these truths, and nothing else?"""
+    return (
+        isinstance(values, (list, tuple))
+        and len(values) > 0
+        and all(isinstance(one, (bool, np.bool_)) for one in values)
+    )
+
+
 def _options(choices: Any, n: int) -> list[list[Any]]:
     """Choices one by one, each for all pairs."""
     if choices is None:
@@ -274,7 +284,8 @@ def _options(choices: Any, n: int) -> list[list[Any]]:
     if isinstance(choices, (list, tuple)) and not any(isinstance(part, (list, tuple)) for part in choices):
         choices = [choices] * n
     fits = isinstance(choices, (list, tuple)) and len(choices) == n
-    if not fits or len({len(part) if isinstance(part, (list, tuple)) else 0 for part in choices}) != 1:
+    sizes = {len(part) if isinstance(part, (list, tuple)) else 0 for part in choices} if fits else set()
+    if len(sizes) != 1 or min(sizes) < 2:
         expected = "as many tokens for every pair, two or more"
         raise TokensError("choices are lists of tokens", got=shown(choices), expected=expected)
     return [list(option) for option in zip(*choices, strict=True)]

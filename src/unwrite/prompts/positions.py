@@ -55,8 +55,8 @@ def asked_roles(at: Any, known: Sequence[str]) -> tuple[str, ...]:
         one_of("at", at, (*AT, *known), also="several roles")
         return () if at in AT else (at,)
     listed = several("at is a name, or several roles", at, ", ".join(known), NumericError)
-    if not listed or len({*map(str, listed)}) < len(listed):
-        raise NumericError("at names each role once", got=shown(at), expected=f"some of {', '.join(known)}")
     for role in listed:
         one_of("at", role, known)
+    if not listed or len({*listed}) < len(listed):
+        raise NumericError("at names each role once", got=shown(at), expected=f"some of {', '.join(known)}")
     return tuple(listed)

@@ -69,7 +69,7 @@ def compare(
         if done := job.begin("compare", lm, {"": pairs.about()["hash"]}, asked):
             return done
         found = {
-            name: effects(lm, pairs, chosen, at, name, metric, batch=batch, checkpoint=job, listener=listener)
+            name: effects(lm, pairs, chosen, where, name, metric, batch=batch, checkpoint=job, listener=listener)
             for name in asked["methods"]
         }
         return job.signed(_side_by_side(lm, pairs, found))
