@@ -25,6 +25,7 @@ Method = Callable[..., uw.Result]
 
 IDS = torch.randint(3, 50, (4, 6), generator=torch.Generator().manual_seed(0))
 PAIRS = uw.pairs(IDS[:2], IDS[2:], 5, 9)
+ROLES = uw.pairs(IDS[:2], IDS[2:, :5], 5, 9, roles={"a": [1, 2]}, source_roles={"a": [3, 0]})
 HEADS = ("L0H0", "L1H1")
 
 
@@ -69,6 +70,7 @@ METHODS: dict[str, Method] = {
     "effects atp*": _star,
     "effects relp": _estimated("relp"),
     "effects ig": _estimated("ig"),
+    "solves": lambda lm, **kept: uw.solves(lm, PAIRS, **kept),
     "paths": lambda lm, **kept: uw.paths(lm, PAIRS, "heads", ["L1H0.v", "MLP1", "logits"], "frozen", **kept),
     "paths recompute": lambda lm, **kept: uw.paths(lm, PAIRS, "heads", ["L1H0.v", "MLP1", "logits"], **kept),
     "bound": _bound,
@@ -82,6 +84,7 @@ VARIANTS: dict[str, Method] = {
     "dla position": lambda lm, **kept: uw.dla(lm, IDS[:3], replace="resample", at="position", **kept),
     "survival raw": lambda lm, **kept: uw.survival(lm, IDS, ["L0H0"], "raw", ["rotated"], 1, **kept),
     "effects states": lambda lm, **kept: uw.effects(lm, PAIRS, ["embed", "L1.attn_out", "L1H0.k"], **kept),
+    "effects roles": lambda lm, **kept: uw.effects(lm, ROLES, there(lm, *HEADS), ["a", "end"], metric="match", **kept),
     "effects kl": lambda lm, **kept: uw.effects(lm, PAIRS, HEADS, "all", metric="kl", source="mean", **kept),
     "effects atp prob": lambda lm, **kept: uw.effects(lm, PAIRS, method="atp", metric="prob", **kept),
     "effects net": lambda lm, **kept: uw.effects(lm, PAIRS, method="net", **kept),

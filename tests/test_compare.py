@@ -16,7 +16,7 @@ from test_cli import folder, run  # noqa: F401 - a fixture
 from unwrite.errors import NumericError, ResultError, TokensError
 from unwrite.methods import effects as module
 from unwrite.model.load import view
-from unwrite.prompts.pairs import read_pairs
+from unwrite.prompts.given_pairs import read_pairs
 
 
 @pytest.fixture(scope="module")

@@ -89,6 +89,7 @@ class Call:
 
 _PLACES, _COUNTS = "blank nonsense three str_subclass file no_such_path folder", "3 np.int64"
 _NUMBERS = "3 0 -1 2**70 0.5 3.0 np.int64 np.float32"
+_ROLES = "None {} mapping_proxy Dataset BatchEncoding_of_nothing"
 _VALUES = f"{_NUMBERS} float_tensor nan_tensor tensor_with_a_gradient tensor_without_axes"
 _IDS = "BatchEncoding Tokens"
 _STRINGS = "nothing blank nonsense a_NUL three half_a_character str_subclass long_string a_long_name"
@@ -107,7 +108,7 @@ TAKES = {
     "method": "Rules", "source": "Model", "guess": "Result_of_effects", "edits": "[] () set() empty_array Edit",
     "path": _PLACES, "name": "None", "writer": "None", "context": "None", "vocabulary": "", "value": _VALUES,
     "factor": _NUMBERS, "basis": "float_tensor", "out": f"None {_PLACES}", "dtype": "None dtype",
-    "total": "True False",
+    "total": "True False", "roles": _ROLES, "source_roles": _ROLES, "template": "None", "choices": "None",
 }  # fmt: skip
 # What listens is asked nothing but to listen: what it raises itself is its own, and ends the run.
 HEARD = {"class", "module", "raising", "HF_model", "tokenizer"}
@@ -149,6 +150,7 @@ def calls() -> dict[str, Call]:
             uw.corpus_dla, {**text, "writer": "L0H0", "erasers": ["L1H0"]}, {"writer": "", "erasers": ""}
         ),
         "effects": Call(uw.effects, {**asked, "nodes": ["L0H0"], "at": "all"}),
+        "solves": Call(uw.solves, asked),
         "paths": Call(uw.paths, {**asked, "senders": ["L0H0"]}),
         "bound": Call(
             uw.bound, {**asked, "guess": found("atp"), "verified": 0, "subsets": 8, "p": 0.5},
@@ -185,6 +187,11 @@ def calls() -> dict[str, Call]:
         "Tokens.check": Call(tokens.check, {"vocabulary": 256, "context": None}),
         "Pairs": Call(uw.Pairs, held, {"answer": "", "against": "None", "source": ""}),
         "Pairs.check": Call(pairs().check, {"vocabulary": 256, "context": None}),
+        "Pairs.rows": Call(pairs().rows, {"at": "end"}),
+        "Pairs.take": Call(pairs().take, {"pairs": [0]}, {"pairs": "range"}),
+        "Pairs.split": Call(
+            pairs().split, {"by": "pair"}, {"share": "0.5 np.float32"},
+        ),
         "Pairs.words": Call(pairs().words, {"tokenizer": tokenizer}),
         "Pairs.each": Call(pairs().each, {"tokenizer": tokenizer}),
     }  # fmt: skip
@@ -192,10 +199,11 @@ def calls() -> dict[str, Call]:
 
 NAMES = (
     "load", "planted", "text", "images", "pairs", "read", "scan", "verify", "survival", "dla", "adversarial",
-    "corpus_dla", "effects", "paths", "bound", "compare", "agree", "audit", "reproduce", "doctor", "trace", "trace[]",
-    "Edit", "Edit.set", "Edit.add", "Edit.scale", "Edit.project_out", "Job", "Rules", "Result", "Result[]",
+    "corpus_dla", "effects", "solves", "paths", "bound", "compare", "agree", "audit", "reproduce", "doctor", "trace",
+    "trace[]", "Edit", "Edit.set", "Edit.add", "Edit.scale", "Edit.project_out", "Job", "Rules", "Result", "Result[]",
     "Result.figure", "Result.grid", "Result.save", "Result.save_table", "Tokens", "Tokens.named",
-    "Tokens.take", "Tokens.spread", "Tokens.check", "Pairs", "Pairs.check", "Pairs.words", "Pairs.each",
+    "Tokens.take", "Tokens.spread", "Tokens.check", "Pairs", "Pairs.check", "Pairs.rows", "Pairs.take", "Pairs.split",
+    "Pairs.words", "Pairs.each",
 )  # fmt: skip
 # What the methods of the library ask of a job; people hand it over.
 NOT_ASKED = {

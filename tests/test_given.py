@@ -28,7 +28,7 @@ from unwrite.model.load import BUNDLED, view
 from unwrite.model.view import Model
 from unwrite.prompts.answers import token_after
 from unwrite.prompts.given import given
-from unwrite.prompts.pairs import pairs_of
+from unwrite.prompts.given_pairs import pairs_of
 from unwrite.prompts.texts import text
 from unwrite.prompts.tokens import spelled
 

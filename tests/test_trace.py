@@ -803,7 +803,7 @@ WRONG: list[tuple[Callable[[], Edit], str]] = [
     (lambda: Edit.scale("L0H0.y", 0.0), "not a site"),
     (lambda: Edit.scale("L0H0.z", 0.0, at=[]), "chooses no rows"),
     (lambda: Edit.scale("L0H0.z", 0.0, at=torch.zeros(2, 7, dtype=torch.bool)), "chooses no rows"),
-    (lambda: Edit.scale("L0H0.z", 0.0, at=torch.tensor([1, 2])), "chooses no rows"),
+    (lambda: Edit.scale("L0H0.z", 0.0, at=torch.tensor([1.0, 2.0])), "chooses no rows"),
     (lambda: Edit.scale("L0H0.z", 0.0, at=slice(5, 2, -1)), "chooses no rows"),
     (lambda: Edit.project_out("L0H0.z", torch.zeros(4)), "depend on each other"),
     (lambda: Edit.project_out("L0H0.z", torch.ones(2, 4)), "depend on each other"),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unwrite import errors as errors
+    from unwrite import tasks as tasks
     from unwrite.methods.adversarial import adversarial as adversarial
     from unwrite.methods.agree import agree as agree
     from unwrite.methods.bound import bound as bound
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from unwrite.methods.effects import effects as effects
     from unwrite.methods.paths import paths as paths
     from unwrite.methods.scan import scan as scan
+    from unwrite.methods.solves import solves as solves
     from unwrite.methods.survival import survival as survival
     from unwrite.methods.verify import verify as verify
     from unwrite.model.images import images as images
@@ -60,20 +62,22 @@ _PUBLIC = {
     "read": "unwrite.result",
     "reproduce": "unwrite.studies.reproduce",
     "scan": "unwrite.methods.scan",
+    "solves": "unwrite.methods.solves",
     "survival": "unwrite.methods.survival",
     "text": "unwrite.prompts.texts",
     "trace": "unwrite.run.edit.trace",
     "verify": "unwrite.methods.verify",
 }
+_MODULES = ("errors", "tasks")
 
 
 def __getattr__(name: str) -> Any:
-    if name == "errors":
-        return importlib.import_module("unwrite.errors")
+    if name in _MODULES:
+        return importlib.import_module(f"unwrite.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"unwrite has no {name!r}; it has {', '.join(__dir__())}")
     return getattr(importlib.import_module(_PUBLIC[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*_PUBLIC, "errors"])
+    return sorted([*_PUBLIC, *_MODULES])

@@ -29,8 +29,9 @@ FILE = "result.nc"
 # The axes of a table's rows, where they are not writers or nodes.
 _ROWS = {
     "dla": ("prompt", "node"), "adversarial": ("hit",), "corpus_dla": ("path",), "reproduce": ("claim",),
-    "effects": ("pair", "node", "position"), "compare": ("pair", "node", "position"),
-    "agree": ("reading", "group"), "paths": ("pair", "sender", "receiver"), "bound": ("pair",),
+    "effects": ("pair", "node", "position", "role"), "compare": ("pair", "node", "position", "role"),
+    "agree": ("reading", "group"), "paths": ("pair", "sender", "receiver", "role"), "bound": ("pair",),
+    "solves": ("pair",),
 }  # fmt: skip
 VERSIONS = ("unwrite", "torch", "transformers", "numpy", "xarray")
 # A spreadsheet takes a cell that begins with one of these for a formula, some also the full-width forms.

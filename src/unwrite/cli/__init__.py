@@ -27,14 +27,17 @@ from unwrite.cli.options import (
     Quiet,
     ShardOf,
     TableOut,
+    TaskName,
     TextPath,
     Total,
     job_in,
     listed,
     load_model,
+    pairs_in,
     read_text,
 )  # fmt: skip
 from unwrite.cli.survival import survival
+from unwrite.cli.tasks import solves, tasks
 from unwrite.cli.voice import Voice, event, fail, produce
 from unwrite.errors import Stopped, UnwriteError
 from unwrite.files import version
@@ -208,14 +211,22 @@ def dla(
 def effects(
     model: ModelName,
     pairs: Annotated[
-        Path,
+        Path | None,
         typer.Option("--pairs", metavar="FILE", help="CSV or JSON lines: base, source, answer[, against, position]."),
-    ],
+    ] = None,
+    task: TaskName = None,
+    change: Annotated[str | None, typer.Option("--change", help="What a task's source prompts have otherwise.")] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="Pairs of the task.")] = 32,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the task.")] = 0,
     nodes: Annotated[
         str, typer.Option("--nodes", help="heads, q, k, v, attn_out, mlp_out, …, or names: L0H1,MLP2.")
     ] = "heads",
-    at: Annotated[str, typer.Option("--at", help="Patch 'all' positions at once, 'each', or the 'last'.")] = "all",
-    metric: Annotated[str, typer.Option("--metric", help="logit_diff, log_prob, prob or kl.")] = "logit_diff",
+    at: Annotated[
+        str, typer.Option("--at", help="Patch 'all' positions at once, 'each', the 'last', or roles: S2,end.")
+    ] = "all",
+    metric: Annotated[
+        str, typer.Option("--metric", help="logit_diff, log_prob, prob, kl, match, restricted or fldd.")
+    ] = "logit_diff",
     methods: Annotated[
         str, typer.Option("--methods", help="Some of exact, atp, atp*, relp, ig, direct, net.")
     ] = "direct,net,atp,relp,exact",
@@ -231,14 +242,14 @@ def effects(
 ) -> None:
     """What does each node do when it is set to its value in another prompt: guesses beside the executed truth."""
     from unwrite.nodes import GROUPS
-    from unwrite.prompts.pairs import read_pairs
     from unwrite.studies.compare import compare as run
 
     lm = load_model(model, device, dtype, convention, device_map)
-    asked, names = read_pairs(pairs, lm.tokenizer, bos), nodes if nodes in GROUPS else listed(nodes)
+    asked, names = pairs_in(lm, pairs, task, change, n, seed, bos), nodes if nodes in GROUPS else listed(nodes)
+    where = at.split(",") if "," in at else at
 
     def method(_: Tokens, listener: Listener, job: Job) -> Result:
-        return run(lm, asked, names or nodes, at, methods.split(","), metric, checkpoint=job, listener=listener)
+        return run(lm, asked, names or nodes, where, methods.split(","), metric, checkpoint=job, listener=listener)
 
     produce(lm, lambda _: asked.base, method, out, Voice(quiet, as_json), job_in(out, every))
 
@@ -305,6 +316,8 @@ def show(
 
 _command(doctor)
 _command(survival)
+_command(solves)
+_command(tasks)
 
 
 def main() -> None:

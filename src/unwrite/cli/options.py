@@ -14,6 +14,7 @@ from unwrite.cli.voice import JSON
 
 if TYPE_CHECKING:
     from unwrite.model.view import Model
+    from unwrite.prompts.pairs import Pairs
     from unwrite.prompts.tokens import Tokens
     from unwrite.run.loop.job import Job
     from unwrite.run.loop.peers import Ranks
@@ -27,6 +28,9 @@ Prompts = Annotated[int, typer.Option("-n", min=1, help="At most this many promp
 Budget = Annotated[
     str,
     typer.Option("--budget", metavar="TIME", help="How long it may take: 90s, 5m, 2h. Not with -n."),
+]
+TaskName = Annotated[
+    str | None, typer.Option("--task", metavar="NAME", help="Pairs of a task, see `unwrite tasks`, instead of a file.")
 ]
 Length = Annotated[
     int | None, typer.Option("--length", min=2, help="Tokens of a prompt, by default min(1024, context).")
@@ -127,6 +131,22 @@ def read_text(lm: Model, paths: list[str], n: int, length: int | None, bos: bool
     if isinstance(tokens, dict):
         raise typer.BadParameter("one text at a time", param_hint="--text")
     return tokens
+
+
+def pairs_in(
+    lm: Model, file: Path | None, task: str | None, change: str | None, n: int, seed: int, bos: bool | None
+) -> Pairs:
+    """The pairs that --pairs or --task names."""
+    from unwrite import tasks
+    from unwrite.errors import one_of
+    from unwrite.prompts.given_pairs import read_pairs
+
+    if (file is None) == (task is None):
+        raise typer.BadParameter("name a file of pairs, or a task", param_hint="--pairs, --task")
+    if file is not None:
+        return read_pairs(file, lm.tokenizer, bos)
+    one_of("task", task, tasks.NAMES)
+    return getattr(tasks, str(task))(n, lm.tokenizer, seed, bos=bos, **({} if change is None else {"change": change}))
 
 
 def listed(names: str | None) -> list[str] | None:

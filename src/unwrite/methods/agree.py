@@ -101,7 +101,13 @@ class _Both:
     @cached_property
     def axes(self) -> tuple[str, ...]:
         """Of a cell."""
-        return ("pair", "node", "position") if "position" in self.exact["effect"].dims else ("pair", "node")
+        dims = self.exact["effect"].dims
+        return ("pair", "node", *(axis for axis in ("position", "role") if axis in dims))
+
+    @property
+    def _places(self) -> np.ndarray:
+        """Names of positions or roles."""
+        return self.exact["effect"][self.axes[2]].values
 
     @cached_property
     def truth(self) -> Float[np.ndarray, "pair node *position"]:
@@ -191,7 +197,7 @@ class _Both:
         words = np.array(self.nodes, dtype=object)[where[worst, 1]]
         found: dict[str, Any] = {"miss_node": ("miss", words), "miss_pair": ("miss", where[worst, 0])}
         if len(self.axes) == 3:
-            found["miss_position"] = ("miss", where[worst, 2])
+            found[f"miss_{self.axes[2]}"] = ("miss", self._places[where[worst, 2]])
         for name in values:
             found[f"miss_{name}"] = quantity(("miss",), values[name][worst], unit, f"{name} effect of the cell")
             words = f"rank of |{name}| over all cells, 1 the largest"
@@ -235,8 +241,8 @@ class _Both:
         }
 
     def _named(self, cell: int) -> str:
-        node, *position = np.unravel_index(cell, self.truth.shape[1:])
-        return self.nodes[int(node)] + "".join(f" at {int(part)}" for part in position)
+        node, *places = np.unravel_index(cell, self.truth.shape[1:])
+        return self.nodes[int(node)] + "".join(f" at {self._places[place]}" for place in places)
 
     def coordinates(self, k: int) -> dict[str, Any]:
         """Labels of the axes."""

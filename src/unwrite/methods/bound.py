@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from unwrite.errors import NumericError, ResultError, number, whole
@@ -32,7 +32,7 @@ from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.rows import Rows
 from unwrite.run.loop.stream import Batch, Listener, admit_pairs, batch_size, stream
 from unwrite.run.replay.clean import Base, base_of
-from unwrite.run.replay.sweep import differing
+from unwrite.run.replay.sweep import differing, placed
 from unwrite.run.replay.walk import ROWS, patched_together
 from unwrite.run.source.values import DONORS, Donor, donor
 from unwrite.stats.random_sets import Contexts, Difference, subset
@@ -62,8 +62,13 @@ class _Request:
 
     @property
     def at(self) -> str:
-        """Positions as the guess has them."""
+        """RoleNames as the guess has them: a word, or a role."""
         return self.guess.provenance["settings"]["at"]
+
+    @cached_property
+    def rows(self) -> tuple[Int[np.ndarray, "pair role"], Int[np.ndarray, "pair role"]] | None:
+        """The rows that a role names."""
+        return self.pairs.rows(self.at)
 
     @cached_property
     def names(self) -> list[str]:
@@ -158,9 +163,13 @@ def _request(lm: Model, pairs: Pairs, guess: Result, metric: Any, source: Any, c
     for name, value, names in (("metric", metric, METRICS), ("source", source, DONORS)):
         if value is None and settings[name] not in names:
             raise NumericError(f"the guess has a {name} of its own", got=settings[name], fix=f"give {name} again")
-    own = settings["metric"] if metric is None else known(metric)
+    own = settings["metric"] if metric is None else known(metric, pairs)
     asked = slots(lm, [str(name) for name in guess["node"].values])
-    given = donor(lm, pairs, asked, settings["source"] if source is None else source)
+    if own == "fldd" or not isinstance(settings["at"], str):
+        got = "fldd" if own == "fldd" else "several roles"
+        raise NumericError("there is no bound of this", got=got, fix="ask for logit_diff, and for one role at a time")
+    rows = pairs.rows(settings["at"])
+    given = donor(lm, pairs, asked, settings["source"] if source is None else source, rows and rows[1])
     if (name := name_of(own)) != settings["metric"]:
         raise ResultError("the guess is of another metric", got=settings["metric"], expected=name)
     if given.name != settings["source"]:
@@ -171,13 +180,14 @@ def _request(lm: Model, pairs: Pairs, guess: Result, metric: Any, source: Any, c
 def _base(request: _Request, batch: Batch) -> tuple[slice, Base, Values]:
     """The pairs of a batch, their base runs, and the values that nodes are set to."""
     rows = slice(batch.first, batch.first + batch.real)
-    return rows, base_of(request.lm, request.pairs, rows, request.slots), request.donor.values(rows)
+    base, source = base_of(request.lm, request.pairs, rows, request.slots), request.donor.values(rows)
+    return rows, base, source if request.rows is None else placed(base.values, source, request.rows[0][rows])
 
 
 def _moves(request: _Request, batch: Batch) -> Bool[np.ndarray, "pair node *position"]:
     """Which cells have another value in the source run, where the read row can see it."""
     _, base, source = _base(request, batch)
-    differs = differing(base, source, request.at)
+    differs = differing(base, source, request.at if request.rows is None else "all")
     found = torch.cat([differs[slot] for slot in request.slots], -1).transpose(1, 2)
     return (found if request.at == "each" else found.any(-1)).cpu().numpy()
 
@@ -259,7 +269,9 @@ def _masks(
     cells = torch.from_numpy(whole).to(base.row.device).unflatten(1, request.shape)
     if request.at != "each":
         cells = cells[..., None].expand(*cells.shape, length)
-    where = rows_at(request.at, base.row, torch.arange(length, device=base.row.device))
+    # Where a role is asked for, everything else is in both runs the same.
+    at = request.at if request.rows is None else "all"
+    where = rows_at(at, base.row, torch.arange(length, device=base.row.device))
     masks = cells.transpose(1, 2).repeat_interleave(pairs, 0) & where.repeat(len(chosen), 1)[..., None]
     return dict(zip(request.slots, masks.split([len(slot.units) for slot in request.slots], -1), strict=True))
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from unwrite.errors import NumericError, TokensError, one_of, whole
@@ -24,8 +24,10 @@ from unwrite.model.load import provenance
 from unwrite.model.view import Model
 from unwrite.nodes import names_of
 from unwrite.prompts.pairs import Pairs
+from unwrite.prompts.positions import RoleNames
 from unwrite.result import Result, build, quantity
-from unwrite.run.answer.metrics import Custom, known, metric_of, name_of, unless_own
+from unwrite.run.answer.logits import normed as final_normed
+from unwrite.run.answer.metrics import Custom, known, metric_of, name_of, parts_of_mean, unless_own
 from unwrite.run.backward.estimates import Contrast, Summed, attributed, integrated, star
 from unwrite.run.backward.rules import RULES, Rules
 from unwrite.run.edit.slots import Slot, slots
@@ -36,10 +38,11 @@ from unwrite.run.loop.ledger import Begun, Ledger
 from unwrite.run.loop.rows import Rows
 from unwrite.run.loop.stream import Batch, Listener, Progress, admit_pairs, batch_size, stream
 from unwrite.run.replay.clean import base_of
-from unwrite.run.replay.sweep import forwards, patched, patches
+from unwrite.run.replay.sweep import forwards, patched, patches, placed
 from unwrite.run.source.values import Donor, donor
+from unwrite.stats.jackknife import ratio
+from unwrite.stats.rates import said
 
-AT = ("each", "all", "last")
 _RULED: Mapping[str, Rules] = {
     "atp": RULES["gradient"], "relp": RULES["relp"], "direct": RULES["direct"], "net": RULES["net"],
 }  # fmt: skip
@@ -50,12 +53,16 @@ _EQUATION = "metric(base run with the node set to its source value) − metric(b
 
 @dataclass(frozen=True, eq=False)
 class _Request:
-    """What is asked: of which pairs, of which nodes, at which positions, by which estimator."""
+    """What is asked: of which pairs, of which nodes, at which positions, by which estimator.
+
+    `rows` of base prompts where `at` names roles.
+    """
 
     lm: Model
     pairs: Pairs
     slots: tuple[Slot, ...]
-    at: str
+    at: RoleNames
+    rows: Int[np.ndarray, "pair role"] | None
     method: str | Rules
     metric: str | Custom
     donor: Donor
@@ -69,7 +76,14 @@ class _Request:
     @property
     def cells(self) -> tuple[str, ...]:
         """The axes of an effect."""
-        return ("pair", "node", "position") if self.at == "each" else ("pair", "node")
+        if self.at == "each":
+            return ("pair", "node", "position")
+        return ("pair", "node") if isinstance(self.at, str) else ("pair", "node", "role")
+
+    @property
+    def each(self) -> bool:
+        """Is every position, or every role, by itself?"""
+        return self.at == "each" or self.rows is not None
 
 
 @torch.inference_mode(False)  # backward passes are needed, also where the caller has none in mind
@@ -77,7 +91,7 @@ def effects(
     lm: Model,
     pairs: Any,
     nodes: str | Iterable[str] = "heads",
-    at: str = "each",
+    at: RoleNames = "each",
     method: str | Rules = "exact",
     metric: str | Custom = "logit_diff",
     source: str | Model = "source",
@@ -90,19 +104,24 @@ def effects(
 ) -> Result:
     """What replacing each node by its value in a source run does to a metric of the base run's logits.
 
-    Arguments: `pairs` from `uw.pairs`, or what it takes as a tuple, a dict, a list of dicts or a file, read by the
-    model's tokenizer with `bos` as in `uw.text`; `nodes` a kind ("heads": z, "q", "k", "v", "shared_k", "shared_v",
-    "attn_out", "mlp_out", "neurons", "resid", "embed") or names ("L2H3", "L2H3.k", "L2KV1.k", "L2.attn_out", "MLP2",
-    "MLP2.act[17]", "resid_mid2"); `at` "each" position by itself, "all" positions at once, or the "last", which is the
-    row that is read; `method` "exact" (executed), "atp", "atp*", "relp", "ig", "direct", "net", or `uw.Rules`; `metric`
-    "logit_diff", "log_prob", "prob", "kl", or a function from logits [pair, vocabulary] to a number each; `source`
-    where values come from: the pairs' "source" prompts, their "mean" over pairs, "zero", "resample" (another pair's
-    source prompt), or another model of the same shape, which reads the source prompts; `steps` of "ig"; `checkpoint` as
-    in `uw.scan`; an exact sweep keeps what is done inside a batch, too.
-    Returns a Result with `effect[pair, node, position]` (no position unless at="each"; NaN behind the row that is read)
-    in units of the metric; `base[pair]`, the metric of the base run; `row` and `first` (the first position at which the
-    prompts differ). "atp*": `effect` is GradDrop's magnitude, `signed` AtP with the QK fix. "ig": `effect` is
-    conductance, `inputs` the endpoints' difference times the mean slope. Numbers are a naive loop's, to rounding.
+    Arguments: `pairs` from `uw.pairs` or `uw.tasks`, or what `uw.pairs` takes as a tuple, a dict, a list of dicts or a
+    file, read by the model's tokenizer with `bos` as in `uw.text`; `nodes` a kind ("heads": z, "q", "k", "v",
+    "shared_k", "shared_v", "attn_out", "mlp_out", "neurons", "resid", "embed") or names ("L2H3", "L2H3.k", "L2KV1.k",
+    "L2.attn_out", "MLP2", "MLP2.act[17]", "resid_mid2"); `at` "each" position by itself, "all" positions at once, the
+    "last", which is the row that is read, or a role of the pairs ("S2"), or several, each by itself; `method` "exact"
+    (executed), "atp", "atp*", "relp", "ig", "direct", "net", or `uw.Rules`; `metric` "logit_diff", "log_prob", "prob",
+    "kl", "match", "restricted", "fldd", or a function from logits [pair, vocabulary] to a number each; `source` where
+    values come from: the pairs' "source" prompts, their "mean" over pairs, "zero", "resample" (another pair's source
+    prompt), or another model of the same shape, which reads the source prompts; `steps` of "ig"; `checkpoint` as in
+    `uw.scan`; an exact sweep keeps what is done inside a batch, too.
+    Returns a Result with `effect[pair, node, position]` (no position unless at="each", then NaN behind the row that is
+    read; a role instead where several are named) in units of the metric; unless at="each" its `mean` over pairs with
+    `mean_low` and `mean_high` (95 %, jackknife over templates, or pairs); `base[pair]`, the metric of the base run;
+    `solved[pair]`, whether its answer beats the choices, and the attribute `solves`, that in words; `row` and `first`
+    (the first position at which the prompts differ). "match" is the interchange accuracy, "restricted" the loss over
+    the choices, "fldd" 100 · (1 − patched / clean logit difference). "atp*": `effect` is GradDrop's magnitude, `signed`
+    AtP with the QK fix. "ig": `effect` is conductance, `inputs` the endpoints' difference times the mean slope. Numbers
+    are a naive loop's, to rounding.
     Raises NodeError for a node that is not there, NumericError for unknown settings, TokensError for pairs that this
     model cannot read.
 
@@ -113,37 +132,48 @@ def effects(
     request = _request(lm, pairs, nodes, at, method, metric, source, steps)
     size, model, read = batch_size(lm, pairs.base, batch, held=4), provenance(lm), pairs.about()
     settings = {
-        "nodes": nodes, "at": at, "method": name_of(method),
+        "nodes": nodes, "at": at if isinstance(at, str) else [*at], "method": name_of(method),
         "metric": name_of(metric), "source": request.donor.name, "steps": steps, "batch": batch,
     }  # fmt: skip
     asked = {**settings, "nodes": request.names}
     with opened(unless_own(checkpoint, metric), listener) as job:
         if done := job.begin("effects", lm, {"": read["hash"], **request.donor.read_by}, asked):
             return done
-        tally, cost = _Tally(request, job), _cost(request)
-        # What a sweep will take is said before it starts.
-        stage = f"exact, {cost:,.0f} passes" if method == "exact" and listener else f"effects {name_of(method)}"
-        if listener is not None:
-            listener(Progress(stage, 0, len(pairs), 0, 0.0))
-        stream(lm, pairs.base, tally, size, stage, listener, job)
-        data = _dataset(request, tally.whole()).assign_attrs(cost=cost)
+        data = _found(request, size, job, listener)
         return job.signed(build("effects", data, settings, model, {"": read}))
 
 
+def _found(request: _Request, size: int, job: Job, listener: Listener | None) -> xr.Dataset:
+    tally, cost, base = _Tally(request, job), _cost(request), request.pairs.base
+    # What a sweep will take is said before it starts.
+    is_long = request.method == "exact" and listener is not None
+    stage = f"exact, {cost:,.0f} passes" if is_long else f"effects {name_of(request.method)}"
+    if listener is not None:
+        listener(Progress(stage, 0, len(base), 0, 0.0))
+    stream(request.lm, base, tally, size, stage, listener, job)
+    return _dataset(request, tally.whole()).assign_attrs(cost=cost)
+
+
 def _request(
-    lm: Model, pairs: Pairs, nodes: Any, at: str, method: Any, metric: Any, source: Any, steps: int
+    lm: Model, pairs: Pairs, nodes: Any, at: RoleNames, method: Any, metric: Any, source: Any, steps: int
 ) -> _Request:
-    _require_settings(at, method, metric, steps)
+    rows = pairs.rows(at)
+    _require_settings(method, metric, steps)
+    moved = rows is not None and bool((rows[0] != rows[1]).any())
     if isinstance(source, str) and source == "source":
-        _require_differences(pairs)
+        if not moved:  # the same prompt at another row is another value
+            _require_differences(pairs)
+        if method == "ig" and not pairs.aligned:
+            raise NumericError("ig goes from base to source prompts", got="unequal numbers of tokens", expected="equal")
     elif method == "ig":
         raise NumericError("ig goes from base to source prompts", got=f"source={name_of(source)}", fix="leave it out")
-    asked = slots(lm, nodes)
-    return _Request(lm, pairs, asked, at, method, known(metric), donor(lm, pairs, asked, source), steps)
+    asked, metric = slots(lm, nodes), known(metric, pairs)
+    given = donor(lm, pairs, asked, source, rows and rows[1])
+    where = at if isinstance(at, str) else [*at]
+    return _Request(lm, pairs, asked, where, rows and rows[0], method, metric, given, steps)
 
 
-def _require_settings(at: Any, method: Any, metric: Any, steps: Any) -> None:
-    one_of("at", at, AT)
+def _require_settings(method: Any, metric: Any, steps: Any) -> None:
     if not isinstance(method, Rules):
         one_of("method", method, METHODS, also="uw.Rules")
     whole("steps is a number of steps", steps, 1)
@@ -152,6 +182,9 @@ def _require_settings(at: Any, method: Any, metric: Any, steps: Any) -> None:
             f"{name_of(method)} says 0 for every node: kl has no slope at the base run, which it is measured against",
             fix="use method='exact' or 'ig', or another metric",
         )
+    if isinstance(metric, str) and metric == "match" and method != "exact":
+        what = f"{name_of(method)} says nothing of match: what counts answers has no slope"
+        raise NumericError(what, fix="use method='exact', or another metric")
 
 
 def _require_differences(pairs: Pairs) -> None:
@@ -193,44 +226,59 @@ class _Tally:
         )
         found = held["effect"]
         offset = dict(zip(request.slots, np.cumsum([0, *(len(slot.units) for slot in request.slots)]), strict=False))
-        source = request.donor.values(rows)
-        for start, jobs in patches(base, source, request.at):
+        source, at = request.donor.values(rows), "each" if request.each else str(request.at)
+        if request.rows is not None:
+            source = placed(base.values, source, request.rows[rows])
+        for start, jobs in patches(base, source, at):
             if start < done:
                 continue
-            place = start if request.at == "each" else 0
-            for part, final in patched(base, source, jobs, start, request.at == "all"):
+            place = start if request.each else 0
+            for part, final in patched(base, source, jobs, start, at == "all"):
                 change = metric(final, part.pair) - clean[part.pair]
                 found[part.pair, place, part.unit + int(offset[part.slot])] = change
             self._begun.keep(_name(rows), held, start + 1)
             length = found.shape[1]
             self._job.tick(self.kept, (start + 1) / length, f"{start + 1}/{length} positions")
         self._begun.clear()
-        return {"base": clean, "effect": _shaped(request, found if request.at == "each" else found[:, :1], row)}
+        found = _taken(request, rows, row, found) if request.each else found[:, :1]
+        solved = metric.solved(final_normed(lm, base.final))
+        return {"base": clean, "solved": solved, "effect": _shaped(request, found, row)}
 
 
 def _dataset(request: _Request, whole: Arrays) -> xr.Dataset:
     """Everything that was found, named."""
     pairs, unit = request.pairs, name_of(request.metric)
-    variables: dict[str, Any] = {
-        name: quantity(("pair",) if name == "base" else request.cells, part, unit, _equation(request, name))
-        for name, part in whole.items()
-    }
+    solved, base = whole.pop("solved") > 0, whole.pop("base")
+    variables: dict[str, Any] = {"base": quantity(("pair",), base, unit, _equation(request, "base"))}
+    for name, part in whole.items():
+        above, below = parts_of_mean(request.metric, base, part)
+        variables[name] = quantity(request.cells, above / below.mean(), unit, _equation(request, name))
+        if name == "effect" and request.at != "each":
+            words = ("Σ over pairs / their number, or Σ of base", *("its 95 % interval, jackknife over templates",) * 2)
+            means = zip(("mean", "mean_low", "mean_high"), ratio(above, below, pairs.cluster), words, strict=True)
+            variables |= {mean: quantity(request.cells[1:], found, unit, how) for mean, found, how in means}
+    variables["solved"] = quantity(("pair",), solved, "1", "does the answer beat all choices in the base run?")
     variables |= {"row": ("pair", pairs.row), "first": ("pair", pairs.first)}
     variables |= {
         name: ("pair", np.array(words, dtype=object)) for name, words in pairs.words(request.lm.tokenizer).items()
     }
-    axes = {"pair": np.arange(len(pairs)), "node": request.names, "position": np.arange(pairs.base.length)}
+    axes = {
+        "pair": np.arange(len(pairs)), "node": request.names, "position": np.arange(pairs.base.length),
+        "role": [*request.at],
+    }  # fmt: skip
     tokens = pairs.each(request.lm.tokenizer) if request.at == "each" else {}
-    return xr.Dataset(variables, {name: axes[name] for name in request.cells} | tokens)
+    data = xr.Dataset(variables, {name: axes[name] for name in request.cells} | tokens)
+    return data.assign_attrs(solves=said(int(solved.sum()), len(solved), pairs.chance))
 
 
 def _require_finite(request: _Request, rows: slice, found: Mapping[str, np.ndarray]) -> None:
     """Raise NumericError naming the first pair, and node, whose number is none."""
     seen = np.arange(request.pairs.base.length) <= request.pairs.row[rows, None, None]
+    place: tuple[str, Any] = ("position", 0) if request.at == "each" else ("role", [*request.at])
     for name, part in found.items():
-        finite = np.isfinite(part) | (~seen if part.ndim == 3 else False)
-        cell = " ".join(("{pair}", "with {node}", "at {position}")[: part.ndim])
-        axes = dict([("pair", rows.start), ("node", request.names), ("position", 0)][: part.ndim])
+        finite = np.isfinite(part) | (~seen if request.at == "each" and part.ndim == 3 else False)
+        cell = " ".join(("{pair}", "with {node}", f"at {{{place[0]}}}")[: part.ndim])
+        axes = dict([("pair", rows.start), ("node", request.names), place][: part.ndim])
         require_finite(finite, f"the {'metric' if name == 'base' else name} of {cell} is not finite", **axes)
 
 
@@ -245,7 +293,8 @@ def _cost(request: _Request) -> float:
     """Passes over one prompt that each pair takes, forward ones and backward ones (to activations alone)."""
     layers = len(request.lm.layers)
     if request.method == "exact":
-        return forwards(request.lm, request.slots, request.pairs.row, request.pairs.first, request.at)
+        at = str(request.at) if request.rows is None else request.rows
+        return forwards(request.lm, request.slots, request.pairs.row, request.pairs.first, at)
     backwards = {"atp*": 1 + (layers - 1) / 2, "ig": request.steps}
     passes = {"atp*": 3, "ig": 2 * request.steps + 4}
     name = request.method if isinstance(request.method, str) else ""
@@ -256,12 +305,12 @@ def _name(rows: slice) -> str:
     return f"pairs {rows.start} to {rows.stop}"
 
 
-def _shaped(request: _Request, found: Float[Tensor, "pair position node"], row: Tensor) -> Tensor:
-    """As a result has it: [pair, node] or [pair, node, position], NaN behind the row that is read."""
-    if request.at != "each":
-        return found.sum(1)
-    behind = torch.arange(found.shape[1], device=row.device) > row[:, None]
-    return found.masked_fill(behind[..., None], torch.nan).transpose(1, 2)
+def _shaped(request: _Request, found: Float[Tensor, "pair place node"], row: Tensor) -> Tensor:
+    """As a result has it: [pair, node], or by position (NaN behind the row that is read) or role."""
+    if request.at == "each":
+        behind = torch.arange(found.shape[1], device=row.device) > row[:, None]
+        found = found.masked_fill(behind[..., None], torch.nan)
+    return found.transpose(1, 2) if len(request.cells) == 3 else found.sum(1)
 
 
 def _guessed(request: _Request, rows: slice) -> dict[str, Tensor]:
@@ -275,35 +324,49 @@ def _guessed(request: _Request, rows: slice) -> dict[str, Tensor]:
     place = torch.arange(len(row), device=row.device)
     seen: list[Tensor] = []
 
+    solved: list[Tensor] = []
+
     def read(normed: Tensor) -> Tensor:
+        solved.append(metric.solved(normed[place, row]))
         seen.append(metric.of(normed[place, row]))
         return seen[-1]
 
     asked = Contrast(lm, ids, request.slots, read)
     made = _estimates(request, rows, asked, row)
     shaped = {name: torch.cat([part[slot] for slot in request.slots], -1) for name, part in made.items()}
-    # Integrated gradients end at the source run; the base run is where they begin.
-    with torch.no_grad():
-        base = seen[0].detach() if request.method != "ig" else metric(base_of(lm, pairs, rows, ()).final)
-    return {"base": base, **{name: _shaped(request, part, row) for name, part in shaped.items()}}
+    base = {"base": seen[0].detach(), "solved": solved[0]}
+    if request.method == "ig":  # its first pass is no base run
+        with torch.no_grad():
+            final = final_normed(lm, base_of(lm, pairs, rows, ()).final)
+            base = {"base": metric.of(final), "solved": metric.solved(final)}
+    return base | {name: _shaped(request, part, row) for name, part in shaped.items()}
 
 
 def _estimates(request: _Request, rows: slice, asked: Contrast, row: Tensor) -> dict[str, Summed]:
     """By the name of the result's variable."""
-    summed = partial(_taken, request.at, row)
+    summed = partial(_taken, request, rows, row)
     if request.method == "ig":
         found = dict(zip(("effect", "inputs"), integrated(asked, request.donor.ids(rows), request.steps), strict=True))
-    elif request.method == "atp*":
-        magnitude, signed = star(asked, request.donor.values(rows), summed)
+        return {name: {slot: summed(part) for slot, part in one.items()} for name, one in found.items()}
+    source = request.donor.values(rows)
+    if request.rows is not None:  # what is not asked for is not looked at
+        length = request.pairs.base.length
+        nothing = {slot: part.new_zeros(len(part), length, *part.shape[2:]) for slot, part in source.items()}
+        source = placed(nothing, source, request.rows[rows])
+    if request.method == "atp*":
+        magnitude, signed = star(asked, source, summed)
         return {"effect": magnitude, "signed": {slot: summed(part) for slot, part in signed.items()}}
-    else:
-        rules = request.method if isinstance(request.method, Rules) else _RULED[request.method]
-        found = {"effect": attributed(asked, request.donor.values(rows), rules)}
-    return {name: {slot: summed(part) for slot, part in one.items()} for name, one in found.items()}
+    rules = request.method if isinstance(request.method, Rules) else _RULED[request.method]
+    return {"effect": {slot: summed(part) for slot, part in attributed(asked, source, rules).items()}}
 
 
-def _taken(at: str, row: Tensor, found: Float[Tensor, "pair position unit"]) -> Float[Tensor, "pair _ unit"]:
-    """Positions as they are asked for: each, the sum of all, or the one that is read."""
-    if at == "each":
+def _taken(
+    request: _Request, rows: slice, row: Tensor, found: Float[Tensor, "pair position unit"]
+) -> Float[Tensor, "pair _ unit"]:
+    """RoleNames as they are asked for: each, the sum of all, the one that is read, or those of the roles."""
+    pair = torch.arange(len(row), device=found.device)[:, None]
+    if request.rows is not None:
+        return found[pair, torch.from_numpy(request.rows[rows]).to(found.device)]
+    if request.at == "each":
         return found
-    return found.sum(1, keepdim=True) if at == "all" else found[torch.arange(len(row)), row][:, None]
+    return found.sum(1, keepdim=True) if request.at == "all" else found[pair, row[:, None]]

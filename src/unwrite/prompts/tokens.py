@@ -227,19 +227,19 @@ def array_of(values: Any) -> np.ndarray | None:
     return array
 
 
-def read_rows(position: Any, tokens: Tokens) -> Int[np.ndarray, " prompt"]:
+def read_rows(position: Any, tokens: Tokens, name: str = "position") -> Int[np.ndarray, " prompt"]:
     """The row of every prompt that `position` names: one number or one each, from the end where it is negative.
 
     Raises TokensError for anything else, and for a row outside its prompt.
     """
     wanted = array_of(position)
     if wanted is None or wanted.dtype.kind not in "iu" or wanted.shape not in ((), (len(tokens),)):
-        raise TokensError("position is a row of each prompt", got=shown(position), expected="an integer, or one each")
+        raise TokensError(f"{name} is a row of each prompt", got=shown(position), expected="an integer, or one each")
     row = np.where(wanted < 0, tokens.lengths + wanted, wanted)
     outside = np.flatnonzero((row < 0) | (row >= tokens.lengths))
     if len(outside):
         raise TokensError(
-            f"prompt {outside[0]} has no such position", got=int(np.broadcast_to(wanted, row.shape)[outside[0]]),
+            f"prompt {outside[0]} has no such {name}", got=int(np.broadcast_to(wanted, row.shape)[outside[0]]),
             expected=f"−{tokens.lengths[outside[0]]} to {tokens.lengths[outside[0]] - 1}",
         )  # fmt: skip
     return row

@@ -13,7 +13,19 @@ from unwrite.result import Result
 
 # Pairs that are shown, and nodes of each.
 _PAIRS, _NODES = 3, 12
+# Characters of a prompt's end.
+_WIDE = 48
 _ALONE = ("effect", "signed", "inputs")
+# The axis of places, where there is one.
+_WHERE = ("position", "role")
+RATES = (
+    Column("template", holds="word"),
+    Column("pairs", "{n}"),
+    Column("right [95 %]", "{accuracy}"),
+    Column("top of all tokens", "{top_accuracy}"),
+    Column("verdict", "{verdict}", holds="word"),
+    Column("its first prompt, and what the model says", holds="word"),
+)
 AGREEMENT = (
     Column("estimator", holds="word"),
     Column("passes", "{cost}"),
@@ -35,7 +47,7 @@ class Shown:
 def shown(data: xr.Dataset) -> Iterator[Shown]:
     """The first pairs, with the nodes that do most."""
     names = estimates(data)
-    where = ("position",) if "position" in data.dims else ()
+    where = [axis for axis in _WHERE if axis in data.dims]
     header = (Column("node", holds="word"), *map(Column, where), *(Column(name, f"{{{name}}}") for name in names))
     for pair in range(min(_PAIRS, data.sizes["pair"])):
         one = data.isel(pair=pair)
@@ -70,7 +82,7 @@ def _rows(one: xr.Dataset, names: list[str]) -> list[tuple[str, ...]]:
     order = np.argsort(-size, axis=None, kind="stable")[:_NODES]
     lines = []
     for place in zip(*np.unravel_index(order, size.shape), strict=True):
-        where = [str(int(one["position"].values[place[1]]))] if len(place) == 2 else []
+        where = [str(one[axis].values[place[1]]) for axis in _WHERE if axis in one.dims]
         numbers = [f"{float(one[name].values[place]):+.3f}" for name in names]
         lines.append((str(one["node"].values[place[0]]), *where, *numbers))
     return lines
@@ -104,11 +116,17 @@ def sentence(result: Result) -> str:
         known = [(float(r), str(name)) for name, r in named if name != "exact" and np.isfinite(r)]
         if known:
             r, name = max(known)
-            return f"Of the guesses {name} comes nearest to the executed effects: correlation {r:+.3f} over all cells."
+            nearest = f"correlation {r:+.3f} over all cells. {_solves(data)}"
+            return f"Of the guesses {name} comes nearest to the executed effects: {nearest}".strip()
     size = np.abs(_lead(data).transpose("node", ...).values)
     each = np.nanmean(size.reshape(len(size), -1), 1)
     node = data["node"].values[int(np.nanargmax(each))]
-    return f"{node} does most: {np.nanmax(each):.3f} on average, of either sign."
+    return f"{node} does most: {np.nanmax(each):.3f} on average, of either sign. {_solves(data)}".strip()
+
+
+def _solves(data: xr.Dataset) -> str:
+    """Whether the model does at all what the effects are of; a result of an earlier version does not say."""
+    return str(data.attrs.get("solves", ""))
 
 
 def agreed(result: Result) -> str:
@@ -127,10 +145,39 @@ def bounded(result: Result) -> str:
 def along(result: Result) -> str:
     """The edge that does most."""
     # NaN where no pair has such an edge.
-    size = abs(result.data["effect"]).mean("pair").transpose("sender", "receiver").values
-    sender, receiver = np.unravel_index(np.nanargmax(size), size.shape)
+    size = abs(result.data["effect"]).mean("pair").transpose("sender", "receiver", ...).values
+    sender, receiver, *role = np.unravel_index(np.nanargmax(size), size.shape)
     edge = f"{result.data['sender'].values[sender]} → {result.data['receiver'].values[receiver]}"
-    return f"{edge} does most: {size[sender, receiver]:.3f} on average, of either sign (MLPs {_mlps(result)})."
+    at = "".join(f" at {result.data['role'].values[one]}" for one in role)
+    most = f"{float(np.nanmax(size)):.3f} on average, of either sign (MLPs {_mlps(result)})"
+    return f"{edge}{at} does most: {most}. {_solves(result.data)}".strip()
+
+
+def rates(data: xr.Dataset) -> list[tuple[str, ...]]:
+    """One line for each template: how often the answer is right, and what that says."""
+    lines = []
+    for name in data["template"].values:
+        one = data.sel(template=name)
+        numbers = (f"{float(one['accuracy']):.2f} [{float(one['lower']):.2f}, {float(one['upper']):.2f}]",)
+        first = int(np.flatnonzero(data["label"].values == name)[0])
+        text = f"{data['base_text'].values[first]}"[-_WIDE:]
+        said = f"…{text} →{data['says'].values[first]}"
+        lines.append(
+            (
+                str(name),
+                str(int(one["n"])),
+                *numbers,
+                f"{float(one['top_accuracy']):.2f}",
+                str(one["verdict"].item()),
+                said,
+            )
+        )
+    return lines
+
+
+def solving(result: Result) -> str:
+    """Whether the model does it."""
+    return str(result.data.attrs["solves"])
 
 
 def _mlps(result: Result) -> str:

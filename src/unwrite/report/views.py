@@ -166,6 +166,7 @@ VIEWS: dict[str, MethodView] = {
     ),
     "effects": _EFFECTS,
     "compare": _EFFECTS,
+    "solves": MethodView(patched.solving, _one(patched.RATES, patched.rates, True), picture="bars", of=("accuracy",)),
     "agree": MethodView(patched.agreed, picture="bars", of=("pearson",)),
     "bound": MethodView(patched.bounded, picture="heatmap", of=("upper",)),
     "paths": MethodView(patched.along, picture="matrix", matrix="effect"),

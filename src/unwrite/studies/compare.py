@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from unwrite.errors import NumericError, one_of, several, shown
+from unwrite.errors import NumericError, several, shown
 from unwrite.methods.agree import agree
-from unwrite.methods.effects import AT, METHODS, effects
+from unwrite.methods.effects import METHODS, effects
 from unwrite.model.load import provenance
 from unwrite.model.view import Model
 from unwrite.nodes import names_of
 from unwrite.prompts.pairs import Pairs
+from unwrite.prompts.positions import RoleNames
 from unwrite.result import Result, build, quantity
 from unwrite.run.answer.metrics import known, name_of, unless_own
 from unwrite.run.loop.job import Job, opened
@@ -28,7 +29,7 @@ def compare(
     lm: Model,
     pairs: Any,
     nodes: str | Iterable[str] = "heads",
-    at: str = "all",
+    at: RoleNames = "all",
     methods: Sequence[str] = SIDE_BY_SIDE,
     metric: Any = "logit_diff",
     *,
@@ -40,7 +41,7 @@ def compare(
     """Every node's effect by several estimators, and how well each predicts the executed one (see `uw.effects`).
 
     Arguments as in `uw.effects`; `methods` any of its methods. Returns a Result with a variable for each method,
-    [pair, node] (and position for at="each"), of AtP* the signed one; by `estimator` the `pearson` (with
+    [pair, node] (and position for at="each", or role), of AtP* the signed one; by `estimator` the `pearson` (with
     `_low` and `_high`, 95 % over pairs) and `spearman` correlations with "exact" over all cells, where it is among
     them, and `cost`, the passes over one prompt.
     Raises NumericError for a method that there is none of, and as `uw.effects` does.
@@ -51,16 +52,24 @@ def compare(
     methods = several("methods are names of estimators", methods, expected, NumericError)
     if not methods or not all(isinstance(name, str) and name in METHODS for name in methods):
         raise NumericError("methods are names of estimators", got=shown(methods), expected=expected)
-    one_of("at", at, AT)
-    pairs, metric = admit_pairs(lm, pairs, bos), known(metric)
+    pairs = admit_pairs(lm, pairs, bos)
+    metric = known(metric, pairs)
+    pairs.rows(at)
     batch_size(lm, pairs.base, batch)
     chosen = nodes if isinstance(nodes, str) else names_of("nodes", nodes)
-    asked = {"nodes": chosen, "at": at, "methods": [*dict.fromkeys(methods)], "metric": name_of(metric), "batch": batch}
+    where = at if isinstance(at, str) else [*at]
+    asked = {
+        "nodes": chosen,
+        "at": where,
+        "methods": [*dict.fromkeys(methods)],
+        "metric": name_of(metric),
+        "batch": batch,
+    }
     with opened(unless_own(checkpoint, metric), listener) as job:
         if done := job.begin("compare", lm, {"": pairs.about()["hash"]}, asked):
             return done
         found = {
-            name: effects(lm, pairs, chosen, at, name, metric, batch=batch, checkpoint=job, listener=listener)
+            name: effects(lm, pairs, chosen, where, name, metric, batch=batch, checkpoint=job, listener=listener)
             for name in asked["methods"]
         }
         return job.signed(_side_by_side(lm, pairs, found))
@@ -73,7 +82,8 @@ def _side_by_side(lm: Model, pairs: Pairs, found: dict[str, Result]) -> Result:
         name: quantity(axes, _signed(one), first["effect"].attrs["units"], one["effect"].attrs["equation"])
         for name, one in found.items()
     }
-    rest = first.data.drop_vars([name for name in ("effect", "signed", "inputs") if name in first.data])
+    own = ("effect", "signed", "inputs", "mean", "mean_low", "mean_high")
+    rest = first.data.drop_vars([name for name in own if name in first.data])
     data = rest.assign(variables).assign_coords(estimator=list(found)).assign(_agreement(found))
     settings = first.provenance["settings"] | {"methods": list(found)}
     return build("compare", data, settings, provenance(lm), {"": pairs.about()})

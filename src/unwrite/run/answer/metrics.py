@@ -3,6 +3,10 @@
 logit_diff  ℓ[answer] − ℓ[against], or ℓ[answer] alone; linear in logits, hence the default
 log_prob    ℓ[answer] − logsumexp ℓ             prob  softmax(ℓ)[answer]
 kl          Σ p (log p − log p'), p of the clean base run; it has no sign, and no slope at the base run itself
+match       1 where ℓ[against] is the largest of the vocabulary, else 0: its mean is the interchange accuracy
+restricted  logsumexp of ℓ over the choices − ℓ[answer]: the loss where nothing but a choice can be said
+fldd        100 · (1 − mean logit_diff patched / mean logit_diff of base runs), means over all pairs, of which each
+            pair gives its part (Makelov et al. 2023, arXiv 2311.17030); 100: the difference is gone, above: turned
 or any function of logits [pair, vocabulary] that gives a number for each pair
 """
 
@@ -12,8 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from unwrite.errors import NumericError, one_of
@@ -23,7 +28,8 @@ from unwrite.prompts.pairs import Pairs
 from unwrite.run.answer.logits import normed as final_normed
 from unwrite.run.answer.logits import unembedding
 
-METRICS = ("logit_diff", "log_prob", "prob", "kl")
+METRICS = ("logit_diff", "log_prob", "prob", "kl", "match", "restricted", "fldd")
+_LINEAR = ("logit_diff", "fldd")
 Custom = Callable[[Float[Tensor, "pair vocabulary"]], Float[Tensor, " pair"]]
 P = TypeVar("P")
 
@@ -37,6 +43,7 @@ class Metric:
     answer: Int[Tensor, " pair"]
     against: Int[Tensor, " pair"] | None
     clean: Float[Tensor, "pair d_model"] | None = None
+    choices: Int[Tensor, "pair option"] | None = None
 
     def __call__(
         self, stream: Float[Tensor, "run d_model"], pair: Int[Tensor, " run"] | None = None
@@ -52,12 +59,16 @@ class Metric:
     ) -> Float[Tensor, " run"]:
         """The same of what the final norm gives."""
         pair = torch.arange(len(normed), device=self.answer.device) if pair is None else pair
-        if isinstance(self.name, str) and self.name == "logit_diff":
+        if isinstance(self.name, str) and self.name in _LINEAR:
             value = self._logit(normed, self.answer[pair])
             return value if self.against is None else value - self._logit(normed, self.against[pair])
-        logits = self._bounded(self._logits(normed))
+        if isinstance(self.name, str) and self.name == "restricted":
+            return self._chosen(normed, self.choices, pair).logsumexp(-1) - self._logit(normed, self.answer[pair])
+        logits = self.logits(normed)
         if callable(self.name):
             return _numbers(_asked(self.name, logits), logits)
+        if self.name == "match" and self.against is not None:
+            return (logits.argmax(-1) == self.against[pair]).to(logits)
         log_p = logits.log_softmax(-1)
         if self.name == "kl":
             clean = self._reference()[pair]
@@ -65,10 +76,38 @@ class Metric:
         chosen = log_p.gather(-1, self.answer[pair][:, None])[:, 0]
         return chosen.exp() if self.name == "prob" else chosen
 
+    def logits(self, normed: Float[Tensor, "run d_model"]) -> Float[Tensor, "run vocabulary"]:
+        """What the model returns."""
+        return self._bounded(self._logits(normed))
+
+    @torch.no_grad()
+    def solved(self, normed: Float[Tensor, "pair d_model"]) -> Bool[Tensor, " pair"]:
+        """Does the answer beat all other choices, or what it is compared to, or else the whole vocabulary?"""
+        return self.margin(normed) > 0
+
+    @torch.no_grad()
+    def margin(self, normed: Float[Tensor, "pair d_model"]) -> Float[Tensor, " pair"]:
+        """By how much the answer's logit is above that of the best of these."""
+        if self.choices is None and self.against is None:
+            logits = self.logits(normed)
+            own = logits.gather(1, self.answer[:, None])
+            return (own - logits.scatter(1, self.answer[:, None], -torch.inf).amax(1, keepdim=True))[:, 0]
+        others = self.answer[:, None] if self.against is None else self.against[:, None]
+        others = others if self.choices is None else self.choices
+        logits = self._chosen(normed, others, torch.arange(len(normed), device=others.device))
+        own = self._logit(normed, self.answer)
+        return own - logits.masked_fill(others == self.answer[:, None], -torch.inf).amax(-1)
+
+    def _chosen(
+        self, normed: Tensor, choices: Int[Tensor, "pair option"] | None, pair: Int[Tensor, " run"]
+    ) -> Float[Tensor, "run option"]:
+        assert choices is not None  # noqa: S101 (asked for where the metric is named)
+        return torch.stack([self._logit(normed, ids) for ids in choices[pair].unbind(1)], 1)
+
     def _reference(self) -> Float[Tensor, "pair vocabulary"]:
         assert self.clean is not None  # noqa: S101 (given wherever runs are continued)
         with torch.no_grad():
-            return self._bounded(self._logits(self.clean)).log_softmax(-1)
+            return self.logits(self.clean).log_softmax(-1)
 
     def _logits(self, normed: Tensor) -> Tensor:
         return through(self.lm.head, normed).to(self.lm.device, self.lm.compute_dtype)
@@ -94,17 +133,42 @@ def metric_of(
 
     To be made before any graph is recorded: hooks would take its pass through the final norm for one of the run's own.
     """
-    answer, against = torch.from_numpy(pairs.answer[rows]).to(lm.device), None
-    if pairs.against is not None:
-        against = torch.from_numpy(pairs.against[rows]).to(lm.device)
-    return Metric(lm, name, answer, against, None if clean is None else final_normed(lm, clean).detach())
+    answer, against, choices = (
+        None if part is None else torch.from_numpy(part[rows]).to(lm.device)
+        for part in (pairs.answer, pairs.against, pairs.choices)
+    )
+    assert answer is not None  # noqa: S101 (pairs always have one)
+    return Metric(lm, name, answer, against, None if clean is None else final_normed(lm, clean).detach(), choices)
 
 
-def known(metric: Any) -> str | Custom:
-    """The metric again. Raises NumericError for a name that is none."""
-    if not callable(metric):
-        one_of("metric", metric, METRICS, also="a function of logits")
-    return metric  # pyright: ignore[reportReturnType]
+def known(metric: Any, pairs: Pairs) -> str | Custom:
+    """The metric again. Raises NumericError for a name that is none, or that these pairs lack something for."""
+    if callable(metric):
+        return metric  # pyright: ignore[reportReturnType]
+    one_of("metric", metric, METRICS, also="a function of logits")
+    name = str(metric)
+    lacks = "choices" if name == "restricted" and pairs.choices is None else ""
+    lacks = "against" if name in ("match", "fldd") and pairs.against is None else lacks
+    if lacks:
+        raise NumericError(f"{name} is of pairs that have {lacks}", got="none", fix=f"give {lacks} to uw.pairs")
+    return name
+
+
+def parts_of_mean(
+    metric: str | Custom, base: Float[np.ndarray, " pair"], effect: Float[np.ndarray, "pair ..."]
+) -> tuple[Float[np.ndarray, "pair ..."], Float[np.ndarray, " pair"]]:
+    """What pairs add above and below the line: Σ above / Σ below is the mean effect, above / mean below that of a pair.
+
+    Raises NumericError for "fldd" where base runs prefer on average what the answer is compared to.
+    """
+    if metric != "fldd":
+        return effect, np.ones(len(base))
+    if not base.mean() > 0:
+        raise NumericError(
+            "fldd is a part of a logit difference that base runs do not have", got=f"{base.mean():.3g} on average",
+            expected="more than 0", fix="use metric='logit_diff'",
+        )  # fmt: skip
+    return -100 * effect, base
 
 
 def name_of(setting: Any) -> str:

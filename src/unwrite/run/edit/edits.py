@@ -12,15 +12,16 @@ from itertools import pairwise
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from unwrite.errors import NodeError, finite, several, shown
 from unwrite.nodes import Site, parse_site
 
 Number = float | int
-Where = int | Sequence[int] | slice | Tensor | None
+Where = int | Sequence[int] | slice | Tensor | np.ndarray | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +32,9 @@ class Edit:
     the site's own shape [prompt, position, d], such as one that another trace recorded (with `at`, also only the
     chosen positions [prompt, chosen, d], or [prompt, d] for one); `basis` one vector [d] or several [direction, d]
     that span what P keeps; `gain` as `source`, or [prompt, position]; `at` the rows: a position, several in increasing
-    order, a slice, or a mask [prompt, position]. Positions count from the start of the text also where a pass, in
+    order, a slice, a mask [prompt, position], or for each prompt a row of its own, or several in increasing order, as a
+    tensor or array of integers [prompt] or [prompt, chosen] (such as `pairs.roles["S2"]`; sources as for positions
+    named one by one). Positions count from the start of the text also where a pass, in
     `generate`, brings only its newest token; negative ones count from the end of the text at each pass. The rows of a
     pattern are queries. Any tensor may require a gradient.
     Raises NodeError for a name, a basis or positions that mean nothing.
@@ -116,9 +119,10 @@ def _orthonormal(basis: Tensor) -> Float[Tensor, "d direction"]:
 
 def _check_rows(edit: Edit) -> None:
     at, wrong = edit.at, f"the edit of {edit.site} chooses no rows"
-    if isinstance(at, Tensor):
-        if at.dtype != torch.bool or at.dim() != 2 or at.is_meta or not bool(at.any()):
-            raise NodeError(wrong, got=shown(at), expected="a mask [prompt, position], true somewhere")
+    if isinstance(at, Tensor | np.ndarray):
+        if not _own_rows(at) and not _is_mask(at):
+            expected = "a mask [prompt, position], true somewhere, or integers [prompt] or [prompt, chosen]"
+            raise NodeError(wrong, got=shown(at), expected=expected)
     elif isinstance(at, slice):
         parts = [part for part in (at.start, at.stop, at.step) if part is not None]
         if not all(map(_is_position, parts)) or (at.step is not None and at.step < 1):
@@ -129,13 +133,27 @@ def _check_rows(edit: Edit) -> None:
             raise NodeError(wrong, got=shown(at), expected="at least one position")
 
 
+def _own_rows(at: Any) -> bool:
+    """Is this a row, or several, for each prompt?"""
+    if isinstance(at, np.ndarray):
+        return at.dtype.kind in "iu" and at.ndim in (1, 2) and at.size > 0
+    plain = isinstance(at, Tensor) and at.layout is torch.strided and not (at.is_meta or at.is_complex())
+    return plain and not at.is_floating_point() and at.dtype != torch.bool and at.dim() in (1, 2) and at.numel() > 0
+
+
+def _is_mask(at: Tensor | np.ndarray) -> bool:
+    if isinstance(at, np.ndarray):
+        return at.dtype == bool and at.ndim == 2 and bool(at.any())
+    return at.dtype == torch.bool and at.dim() == 2 and not at.is_meta and bool(at.any())
+
+
 def _is_position(at: Any) -> bool:
     return isinstance(at, Integral) and not isinstance(at, bool)
 
 
 def _listed(at: Any) -> tuple[int, ...]:
     """The positions that were named one by one."""
-    if at is None or isinstance(at, Tensor | slice):
+    if at is None or isinstance(at, Tensor | np.ndarray | slice):
         return ()
     return tuple(int(position) for position in ((at,) if isinstance(at, Integral) else at))
 
@@ -145,12 +163,14 @@ class _Rows:
     """The rows of a pass that an edit touches: `index` takes them out of x, whose first row is at position `offset`.
 
     Where positions are named one by one or as a slice: how many are `named` in the text so far, and which are `picked`.
+    Where each prompt has rows of its `own`: of which prompt each is, and which of those that are named for it.
     """
 
     index: tuple[Any, ...]
     offset: int
     named: int = 0
     picked: tuple[int, ...] = ()
+    own: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(eq=False)
@@ -165,6 +185,8 @@ class Pending:
 
     def __post_init__(self) -> None:
         self.missing = set(_listed(self.edit.at))
+        if _own_rows(self.edit.at):
+            self.missing = {int(row) for row in np.unique(np.asarray(torch.as_tensor(self.edit.at).cpu()))}
 
     def of(self, x: Tensor, total: int) -> Tensor:
         """x' of x [prompt, position, d], whose last row is at position total − 1; x itself if no row is edited."""
@@ -195,8 +217,10 @@ class Pending:
         at = self.edit.at
         if at is None:
             return _Rows((slice(None),), offset) if x.numel() else None
-        if isinstance(at, Tensor):
-            mask = self._mask(at, x, offset, total)
+        if _own_rows(at):
+            return self._own(torch.as_tensor(at), x, offset, total)
+        if isinstance(at, Tensor | np.ndarray):
+            mask = self._mask(torch.as_tensor(at), x, offset, total)
             return _Rows((mask,), offset) if bool(mask.any()) else None
         names = list(range(*at.indices(total))) if isinstance(at, slice) else list(_listed(at))
         places = [name + total * (name < 0) for name in names]
@@ -206,6 +230,21 @@ class Pending:
         if any(first >= second for first, second in pairwise(rows)):
             raise NodeError(f"positions of the edit of {self.site} are not in increasing order", got=f"at={shown(at)}")
         return _Rows((slice(None), rows), offset, len(names), picked) if rows else None
+
+    def _own(self, at: Int[Tensor, "prompt ..."], x: Tensor, offset: int, total: int) -> _Rows | None:
+        """Rows that each prompt has for itself, those of them that this pass brings."""
+        named = at.long().reshape(len(at), -1)
+        places = torch.where(named < 0, named + total, named)
+        if len(at) != len(x) or bool((places[:, 1:] <= places[:, :-1]).any()):
+            what = f"rows of the edit of {self.site} are for each prompt its own, in increasing order"
+            raise NodeError(what, got=list(at.shape), expected=f"one, or several, for each of {len(x)} prompts")
+        prompt, which = ((places >= offset) & (places < total)).nonzero(as_tuple=True)
+        self.missing -= set(named[prompt, which].tolist())
+        if not len(prompt):
+            return None
+        rows = places[prompt, which] - offset
+        prompt, which, rows = (part.to(x.device) for part in (prompt, which, rows))
+        return _Rows((prompt, rows), offset, named.shape[1], own=(prompt, which))
 
     def _mask(self, mask: Tensor, x: Tensor, offset: int, total: int) -> Tensor:
         # Text that generation has added lies beyond the mask; a shorter mask is a mistake as long as there is none.
@@ -224,18 +263,7 @@ class Pending:
         value = value.to(x.device)
         if value.dim() == 0:
             return value
-        prompts, positions, width = x.shape
-        text = rows.offset + positions
-        fits: dict[tuple[int, ...], Callable[[], Tensor]] = {(width,): lambda: value}
-        if rows.picked and isinstance(self.edit.at, Integral) and name == "source":
-            fits[prompts, width] = lambda: value[:, None]
-        if name == "gain":
-            fits[prompts, text] = lambda: value[:, rows.offset :][rows.index][..., None]
-        fits[prompts, text, width] = lambda: value[:, rows.offset :][rows.index]
-        if rows.picked and name == "gain":
-            fits[prompts, rows.named] = lambda: value[:, list(rows.picked), None]
-        if rows.picked:
-            fits[prompts, rows.named, width] = lambda: value[:, list(rows.picked)]
+        fits = self._fits(name, value, x, rows)
         if tuple(value.shape) in fits:
             return fits[tuple(value.shape)]()
         raise NodeError(
@@ -243,6 +271,25 @@ class Pending:
             got=list(value.shape),
             expected=" or ".join(["a number", *(str(list(shape)) for shape in fits)]),
         )
+
+    def _fits(self, name: str, value: Tensor, x: Tensor, rows: _Rows) -> dict[tuple[int, ...], Callable[[], Tensor]]:
+        """The shapes that go with the chosen rows of x, and how each does; of two that are alike the later one."""
+        prompts, positions, width = x.shape
+        text = rows.offset + positions
+        fits: dict[tuple[int, ...], Callable[[], Tensor]] = {(width,): lambda: value}
+        if name == "source" and isinstance(self.edit.at, Tensor | np.ndarray):
+            fits[prompts, width] = lambda: value[:, None].expand(-1, positions, -1)[rows.index]
+        if name == "source" and rows.picked and isinstance(self.edit.at, Integral):
+            fits[prompts, width] = lambda: value[:, None]
+        if name == "gain":
+            fits[prompts, text] = lambda: value[:, rows.offset :][rows.index][..., None]
+        fits[prompts, text, width] = lambda: value[:, rows.offset :][rows.index]
+        if rows.picked or rows.own is not None:
+            chosen = rows.own or (slice(None), list(rows.picked))
+            fits[prompts, rows.named, width] = lambda: value[chosen]
+            if name == "gain":
+                fits[prompts, rows.named] = lambda: value[chosen][..., None]
+        return fits
 
 
 def _formula(edit: Edit, x: Tensor, fitted: Callable[[str, Any], Any]) -> Tensor:

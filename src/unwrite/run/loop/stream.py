@@ -21,7 +21,8 @@ from unwrite.model.now import same_now
 from unwrite.model.view import Model, require_model
 from unwrite.model.writes import Writes
 from unwrite.prompts.given import given, holds_images
-from unwrite.prompts.pairs import Pairs, pairs_of
+from unwrite.prompts.given_pairs import pairs_of
+from unwrite.prompts.pairs import Pairs
 from unwrite.prompts.tokens import Tokens
 from unwrite.result import Result
 from unwrite.run.loop.finite import not_finite, require_finite

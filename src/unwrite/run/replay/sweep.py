@@ -8,7 +8,7 @@ earlier ones. (facts: attribution, §6)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -47,6 +47,17 @@ def differing(base: Base, source: Values, at: str = "all") -> dict[Slot, Bool[Te
     return {slot: (source[slot] != own).any(-1) & seen.to(own.device) for slot, own in base.values.items()}
 
 
+def placed(
+    own: Values, taken: Mapping[Slot, Float[Tensor, "pair role _unit _d"]], rows: Int[np.ndarray, "pair role"]
+) -> dict[Slot, Float[Tensor, "pair position _unit _d"]]:
+    """A run's own values, but at the rows of base prompts that roles name the values that were taken for them."""
+    at = torch.from_numpy(rows)
+    made = {slot: own[slot].clone() for slot in taken}
+    for slot, part in taken.items():
+        made[slot][torch.arange(len(at))[:, None], at] = part.to(made[slot])
+    return made
+
+
 def patches(base: Base, source: Values, at: str) -> Iterator[tuple[int, list[Jobs]]]:
     """The patches that change anything, by the position where they begin, which goes up.
 
@@ -63,14 +74,22 @@ def patches(base: Base, source: Values, at: str) -> Iterator[tuple[int, list[Job
             yield start, jobs
 
 
-def forwards(lm: Model, slots: Sequence[Slot], row: np.ndarray, first: np.ndarray, at: str) -> float:
-    """How many full passes over one prompt a sweep is worth, per pair; values that do not change are not deducted."""
+def forwards(
+    lm: Model, slots: Sequence[Slot], row: np.ndarray, first: np.ndarray, at: str | Int[np.ndarray, "pair role"]
+) -> float:
+    """How many full passes over one prompt a sweep is worth, per pair; values that do not change are not deducted.
+
+    `at` as `patches` has it, or the rows that roles name.
+    """
     layers, work, length = len(lm.layers), 0.0, float(row.max() + 1)
-    for start, end in zip(np.minimum(first, row), row + 1, strict=True):
-        begins = {"each": np.arange(start, end), "last": np.array([end - 1]), "all": np.array([start])}[at]
+    for pair, (start, end) in enumerate(zip(np.minimum(first, row), row + 1, strict=True)):
+        named = {"each": np.arange(start, end), "last": np.array([end - 1]), "all": np.array([start])}
+        begins = named[at] if isinstance(at, str) else np.unique(at[pair])
         for slot in slots:
             inside = 0 if slot.at is None else 1
-            alone = inside if at != "all" and not slot.lasting else inside * (end - begins)
+            alone = (
+                inside if not (isinstance(at, str) and at == "all") and not slot.lasting else inside * (end - begins)
+            )
             work += len(slot.units) * float(((end - begins) * (layers - slot.layer - inside) + alone).sum())
     return 2 + work / (layers * length * len(row))
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from unwrite.errors import ModelError, NumericError, TokensError, counted, one_of
@@ -25,7 +26,8 @@ DONORS = ("source", "mean", "zero", "resample")
 class Donor:
     """`name` says where values of `slots` come from; `reader` is the model that reads them there.
 
-    They are handed out where `lm` is, in which they are put: another model may lie elsewhere.
+    They are handed out where `lm` is, in which they are put: another model may lie elsewhere. `at`: the rows of source
+    prompts that roles name, of which alone values are taken; by default of all rows.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Donor:
     read: tuple[Slot, ...]
     order: Int[np.ndarray, " pair"]
     lm: Model
+    at: Int[np.ndarray, "pair role"] | None = None
 
     @property
     def read_by(self) -> dict[str, str]:
@@ -46,10 +49,10 @@ class Donor:
         return torch.from_numpy(self.pairs.source.ids[self.order[rows]])
 
     def values(self, rows: slice) -> Values:
-        """What the nodes of these pairs are set to."""
+        """What the nodes of these pairs are set to, at every position or at each role."""
         if self.name == "mean":
             return {slot: part.expand(rows.stop - rows.start, *part.shape[1:]) for slot, part in self._means.items()}
-        found = values(self.reader, self.ids(rows), self.read)
+        found = self._taken(values(self.reader, self.ids(rows), self.read), self.order[rows])
         return {slot: self._put(slot, found[other], other) for slot, other in zip(self.slots, self.read, strict=True)}
 
     def _put(self, slot: Slot, value: Tensor, read: Slot) -> Tensor:
@@ -61,21 +64,36 @@ class Donor:
             return value
         return value + (added_to(self.reader, read).to(value) - added_to(self.lm, slot).to(value))
 
+    def _taken(
+        self, found: Values, pairs: Int[np.ndarray, " pair"]
+    ) -> Mapping[Slot, Float[Tensor, "pair place _unit _d"]]:
+        """Values of these pairs' source prompts at the rows that roles name, where they do."""
+        if self.at is None:
+            return found
+        rows = torch.from_numpy(self.at[pairs])
+        return {slot: part[torch.arange(len(rows))[:, None], rows] for slot, part in found.items()}
+
     @cached_property
     def _means(self) -> Values:
-        """Means over the source prompts that reach a position."""
+        """Means over the source prompts that reach a position, or that have a role, which is all."""
         tokens, total = self.pairs.source, dict.fromkeys(self.slots, torch.zeros(()))
         reach = torch.from_numpy(np.arange(tokens.length) < tokens.lengths[:, None])
+        reach = reach if self.at is None else reach.new_ones(self.at.shape)
         for batch in batches(tokens, batch_size(self.reader, tokens)):
+            pairs = np.minimum(batch.first + np.arange(len(batch.ids)), len(tokens) - 1)
             for rows, found in parts(batch, lambda part: values(self.reader, part.ids, self.slots)):
-                for slot, part in found.items():
-                    exact, kept = part.to(self.reader.compute_dtype), batch.counted[rows]
+                for slot, part in self._taken(found, pairs[rows]).items():
+                    real = batch.counted[rows]
+                    kept = real if self.at is None else real[:, :1].expand(-1, self.at.shape[1])
+                    exact = part.to(self.reader.compute_dtype)
                     total[slot] = total[slot].to(exact) + torch.einsum("bt...,bt->t...", exact, kept.to(exact))
         counts = reach.sum(0).clamp_min(1)
         return {slot: (part / counts.to(part)[:, None, None])[None] for slot, part in total.items()}
 
 
-def donor(lm: Model, pairs: Pairs, asked: tuple[Slot, ...], source: Any) -> Donor:
+def donor(
+    lm: Model, pairs: Pairs, asked: tuple[Slot, ...], source: Any, at: Int[np.ndarray, "pair role"] | None = None
+) -> Donor:
     """The donor that `source` names, or another model.
 
     Raises NumericError for an unknown name, ModelError for a model of another shape, TokensError for a lone pair that
@@ -91,10 +109,10 @@ def donor(lm: Model, pairs: Pairs, asked: tuple[Slot, ...], source: Any) -> Dono
         )
     if isinstance(source, Model):
         pairs.source.check(source.vocabulary, source.context)
-        return Donor(_other_name(lm, source), pairs, asked, source, _same(source, asked), order, lm)
+        return Donor(_other_name(lm, source), pairs, asked, source, _same(source, asked), order, lm, at)
     if source == "resample":
         order = _others(pairs)
-    return Donor(source, pairs, asked, lm, asked, order, lm)
+    return Donor(source, pairs, asked, lm, asked, order, lm, at)
 
 
 def _other_name(lm: Model, other: Model) -> str:
