@@ -94,6 +94,8 @@ _IDS = "BatchEncoding Tokens"
 _STRINGS = "nothing blank nonsense a_NUL three half_a_character str_subclass long_string a_long_name"
 # A number is a token's id, a string of one byte is a token of the bytes that the model reads.
 _TOKENS = "3 0 np.int64 blank three tensor_without_axes"
+# What is read of one token or a row of them, too.
+_READ = "three DataFrame"
 # What a parameter of this name takes of all the foreign things, wherever it is.
 TAKES = {
     "lm": "Model", "tokens": f"{_IDS} a_NUL nonsense str_subclass", "prompts": f"{_IDS} a_NUL nonsense str_subclass",
@@ -147,6 +149,10 @@ def calls() -> dict[str, Call]:
         "corpus_dla": Call(
             uw.corpus_dla, {**text, "writer": "L0H0", "erasers": ["L1H0"]}, {"writer": "", "erasers": ""}
         ),
+        "lens": Call(
+            uw.lens, {"lm": lm(), "prompts": IDS[:2]},
+            {"prompts": f"{TAKES['prompts']} {_READ}", "answer": f"None {_TOKENS}", "top": _COUNTS, "kind": ""},
+        ),
         "effects": Call(uw.effects, {**asked, "nodes": ["L0H0"], "at": "all"}),
         "paths": Call(uw.paths, {**asked, "senders": ["L0H0"]}),
         "bound": Call(
@@ -188,8 +194,8 @@ def calls() -> dict[str, Call]:
 
 NAMES = (
     "load", "planted", "text", "images", "pairs", "read", "scan", "verify", "survival", "dla", "adversarial",
-    "corpus_dla", "effects", "paths", "bound", "compare", "agree", "audit", "reproduce", "doctor", "trace", "trace[]",
-    "Edit", "Edit.set", "Edit.add", "Edit.scale", "Edit.project_out", "Job", "Rules", "Result", "Result[]",
+    "corpus_dla", "lens", "effects", "paths", "bound", "compare", "agree", "audit", "reproduce", "doctor", "trace",
+    "trace[]", "Edit", "Edit.set", "Edit.add", "Edit.scale", "Edit.project_out", "Job", "Rules", "Result", "Result[]",
     "Result.figure", "Result.save", "Result.save_table", "Tokens", "Tokens.named", "Tokens.take", "Tokens.check",
     "Pairs", "Pairs.check", "Pairs.words",
 )  # fmt: skip

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from unwrite.methods.corpus import corpus_dla as corpus_dla
     from unwrite.methods.dla import dla as dla
     from unwrite.methods.effects import effects as effects
+    from unwrite.methods.lens import lens as lens
     from unwrite.methods.paths import paths as paths
     from unwrite.methods.scan import scan as scan
     from unwrite.methods.survival import survival as survival
@@ -53,6 +54,7 @@ _PUBLIC = {
     "doctor": "unwrite.studies.doctor",
     "effects": "unwrite.methods.effects",
     "images": "unwrite.model.images",
+    "lens": "unwrite.methods.lens",
     "load": "unwrite.model.load",
     "pairs": "unwrite.prompts.pairs",
     "paths": "unwrite.methods.paths",

@@ -30,6 +30,7 @@ _ROWS = {
     "dla": ("prompt", "node"), "adversarial": ("hit",), "corpus_dla": ("path",), "reproduce": ("claim",),
     "effects": ("pair", "node", "position"), "compare": ("pair", "node", "position"),
     "agree": ("reading", "group"), "paths": ("pair", "sender", "receiver"), "bound": ("pair",),
+    "lens": ("prompt", "location", "position"),
 }  # fmt: skip
 VERSIONS = ("unwrite", "torch", "transformers", "numpy", "xarray")
 # A spreadsheet takes a cell that begins with one of these for a formula, some also the full-width forms.
@@ -81,9 +82,10 @@ class Result:
 
     def table(self) -> pd.DataFrame:
         """One row per writer (and text), most energy moved first; of a verification one per node, of an attribution one
-        per prompt and node, of effects one per pair, node and position, of a search one per hit.
+        per prompt and node, of effects one per pair, node and position, of a search one per hit, of a lens one per
+        prompt, location and position.
 
-        Columns are the variables with no further axis, and medians of those with quantiles.
+        Columns are the variables with no further axis, medians of those with quantiles, the first of those in order.
         """
         rows = [axis for axis in _ROWS.get(self.method, ("text", "writer")) if axis in self.data.dims] or ["node"]
         flat = {name: part.transpose(*rows) for name, part in self.data.items() if set(part.dims) == set(rows)}
@@ -91,6 +93,8 @@ class Result:
             if set(part.dims) == {*rows, "quantile"}:
                 middle = part.sel(quantile=0.5, drop=True)
                 flat[f"{name}_median"] = middle.transpose(*rows)
+            elif set(part.dims) == {*rows, "top"}:
+                flat[str(name)] = part.isel(top=0).transpose(*rows)
         frame = xr.Dataset(flat).to_dataframe().reset_index()
         return frame.sort_values("moved", ascending=False, kind="stable") if "moved" in frame else frame
 

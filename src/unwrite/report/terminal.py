@@ -12,7 +12,7 @@ from rich.text import Text
 from xarray import Dataset
 
 from unwrite.errors import plain
-from unwrite.report import audited, believed, found, patched, survived
+from unwrite.report import audited, believed, found, looked, patched, survived
 from unwrite.report.columns import Column, listed
 from unwrite.report.scanned import HEADER, disagreements, folded_line, rows, soundness, texts
 from unwrite.report.verdict import verdict
@@ -95,6 +95,14 @@ def _patched(result: Result, _: bool) -> Iterator[RenderableType]:
         yield Text(more, "dim")
     if lines := patched.agreement(result.data):
         yield grid("how estimates agree with what was executed", patched.AGREEMENT, lines)
+        yield Text("")
+    yield Text(plain(last_word(result)))
+
+
+def _lens(result: Result, whole: bool) -> Iterator[RenderableType]:
+    kept = looked.foremost(result.data, _LINES)
+    for title, lines in looked.lenses(result.data):
+        yield from _foremost(title, looked.LENS, lines, whole, kept)
         yield Text("")
     yield Text(plain(last_word(result)))
 
@@ -197,6 +205,7 @@ _PARTS: dict[str, _Shown] = {
     "dla": _dla,
     "audit": _audit,
     "effects": _patched,
+    "lens": _lens,
     "compare": _patched,
     "adversarial": _listed(found.HEADER, found.rows),
     "corpus_dla": _listed(found.CORPUS_HEADER, found.corpus_rows),
@@ -207,6 +216,7 @@ _WORDS: dict[str, Callable[[Result], str]] = {
     "verify": sentence,
     "dla": believed.sentence,
     "effects": patched.sentence,
+    "lens": looked.first_choice,
     "compare": patched.sentence,
     "agree": patched.agreed,
     "bound": patched.bounded,

@@ -13,12 +13,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from unwrite.errors import ModelError, NodeError, several, shown
 from unwrite.model.attention import Attend, Attended, around_attention, implementation
-from unwrite.model.capture import uncompiled
+from unwrite.model.capture import evaluating, uncompiled
 from unwrite.model.hooks import Call, Handle, Point, called, ended, given, hooked, listeners, visited
+from unwrite.model.placed import decode
 from unwrite.model.softmax import per_query_head
 from unwrite.model.view import Model, require_model
 from unwrite.model.weights import followed
@@ -101,6 +103,14 @@ def trace(lm: Model, *sites: object, edits: Sequence[Edit] | Edit = ()) -> Itera
     # Only where nothing was raised: an error is never hidden by this one.
     for pending in run.pending:
         pending.require()
+
+
+@torch.no_grad()
+def recorded(lm: Model, ids: Int[Tensor, "prompt position"], sites: Sequence[object]) -> Trace:
+    """What is at these sites in one pass over left-aligned prompts, which computes no logits."""
+    with evaluating(lm.hf), trace(lm, *sites) as found:
+        decode(lm, ids, use_cache=False)
+    return found
 
 
 def _wanted(lm: Model, sites: Sequence[object]) -> dict[Site, Place]:
