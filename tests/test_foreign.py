@@ -151,7 +151,11 @@ def calls() -> dict[str, Call]:
         ),
         "lens": Call(
             uw.lens, {"lm": lm(), "prompts": IDS[:2]},
-            {"prompts": f"{TAKES['prompts']} {_READ}", "answer": f"None {_TOKENS}", "top": _COUNTS, "kind": ""},
+            {"prompts": f"{TAKES['prompts']} {_READ}", "answer": f"None {_TOKENS}", "top": _COUNTS}, long=True,
+        ),
+        "attention": Call(
+            uw.attention, {"lm": lm(), "prompts": IDS[:2], "heads": ["L0H0"]},
+            {"prompts": f"{TAKES['prompts']} {_READ}", "heads": "None"}, long=True,
         ),
         "effects": Call(uw.effects, {**asked, "nodes": ["L0H0"], "at": "all"}),
         "paths": Call(uw.paths, {**asked, "senders": ["L0H0"]}),
@@ -194,8 +198,8 @@ def calls() -> dict[str, Call]:
 
 NAMES = (
     "load", "planted", "text", "images", "pairs", "read", "scan", "verify", "survival", "dla", "adversarial",
-    "corpus_dla", "lens", "effects", "paths", "bound", "compare", "agree", "audit", "reproduce", "doctor", "trace",
-    "trace[]", "Edit", "Edit.set", "Edit.add", "Edit.scale", "Edit.project_out", "Job", "Rules", "Result", "Result[]",
+    "corpus_dla", "lens", "attention", "effects", "paths", "bound", "compare", "agree", "audit", "reproduce", "doctor",
+    "trace", "trace[]", "Edit", "Edit.set", "Edit.add", "Edit.scale", "Edit.project_out", "Job", "Rules", "Result", "Result[]",
     "Result.figure", "Result.save", "Result.save_table", "Tokens", "Tokens.named", "Tokens.take", "Tokens.check",
     "Pairs", "Pairs.check", "Pairs.words",
 )  # fmt: skip

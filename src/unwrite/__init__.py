@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from unwrite import errors as errors
     from unwrite.methods.adversarial import adversarial as adversarial
     from unwrite.methods.agree import agree as agree
+    from unwrite.methods.attention import attention as attention
     from unwrite.methods.bound import bound as bound
     from unwrite.methods.corpus import corpus_dla as corpus_dla
     from unwrite.methods.dla import dla as dla
@@ -46,6 +47,7 @@ _PUBLIC = {
     "Tokens": "unwrite.prompts.tokens",
     "adversarial": "unwrite.methods.adversarial",
     "agree": "unwrite.methods.agree",
+    "attention": "unwrite.methods.attention",
     "audit": "unwrite.studies.audit",
     "bound": "unwrite.methods.bound",
     "compare": "unwrite.studies.compare",

@@ -30,7 +30,7 @@ _ROWS = {
     "dla": ("prompt", "node"), "adversarial": ("hit",), "corpus_dla": ("path",), "reproduce": ("claim",),
     "effects": ("pair", "node", "position"), "compare": ("pair", "node", "position"),
     "agree": ("reading", "group"), "paths": ("pair", "sender", "receiver"), "bound": ("pair",),
-    "lens": ("prompt", "location", "position"),
+    "lens": ("prompt", "location", "position"), "attention": ("prompt", "head", "query", "key"),
 }  # fmt: skip
 VERSIONS = ("unwrite", "torch", "transformers", "numpy", "xarray")
 # A spreadsheet takes a cell that begins with one of these for a formula, some also the full-width forms.

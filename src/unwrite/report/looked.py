@@ -1,4 +1,4 @@
-"""What does one look up day by day? Lines of a lens for a terminal, from a saved result."""
+"""What does one look up day by day? Lines of a lens and of attention for a terminal, from a saved result."""
 
 from __future__ import annotations
 
@@ -59,3 +59,40 @@ def first_choice(result: Result) -> str:
     later = np.flatnonzero(last != 1)
     since = places[0 if not len(later) else later[-1] + 1]
     return f"At the end of {end} “{token}” is the first choice from {since} on."
+
+
+ATTENTION = (Column("head", holds="word"), Column("the last token looks at", "{weight}", holds="words"))
+
+
+def looks(data: xr.Dataset) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
+    """Of the first prompts, where each head looks from the last token: those that look most past the first one."""
+    for prompt in range(min(_PROMPTS, data.sizes["prompt"])):
+        weight, words = _last(data.isel(prompt=prompt))
+        lines = [(str(data["head"].values[head]), _keys(weight[head], words)) for head in _by_past(weight)]
+        yield f"{prompt}: “{''.join(words)}”", lines
+
+
+def _last(one: xr.Dataset) -> tuple[np.ndarray, list[str]]:
+    """Weights [head, key] of the last token of a prompt, and its words."""
+    length = int(one["weight"].isel(head=0, key=0).notnull().sum())
+    weight = one["weight"].transpose("head", "query", "key").values[:, length - 1, :length]
+    return weight, [str(word) for word in one["read"].values[:length]]
+
+
+def _by_past(weight: np.ndarray) -> np.ndarray:
+    return np.argsort(-weight[:, 1:].max(1, initial=-1.0), kind="stable")
+
+
+def _keys(weight: np.ndarray, words: list[str]) -> str:
+    most = np.argsort(-weight, kind="stable")[:_TOKENS]
+    return " · ".join(f"“{words[key]}” ({key}) {weight[key]:.3g}" for key in most)
+
+
+def looks_most(result: Result) -> str:
+    """Which head looks most at something else than the first token, from the last one of the first prompt."""
+    weight, words = _last(result.data.isel(prompt=0))
+    if len(words) < 2:
+        return "One token looks at nothing but itself."
+    head, key = np.unravel_index(int(weight[:, 1:].argmax()), weight[:, 1:].shape)
+    name, size = result.data["head"].values[head], weight[head, key + 1]
+    return f"From the last token of prompt 0, {name} looks most past the first: {size:.3g} at “{words[key + 1]}”."

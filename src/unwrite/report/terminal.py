@@ -22,6 +22,9 @@ from unwrite.result import Result
 # Of a result, in full or its foremost rows.
 _Shown = Callable[[Result, bool], Iterator[RenderableType]]
 
+# A title and lines, prompt by prompt.
+_ByPrompt = Callable[[Dataset], Iterator[tuple[str, list[tuple[str, ...]]]]]
+
 _WIDE, _LINES = 160, 24
 
 
@@ -100,9 +103,19 @@ def _patched(result: Result, _: bool) -> Iterator[RenderableType]:
 
 
 def _lens(result: Result, whole: bool) -> Iterator[RenderableType]:
-    kept = looked.foremost(result.data, _LINES)
-    for title, lines in looked.lenses(result.data):
-        yield from _foremost(title, looked.LENS, lines, whole, kept)
+    yield from _by_prompt(result, looked.LENS, looked.lenses, whole, looked.foremost(result.data, _LINES))
+
+
+def _attention(result: Result, whole: bool) -> Iterator[RenderableType]:
+    yield from _by_prompt(result, looked.ATTENTION, looked.looks, whole, range(_LINES))
+
+
+def _by_prompt(
+    result: Result, header: Iterable[Column], lines: _ByPrompt, whole: bool, which: Iterable[int]
+) -> Iterator[RenderableType]:
+    """A table for each of the first prompts, and a sentence."""
+    for title, rows_ in lines(result.data):
+        yield from _foremost(title, header, rows_, whole, which)
         yield Text("")
     yield Text(plain(last_word(result)))
 
@@ -206,6 +219,7 @@ _PARTS: dict[str, _Shown] = {
     "audit": _audit,
     "effects": _patched,
     "lens": _lens,
+    "attention": _attention,
     "compare": _patched,
     "adversarial": _listed(found.HEADER, found.rows),
     "corpus_dla": _listed(found.CORPUS_HEADER, found.corpus_rows),
@@ -217,6 +231,7 @@ _WORDS: dict[str, Callable[[Result], str]] = {
     "dla": believed.sentence,
     "effects": patched.sentence,
     "lens": looked.first_choice,
+    "attention": looked.looks_most,
     "compare": patched.sentence,
     "agree": patched.agreed,
     "bound": patched.bounded,
