@@ -10,6 +10,7 @@ from contextlib import chdir
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
+from tempfile import mkdtemp
 from types import FunctionType
 from typing import Any
 
@@ -23,6 +24,7 @@ import unwrite as uw
 from executed import weights
 from methods import IDS, few_draws, shape
 from seeing import around, inputs
+from test_several import saved
 from unwrite.errors import UnwriteError, plain
 
 
@@ -53,9 +55,15 @@ def windows() -> uw.Tokens:
     return uw.text("nonsense " * 20, lm().tokenizer, length=8)
 
 
-def traced(lm: Any, *sites: object, edits: Any = ()) -> Any:
+@cache
+def autoencoder() -> Path:
+    saved(folder := Path(mkdtemp()) / "sae", "standard", 4, 4)
+    return folder
+
+
+def traced(lm: Any, *sites: object, edits: Any = (), every_pass: Any = False) -> Any:
     """A trace is a `with`."""
-    with uw.trace(lm, *sites, edits=edits) as trace, torch.no_grad():
+    with uw.trace(lm, *sites, edits=edits, every_pass=every_pass) as trace, torch.no_grad():
         lm.hf(IDS)
     return trace
 
@@ -90,6 +98,7 @@ class Call:
 _PLACES, _COUNTS = "blank nonsense three str_subclass file no_such_path folder", "3 np.int64"
 _NUMBERS = "3 0 -1 2**70 0.5 3.0 np.int64 np.float32"
 _VALUES = f"{_NUMBERS} float_tensor nan_tensor tensor_with_a_gradient tensor_without_axes"
+_CALLED = "lambda class module raising HF_model tokenizer"
 _IDS = "BatchEncoding Tokens"
 _STRINGS = "nothing blank nonsense a_NUL three half_a_character str_subclass long_string a_long_name"
 # A number is a token's id, a string of one byte is a token of the bytes that the model reads.
@@ -107,9 +116,9 @@ TAKES = {
     "length": f"None {_COUNTS}", "k": _COUNTS, "steps": _COUNTS, "seed": f"0 {_COUNTS}", "most": _COUNTS,
     "verified": f"0 {_COUNTS}", "subsets": "", "p": "0.5 np.float32", "alpha": "0.5 np.float32",
     "method": "Rules", "source": "Model", "guess": "Result_of_effects", "edits": "[] () set() empty_array Edit",
-    "path": _PLACES, "name": "None", "writer": "None", "context": "None", "vocabulary": "", "value": _VALUES,
-    "factor": _NUMBERS, "basis": "float_tensor", "out": f"None {_PLACES}", "dtype": "None dtype",
-    "total": "True False",
+    "path": _PLACES, "name": "None", "writer": "None", "context": "None", "vocabulary": "",
+    "value": f"{_VALUES} {_CALLED}", "factor": _NUMBERS, "basis": "float_tensor", "out": f"None {_PLACES}", "dtype": "None dtype",
+    "total": "True False", "every_pass": "True False",
 }  # fmt: skip
 # What listens is asked nothing but to listen: what it raises itself is its own, and ends the run.
 HEARD = {"class", "module", "raising", "HF_model", "tokenizer"}
@@ -122,7 +131,7 @@ def calls() -> dict[str, Call]:
     tokens, held = windows(), {name: getattr(pairs(), name) for name in ("base", "source", "answer", "against", "row")}
     ids = {"ids": np.ones((2, 3), int), "lengths": np.full(2, 3), "cluster": np.arange(2)}
     loaded = dict.fromkeys(("revision", "device", "device_map"), "None") | {"source": "HF_model"}
-    edit = {"source": f"None {_VALUES}", "gain": _VALUES, "alpha": _NUMBERS, "beta": _NUMBERS}
+    edit = {"source": f"None {_VALUES} {_CALLED}", "gain": _VALUES, "alpha": _NUMBERS, "beta": _NUMBERS}
     rows = {"at": "None 3 0 -1 2**70 10**5000 np.int64 range slice bool_tensor", "basis": "None float_tensor"}
     # What gathers is a peer, and a tensor does; a job of no shards has none.
     job = {"folder": f"None {_PLACES}", "every": f"{_NUMBERS} 10**5000 inf", "of": "[] () {} set() empty_array"}
@@ -173,9 +182,11 @@ def calls() -> dict[str, Call]:
         ),
         "doctor": Call(uw.doctor, {"lm": lm(), "n": 2, "length": 4}, {"n": _COUNTS, "writers": "None 3 np.int64"}),
         "trace": Call(traced, {"lm": lm(), "sites": "L0H0"}),
+        "sae": Call(uw.sae, {"path": autoencoder()}, {"path": ""}),
         "trace[]": Call(traced(lm(), "L0H0").__getitem__, {"name": "L0H0"}, {"name": ""}),
         "Edit": Call(uw.Edit, {"site": "L0H0", "source": 0.0}, edit | rows),
         "Edit.set": Call(uw.Edit.set, {"site": "L0H0", "value": 0.0}),
+        "Edit.mean": Call(uw.Edit.mean, {"site": "L0H0"}, {"values": "None"}),
         "Edit.add": Call(uw.Edit.add, {"site": "L0H0", "value": 0.0}),
         "Edit.scale": Call(uw.Edit.scale, {"site": "L0H0", "factor": 0.0}),
         "Edit.project_out": Call(uw.Edit.project_out, {"site": "L0H0", "basis": torch.ones(16)}),
@@ -199,7 +210,8 @@ def calls() -> dict[str, Call]:
 NAMES = (
     "load", "planted", "text", "images", "pairs", "read", "scan", "verify", "survival", "dla", "adversarial",
     "corpus_dla", "lens", "attention", "effects", "paths", "bound", "compare", "agree", "audit", "reproduce", "doctor",
-    "trace", "trace[]", "Edit", "Edit.set", "Edit.add", "Edit.scale", "Edit.project_out", "Job", "Rules", "Result", "Result[]",
+    "trace", "sae", "trace[]", "Edit", "Edit.set",
+    "Edit.mean", "Edit.add", "Edit.scale", "Edit.project_out", "Job", "Rules", "Result", "Result[]",
     "Result.figure", "Result.save", "Result.save_table", "Tokens", "Tokens.named", "Tokens.take", "Tokens.check",
     "Pairs", "Pairs.check", "Pairs.words",
 )  # fmt: skip

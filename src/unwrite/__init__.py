@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from unwrite.result import read as read
     from unwrite.run.backward.rules import Rules as Rules
     from unwrite.run.edit.edits import Edit as Edit
+    from unwrite.run.edit.sae import sae as sae
     from unwrite.run.edit.trace import trace as trace
     from unwrite.run.loop.job import Job as Job
     from unwrite.studies.audit import audit as audit
@@ -63,6 +64,7 @@ _PUBLIC = {
     "planted": "unwrite.model.planted",
     "read": "unwrite.result",
     "reproduce": "unwrite.studies.reproduce",
+    "sae": "unwrite.run.edit.sae",
     "scan": "unwrite.methods.scan",
     "survival": "unwrite.methods.survival",
     "text": "unwrite.prompts.texts",

@@ -89,7 +89,9 @@ _WEIGHED = {"survival", "verify", "verify erasers"}
 _OWN_TOP = {"dla texts", "lens", "corpus_dla", "adversarial", "audit", "reproduce"}
 _UNREAD: dict[str, set[str]] = {
     "embedding of another prompt's token": {"dla"},
-    **dict.fromkeys(("z of L1H0", "attention of the last layer", "the last MLP"), {"attention"}),
+    "z of L1H0": {"attention"},
+    "attention of the last layer": {"attention"},
+    "the last MLP": {"attention"},
     "final norm": _NO_LOGITS,
     "unembedding of the answer": _NO_LOGITS,
     # The others are asked about two tokens alone.

@@ -22,7 +22,7 @@ from unwrite.model.inside import find
 from unwrite.model.norms import norm_scale
 from unwrite.model.projections import sizes
 from unwrite.model.view import Layer, Model, centre, outside, value_columns
-from unwrite.nodes import KINDS, MLPS, PROJECTED, Location, Site, nearest, parse_site
+from unwrite.nodes import KINDS, MLPS, PROJECTED, Location, Site, nearest, parse_site, parse_sites
 from unwrite.run.edit.place import Inner, Pass, Place, View, by_row
 
 
@@ -32,6 +32,21 @@ def named(lm: Model, name: object) -> Site:
         return parse_site(name)
     except NodeError as error:
         raise NodeError(str(error), fix=nearest(name, _sites(lm))) from None
+
+
+def all_named(lm: Model, name: object) -> tuple[Site, ...]:
+    """The site called `name`, or where it names several ("L2.pattern", "resid_post*", "heads") those of this model.
+
+    They come in the order in which a pass reaches them. Raises NodeError as `named`, and where there is none of them.
+    """
+    if (group := parse_sites(name)) is None:
+        return (named(lm, name),)
+    every_ = [site for kind in group.kinds for site in every(lm, kind) if site in group]
+    found = [site for site in every_ if _refusal(lm, site) is None]
+    if not found:
+        why = next((_refusal(lm, site) for site in every_), f"layers 0 to {len(lm.layers) - 1}, of what they have")
+        raise NodeError(f"this model ({lm.family}) has no site {name}", expected=why, fix=nearest(name, _sites(lm)))
+    return tuple(sorted(found, key=lambda site: site.order))
 
 
 def place(lm: Model, site: Site, edited: bool = False) -> Place:
