@@ -117,8 +117,8 @@ TAKES = {
     "verified": f"0 {_COUNTS}", "subsets": "", "p": "0.5 np.float32", "alpha": "0.5 np.float32",
     "method": "Rules", "source": "Model", "guess": "Result_of_effects", "edits": "[] () set() empty_array Edit",
     "path": _PLACES, "name": "None", "writer": "None", "context": "None", "vocabulary": "",
-    "value": f"{_VALUES} {_CALLED}", "factor": _NUMBERS, "basis": "float_tensor", "out": f"None {_PLACES}", "dtype": "None dtype",
-    "total": "True False", "every_pass": "True False",
+    "value": f"{_VALUES} {_CALLED}", "factor": _NUMBERS, "basis": "float_tensor", "out": f"None {_PLACES}",
+    "dtype": "None dtype", "total": "True False", "every_pass": "True False",
 }  # fmt: skip
 # What listens is asked nothing but to listen: what it raises itself is its own, and ends the run.
 HEARD = {"class", "module", "raising", "HF_model", "tokenizer"}
@@ -166,6 +166,10 @@ def calls() -> dict[str, Call]:
             uw.attention, {"lm": lm(), "prompts": IDS[:2], "heads": ["L0H0"]},
             {"prompts": f"{TAKES['prompts']} {_READ}", "heads": "None"}, long=True,
         ),
+        "activations": Call(
+            uw.activations, {"lm": lm(), "tokens": IDS[:2], "sites": ["L0H0"]},
+            {"tokens": f"{TAKES['prompts']} {_READ}", "out": f"None Job lying {_PLACES}"}, long=True,
+        ),
         "effects": Call(uw.effects, {**asked, "nodes": ["L0H0"], "at": "all"}),
         "paths": Call(uw.paths, {**asked, "senders": ["L0H0"]}),
         "bound": Call(
@@ -209,15 +213,16 @@ def calls() -> dict[str, Call]:
 
 NAMES = (
     "load", "planted", "text", "images", "pairs", "read", "scan", "verify", "survival", "dla", "adversarial",
-    "corpus_dla", "lens", "attention", "effects", "paths", "bound", "compare", "agree", "audit", "reproduce", "doctor",
-    "trace", "sae", "trace[]", "Edit", "Edit.set",
-    "Edit.mean", "Edit.add", "Edit.scale", "Edit.project_out", "Job", "Rules", "Result", "Result[]",
+    "corpus_dla", "lens", "attention", "activations", "effects", "paths", "bound", "compare", "agree", "audit",
+    "reproduce", "doctor", "trace", "sae", "trace[]", "Edit", "Edit.set", "Edit.mean", "Edit.add", "Edit.scale",
+    "Edit.project_out", "Job", "Rules", "Result", "Result[]",
     "Result.figure", "Result.save", "Result.save_table", "Tokens", "Tokens.named", "Tokens.take", "Tokens.check",
     "Pairs", "Pairs.check", "Pairs.words",
 )  # fmt: skip
 # What the methods of the library ask of a job; people hand it over.
 NOT_ASKED = {
-    f"Job.{name}" for name in ("begin", "gather", "goes_on", "heard", "signed", "stage", "tick", "together", "unbroken")
+    f"Job.{name}"
+    for name in ("begin", "gather", "goes_on", "heard", "mark", "signed", "stage", "tick", "together", "unbroken")
 }
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unwrite import errors as errors
+    from unwrite.methods.activations import activations as activations
     from unwrite.methods.adversarial import adversarial as adversarial
     from unwrite.methods.agree import agree as agree
     from unwrite.methods.attention import attention as attention
@@ -46,6 +47,7 @@ _PUBLIC = {
     "Result": "unwrite.result",
     "Rules": "unwrite.run.backward.rules",
     "Tokens": "unwrite.prompts.tokens",
+    "activations": "unwrite.methods.activations",
     "adversarial": "unwrite.methods.adversarial",
     "agree": "unwrite.methods.agree",
     "attention": "unwrite.methods.attention",
