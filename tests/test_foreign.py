@@ -178,6 +178,10 @@ def calls() -> dict[str, Call]:
         ),
         "compare": Call(uw.compare, {**asked, "nodes": ["L0H0"], "methods": ("atp", "exact")}, long=True),
         "agree": Call(uw.agree, {"guess": found("atp"), "exact": found("exact")}),
+        "diff": Call(
+            uw.diff, {"a": found("atp"), "b": found("exact")},
+            {"a": "Result_of_effects", "b": "Result_of_effects", "tokens": "None", "pairs": "None"},
+        ),
         "audit": Call(uw.audit, {**text, "most": 1}, {"prompts": f"None {TAKES['prompts']}"}, long=True),
         "reproduce": Call(
             uw.reproduce, {"weights": lm("reproduce"), "tokens": IDS},
@@ -213,7 +217,7 @@ def calls() -> dict[str, Call]:
 
 NAMES = (
     "load", "planted", "text", "images", "pairs", "read", "scan", "verify", "survival", "dla", "adversarial",
-    "corpus_dla", "lens", "attention", "activations", "effects", "paths", "bound", "compare", "agree", "audit",
+    "corpus_dla", "lens", "attention", "activations", "effects", "paths", "bound", "compare", "agree", "diff", "audit",
     "reproduce", "doctor", "trace", "sae", "trace[]", "Edit", "Edit.set", "Edit.mean", "Edit.add", "Edit.scale",
     "Edit.project_out", "Job", "Rules", "Result", "Result[]",
     "Result.figure", "Result.save", "Result.save_table", "Tokens", "Tokens.named", "Tokens.take", "Tokens.check",

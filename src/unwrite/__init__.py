@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from unwrite.run.loop.job import Job as Job
     from unwrite.studies.audit import audit as audit
     from unwrite.studies.compare import compare as compare
+    from unwrite.studies.diff import diff as diff
     from unwrite.studies.doctor import doctor as doctor
     from unwrite.studies.reproduce import reproduce as reproduce
 
@@ -55,6 +56,7 @@ _PUBLIC = {
     "bound": "unwrite.methods.bound",
     "compare": "unwrite.studies.compare",
     "corpus_dla": "unwrite.methods.corpus",
+    "diff": "unwrite.studies.diff",
     "dla": "unwrite.methods.dla",
     "doctor": "unwrite.studies.doctor",
     "effects": "unwrite.methods.effects",

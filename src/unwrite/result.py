@@ -92,7 +92,8 @@ class Result:
 
         Columns are the variables with no further axis, medians of those with quantiles, the first of those in order.
         """
-        rows = [axis for axis in _ROWS.get(self.method, ("text", "writer")) if axis in self.data.dims] or ["node"]
+        known = _ROWS.get(self.method) or tuple(str(self.data.attrs.get("rows", "text writer")).split())
+        rows = [axis for axis in known if axis in self.data.dims] or ["node"]
         flat = {name: part.transpose(*rows) for name, part in self.data.items() if set(part.dims) == set(rows)}
         for name, part in self.data.items():
             if set(part.dims) == {*rows, "quantile"}:
