@@ -305,6 +305,6 @@ def test_a_result_opens_in_the_browser(folder, monkeypatch, tmp_path) -> None:
     scan = ("scan", folder / "model", "--text", folder / "text.txt", "-n", 2, "--length", 32, "-q", "--out", tmp_path)
     assert run(monkeypatch, *scan) == 0
     assert run(monkeypatch, "show", tmp_path, "--open") == 0
-    assert run(monkeypatch, "show", tmp_path, "--open", "--figure", "levels") == 0
-    assert [Path(address).name for address in seen] == ["report.html", "figure.html"]
+    assert run(monkeypatch, "show", tmp_path, "--open", "--figure", "levels", "-o", tmp_path / "levels.svg") == 0
+    assert [Path(address).name for address in seen] == ["report.html", "levels.svg"]
     assert all(Path(address).exists() for address in seen)

@@ -120,15 +120,17 @@ def test_every_pass_of_generate_is_kept() -> None:
 D, FEATURES = 32, 7
 
 
-def saved(folder: Path, kind: str, into: int, out: int, **config: Any) -> dict[str, np.ndarray]:
+def saved(
+    folder: Path, kind: str, into: int, out: int, features: int = FEATURES, **config: Any
+) -> dict[str, np.ndarray]:
     """The weights of an autoencoder in a folder, as SAELens writes them."""
     draw = np.random.default_rng(3).normal
-    weights = {"W_enc": draw(size=(into, FEATURES)), "W_dec": draw(size=(FEATURES, out)), "b_dec": draw(size=out)}
+    weights = {"W_enc": draw(size=(into, features)), "W_dec": draw(size=(features, out)), "b_dec": draw(size=out)}
     names = {"jumprelu": ("b_enc", "threshold"), "gated": ("b_gate", "r_mag", "b_mag")}.get(kind, ("b_enc",))
-    weights |= {name: draw(size=FEATURES) for name in names}
+    weights |= {name: draw(size=features) for name in names}
     folder.mkdir()
     save_file({name: torch.from_numpy(part) for name, part in weights.items()}, folder / "sae_weights.safetensors")
-    (folder / "cfg.json").write_text(json.dumps({"architecture": kind, "d_in": into, "d_sae": FEATURES, **config}))
+    (folder / "cfg.json").write_text(json.dumps({"architecture": kind, "d_in": into, "d_sae": features, **config}))
     return weights
 
 
