@@ -74,6 +74,8 @@ METHODS: dict[str, Method] = {
     "paths": lambda lm, **kept: uw.paths(lm, PAIRS, "heads", ["L1H0.v", "MLP1", "logits"], "frozen", **kept),
     "paths recompute": lambda lm, **kept: uw.paths(lm, PAIRS, "heads", ["L1H0.v", "MLP1", "logits"], **kept),
     "bound": _bound,
+    "lens": lambda lm, **kept: uw.lens(lm, IDS, top=2, **kept),
+    "attention": lambda lm, **kept: uw.attention(lm, IDS, "value", **kept),
     "compare": lambda lm, **kept: uw.compare(lm, PAIRS, there(lm, *HEADS), methods=("atp", "exact"), **kept),
     "audit": lambda lm, **kept: uw.audit(lm, IDS, IDS[:2], most=1, **kept),
     "reproduce": lambda lm, **kept: uw.reproduce(weights=lm, tokens=IDS, **kept),

@@ -281,3 +281,34 @@ def test_an_eraser_that_cannot_read_is_refused(folder, monkeypatch, capsys, tmp_
     assert run(monkeypatch, *command, "--erasers", "L0H1", "--out", tmp_path / "run") == 1
     refused(capsys, "cannot read L1H0")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_workbench_from_a_shell(folder, monkeypatch, capsys, tmp_path) -> None:
+    model, ask = folder / "model", ("--prompt", "A man may")
+    assert run(monkeypatch, "lens", model, *ask, "--out", tmp_path / "lens") == 0
+    assert "resid_post" in (shown := capsys.readouterr().out)
+    assert run(monkeypatch, "show", tmp_path / "lens") == 0
+    assert capsys.readouterr().out.strip() in shown
+    assert run(monkeypatch, "attention", model, *ask, "--heads", "L0H*", "--weigh", "value") == 0
+    assert "L0H1" in capsys.readouterr().out
+    (tmp_path / "pairs.csv").write_text("base,source,answer,against\nA man,A can,x,y\nA pen,A ten,x,y\n")
+    pairs = ("--pairs", tmp_path / "pairs.csv")
+    assert run(monkeypatch, "paths", model, *pairs, "--senders", "L0H*", "--receivers", "L1.q,logits") == 0
+    assert "does most" in capsys.readouterr().out
+    assert run(monkeypatch, "bound", model, *pairs, "--verified", 1, "-q") == 0
+    assert run(monkeypatch, "diff", model, model, *pairs, "--out", tmp_path / "diff") == 0
+    assert "L0H0" in capsys.readouterr().out
+    assert run(monkeypatch, "diff", tmp_path / "lens", tmp_path / "lens") == 0
+    assert run(monkeypatch, "diff", tmp_path / "lens", tmp_path / "diff") == 1
+    refused(capsys, "two methods")
+
+
+def test_a_result_opens_in_the_browser(folder, monkeypatch, tmp_path) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr("typer.launch", lambda address: seen.append(address) or 0)
+    scan = ("scan", folder / "model", "--text", folder / "text.txt", "-n", 2, "--length", 32, "-q", "--out", tmp_path)
+    assert run(monkeypatch, *scan) == 0
+    assert run(monkeypatch, "show", tmp_path, "--open") == 0
+    assert run(monkeypatch, "show", tmp_path, "--open", "--figure", "levels", "-o", tmp_path / "levels.svg") == 0
+    assert [Path(address).name for address in seen] == ["report.html", "levels.svg"]
+    assert all(Path(address).exists() for address in seen)

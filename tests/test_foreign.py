@@ -10,6 +10,7 @@ from contextlib import chdir
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
+from tempfile import mkdtemp
 from types import FunctionType
 from typing import Any
 
@@ -23,6 +24,7 @@ import unwrite as uw
 from executed import weights
 from methods import IDS, few_draws, shape
 from seeing import around, inputs
+from test_several import saved
 from unwrite.errors import UnwriteError, plain
 
 
@@ -53,9 +55,15 @@ def windows() -> uw.Tokens:
     return uw.text("nonsense " * 20, lm().tokenizer, length=8)
 
 
-def traced(lm: Any, *sites: object, edits: Any = ()) -> Any:
+@cache
+def autoencoder() -> Path:
+    saved(folder := Path(mkdtemp()) / "sae", "standard", 4, 4)
+    return folder
+
+
+def traced(lm: Any, *sites: object, edits: Any = (), every_pass: Any = False) -> Any:
     """A trace is a `with`."""
-    with uw.trace(lm, *sites, edits=edits) as trace, torch.no_grad():
+    with uw.trace(lm, *sites, edits=edits, every_pass=every_pass) as trace, torch.no_grad():
         lm.hf(IDS)
     return trace
 
@@ -91,10 +99,13 @@ _PLACES, _COUNTS = "blank nonsense three str_subclass file no_such_path folder",
 _NUMBERS = "3 0 -1 2**70 0.5 3.0 np.int64 np.float32"
 _ROLES = "None {} mapping_proxy Dataset BatchEncoding_of_nothing"
 _VALUES = f"{_NUMBERS} float_tensor nan_tensor tensor_with_a_gradient tensor_without_axes"
+_CALLED = "lambda class module raising HF_model tokenizer"
 _IDS = "BatchEncoding Tokens"
 _STRINGS = "nothing blank nonsense a_NUL three half_a_character str_subclass long_string a_long_name"
 # A number is a token's id, a string of one byte is a token of the bytes that the model reads.
 _TOKENS = "3 0 np.int64 blank three tensor_without_axes"
+# What is read of one token or a row of them, too.
+_READ = "three DataFrame"
 # What a parameter of this name takes of all the foreign things, wherever it is.
 TAKES = {
     "lm": "Model", "tokens": f"{_IDS} a_NUL nonsense str_subclass", "prompts": f"{_IDS} a_NUL nonsense str_subclass",
@@ -106,8 +117,9 @@ TAKES = {
     "length": f"None {_COUNTS}", "k": _COUNTS, "steps": _COUNTS, "seed": f"0 {_COUNTS}", "most": _COUNTS,
     "verified": f"0 {_COUNTS}", "subsets": "", "p": "0.5 np.float32", "alpha": "0.5 np.float32",
     "method": "Rules", "source": "Model", "guess": "Result_of_effects", "edits": "[] () set() empty_array Edit",
-    "path": _PLACES, "name": "None", "writer": "None", "context": "None", "vocabulary": "", "value": _VALUES,
-    "factor": _NUMBERS, "basis": "float_tensor", "out": f"None {_PLACES}", "dtype": "None dtype",
+    "path": _PLACES, "name": "None", "writer": "None", "context": "None", "vocabulary": "",
+    "value": f"{_VALUES} {_CALLED}", "factor": _NUMBERS, "basis": "float_tensor", "out": f"None {_PLACES}",
+    "dtype": "None dtype", "every_pass": "True False",
     "total": "True False", "roles": _ROLES, "source_roles": _ROLES, "template": "None", "choices": "None",
 }  # fmt: skip
 # What listens is asked nothing but to listen: what it raises itself is its own, and ends the run.
@@ -121,7 +133,7 @@ def calls() -> dict[str, Call]:
     tokens, held = windows(), {name: getattr(pairs(), name) for name in ("base", "source", "answer", "against", "row")}
     ids = {"ids": np.ones((2, 3), int), "lengths": np.full(2, 3), "cluster": np.arange(2)}
     loaded = dict.fromkeys(("revision", "device", "device_map"), "None") | {"source": "HF_model"}
-    edit = {"source": f"None {_VALUES}", "gain": _VALUES, "alpha": _NUMBERS, "beta": _NUMBERS}
+    edit = {"source": f"None {_VALUES} {_CALLED}", "gain": _VALUES, "alpha": _NUMBERS, "beta": _NUMBERS}
     rows = {"at": "None 3 0 -1 2**70 10**5000 np.int64 range slice bool_tensor", "basis": "None float_tensor"}
     # What gathers is a peer, and a tensor does; a job of no shards has none.
     job = {"folder": f"None {_PLACES}", "every": f"{_NUMBERS} 10**5000 inf", "of": "[] () {} set() empty_array"}
@@ -149,6 +161,18 @@ def calls() -> dict[str, Call]:
         "corpus_dla": Call(
             uw.corpus_dla, {**text, "writer": "L0H0", "erasers": ["L1H0"]}, {"writer": "", "erasers": ""}
         ),
+        "lens": Call(
+            uw.lens, {"lm": lm(), "prompts": IDS[:2]},
+            {"prompts": f"{TAKES['prompts']} {_READ}", "answer": f"None {_TOKENS}", "top": _COUNTS}, long=True,
+        ),
+        "attention": Call(
+            uw.attention, {"lm": lm(), "prompts": IDS[:2], "heads": ["L0H0"]},
+            {"prompts": f"{TAKES['prompts']} {_READ}", "heads": "None"}, long=True,
+        ),
+        "activations": Call(
+            uw.activations, {"lm": lm(), "tokens": IDS[:2], "sites": ["L0H0"]},
+            {"tokens": f"{TAKES['prompts']} {_READ}", "out": f"None Job lying {_PLACES}"}, long=True,
+        ),
         "effects": Call(uw.effects, {**asked, "nodes": ["L0H0"], "at": "all"}),
         "solves": Call(uw.solves, asked),
         "paths": Call(uw.paths, {**asked, "senders": ["L0H0"]}),
@@ -158,6 +182,10 @@ def calls() -> dict[str, Call]:
         ),
         "compare": Call(uw.compare, {**asked, "nodes": ["L0H0"], "methods": ("atp", "exact")}, long=True),
         "agree": Call(uw.agree, {"guess": found("atp"), "exact": found("exact")}),
+        "diff": Call(
+            uw.diff, {"a": found("atp"), "b": found("exact")},
+            {"a": "Result_of_effects", "b": "Result_of_effects", "tokens": "None", "pairs": "None"},
+        ),
         "audit": Call(uw.audit, {**text, "most": 1}, {"prompts": f"None {TAKES['prompts']}"}, long=True),
         "reproduce": Call(
             uw.reproduce, {"weights": lm("reproduce"), "tokens": IDS},
@@ -166,9 +194,11 @@ def calls() -> dict[str, Call]:
         ),
         "doctor": Call(uw.doctor, {"lm": lm(), "n": 2, "length": 4}, {"n": _COUNTS, "writers": "None 3 np.int64"}),
         "trace": Call(traced, {"lm": lm(), "sites": "L0H0"}),
+        "sae": Call(uw.sae, {"path": autoencoder()}, {"path": ""}),
         "trace[]": Call(traced(lm(), "L0H0").__getitem__, {"name": "L0H0"}, {"name": ""}),
         "Edit": Call(uw.Edit, {"site": "L0H0", "source": 0.0}, edit | rows),
         "Edit.set": Call(uw.Edit.set, {"site": "L0H0", "value": 0.0}),
+        "Edit.mean": Call(uw.Edit.mean, {"site": "L0H0"}, {"values": "None"}),
         "Edit.add": Call(uw.Edit.add, {"site": "L0H0", "value": 0.0}),
         "Edit.scale": Call(uw.Edit.scale, {"site": "L0H0", "factor": 0.0}),
         "Edit.project_out": Call(uw.Edit.project_out, {"site": "L0H0", "basis": torch.ones(16)}),
@@ -199,15 +229,16 @@ def calls() -> dict[str, Call]:
 
 NAMES = (
     "load", "planted", "text", "images", "pairs", "read", "scan", "verify", "survival", "dla", "adversarial",
-    "corpus_dla", "effects", "solves", "paths", "bound", "compare", "agree", "audit", "reproduce", "doctor", "trace",
-    "trace[]", "Edit", "Edit.set", "Edit.add", "Edit.scale", "Edit.project_out", "Job", "Rules", "Result", "Result[]",
-    "Result.figure", "Result.grid", "Result.save", "Result.save_table", "Tokens", "Tokens.named",
-    "Tokens.take", "Tokens.spread", "Tokens.check", "Pairs", "Pairs.check", "Pairs.rows", "Pairs.take", "Pairs.split",
-    "Pairs.words", "Pairs.each",
+    "corpus_dla", "lens", "attention", "activations", "effects", "solves", "paths", "bound", "compare", "agree",
+    "diff", "audit", "reproduce", "doctor", "trace", "sae", "trace[]", "Edit", "Edit.set", "Edit.mean", "Edit.add",
+    "Edit.scale", "Edit.project_out", "Job", "Rules", "Result", "Result[]", "Result.figure", "Result.grid",
+    "Result.save", "Result.save_table", "Tokens", "Tokens.named", "Tokens.take", "Tokens.spread", "Tokens.check",
+    "Pairs", "Pairs.check", "Pairs.rows", "Pairs.take", "Pairs.split", "Pairs.words", "Pairs.each",
 )  # fmt: skip
 # What the methods of the library ask of a job; people hand it over.
 NOT_ASKED = {
-    f"Job.{name}" for name in ("begin", "gather", "goes_on", "heard", "signed", "stage", "tick", "together", "unbroken")
+    f"Job.{name}"
+    for name in ("begin", "gather", "goes_on", "heard", "mark", "signed", "stage", "tick", "together", "unbroken")
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 
 from unwrite.errors import NodeError
-from unwrite.nodes import Location, Node, choose, parse_location, parse_node, parse_site, reads
+from unwrite.nodes import Location, Node, choose, parse_location, parse_node, parse_site, parse_sites, reads
 
 NUMBER = st.integers(0, 300)
 NODES = st.one_of(
@@ -248,14 +248,45 @@ def test_a_wrong_name_is_refused_even_beside_good_ones() -> None:
         choose(["L0H0", "L1H"], PARTS)
 
 
-@pytest.mark.parametrize(("name", "one"), [("z", "L2H0.z"), ("pattern", "L2H0.pattern"), ("result", "L2H0")])
-def test_what_holds_all_heads_elsewhere_is_refused_with_the_name_of_one(name: str, one: str) -> None:
-    with pytest.raises(NodeError, match=rf"holds all heads of a layer.*such as {re.escape(one)}\.$"):
-        parse_site(f"blocks.2.attn.hook_{name}")
-    assert str(parse_site(one)) == one
+@pytest.mark.parametrize(
+    ("name", "also", "without"),
+    [
+        ("L2.pattern", "L2H3.pattern", "L1H3.pattern"),
+        ("L2H*.pattern", "L2H3.pattern", "L2H3.z"),
+        ("blocks.2.attn.hook_pattern", "L2H3.pattern", "L2H3.z"),
+        ("blocks.*.attn.hook_result", "L2H3", "L2H3.z"),
+        ("pattern", "L2H3.pattern", "L2H3"),
+        ("L*H0", "L7H0", "L7H1"),
+        ("L*.z", "L2M3.z", "L2H3"),
+        ("L2KV*.k", "L2KV1.k", "L2H1.k"),
+        ("resid_post*", "resid_post2", "resid_mid2"),
+        ("resid_mid", "resid_mid2", "resid_post2"),
+        ("blocks.*.hook_resid_mid", "resid_mid2", "resid_post2"),
+        ("MLP*", "MLP2", "MLP2.act"),
+        ("act", "MLP2.act", "MLP2.act[3]"),
+        ("MLP2.act[*]", "MLP2.act[3]", "MLP3.act[3]"),
+        ("nodes", "L2.bias", "L2.attn_out"),
+        ("heads", "L2M1", "MLP2"),
+        ("(2, *)", "L2H5", "L3H5"),
+    ],
+)
+def test_a_name_of_several_holds_what_it_says(name: str, also: str, without: str) -> None:
+    several = parse_sites(name)
+    assert several is not None
+    assert parse_site(also) in several
+    assert parse_site(without) not in several
+    with pytest.raises(NodeError, match="names several sites"):
+        parse_site(name)
 
 
-def test_a_number_is_no_head() -> None:
-    """2.10 would be 2.1."""
-    with pytest.raises(NodeError, match="not a site"):
-        parse_site(2.1)
+@pytest.mark.parametrize(
+    "name", ["L2H3", "embed", "MLP2", "L2.attn_out", "L2", "L*", "**", "L2H**", "", "L2..z", None, 3]
+)
+def test_any_other_name_holds_nothing(name: object) -> None:
+    assert parse_sites(name) is None
+
+
+def test_writers_are_named_together() -> None:
+    assert [*map(str, choose(["L3H*", "L0.bias"], PARTS))] == ["L0.bias", "L3H0", "L3H1"]
+    with pytest.raises(NodeError, match="no node L12H\\*"):
+        choose(["L12H*"], PARTS)

@@ -726,7 +726,7 @@ def test_a_site_has_one_printed_name(name: object, printed: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["L2H3.w", "L2.q", "MLP2.z", "L2KV1.q", "L2KV1", "resid_mid", "", "out", "resid_mid2.out", 3]
+    "name", ["L2H3.w", "L2.w", "MLP2.z", "L2KV1.q", "L2KV1", "resid_mod", "", "out", "resid_mid2.out", 3]
 )
 def test_what_is_no_site_is_refused(name: object) -> None:
     with pytest.raises(NodeError, match="not a site"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -88,6 +89,26 @@ def test_transformer_lens_sees_the_same_writes_and_states(family: str, seed: int
     for name, state in states.items():
         location = parse_location(name)
         close(cache[f"blocks.{location.layer}.hook_resid_{location.state}"], state)
+
+
+@pytest.mark.promise("others")
+def test_transformer_lens_has_the_same_lenses() -> None:
+    hf = tiny.model("gpt2", 0, attn_implementation="eager", **SETTINGS["gpt2"])
+    lm, bridge = view(hf), bridged(hf)
+    ids = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits, cache = bridge.run_with_cache(ids)
+        states = [f"blocks.{layer}.hook_resid_{part}" for layer in range(len(lm.layers)) for part in ("mid", "post")]
+        streams = torch.stack([cache["blocks.0.hook_resid_pre"], *(cache[name] for name in states)])
+        norm = hf.transformer.ln_f
+        centred = streams - streams.mean(-1, keepdim=True)
+        held = centred / cache["ln_final.hook_scale"] * norm.weight + norm.bias
+        want = {"logit": bridge.unembed(bridge.ln_final(streams)), "frozen": bridge.unembed(held)}
+    for kind, of_kind in want.items():
+        torch.testing.assert_close(of_kind[-1], logits)
+        found = uw.lens(lm, ids, kind, top=lm.vocabulary)
+        got = np.take_along_axis(found["logit"].values, found["id"].values.argsort(-1), -1)
+        np.testing.assert_allclose(got, of_kind.transpose(0, 1), rtol=0, atol=2e-6 * float(of_kind.abs().max()))
 
 
 class Patched(NamedTuple):

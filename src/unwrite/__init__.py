@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from unwrite import errors as errors
     from unwrite import tasks as tasks
+    from unwrite.methods.activations import activations as activations
     from unwrite.methods.adversarial import adversarial as adversarial
     from unwrite.methods.agree import agree as agree
+    from unwrite.methods.attention import attention as attention
     from unwrite.methods.bound import bound as bound
     from unwrite.methods.corpus import corpus_dla as corpus_dla
     from unwrite.methods.dla import dla as dla
     from unwrite.methods.effects import effects as effects
+    from unwrite.methods.lens import lens as lens
     from unwrite.methods.paths import paths as paths
     from unwrite.methods.scan import scan as scan
     from unwrite.methods.solves import solves as solves
@@ -30,10 +33,12 @@ if TYPE_CHECKING:
     from unwrite.result import read as read
     from unwrite.run.backward.rules import Rules as Rules
     from unwrite.run.edit.edits import Edit as Edit
+    from unwrite.run.edit.sae import sae as sae
     from unwrite.run.edit.trace import trace as trace
     from unwrite.run.loop.job import Job as Job
     from unwrite.studies.audit import audit as audit
     from unwrite.studies.compare import compare as compare
+    from unwrite.studies.diff import diff as diff
     from unwrite.studies.doctor import doctor as doctor
     from unwrite.studies.reproduce import reproduce as reproduce
 
@@ -45,22 +50,27 @@ _PUBLIC = {
     "Result": "unwrite.result",
     "Rules": "unwrite.run.backward.rules",
     "Tokens": "unwrite.prompts.tokens",
+    "activations": "unwrite.methods.activations",
     "adversarial": "unwrite.methods.adversarial",
     "agree": "unwrite.methods.agree",
+    "attention": "unwrite.methods.attention",
     "audit": "unwrite.studies.audit",
     "bound": "unwrite.methods.bound",
     "compare": "unwrite.studies.compare",
     "corpus_dla": "unwrite.methods.corpus",
+    "diff": "unwrite.studies.diff",
     "dla": "unwrite.methods.dla",
     "doctor": "unwrite.studies.doctor",
     "effects": "unwrite.methods.effects",
     "images": "unwrite.model.images",
+    "lens": "unwrite.methods.lens",
     "load": "unwrite.model.load",
     "pairs": "unwrite.prompts.pairs",
     "paths": "unwrite.methods.paths",
     "planted": "unwrite.model.planted",
     "read": "unwrite.result",
     "reproduce": "unwrite.studies.reproduce",
+    "sae": "unwrite.run.edit.sae",
     "scan": "unwrite.methods.scan",
     "solves": "unwrite.methods.solves",
     "survival": "unwrite.methods.survival",

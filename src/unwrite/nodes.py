@@ -37,6 +37,15 @@ class Kind:
     receives: bool = False
 
     @cached_property
+    def several(self) -> tuple[re.Pattern[str], ...]:
+        """Everything that is read as several of this kind: a star for a number, no head ("L2.z"), no number ("z")."""
+        forms = [form.pattern.replace(r"(\d+)", r"(\d+|\*)") for form in self.forms]
+        without = [] if self.per == "kv_head" else [re.sub(r"(?<=\))[HM]\(\S+?\)(?=\\\.)", "", forms[0])]
+        bare = re.sub(r"^(L\{layer\}((H|M|KV)\{head\})?|MLP\{layer\}(?=\.))\.?|\{layer\}", "", self.printed)
+        every = (*forms, *without, *([bare] if bare.replace("_", "").isalpha() else []))
+        return tuple(re.compile(form) for form in every)
+
+    @cached_property
     def forms(self) -> tuple[re.Pattern[str], ...]:
         """Everything that is read as a name of this kind, with the numbers of layer and head."""
         printed = re.escape(self.printed).replace(r"\{layer\}", r"(\d+)").replace(r"\{head\}", r"(\d+)")
@@ -46,7 +55,7 @@ class Kind:
 # (2, 3), as tuples are printed; 2.3 and a2.h3, as papers write it.
 _PAIRS = (r"\(\s*(\d+)\s*,\s*(\d+)\s*\)", r"(\d+)\.(\d+)", r"a(\d+)\.h(\d+)")
 # What holds all heads of a layer elsewhere.
-_ALL_HEADS = re.compile(r"blocks\.(\d+)\.attn\.hook_(q|k|v|z|pattern|result)")
+_ALL_HEADS = re.compile(r"blocks\.(\d+|\*)\.attn\.hook_(q|k|v|z|pattern|result)")
 # In the order in which a forward pass reaches them in a layer, which for nodes is that in which they write. In a
 # parallel block the MLP comes when it likes.
 KINDS: dict[str, Kind] = {
@@ -165,6 +174,45 @@ class Site:
         return printed.format(head=self.head)
 
 
+@dataclass(frozen=True)
+class Sites:
+    """Several sites by one name: those of some kinds, in one layer or (None) any, of one head (or neuron) or any."""
+
+    kinds: tuple[str, ...]
+    layer: int | None = None
+    head: int | None = None
+
+    def __contains__(self, one: Node | Site) -> bool:
+        return one.kind in self.kinds and self.layer in (None, one.layer) and self.head in (None, one.head)
+
+
+def parse_sites(name: object) -> Sites | None:
+    """What a name stands for that names several: "L2.pattern" and "L2H*.pattern" (all heads of a layer), "L*H0.z",
+    "resid_post*" and "resid_post", "MLP*", "MLP2.act[*]", "nodes", "heads" and the other GROUPS,
+    "blocks.2.attn.hook_z". None for any other name.
+    """
+    text = _spelled(name).removesuffix(".out")
+    if len(text) > _LONGEST or _found(text, KINDS) is not None:
+        return None
+    if text in GROUPS or text == "nodes":
+        return Sites(GROUPS.get(text) or tuple(kind for kind in KINDS if KINDS[kind].writes))
+    if (elsewhere := _ALL_HEADS.fullmatch(text)) is not None:
+        layer, part = elsewhere.groups()
+        return Sites(("head" if part == "result" else part,), _number(layer))
+    found: dict[tuple[int | None, ...], tuple[str, ...]] = {}
+    for kind in KINDS:
+        if numbers := next((form.groups() for it in KINDS[kind].several if (form := it.fullmatch(text))), None):
+            key = tuple(map(_number, numbers))
+            found[key] = (*found.get(key, ()), kind)
+        elif any(it.fullmatch(text) for it in KINDS[kind].several):
+            found[()] = (*found.get((), ()), kind)
+    return next((Sites(kinds, *numbers) for numbers, kinds in found.items()), None)
+
+
+def _number(text: str) -> int | None:
+    return None if text == "*" else int(text)
+
+
 def parse_node(name: object) -> Node:
     """A `Node` from "L2H3", "(2, 3)", (2, 3), "L2.bias", "MLP2", "blocks.2.hook_mlp_out", "embed" or "pos_embed".
 
@@ -196,10 +244,8 @@ def parse_site(name: object) -> Site:
         return name
     found = _found(name.removesuffix(".out") if isinstance(name, str) else name, KINDS)
     if found is None or (_spelled(name).endswith(".out") and not KINDS[found[0]].writes):
-        if (all_heads := _ALL_HEADS.fullmatch(_spelled(name))) is not None:
-            layer, part = all_heads.groups()
-            one = f"L{layer}H0" + ("" if part == "result" else f".{part}")
-            raise NodeError(f"{name} holds all heads of a layer", expected="a site of one head", fix=f"such as {one}")
+        if parse_sites(name) is not None:
+            raise NodeError(f"{name} names several sites", expected="one, such as L2H0.z")
         raise NodeError(
             "not a site",
             got=shown(name),
@@ -262,12 +308,23 @@ def choose(names: Iterable[object] | Node | None, available: Sequence[Node]) -> 
     if names is None:
         return tuple(available)
     listed = [names] if isinstance(names, (str, Node)) else [*names] if isinstance(names, dict) else names
-    chosen = {parse_node(name) for name in several("nodes are names", listed, "names such as L2H3", NodeError)}
+    each = several("nodes are names", listed, "names such as L2H3, or L2H* for several", NodeError)
+    chosen = {node for name in each for node in _each(name, available)}
     if not chosen:
         raise NodeError("no node was named", expected="at least one node name", fix="leave the argument out for all")
     for node in sorted(chosen - set(available), key=lambda node: node.order):
         raise NodeError(f"this model has no node {node}", expected=_span(available), fix=nearest(node, available))
     return tuple(sorted(chosen, key=lambda node: node.order))
+
+
+def _each(name: object, available: Sequence[Node]) -> Iterable[Node]:
+    """The node of a name, or the nodes. Raises NodeError for a name of several of which there is none."""
+    group = parse_sites(name)
+    if group is None:
+        return [parse_node(name)]
+    if not (found := [node for node in available if node in group]):
+        raise NodeError(f"this model has no node {name}", expected=_span(available), fix=nearest(name, available))
+    return found
 
 
 def require_readers(erasers: tuple[Node, ...], writer: Node, layers: Sequence[int]) -> tuple[Node, ...]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,8 @@ _ROWS = {
     "dla": ("prompt", "node"), "adversarial": ("hit",), "corpus_dla": ("path",), "reproduce": ("claim",),
     "effects": ("pair", "node", "position", "role"), "compare": ("pair", "node", "position", "role"),
     "agree": ("reading", "group"), "paths": ("pair", "sender", "receiver", "role"), "bound": ("pair",),
-    "solves": ("pair",),
+    "lens": ("prompt", "location", "position"), "attention": ("prompt", "head", "query", "key"),
+    "activations": ("prompt", "position"), "solves": ("pair",),
 }  # fmt: skip
 VERSIONS = ("unwrite", "torch", "transformers", "numpy", "xarray")
 # A spreadsheet takes a cell that begins with one of these for a formula, some also the full-width forms.
@@ -41,7 +43,10 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r", "＝", "＋", "－", "＠")
 # A file of a result ends with this and the SHA-256 of all before it, which netCDF readers leave alone: HDF5 looks at
 # its data as it is, and may not come back from a damaged file. An attribute says that the end must be there.
 _SEAL = b"unwrite sha256: "
-_SEALED = "sealed"
+SEALED = "sealed"
+# The same of a file that is too large to be held, and is read where it is looked at.
+_STREAM = b"unwrite stream: "
+_BLOCK = 2**24
 
 # Names on these axes are nothing else, whoever wrote the file.
 _NAMES = {"writer": parse_node, "node": parse_node, "verified": parse_node, "location": parse_location}
@@ -89,10 +94,11 @@ class Result:
 
     def table(self) -> pd.DataFrame:
         """One row per writer (and text), most energy moved first; of a verification one per node, of an attribution one
-        per prompt and node, of effects one per pair, node and position, of a search one per hit.
+        per prompt and node, of effects one per pair, node and position, of a search one per hit, of a lens one per
+        prompt, location and position.
 
-        Columns are the variables with no further axis, and medians of those with quantiles; last kind, layer and head
-        of what the rows name, and tokens. Raises ResultError where there is nothing of such rows.
+        Columns are the variables with no further axis, medians of those with quantiles, the first of those in order;
+        last kind, layer and head of what the rows name, and tokens. Raises ResultError where nothing has such rows.
         """
         rows = self.row_axes
         flat = {name: part.transpose(*rows) for name, part in self.data.items() if set(part.dims) == set(rows)}
@@ -100,6 +106,8 @@ class Result:
             if set(part.dims) == {*rows, "quantile"}:
                 middle = part.sel(quantile=0.5, drop=True)
                 flat[f"{name}_median"] = middle.transpose(*rows)
+            elif set(part.dims) == {*rows, "top"}:
+                flat[str(name)] = part.isel(top=0).transpose(*rows)
         if not flat:
             held = ", ".join(map(str, self.data.data_vars)) or "nothing"
             raise ResultError("nothing here makes a table", got=held, expected=f"variables of {', '.join(rows)}")
@@ -110,7 +118,8 @@ class Result:
     @property
     def row_axes(self) -> list[str]:
         """The axes of the table's rows."""
-        return [axis for axis in _ROWS.get(self.method, ("text", "writer")) if axis in self.data.dims] or ["node"]
+        known = _ROWS.get(self.method) or str(self.data.attrs.get("rows", "text writer")).split()
+        return [axis for axis in known if axis in self.data.dims] or ["node"]
 
     def grid(self, name: str, **chosen: Any) -> xr.DataArray:
         """A variable as [layer, head], or as [layer, position] where it has positions.
@@ -161,7 +170,7 @@ class Result:
         # In memory first: HDF5 may take the process with it where a disk is full.
         file = _file(path)
         try:
-            whole = bytes(self.data.assign_attrs({_SEALED: 1}).to_netcdf(engine="h5netcdf"))
+            whole = bytes(self.data.assign_attrs({SEALED: 1}).to_netcdf(engine="h5netcdf"))
         except ValueError as error:
             raise ResultError("netCDF cannot hold this result", got=error, expected="text without NUL") from None
         sealed = whole + _SEAL + hashlib.sha256(whole).digest()
@@ -204,8 +213,50 @@ def read(path: str | Path) -> Result:
     return Result(data)
 
 
+def layout_of(file: Path, names: Iterable[str]) -> dict[str, int]:
+    """At which byte of a netCDF file each of these variables begins, all of which lie there in one piece."""
+    with h5py.File(file, "r") as opened:
+        return {name: int(opened[name].id.get_offset()) for name in names}  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def seal(file: Path) -> None:
+    """Put an end to a file that was written piece by piece, by which `read` knows it to be whole."""
+    digest = _digest(file, file.stat().st_size)
+    with file.open("ab") as end:
+        end.write(_STREAM + digest)
+        end.flush()
+        os.fsync(end.fileno())
+
+
+def _digest(file: Path, length: int) -> bytes:
+    """SHA-256 of the first bytes of a file."""
+    sha, left = hashlib.sha256(), length
+    with file.open("rb") as opened:
+        while left > 0 and (block := opened.read(min(_BLOCK, left))):
+            sha.update(block)
+            left -= len(block)
+    return sha.digest()
+
+
+def _streamed(file: Path) -> xr.Dataset | None:
+    """What a large file holds, read from it where it is looked at; None for any other file."""
+    length = file.stat().st_size - len(_STREAM) - hashlib.sha256().digest_size
+    with file.open("rb") as opened:
+        opened.seek(max(0, length))
+        end = opened.read()
+    if not end.startswith(_STREAM):
+        return None
+    if end != _STREAM + _digest(file, length):
+        raise ValueError("its bytes are not those that were written")
+    data = xr.open_dataset(file, engine="h5netcdf", decode_timedelta=False)
+    data.attrs.pop(SEALED, None)
+    return data
+
+
 def _opened(file: Path) -> xr.Dataset:
     """All that a file holds, after its end has been found to fit; one of an earlier version has no such end."""
+    if (large := _streamed(file)) is not None:
+        return large
     whole = file.read_bytes()
     end = len(whole) - len(_SEAL) - hashlib.sha256().digest_size
     sealed = whole[max(0, end) :].startswith(_SEAL)
@@ -213,12 +264,12 @@ def _opened(file: Path) -> xr.Dataset:
         raise ValueError("its bytes are not those that were written")
     # What has lost its end is refused before more of it is looked at.
     with h5py.File(io.BytesIO(whole), "r") as opened:
-        if _SEALED in opened.attrs and not sealed:
+        if SEALED in opened.attrs and not sealed:
             raise ValueError("its end is missing, or another program has rewritten it: save it by uw.Result(data).save")
     # Everything is read at once: an open file would fail later, far from here, where it is damaged.
     with xr.open_dataset(io.BytesIO(whole), engine="h5netcdf", decode_timedelta=False) as opened:
         data = opened.load()
-    data.attrs.pop(_SEALED, None)
+    data.attrs.pop(SEALED, None)
     return data
 
 

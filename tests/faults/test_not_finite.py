@@ -83,12 +83,15 @@ SITES: dict[str, Site] = {
     "unembedding of no answer": _unembedding(40),
 }
 # Of these a method's answer is made without that place.
-_NO_LOGITS = {"scan"}
+_NO_LOGITS = {"scan", "attention"}
 # Channels are weighed as the whole unembedding reads them, too.
 _WEIGHED = {"survival", "verify", "verify erasers"}
-_OWN_TOP = {"dla texts", "corpus_dla", "adversarial", "audit", "reproduce"}
+_OWN_TOP = {"dla texts", "lens", "corpus_dla", "adversarial", "audit", "reproduce"}
 _UNREAD: dict[str, set[str]] = {
     "embedding of another prompt's token": {"dla"},
+    "z of L1H0": {"attention"},
+    "attention of the last layer": {"attention"},
+    "the last MLP": {"attention"},
     "final norm": _NO_LOGITS,
     "unembedding of the answer": _NO_LOGITS,
     # The others are asked about two tokens alone.

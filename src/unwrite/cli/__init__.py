@@ -12,8 +12,11 @@ import typer
 
 from unwrite.cli.audit import audit
 from unwrite.cli.doctor import doctor
+from unwrite.cli.look import attention, lens, opened
 from unwrite.cli.options import (
+    COMMON,
     Bos,
+    Common,
     Convention,
     Device,
     DeviceMap,
@@ -35,7 +38,9 @@ from unwrite.cli.options import (
     load_model,
     pairs_in,
     read_text,
+    spread,
 )  # fmt: skip
+from unwrite.cli.patch import bound, diff, paths
 from unwrite.cli.survival import survival
 from unwrite.cli.tasks import solves, tasks
 from unwrite.cli.voice import Voice, event, fail, produce
@@ -137,6 +142,7 @@ def merge(
 
 
 @_command
+@spread
 def verify(
     model: ModelName,
     writer: Annotated[str, typer.Argument(metavar="WRITER", help="One node, such as L0H2.")],
@@ -144,29 +150,22 @@ def verify(
     erasers: Annotated[str | None, typer.Option("--erasers", help="Heads to hide it from, such as L2H3,L2H4.")] = None,
     n: Prompts = 100,
     length: Length = None,
-    bos: Bos = None,
-    out: TableOut = None,
-    every: Every = 30.0,
-    device: Device = None,
-    device_map: DeviceMap = None,
-    dtype: Dtype = None,
-    convention: Convention = "paper",
-    quiet: Quiet = False,
-    as_json: Json = False,
+    common: Common = COMMON,
 ) -> None:
     """What survives of one node's write, and who removes it because of it? By executed runs without the write."""
     from unwrite.methods.verify import verify as run
 
-    lm = load_model(model, device, dtype, convention, device_map)
-    read = partial(read_text, lm, text, n, length, bos)
+    lm = common.load(model)
+    read = partial(read_text, lm, text, n, length, common.bos)
 
     def method(tokens: Tokens, listener: Listener, job: Job) -> Result:
         return run(lm, tokens, writer, listed(erasers), checkpoint=job, listener=listener)
 
-    produce(lm, read, method, out, Voice(quiet, as_json), job_in(out, every))
+    common.produce(lm, read, method)
 
 
 @_command
+@spread
 def dla(
     model: ModelName,
     prompt: Annotated[list[str], typer.Option("--prompt", metavar="TEXT", help="A prompt; several may be given.")],
@@ -183,31 +182,24 @@ def dla(
         list[str], typer.Option("--text", metavar="PATH", help="Other text, for means and invariance.")
     ] = [],  # noqa: B006 - typer copies it
     n: Prompts = 100,
-    bos: Bos = None,
-    out: TableOut = None,
-    every: Every = 30.0,
-    device: Device = None,
-    device_map: DeviceMap = None,
-    dtype: Dtype = None,
-    convention: Convention = "paper",
-    quiet: Quiet = False,
-    as_json: Json = False,
+    common: Common = COMMON,
 ) -> None:
     """What does each node do to a logit difference: four readings, the executed truth, and which to believe."""
     from unwrite.methods.dla import dla as run
     from unwrite.prompts.encode import prompts
 
-    lm = load_model(model, device, dtype, convention, device_map)
-    asked = prompts(prompt, lm.tokenizer, bos)
+    lm = common.load(model)
+    asked = prompts(prompt, lm.tokenizer, common.bos)
 
     def method(_: Tokens, listener: Listener, job: Job) -> Result:
-        texts = read_text(lm, text, n, max(2, asked.length), bos, job) if text else None
+        texts = read_text(lm, text, n, max(2, asked.length), common.bos, job) if text else None
         return run(lm, asked, answer, against, -1, at, replace, texts, total=total, checkpoint=job, listener=listener)
 
-    produce(lm, lambda _: asked, method, out, Voice(quiet, as_json), job_in(out, every))
+    common.produce(lm, lambda _: asked, method)
 
 
 @_command
+@spread
 def effects(
     model: ModelName,
     pairs: Annotated[
@@ -230,28 +222,20 @@ def effects(
     methods: Annotated[
         str, typer.Option("--methods", help="Some of exact, atp, atp*, relp, ig, direct, net.")
     ] = "direct,net,atp,relp,exact",
-    bos: Bos = None,
-    out: TableOut = None,
-    every: Every = 30.0,
-    device: Device = None,
-    device_map: DeviceMap = None,
-    dtype: Dtype = None,
-    convention: Convention = "paper",
-    quiet: Quiet = False,
-    as_json: Json = False,
+    common: Common = COMMON,
 ) -> None:
     """What does each node do when it is set to its value in another prompt: guesses beside the executed truth."""
     from unwrite.nodes import GROUPS
     from unwrite.studies.compare import compare as run
 
-    lm = load_model(model, device, dtype, convention, device_map)
-    asked, names = pairs_in(lm, pairs, task, change, n, seed, bos), nodes if nodes in GROUPS else listed(nodes)
+    lm = common.load(model)
+    asked, names = pairs_in(lm, pairs, task, change, n, seed, common.bos), nodes if nodes in GROUPS else listed(nodes)
     where = at.split(",") if "," in at else at
 
     def method(_: Tokens, listener: Listener, job: Job) -> Result:
         return run(lm, asked, names or nodes, where, methods.split(","), metric, checkpoint=job, listener=listener)
 
-    produce(lm, lambda _: asked.base, method, out, Voice(quiet, as_json), job_in(out, every))
+    common.produce(lm, lambda _: asked.base, method)
 
 
 @_command
@@ -299,6 +283,7 @@ def show(
     writer: Annotated[str | None, typer.Option("--writer", help="Whose; by default the foremost.")] = None,
     of: Annotated[str | None, typer.Option("--of", help="The variable that one of the first four draws.")] = None,
     whole: Annotated[bool, typer.Option("--all", help="Every row of every table, not only the foremost.")] = False,
+    browse: Annotated[bool, typer.Option("--open", help="Open it in the browser: its page, or the picture.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Print a saved result again, or save a picture of it."""
@@ -306,7 +291,9 @@ def show(
     from unwrite.result import read
 
     found = read(folder)
-    if out is not None:
+    if browse:
+        typer.launch(str(opened(found, folder, out, figure, writer, of)))
+    elif out is not None:
         save(found.figure(figure, writer, of), out)
     elif figure or writer or of:
         raise typer.BadParameter("name the file that the picture goes to", param_hint="--out")
@@ -318,6 +305,11 @@ _command(doctor)
 _command(survival)
 _command(solves)
 _command(tasks)
+_command(lens)
+_command(attention)
+_command(paths)
+_command(bound)
+_command(diff)
 
 
 def main() -> None:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from unwrite.cli.voice import JSON
+from unwrite.cli.voice import JSON, Voice, produce
 
 if TYPE_CHECKING:
     from unwrite.model.view import Model
     from unwrite.prompts.pairs import Pairs
     from unwrite.prompts.tokens import Tokens
+    from unwrite.result import Result
     from unwrite.run.loop.job import Job
     from unwrite.run.loop.peers import Ranks
+    from unwrite.run.loop.stream import Listener
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A hub name, a folder of a model, or default.")]
 TextPath = Annotated[
@@ -162,3 +166,47 @@ def seconds_of(budget: str) -> float:
         return seconds("not a time", budget)
     except NumericError as error:
         raise typer.BadParameter(str(error), param_hint="--budget") from None
+
+
+@dataclass(frozen=True)
+class Common:
+    """What every command that asks a model can be told, in one order: how to read, keep, load and say."""
+
+    bos: Bos = None
+    out: TableOut = None
+    every: Every = 30.0
+    device: Device = None
+    device_map: DeviceMap = None
+    dtype: Dtype = None
+    convention: Convention = "paper"
+    quiet: Quiet = False
+    as_json: Json = False
+
+    def load(self, model: str) -> Model:
+        """The model that a command names."""
+        return load_model(model, self.device, self.dtype, self.convention, self.device_map)
+
+    def produce(self, lm: Model, read: Callable[[Job], Any], method: Callable[[Any, Listener, Job], Result]) -> None:
+        """Read and run a method, keep what it finds and say it."""
+        produce(lm, read, method, self.out, Voice(self.quiet, self.as_json), job_in(self.out, self.every))
+
+
+# As of a command that is told nothing.
+COMMON = Common()
+
+
+def spread(body: Callable[..., None]) -> Callable[..., None]:
+    """A command that is told the fields of a `Common`, of which its last parameter is one, one by one."""
+    hints, own = get_type_hints(body, include_extras=True), list(inspect.signature(body).parameters.values())[:-1]
+    of_common, keyword = get_type_hints(Common, include_extras=True), inspect.Parameter.POSITIONAL_OR_KEYWORD
+    more = [inspect.Parameter(part.name, keyword, default=part.default) for part in fields(Common)]
+    whole = [part.replace(annotation={**hints, **of_common}[part.name]) for part in (*own, *more)]
+
+    def told(**given: Any) -> None:
+        common = Common(**{part.name: given.pop(part.name) for part in fields(Common)})
+        body(**given, common=common)
+
+    told.__name__, told.__doc__ = body.__name__, body.__doc__
+    told.__annotations__ = {part.name: part.annotation for part in whole}
+    told.__signature__ = inspect.Signature(whole)  # pyright: ignore[reportFunctionMemberAccess]
+    return told

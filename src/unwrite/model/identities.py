@@ -38,7 +38,7 @@ from unwrite.model.norms import norm_scale
 from unwrite.model.placed import placed
 from unwrite.model.projections import is_sized, projections_in, sizes
 from unwrite.model.single import HALVES
-from unwrite.model.unembedding import before_norm, rows_of, unembedding
+from unwrite.model.unembedding import before_norm, bounded, finished, rows_of, unembedding
 from unwrite.model.values import looked, of_biases, read_by, value_scale, values_of
 from unwrite.model.view import Layer, Model
 from unwrite.model.weights import offloaded, through, weight_of
@@ -117,19 +117,6 @@ def output_of(lm: Model, ids: Ids, mask: Mask | None = None, **more: Any) -> Flo
         return first_of(lm.hf(input_ids=written, use_cache=False, **padded, **more)).to(ids.device)
 
 
-def finished(
-    lm: Model, stream: Float[Tensor, "*rows d_model"], dtype: torch.dtype | None = None
-) -> Float[Tensor, "*rows output"]:
-    """What the model's own final norm, and head if any, make of final streams, given to them in `dtype`, or its own."""
-    normed = through(lm.final_norm, stream.to(dtype or lm.dtype))
-    return _bounded(lm, through(lm.head, normed)) if lm.has_head else normed
-
-
-def _bounded(lm: Model, logits: Tensor) -> Tensor:
-    logits, cap = logits * lm.row.logit_scale(lm.config), lm.row.logit_cap(lm.config)
-    return logits if cap is None else torch.tanh(logits / cap) * cap
-
-
 def _loud(lm: Model, ids: Int[Tensor, "1 position"], stream: Float[Tensor, "position d_model"], dtype: Any) -> float:
     """The same where the unembedding gives so much that a cap is reached, or would be: small logits show none."""
     raw = through(lm.head, through(lm.final_norm, stream.to(dtype)))
@@ -137,7 +124,7 @@ def _loud(lm: Model, ids: Int[Tensor, "1 position"], stream: Float[Tensor, "posi
     louder = 2 * (lm.row.logit_cap(lm.config) or _CAP) / scale
     with hooked([after(lm.head, lambda logits: logits * louder.to(logits))]):
         own = output_of(lm, ids)[0]
-    return relative(_bounded(lm, raw * louder)[None], own)
+    return relative(bounded(lm, raw * louder)[None], own)
 
 
 def _find_by_prompt(lm: Model, calls: Calls, alone: Calls) -> None:
@@ -210,7 +197,7 @@ def _read(lm: Model, stream: Float[Tensor, "row d_model"], logits: _Rows) -> tup
     ids = torch.arange(0, count, -(-count // _ROWS), device=stream.device)
     r, constant = before_norm(lm, *rows_of(weight, bias, ids, lm.compute_dtype))
     scale = norm_scale(stream, lm.final_norm, lm.row.layer_norm)
-    read, own = _bounded(lm, scale[:, None] * (stream @ r.t()) + constant), logits[:, ids].to(stream)
+    read, own = bounded(lm, scale[:, None] * (stream @ r.t()) + constant), logits[:, ids].to(stream)
     return (read - read.mean(-1, keepdim=True))[None], own - own.mean(-1, keepdim=True)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from unwrite.model.fold import gain_of
 from unwrite.model.projections import bias_of, matrix_of
 from unwrite.model.view import Model
-from unwrite.model.weights import weight_of
+from unwrite.model.weights import through, weight_of
 
 
 def unembedding(lm: Model) -> tuple[Float[Tensor, "vocabulary d_model"], Float[Tensor, " vocabulary"] | None]:
@@ -42,3 +42,22 @@ def before_norm(
     if lm.row.layer_norm:
         r = r - r.mean(-1, keepdim=True)
     return r, offset if beta is None else offset + (direction * beta.detach().to(direction)).sum(-1)
+
+
+def finished(
+    lm: Model, stream: Float[Tensor, "*rows d_model"], dtype: torch.dtype | None = None
+) -> Float[Tensor, "*rows output"]:
+    """What the model's own final norm, and head if any, make of final streams, given to them in `dtype`, or its own."""
+    normed = through(lm.final_norm, stream.to(dtype or lm.dtype))
+    return headed(lm, normed) if lm.has_head else normed
+
+
+def headed(lm: Model, normed: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocabulary"]:
+    """The logits that the model returns where its final norm gives this: scaled, and capped where it has a cap."""
+    return bounded(lm, through(lm.head, normed))
+
+
+def bounded(lm: Model, logits: Tensor) -> Tensor:
+    """What the model returns where its unembedding gives these logits."""
+    logits, cap = logits * lm.row.logit_scale(lm.config), lm.row.logit_cap(lm.config)
+    return logits if cap is None else torch.tanh(logits / cap) * cap

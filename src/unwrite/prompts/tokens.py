@@ -259,6 +259,12 @@ def spelled(ids: Iterable[int | np.integer], tokenizer: Any) -> str:
     return plain(text)
 
 
+def words_of(ids: Int[np.ndarray, "..."], tokenizer: Any) -> np.ndarray:
+    """What every id says by itself, as `spelled`; "" for one below 0, which is none."""
+    known = {int(i): spelled([i], tokenizer) if i >= 0 else "" for i in np.unique(ids)}
+    return np.array([known[i] for i in ids.ravel().tolist()], dtype=object).reshape(ids.shape)
+
+
 def _means(text: str, token: int, tokenizer: Any) -> bool:
     """Is a text this token and no other, read as text and as the vocabulary's own spelling? So no two share a name."""
     return bare(text, tokenizer) == [token] and spells(text, tokenizer) in (None, token)

@@ -13,14 +13,14 @@ import xarray as xr
 
 from unwrite.errors import ResultError, plain
 from unwrite.report import alerts as careful
-from unwrite.report import audited, believed, found, patched, survived, verdict, verified
+from unwrite.report import audited, believed, found, looked, patched, survived, verdict, verified
 from unwrite.report.alerts import Alert
 from unwrite.report.columns import Column, Line, Listing, listed
 from unwrite.report.scanned import HEADER, disagreements, folded_line, rows, soundness, texts
 from unwrite.result import Result
 
 _Parts = Iterator[Line | Listing]
-_TURNS, _NAMED = 12, 12
+_TURNS, _NAMED, _LOOKED = 12, 12, 24
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,20 @@ def _patched(result: Result) -> _Parts:
         yield Listing("how estimates agree with what was executed", patched.AGREEMENT, lines, data, None)
 
 
+def _by_prompt(
+    header: Iterable[Column],
+    lines: Callable[[xr.Dataset], Iterator[tuple[str, list[tuple[str, ...]]]]],
+    foremost: Callable[[xr.Dataset], Iterable[int]],
+) -> Any:
+    """A table for each of the first prompts."""
+
+    def parts(result: Result) -> _Parts:
+        for title, rows_ in lines(result.data):
+            yield Listing(title, header, rows_, result.data, foremost(result.data))
+
+    return parts
+
+
 def _judged(result: Result) -> str:
     return result.data.attrs.get("verdict") or verdict.of_audit(result)
 
@@ -163,6 +177,14 @@ VIEWS: dict[str, MethodView] = {
         _judged, _audit, 1, picture="levels", small="fig1", of=("removed_end",), full=1.0, matrix="removed_acts",
         alerts=(careful.sample, careful.reading, careful.writers, careful.attribution),
         claims=verdict.claims_of_audit,
+    ),
+    "lens": MethodView(
+        looked.first_choice, _by_prompt(looked.LENS, looked.lenses, lambda data: looked.foremost(data, _LOOKED)),
+        of=("followed_prob",),
+    ),
+    "attention": MethodView(
+        looked.looks_most, _by_prompt(looked.ATTENTION, looked.looks, lambda _: range(_LOOKED)), picture="attention",
+        of=("weight",),
     ),
     "effects": _EFFECTS,
     "compare": _EFFECTS,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from unwrite.errors import NumericError, several, shown
+from unwrite.errors import ModelError, NumericError, several, shown
 from unwrite.methods.agree import agree
 from unwrite.methods.effects import METHODS, effects
 from unwrite.model.load import provenance
@@ -48,6 +48,11 @@ def compare(
 
     Example: `uw.compare(lm, pairs, "mlp_out").table()`
     """
+    if isinstance(lm, Result) or isinstance(pairs, Model):
+        raise ModelError(
+            "estimators of one model are compared here", got=f"{shown(lm)} and {shown(pairs)}",
+            expected="a model and pairs", fix="two results, or two models, are put side by side by uw.diff",
+        )  # fmt: skip
     expected = f"some of {', '.join(METHODS)}"
     methods = several("methods are names of estimators", methods, expected, NumericError)
     if not methods or not all(isinstance(name, str) and name in METHODS for name in methods):

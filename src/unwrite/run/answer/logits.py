@@ -16,9 +16,9 @@ from torch import Tensor
 
 from unwrite.model.norms import norm_scale
 from unwrite.model.projections import sizes
-from unwrite.model.unembedding import before_norm, rows_of, unembedding
-from unwrite.model.view import Model
-from unwrite.model.weights import through
+from unwrite.model.unembedding import before_norm, finished, headed, rows_of, unembedding
+from unwrite.model.view import Model, gain_of
+from unwrite.model.weights import through, weight_of
 
 _CHUNK = 2**24
 
@@ -83,11 +83,32 @@ def capped(lm: Model, question: Question, stream: Float[Tensor, "*rows d_model"]
 
 
 @torch.no_grad()
+def vocabulary(
+    lm: Model, stream: Float[Tensor, "*rows d_model"], end: Float[Tensor, "*rows d_model"] | None = None
+) -> Float[Tensor, "*rows vocabulary"]:
+    """Every token's logit as the model's own last steps make it of streams, after a soft-cap where there is one.
+
+    With `end`, the final streams of these rows, the final norm's scale is theirs: held, and not that of each stream.
+    """
+    if end is None:
+        return finished(lm, stream)
+    gain, beta = gain_of(lm.final_norm, lm), weight_of(lm.final_norm, "bias")
+    seen = stream - stream.mean(-1, keepdim=True) if lm.row.layer_norm else stream
+    normed = seen * norm_scale(end, lm.final_norm, lm.row.layer_norm)[..., None]
+    normed = normed if gain is None else normed * gain
+    return headed(lm, (normed if beta is None else normed + beta.detach().to(normed)).to(lm.dtype))
+
+
+def at_once(lm: Model) -> int:
+    """Rows whose logits of the whole vocabulary are held at once."""
+    return max(1, _CHUNK // sizes(lm.head)[1])
+
+
+@torch.no_grad()
 def top_two(lm: Model, stream: Float[Tensor, "*rows d_model"]) -> Question:
     """The model's own two highest logits at every row: the highest against the second."""
     head, flat = lm.head, stream.flatten(0, -2)
-    step = max(1, _CHUNK // sizes(head)[1])
-    found = [through(head, normed(lm, part.to(lm.dtype))).topk(2).indices for part in flat.split(step)]
+    found = [through(head, normed(lm, part.to(lm.dtype))).topk(2).indices for part in flat.split(at_once(lm))]
     first, second = torch.cat(found).unflatten(0, stream.shape[:-1]).unbind(-1)
     return Question(first, second)
 

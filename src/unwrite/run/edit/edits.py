@@ -7,7 +7,8 @@ x is what is at a site, P keeps what lies in a subspace (all of it unless a basi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from numbers import Integral
 from typing import Any
@@ -18,9 +19,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from unwrite.errors import NodeError, finite, several, shown
-from unwrite.nodes import Site, parse_site
+from unwrite.nodes import Site, parse_site, parse_sites
+from unwrite.run.edit.sae import Sae
 
 Number = float | int
+Made = Callable[[Tensor], Any]
 Where = int | Sequence[int] | slice | Tensor | np.ndarray | None
 
 
@@ -28,15 +31,17 @@ Where = int | Sequence[int] | slice | Tensor | np.ndarray | None
 class Edit:
     """One change of what is at a site: x' = x + gain · P(alpha · source + beta · x). Given to `uw.trace`.
 
-    Arguments: `site` a name ("L2H3.z", "resid_mid2", …); `source` a number, a vector [d] for every row, or a tensor of
-    the site's own shape [prompt, position, d], such as one that another trace recorded (with `at`, also only the
-    chosen positions [prompt, chosen, d], or [prompt, d] for one); `basis` one vector [d] or several [direction, d]
-    that span what P keeps; `gain` as `source`, or [prompt, position]; `at` the rows: a position, several in increasing
-    order, a slice, a mask [prompt, position], or for each prompt a row of its own, or several in increasing order, as a
-    tensor or array of integers [prompt] or [prompt, chosen] (such as `pairs.roles["S2"]`; sources as for positions
-    named one by one). Positions count from the start of the text also where a pass, in
-    `generate`, brings only its newest token; negative ones count from the end of the text at each pass. The rows of a
-    pattern are queries. Any tensor may require a gradient.
+    Arguments: `site` a name ("L2H3.z", "resid_mid2", …), or one of several, each of which is edited ("L2.z": all heads
+    of a layer, "resid_post*", …); `source` a number, a vector [d] for every row, a tensor of the site's own shape
+    [prompt, position, d], such as one that another trace recorded (with `at`, also only the chosen positions [prompt,
+    chosen, d], or [prompt, d] for one; for several sites, theirs as a trace stacks them), or a function of what is
+    there at the chosen rows [prompt, chosen, d] (of a mask [row, d]) that gives a number or as many; `basis` one vector
+    [d] or several [direction, d] that span what P keeps, or an autoencoder of `uw.sae`: its features then take the
+    place of x, and its decoder that of P; `gain` as `source` but no function, or [prompt, position]; `at` the rows: a
+    position, several in increasing order, a slice, a mask [prompt, position], or for each prompt a row of its own, or
+    several in increasing order, as integers [prompt] or [prompt, chosen] (such as `pairs.roles["S2"]`). Positions count
+    from the start of the text also where a pass, in `generate`, brings only its newest token; negative ones count from
+    the end of the text at each pass. The rows of a pattern are queries. Any tensor may require a gradient.
     Raises NodeError for a name, a basis or positions that mean nothing.
 
     Example: `uw.Edit("L2H3", source=v, alpha=1.0, gain=0.5, at=-1)`; most are said shorter by `set`, `add`, `scale` and
@@ -44,33 +49,52 @@ class Edit:
     """
 
     site: Any
-    source: Tensor | Number | None = None
+    source: Tensor | Number | Made | None = None
     alpha: Number = 0.0
     beta: Number = 0.0
-    basis: Tensor | None = None
+    basis: Tensor | Sae | None = None
     gain: Tensor | Number = 1.0
     at: Where = None
 
     def __post_init__(self) -> None:
-        parse_site(self.site)
+        if parse_sites(self.site) is None:
+            parse_site(self.site)
         for name in ("alpha", "beta"):
             finite(f"{name} is a factor", getattr(self, name))
         for name in ("source", "gain"):
             _check_value(name, getattr(self, name))
         if self.alpha != 0 and self.source is None:
             raise NodeError(f"the edit of {self.site} has no source", fix="give `source`, or leave `alpha` at 0")
-        if self.basis is not None:
+        if self.basis is not None and not isinstance(self.basis, Sae):
             _orthonormal(self.basis)
         _check_rows(self)
 
     @classmethod
-    def set(cls, site: Any, value: Tensor | Number, **rest: Any) -> Edit:
-        """Put `value` in place of what is there: (α, β) = (1, −1). With `basis`, only its part in the subspace.
+    def set(cls, site: Any, value: Tensor | Number | Made, **rest: Any) -> Edit:
+        """Put `value`, or what it makes of what is there, in its place: (α, β) = (1, −1). With `basis`, only its part
+        in the subspace.
 
         Example: `uw.Edit.set("L2H3.z", clean["L2H3.z"], at=-1)` patches in what another trace recorded;
-        `uw.Edit.set("MLP2", 0.0)` removes what the node writes.
+        `uw.Edit.set("MLP2", 0.0)` removes what the node writes; `uw.Edit.set("MLP2", torch.relu)`.
         """
         return cls(site, value, 1.0, -1.0, **rest)
+
+    @classmethod
+    def mean(cls, site: Any, values: Tensor | None = None, **rest: Any) -> Edit:
+        """Put a mean in place of what is there: of `values` [prompt, position, d] as a trace recorded them (for several
+        sites as it stacks them) over prompts and positions, or without them of what the pass itself has at the edited
+        rows.
+
+        Example: `uw.Edit.mean("L2.z", clean["L2.z"])` silences a layer's heads at what they are on average.
+        """
+        if values is None:
+            return cls.set(site, _mean_of_rows, **rest)
+        if not isinstance(values, Tensor) or values.dim() not in (3, 4):
+            raise NodeError("a mean is of recorded values", got=shown(values), expected="[prompt, position, d]")
+        _check_value("values", values)
+        exact = values.to(torch.promote_types(values.dtype, torch.float32))
+        mean = exact.mean((0, 1)) if values.dim() == 3 else exact.mean((0, 2), keepdim=True)
+        return cls.set(site, mean, **rest)
 
     @classmethod
     def add(cls, site: Any, value: Tensor | Number, **rest: Any) -> Edit:
@@ -93,13 +117,29 @@ class Edit:
         return cls(site, None, 0.0, -1.0, basis, **rest)
 
 
+def of_one(edit: Edit, i: int, count: int) -> Edit:
+    """Of an edit of several sites the edit of the i-th. Raises NodeError for values of another number of sites."""
+    source = edit.source
+    if not isinstance(source, Tensor) or source.dim() != 4:
+        return edit
+    if source.shape[1] != count:
+        what = f"the source of the edit of {edit.site} is of other sites"
+        raise NodeError(what, got=source.shape[1], expected=count)
+    own = source[:, i]
+    return replace(edit, source=own[0, 0] if own.shape[:2] == (1, 1) else own)
+
+
+def _mean_of_rows(x: Tensor) -> Tensor:
+    return x.mean(tuple(range(x.dim() - 1)), keepdim=True).expand_as(x)
+
+
 def _check_value(name: str, value: Any) -> None:
     if isinstance(value, Tensor):
         plain = value.layout is torch.strided and not (value.is_meta or value.is_complex() or value.dtype == torch.bool)
         if not plain:
             got = f"{shown(value)} on {value.device.type}"
             raise NodeError(f"{name} is no value", got=got, expected="a tensor of real numbers, or one number")
-    elif not (name == "source" and value is None):
+    elif not (name == "source" and (value is None or callable(value))):
         finite(f"{name} is neither a number nor a tensor", value)
 
 
@@ -188,14 +228,21 @@ class Pending:
         if _own_rows(self.edit.at):
             self.missing = {int(row) for row in np.unique(np.asarray(torch.as_tensor(self.edit.at).cpu()))}
 
-    def of(self, x: Tensor, total: int) -> Tensor:
-        """x' of x [prompt, position, d], whose last row is at position total − 1; x itself if no row is edited."""
+    def of(self, x: Tensor, total: int, read: Tensor | None = None) -> Tensor:
+        """x' of x [prompt, position, d], whose last row is at position total − 1; x itself if no row is edited.
+
+        `read` is what a transcoder reads there, in place of x.
+        """
         self.reached = True
         rows = self._rows(x, max(0, total - x.shape[1]), total)
         if rows is None:
             return x
         self.touched = True
-        new = _formula(self.edit, x[rows.index], lambda name, value: self._fitted(name, value, x, rows))
+        basis = self.edit.basis
+        # What an autoencoder is edited in: its features.
+        seen = basis.encode(_exact(x if read is None else read)) if isinstance(basis, Sae) else x
+        fitted = partial(self._fitted, x=x, seen=seen, rows=rows)
+        new = _formula(self.edit, x[rows.index], seen[rows.index], fitted)
         if self.edit.at is None:
             return new
         out = x.clone()
@@ -256,14 +303,16 @@ class Pending:
         full[:, : mask.shape[1]] = mask
         return full[:, offset:].to(x.device)
 
-    def _fitted(self, name: str, value: Any, x: Tensor, rows: _Rows) -> Any:
+    def _fitted(self, name: str, value: Any, x: Tensor, seen: Tensor, rows: _Rows) -> Any:
         """A source or gain as it goes with the chosen rows of x. Raises NodeError for any shape but those allowed."""
+        if callable(value) and not isinstance(value, Tensor):
+            return self._made(value(seen[rows.index]), seen[rows.index])
         if not isinstance(value, Tensor):
             return value
         value = value.to(x.device)
         if value.dim() == 0:
             return value
-        fits = self._fits(name, value, x, rows)
+        fits = self._fits(name, value, seen if name == "source" else x, rows)
         if tuple(value.shape) in fits:
             return fits[tuple(value.shape)]()
         raise NodeError(
@@ -271,6 +320,16 @@ class Pending:
             got=list(value.shape),
             expected=" or ".join(["a number", *(str(list(shape)) for shape in fits)]),
         )
+
+    def _made(self, value: Any, seen: Tensor) -> Any:
+        """What a function gave. Raises NodeError for anything but a number, or as many as it was given."""
+        fits = isinstance(value, Tensor) and value.shape == seen.shape
+        if not fits and (isinstance(value, bool) or not isinstance(value, Number)):
+            expected = f"a number, or a tensor {list(seen.shape)}"
+            raise NodeError(
+                f"the function of the edit of {self.site} gave another thing", got=shown(value), expected=expected
+            )
+        return value.to(seen.device) if isinstance(value, Tensor) else value
 
     def _fits(self, name: str, value: Tensor, x: Tensor, rows: _Rows) -> dict[tuple[int, ...], Callable[[], Tensor]]:
         """The shapes that go with the chosen rows of x, and how each does; of two that are alike the later one."""
@@ -292,11 +351,18 @@ class Pending:
         return fits
 
 
-def _formula(edit: Edit, x: Tensor, fitted: Callable[[str, Any], Any]) -> Tensor:
+def _exact(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _formula(edit: Edit, x: Tensor, seen: Tensor, fitted: Callable[[str, Any], Any]) -> Tensor:
     # In half precision 1 + g·β and a projection lose more than the result does.
     exact = torch.promote_types(x.dtype, torch.float32)
     old, gain = x.to(exact), fitted("gain", edit.gain)
     source = None if edit.alpha == 0 else fitted("source", edit.source)
+    if isinstance(edit.basis, Sae):
+        given = torch.zeros_like(seen) if source is None else torch.zeros_like(seen) + source * edit.alpha
+        return (old + gain * edit.basis.decode(given + seen * edit.beta)).to(x.dtype)
     if edit.basis is None:
         keep, give = 1 + gain * edit.beta, None if source is None else source * (gain * edit.alpha)
         # An infinite x times 0 is not 0: what is replaced is not looked at.

@@ -24,7 +24,7 @@ from unwrite.model.inside import find
 from unwrite.model.norms import norm_scale
 from unwrite.model.projections import sizes
 from unwrite.model.view import Layer, Model
-from unwrite.nodes import KINDS, MLPS, PROJECTED, Location, Site, nearest, parse_site
+from unwrite.nodes import KINDS, MLPS, PROJECTED, Location, Site, nearest, parse_site, parse_sites
 from unwrite.run.edit.place import Inner, Pass, Place, View, by_row
 
 
@@ -36,17 +36,29 @@ def named(lm: Model, name: object) -> Site:
         raise NodeError(str(error), fix=nearest(name, _sites(lm))) from None
 
 
+def all_named(lm: Model, name: object) -> tuple[Site, ...]:
+    """The site called `name`, or where it names several ("L2.pattern", "resid_post*", "heads") those of this model.
+
+    They come in the order in which a pass reaches them. Raises NodeError as `named`, and where there is none of them.
+    """
+    if (group := parse_sites(name)) is None:
+        return (named(lm, name),)
+    every_ = [site for kind in group.kinds for site in every(lm, kind) if site in group]
+    found = [site for site in every_ if _refusal(lm, site) is None]
+    if not found:
+        why = next((_refusal(lm, site) for site in every_), f"layers 0 to {len(lm.layers) - 1}, of what they have")
+        raise NodeError(f"this model ({lm.family}) has no site {name}", expected=why, fix=nearest(name, _sites(lm)))
+    return tuple(sorted(found, key=lambda site: site.order))
+
+
 def place(lm: Model, site: Site, edited: bool = False) -> Place:
     """Where a site is in this model. Raises NodeError, with the nearest names, if it has none or it is not editable."""
     if (why := _refusal(lm, site)) is not None:
         raise NodeError(f"this model ({lm.family}) has no site {site}", expected=why, fix=nearest(site, _sites(lm)))
     found = _FINDERS[site.kind](lm, site)
     if edited and not found.editable:
-        fix = (
-            f"edit L{site.layer}KV{_group(lm, site)}.{site.kind}, which its group shares"
-            if site.kind in ("k", "v")
-            else None
-        )
+        in_group = site.kind in ("k", "v")
+        fix = f"edit L{site.layer}KV{_group(lm, site)}.{site.kind}, which its group shares" if in_group else None
         raise NodeError(f"{site} can be read and not edited: no module of {lm.family} shows it by itself", fix=fix)
     return found
 

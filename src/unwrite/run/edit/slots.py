@@ -31,7 +31,7 @@ from unwrite.model.softmax import per_query_head
 from unwrite.model.view import Model
 from unwrite.nodes import GROUPS, KINDS, Site
 from unwrite.run.edit.place import Inner, Place, as_one
-from unwrite.run.edit.sites import every, named, place, unit_of
+from unwrite.run.edit.sites import all_named, every, place, unit_of
 
 # What the scores of attention are made of: where its pattern is held, they do nothing.
 SCORED = ("q", "k", "shared_k")
@@ -111,7 +111,7 @@ def slots(lm: Model, nodes: str | Iterable[str]) -> tuple[Slot, ...]:
             raise NodeError(f"this model ({lm.family}) has no {nodes} that can be patched", got="a mixture of experts")
     else:
         listed = [nodes] if isinstance(nodes, str) else several("nodes are names", nodes, expected, NodeError)
-        sites = [named(lm, name) for name in listed]
+        sites = [site for name in listed for site in all_named(lm, name)]
         if not sites:
             raise NodeError("no node was named", expected=expected)
     return tuple(

@@ -13,19 +13,22 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
-from unwrite.errors import ModelError, NodeError, several, shown
+from unwrite.errors import ModelError, NodeError, require, several, shown
 from unwrite.model.attention import Attend, Attended, around_attention, implementation
-from unwrite.model.capture import uncompiled
+from unwrite.model.capture import evaluating, uncompiled
 from unwrite.model.hooks import Call, Handle, Point, called, ended, given, hooked, listeners, visited
+from unwrite.model.placed import decode
 from unwrite.model.softmax import per_query_head
 from unwrite.model.view import Model, require_model
 from unwrite.model.weights import followed
-from unwrite.nodes import Site, nearest, parse_site
-from unwrite.run.edit.edits import Edit, Pending
-from unwrite.run.edit.place import Inner, Pass, Place
-from unwrite.run.edit.sites import named, place
+from unwrite.nodes import MLPS, Site, nearest, parse_site, parse_sites
+from unwrite.run.edit.edits import Edit, Pending, of_one
+from unwrite.run.edit.place import Inner, Pass, Place, by_row
+from unwrite.run.edit.sae import Sae
+from unwrite.run.edit.sites import all_named, place
 
 _EDITS = "uw.Edit, or several"
 
@@ -38,28 +41,56 @@ class Trace:
     _run: _Run
 
     def __getitem__(self, name: object) -> Tensor:
-        """The tensor at a site that was asked for. Raises NodeError for another, or where no pass has reached it."""
-        site = parse_site(name)
-        if site not in self.sites:
-            raise NodeError(
-                f"{site} was not asked for",
-                expected=", ".join(map(str, self.sites)) or "a site named in `uw.trace`",
-                fix=nearest(site, self.sites),
-            )
-        if site not in self._run.values:
-            none = "no forward pass has run inside the `with`"
-            raise NodeError(
-                f"nothing was recorded at {site}",
-                got="a forward pass that did not reach it" if self._run.passes else none,
-            )
-        return self._run.values[site]
+        """The tensor at a site that was asked for; of a name of several ("L2.pattern") theirs, stacked as axis 1.
+
+        Raises NodeError for another, where no pass has reached it, and for several that differ in shape.
+        """
+        return self._in(self._run.values, name)
+
+    def passes(self, name: object) -> tuple[Tensor, ...]:
+        """The same of every forward pass that has reached the site, for a trace that was told `every_pass`.
+
+        In `generate`, `torch.cat(t.passes("resid_post2"), 1)` is all positions of the text. Raises NodeError as above.
+        """
+        if not self._run.every_pass:
+            raise NodeError("only the latest pass was kept", expected="uw.trace(…, every_pass=True)")
+        self[name]
+        sites = self._asked(name)
+        return tuple(self._in(one, name) for one in self._run.history if all(site in one for site in sites))
+
+    def _asked(self, name: object) -> tuple[Site, ...]:
+        several = parse_sites(name) is not None
+        sites = all_named(self._run.lm, name) if several else (parse_site(name),)
+        for site in sites:
+            if site not in self.sites:
+                raise NodeError(
+                    f"{site} was not asked for",
+                    expected=", ".join(map(str, self.sites)) or "a site named in `uw.trace`",
+                    fix=nearest(site, self.sites),
+                )
+        return sites
+
+    def _in(self, values: Mapping[Site, Tensor], name: object) -> Tensor:
+        sites = self._asked(name)
+        for site in sites:
+            if site not in values:
+                none = "no forward pass has run inside the `with`"
+                raise NodeError(
+                    f"nothing was recorded at {site}",
+                    got="a forward pass that did not reach it" if self._run.passes else none,
+                )
+        if parse_sites(name) is None:
+            return values[sites[0]]
+        if len({values[site].shape for site in sites}) > 1:
+            raise NodeError(f"the sites of {name} differ in shape", fix=f"ask for them one by one, as {sites[0]}")
+        return torch.stack([values[site].to(self._run.lm.device) for site in sites], 1)
 
     def __repr__(self) -> str:
         return f"Trace({', '.join(map(str, self.sites))}; {self._run.passes} forward passes)"
 
 
 @contextmanager
-def trace(lm: Model, *sites: object, edits: Sequence[Edit] | Edit = ()) -> Iterator[Trace]:
+def trace(lm: Model, *sites: object, edits: Sequence[Edit] | Edit = (), every_pass: bool = False) -> Iterator[Trace]:
     """Inside the `with`, every forward pass of `lm.hf` or `lm.decoder` is edited, and `t[site]` holds what it used.
 
     x' = x + g · P(α · source + β · x) at each edited site (see `uw.Edit`); edits of one site are applied in the order
@@ -79,9 +110,13 @@ def trace(lm: Model, *sites: object, edits: Sequence[Edit] | Edit = ()) -> Itera
     multiply all that they give, writes (also "L2.attn_out") are given, and edited, as they arrive at the end, states as
     the model has them there: the nodes that a state holds add up to `lm.to_end(location)` times it. With a cache, a
     pass brings only its new positions; keys and values are all that attention sees.
+    A name may stand for several: "L2.pattern" and "L2H*.pattern" (all heads of a layer), "L*.z", "L*H0", "resid_post*",
+    "MLP*", "nodes", "heads" and the other kinds of `uw.effects`; `t["L2.pattern"]` is theirs, stacked as axis 1:
+    [prompt, head, query, key].
     Gradients flow through recorded tensors and edits wherever autograd is on: `t[site].grad` is there after `backward`.
 
-    Arguments: `lm` a model; `sites` their names; `edits` one `Edit` or several. Yields a `Trace`.
+    Arguments: `lm` a model; `sites` their names; `edits` one `Edit` or several; with `every_pass`, what every pass has
+    shown stays, and not that of the latest alone (`t.passes(site)`; in `generate` there are many). Yields a `Trace`.
     Raises NodeError for an unknown site, one that this model does not have or that cannot be edited, a value of another
     shape, and, at the end of the `with`, an edit that touched nothing; ModelError for a model that is already traced,
     and where dropout or gradient checkpointing would make what is recorded untrue.
@@ -91,7 +126,8 @@ def trace(lm: Model, *sites: object, edits: Sequence[Edit] | Edit = ()) -> Itera
     require_model(lm)
     _require_free(lm)
     edits = [edits] if isinstance(edits, Edit) else several("these are no edits", edits, _EDITS, NodeError)
-    run = _Run(lm, _wanted(lm, sites), _grouped(lm, edits))
+    require(isinstance(every_pass, bool), NodeError, "every_pass is a yes or no", every_pass, "True or False")
+    run = _Run(lm, _wanted(lm, sites), _grouped(lm, edits), every_pass)
     with ExitStack() as stack:
         stack.enter_context(uncompiled(lm.hf))
         stack.enter_context(followed(lm.hf))
@@ -105,8 +141,16 @@ def trace(lm: Model, *sites: object, edits: Sequence[Edit] | Edit = ()) -> Itera
         pending.require()
 
 
+@torch.no_grad()
+def recorded(lm: Model, ids: Int[Tensor, "prompt position"], sites: Sequence[object]) -> Trace:
+    """What is at these sites in one pass over left-aligned prompts, which computes no logits."""
+    with evaluating(lm.hf), trace(lm, *sites) as found:
+        decode(lm, ids, use_cache=False)
+    return found
+
+
 def _wanted(lm: Model, sites: Sequence[object]) -> dict[Site, Place]:
-    return {site: place(lm, site) for site in (named(lm, name) for name in sites)}
+    return {site: place(lm, site) for name in sites for site in all_named(lm, name)}
 
 
 def _grouped(lm: Model, edits: Sequence[Edit]) -> dict[Site, list[Pending]]:
@@ -114,9 +158,11 @@ def _grouped(lm: Model, edits: Sequence[Edit]) -> dict[Site, list[Pending]]:
     for edit in edits:
         if not isinstance(edit, Edit):
             raise NodeError("this is no edit", got=shown(edit), expected=_EDITS)
-        site = parse_site(edit.site)
-        place(lm, site, edited=True)
-        grouped.setdefault(site, []).append(Pending(edit, site))
+        sites = all_named(lm, edit.site)
+        for i, site in enumerate(sites):
+            place(lm, site, edited=True)
+            own = edit if parse_sites(edit.site) is None else of_one(edit, i, len(sites))
+            grouped.setdefault(site, []).append(Pending(own, site))
     return grouped
 
 
@@ -127,20 +173,28 @@ class _Run:
     lm: Model
     wanted: dict[Site, Place]
     edits: dict[Site, list[Pending]]
-    values: dict[Site, Tensor] = field(default_factory=dict)
+    every_pass: bool = False
+    history: list[dict[Site, Tensor]] = field(default_factory=lambda: [{}])
     passes: int = 0
     now: Pass | None = None
     places: dict[Site, Place] = field(init=False)
     at: dict[Point | Inner, list[Site]] = field(init=False)
     keep: set[Point] = field(init=False)
+    reads: dict[Site, Point] = field(init=False)
 
     def __post_init__(self) -> None:
         edited = {site: place(self.lm, site) for site in self.edits}
         self.places = dict(sorted((self.wanted | edited).items(), key=lambda item: item[0].order))
-        self.keep = {point for found in self.places.values() for point in found.keep}
+        self.reads = {site: _read_by(self.lm, site) for site, own in self.edits.items() if any(map(_transcodes, own))}
+        self.keep = {point for found in self.places.values() for point in found.keep} | {*self.reads.values()}
         self.at = {point: [] for point in self.keep}
         for site, found in self.places.items():
             self.at.setdefault(found.point, []).append(site)
+
+    @property
+    def values(self) -> dict[Site, Tensor]:
+        """What the latest pass has shown."""
+        return self.history[-1]
 
     @property
     def pending(self) -> list[Pending]:
@@ -148,11 +202,11 @@ class _Run:
         return [pending for waiting in self.edits.values() for pending in waiting]
 
     def begin(self, call: Call) -> None:
-        """A forward pass starts: what the last one showed is gone."""
+        """A forward pass starts: what the last one showed is gone, unless every pass is kept."""
         args, kwargs = call
         _require_plain(self)
         _require_itself(self.lm, kwargs)
-        self.values.clear()
+        self.history = [*(self.history if self.every_pass and self.passes else ()), {}]
         self.passes += 1
         given = next(
             (part for part in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if part is not None),
@@ -188,7 +242,8 @@ class _Run:
         found = self.places[site]
         x = new = found.read(tensor, now)
         for pending in self.edits.get(site, ()):
-            new = pending.of(new, now.past + now.positions)
+            read = now.kept[self.reads[site]] if _transcodes(pending) else None
+            new = pending.of(new, now.past + now.positions, None if read is None else by_row(read, now.prompts))
         changed = new is not x
         if site in self.wanted:
             # What the model goes on with is made from what is recorded, so that gradients arrive there.
@@ -218,6 +273,17 @@ class _Run:
         sites = [site for kind in ("k", "v") for site in self.at.get(Inner(layer, kind), ())]
         follows = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
         return any(follows or site in self.edits for site in sites)
+
+
+def _transcodes(pending: Pending) -> bool:
+    return isinstance(pending.edit.basis, Sae) and pending.edit.basis.transcodes
+
+
+def _read_by(lm: Model, site: Site) -> Point:
+    """Where is seen what a transcoder of a site reads? Raises NodeError for what is no MLP."""
+    if site.node is None or site.node.kind not in MLPS:
+        raise NodeError("a transcoder writes what an MLP does", got=str(site), expected="a site such as MLP2")
+    return Point(lm.layers[site.layer].modules[site.kind], before=True)
 
 
 def _opened(run: _Run) -> Iterator[AbstractContextManager[None]]:

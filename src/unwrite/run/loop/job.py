@@ -190,6 +190,10 @@ class Job:
         marks |= {} if finished else {_UNFINISHED: 1}
         return found if self.folder is None else Result(found.data.assign_attrs(marks))
 
+    def mark(self, method: str) -> dict[str, str]:
+        """By what a result in the folder is known to be of this run: for one that is written before it is whole."""
+        return {_KEY: self._asked.get(method, self.key)}
+
     @property
     def spent(self) -> Spent:
         """What the run took until now."""

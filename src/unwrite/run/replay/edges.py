@@ -16,8 +16,8 @@ from torch import Tensor
 
 from unwrite.errors import NodeError
 from unwrite.model.view import Model
-from unwrite.nodes import GROUPS, KINDS, MLPS, PROJECTED, Site
-from unwrite.run.edit.sites import named
+from unwrite.nodes import GROUPS, KINDS, MLPS, PROJECTED, Site, parse_sites
+from unwrite.run.edit.sites import all_named, named
 from unwrite.run.edit.slots import Slot, slots
 
 LOGITS = "logits"
@@ -110,7 +110,8 @@ def _spread(lm: Model, names: Sequence[str], kinds: tuple[str, ...]) -> list[str
         if name in GROUPS and name not in kinds and name != "embed":
             raise NodeError(f"{name} are no ends of a path here", expected=", ".join(kinds))
         all_of = (slot for slot in slots(lm, name) if slot.kind != "beside") if name in kinds else ()
-        each = [one for slot in all_of for one in slot.names] if name in kinds else [str(name)]
+        several = [one for slot in all_of for one in slot.names]
+        each = several if name in kinds else [str(name)] if parse_sites(name) is None else map(str, all_named(lm, name))
         found |= dict.fromkeys(each)
     if not found:
         raise NodeError("a path has two ends", got="no names", expected="names of nodes, or a kind of them")

@@ -1,0 +1,75 @@
+"""`unwrite lens` and `attention`: what would every state say, where does every head look? And results in a browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from unwrite.cli.options import COMMON, Common, ModelName, listed, spread
+
+if TYPE_CHECKING:
+    from unwrite.prompts.tokens import Tokens
+    from unwrite.result import Result
+    from unwrite.run.loop.job import Job
+    from unwrite.run.loop.stream import Listener
+
+Prompt = Annotated[list[str], typer.Option("--prompt", metavar="TEXT", help="A prompt; several may be given.")]
+
+
+@spread
+def lens(
+    model: ModelName,
+    prompt: Prompt,
+    answer: Annotated[
+        str | None, typer.Option("--answer", help="The token to follow; by default the model's own choice.")
+    ] = None,
+    kind: Annotated[str, typer.Option("--kind", help="logit, or frozen: by the norm of the last state.")] = "logit",
+    top: Annotated[int, typer.Option("--top", min=1, help="So many tokens of each state.")] = 5,
+    common: Common = COMMON,
+) -> None:
+    """What would the model say if it ended here? Every state of the stream through the final norm and unembedding."""
+    from unwrite.methods.lens import lens as run
+    from unwrite.prompts.encode import prompts
+
+    lm = common.load(model)
+    asked = prompts(prompt, lm.tokenizer, common.bos)
+
+    def method(tokens: Tokens, listener: Listener, job: Job) -> Result:
+        return run(lm, tokens, kind, answer, top, checkpoint=job, listener=listener)
+
+    common.produce(lm, lambda _: asked, method)
+
+
+@spread
+def attention(
+    model: ModelName,
+    prompt: Prompt,
+    heads: Annotated[str | None, typer.Option("--heads", help="Some, such as L2H3,L4H*; by default all.")] = None,
+    weigh: Annotated[str, typer.Option("--weigh", help="pattern, or value: times how much is brought.")] = "pattern",
+    common: Common = COMMON,
+) -> None:
+    """Where does every head look, and how much does it bring from there?"""
+    from unwrite.methods.attention import attention as run
+    from unwrite.prompts.encode import prompts
+
+    lm = common.load(model)
+    asked = prompts(prompt, lm.tokenizer, common.bos)
+
+    def method(tokens: Tokens, listener: Listener, job: Job) -> Result:
+        return run(lm, tokens, weigh, listed(heads), checkpoint=job, listener=listener)
+
+    common.produce(lm, lambda _: asked, method)
+
+
+def opened(
+    found: Result, folder: Path, out: Path | None, figure: str | None, writer: str | None, of: str | None
+) -> Path:
+    """What a browser can show of a saved result: its page, unless a picture is asked for or there is no page."""
+    from unwrite.report.figures import save
+
+    page = (folder if folder.is_dir() else folder.parent) / "report.html"
+    if page.exists() and figure is writer is out is of is None:
+        return page.resolve()
+    return save(found.figure(figure, writer, of), out or page.with_name("figure.html")).resolve()
