@@ -33,7 +33,7 @@ def paths(
 ) -> None:
     """What does each sender do through each receiver alone, set to its value in another prompt?"""
     from unwrite.methods.paths import paths as run
-    from unwrite.prompts.pairs import read_pairs
+    from unwrite.prompts.given_pairs import read_pairs
 
     lm = common.load(model)
     asked = read_pairs(pairs, lm.tokenizer, common.bos)
@@ -59,7 +59,7 @@ def bound(
     from unwrite.methods.bound import bound as run
     from unwrite.methods.effects import effects
     from unwrite.nodes import GROUPS
-    from unwrite.prompts.pairs import read_pairs
+    from unwrite.prompts.given_pairs import read_pairs
 
     lm = common.load(model)
     asked, chosen = read_pairs(pairs, lm.tokenizer, common.bos), nodes if nodes in GROUPS else listed(nodes) or []
@@ -84,7 +84,7 @@ def diff(
     common: Common = COMMON,
 ) -> None:
     """What is another in B than in A: two results, or two models that read the same."""
-    from unwrite.prompts.pairs import read_pairs
+    from unwrite.prompts.given_pairs import read_pairs
     from unwrite.result import FILE, read
     from unwrite.studies.diff import diff as run
     from unwrite.studies.keep import keep

@@ -24,7 +24,8 @@ from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.large import LargeFile
 from unwrite.run.loop.ledger import Ledger
-from unwrite.run.loop.stream import Batch, Listener, Rows, admit, batch_size, parts, stream
+from unwrite.run.loop.rows import Rows
+from unwrite.run.loop.stream import Batch, Listener, admit, batch_size, parts, stream
 
 # Sites as wide as the stream, beside what nodes write.
 _STREAM = ("resid", "attn_out")

@@ -22,15 +22,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unwrite.errors import NodeError, one_of
+from unwrite.model.fold import fold, value_constant
 from unwrite.model.load import provenance
-from unwrite.model.values import into_values, of_biases
-from unwrite.model.view import Layer, Model, fold, value_constant, value_weights
+from unwrite.model.values import of_biases, values_of
+from unwrite.model.view import Layer, Model
 from unwrite.nodes import Node, choose
 from unwrite.prompts.tokens import Tokens, words_of
 from unwrite.result import Result, build, quantity
 from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.job import Job, opened
-from unwrite.run.loop.stream import Batch, Listener, Rows, admit, batch_size, stream
+from unwrite.run.loop.rows import Rows
+from unwrite.run.loop.stream import Batch, Listener, admit, batch_size, stream
 from unwrite.run.replay.clean import Clean, clean
 
 _SAYS = {"pattern": ("1", "A[q, k]"), "value": ("activation", "A[q, k] · ‖v_k W_O‖")}
@@ -127,8 +129,8 @@ def sizes_written(run: Clean, layer: Layer, heads: list[int]) -> Float[Tensor, "
 
 def _values(run: Clean, layer: Layer) -> Float[Tensor, "prompt head key d_head"]:
     """What every query head's values are, without what the convention moves to the bias node."""
-    lm, read = run.lm, run.record.stream[layer.reads]
-    values = into_values(lm, layer, read, run.scale(layer))[:, None] @ value_weights(lm, layer)[0]
+    lm, read = run.lm, run.record.stream[layer.makes_values.reads]
+    values = values_of(lm, layer, read, run.scale(layer))
     if (more := of_biases(lm, layer, read)) is not None:
         values = values + more
     constant = value_constant(lm, layer) if lm.convention == "raw" else None

@@ -31,7 +31,8 @@ from unwrite.run.answer.logits import at_once, vocabulary
 from unwrite.run.edit.trace import recorded
 from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.job import Job, opened
-from unwrite.run.loop.stream import Batch, Listener, Rows, admit, batch_size, stream
+from unwrite.run.loop.rows import Rows
+from unwrite.run.loop.stream import Batch, Listener, admit, batch_size, stream
 
 KINDS = ("logit", "frozen")
 _CELL = ("prompt", "location", "position")

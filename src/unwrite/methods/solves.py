@@ -22,7 +22,8 @@ from unwrite.run.answer.logits import normed
 from unwrite.run.answer.metrics import metric_of
 from unwrite.run.loop.finite import require_finite
 from unwrite.run.loop.job import Job, opened
-from unwrite.run.loop.stream import Batch, Listener, Rows, admit_pairs, batch_size, stream
+from unwrite.run.loop.rows import Rows
+from unwrite.run.loop.stream import Batch, Listener, admit_pairs, batch_size, stream
 from unwrite.run.replay.clean import base_of
 from unwrite.stats.rates import RULES, said, verdict, wilson
 

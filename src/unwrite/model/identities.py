@@ -319,7 +319,7 @@ def _of_mixers(lm: Model, record: Recording, mixing: Calls, mask: Mask) -> Error
 
 def _mixer_error(lm: Model, layer: Layer, record: Recording, call: Call, mask: Mask) -> float:
     """Worst ‖slope along the stream and biases − z‖ of a mixer's head, relative to its largest z (Euler's theorem)."""
-    stream, beta = record.stream[layer.reads] * layer.to_end, weight_of(layer.input_norm, "bias")
+    stream, beta = record.stream[layer.reads], weight_of(layer.input_norm, "bias")
     read = read_by(lm, layer, stream, value_scale(lm, layer, stream))
     z, gain = record.z[layer.index], record.gain.get(layer.index)
     slope = through_mixer(lm, layer, call, read if beta is None else read + beta.to(read), biases=True)

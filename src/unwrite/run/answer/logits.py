@@ -14,10 +14,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from unwrite.model.fold import gain_of
 from unwrite.model.norms import norm_scale
 from unwrite.model.projections import sizes
 from unwrite.model.unembedding import before_norm, finished, headed, rows_of, unembedding
-from unwrite.model.view import Model, gain_of
+from unwrite.model.view import Model
 from unwrite.model.weights import through, weight_of
 
 _CHUNK = 2**24
