@@ -29,7 +29,7 @@ from unwrite.model.certificate import certify
 from unwrite.model.fold import fold
 from unwrite.model.hooks import hooked
 from unwrite.model.load import view
-from unwrite.model.mixer_values import values_of
+from unwrite.model.mixer_values import shown_values
 from unwrite.model.mixers import Frozen, holding, sloped_z, through_mixer
 from unwrite.model.view import Model
 from unwrite.run.backward.rules import RULES
@@ -255,7 +255,7 @@ def test_a_mixer_whose_norms_or_activations_are_not_held_shows_no_values(monkeyp
     monkeypatch.setattr(
         Frozen, "__torch_function__", lambda _, func, types, args=(), kwargs=None: func(*args, **kwargs or {})
     )
-    assert not values_of(model("mamba2"))
+    assert not shown_values(model("mamba2"))
 
 
 def test_later_mixers_of_a_make_take_their_values_from_the_first_and_prove_them() -> None:

@@ -98,8 +98,7 @@ class Model:
     def to_end(self, location: Location) -> float:
         """By which a state of the stream is multiplied on its way to the end: the gains of blocks behind it; mostly 1.
 
-        What nodes write is given as it arrives there, so the final state is the sum of all, and this state times this
-        number the sum of those that have written.
+        What nodes write is given as it arrives there: this state times this number is the sum of what it holds.
         """
         if location == self.states[-1]:
             return 1.0
@@ -123,8 +122,8 @@ class Model:
         return (Location("pre", 0), *(state for layer in self.layers for state in self._states(layer)))
 
     def _states(self, layer: Layer) -> Iterator[Location]:
-        both = not self.parallel and layer.heads > 0 and layer.has_mlp
-        there = {"mid": both, "late": layer.late is not None, "post": True}
+        mid = not self.parallel and layer.heads > 0 and layer.has_mlp
+        there = {"mid": mid, "late": layer.late is not None, "post": True}
         return (Location(state, layer.index) for state, has in there.items() if has)
 
     def can_read(self, reader: Node, writer: Node) -> bool:
