@@ -184,7 +184,7 @@ def calls() -> dict[str, Call]:
         "agree": Call(uw.agree, {"guess": found("atp"), "exact": found("exact")}),
         "diff": Call(
             uw.diff, {"a": found("atp"), "b": found("exact")},
-            {"a": "Result_of_effects", "b": "Result_of_effects", "tokens": "None", "pairs": "None"},
+            {**dict.fromkeys("ab", "Result_of_effects"), **dict.fromkeys(("tokens", "pairs", "bos", "batch"), "None")},
         ),
         "audit": Call(uw.audit, {**text, "most": 1}, {"prompts": f"None {TAKES['prompts']}"}, long=True),
         "reproduce": Call(

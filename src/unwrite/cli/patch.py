@@ -15,20 +15,20 @@ if TYPE_CHECKING:
     from unwrite.run.loop.job import Job
     from unwrite.run.loop.stream import Listener
 
-PairsFile = Annotated[
+_PairsFile = Annotated[
     Path, typer.Option("--pairs", metavar="FILE", help="CSV or JSON lines: base, source, answer[, against, position].")
 ]
-Metric = Annotated[str, typer.Option("--metric", help="logit_diff, log_prob, prob or kl.")]
+_Metric = Annotated[str, typer.Option("--metric", help="logit_diff, log_prob, prob or kl.")]
 
 
 @spread
 def paths(
     model: ModelName,
-    pairs: PairsFile,
+    pairs: _PairsFile,
     senders: Annotated[str, typer.Option("--senders", help="heads, mlp_out, …, or names: L0H1,MLP0.")] = "heads",
     receivers: Annotated[str, typer.Option("--receivers", help="Names, such as L2H3.q,L2.v,logits.")] = "logits",
     mlps: Annotated[str, typer.Option("--mlps", help="recompute, or frozen: the direct edge alone.")] = "recompute",
-    metric: Metric = "logit_diff",
+    metric: _Metric = "logit_diff",
     common: Common = COMMON,
 ) -> None:
     """What does each sender do through each receiver alone, set to its value in another prompt?"""
@@ -48,11 +48,11 @@ def paths(
 @spread
 def bound(
     model: ModelName,
-    pairs: PairsFile,
+    pairs: _PairsFile,
     nodes: Annotated[str, typer.Option("--nodes", help="heads, q, mlp_out, …, or names: L0H1,MLP2.")] = "heads",
     guess: Annotated[str, typer.Option("--guess", help="Of which estimator: atp, atp*, relp, ig, …")] = "atp",
     verified: Annotated[int, typer.Option("--verified", min=0, help="So many of the largest are executed.")] = 10,
-    metric: Metric = "logit_diff",
+    metric: _Metric = "logit_diff",
     common: Common = COMMON,
 ) -> None:
     """How large an effect may a guess have missed, beyond those that were executed?"""

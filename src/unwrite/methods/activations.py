@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import xarray as xr
 from unwrite.errors import NodeError, several
 from unwrite.model.load import provenance
 from unwrite.model.view import Model
-from unwrite.nodes import KINDS, Site
+from unwrite.nodes import Site
 from unwrite.prompts.tokens import Tokens
 from unwrite.result import Result, build, read
 from unwrite.run.edit.sites import all_named
@@ -26,9 +27,6 @@ from unwrite.run.loop.large import LargeFile
 from unwrite.run.loop.ledger import Ledger
 from unwrite.run.loop.rows import Rows
 from unwrite.run.loop.stream import Batch, Listener, admit, batch_size, parts, stream
-
-# Sites as wide as the stream, beside what nodes write.
-_STREAM = ("resid", "attn_out")
 
 
 def activations(
@@ -107,24 +105,18 @@ class _Asked:
             found[str(site)] = value[: batch.real].cpu().numpy()
         return found
 
-    @property
+    @cached_property
     def large(self) -> Mapping[str, tuple[tuple[str, ...], np.dtype, dict[str, str]]]:
         """Axes, dtype, and unit and equation of every site."""
         dtype = np.dtype(str(self.lm.compute_dtype).removeprefix("torch."))
         about = {"units": "activation", "equation": "what is at the site in a clean run"}
-        return {str(site): (self._axes(site), dtype, about) for site in self.sites}
+        one = recorded(self.lm, torch.from_numpy(self.tokens.ids[:1, :1]), self.sites)
+        return {str(site): (self._axes(site, one[site].shape[-1]), dtype, about) for site in self.sites}
 
-    def _axes(self, site: Site) -> tuple[str, ...]:
+    def _axes(self, site: Site, width: int) -> tuple[str, ...]:
         if site.kind == "pattern":
             return ("prompt", "query", "key")
-        kind = KINDS[site.kind]
-        wide = kind.writes or kind.group in _STREAM or site.kind == "v_input"
-        return ("prompt", "position", "d_model" if wide else f"d_{self._widths[str(site)]}")
-
-    @property
-    def _widths(self) -> dict[str, int]:
-        one = recorded(self.lm, torch.from_numpy(self.tokens.ids[:1, :1]), self.sites)
-        return {str(site): one[site].shape[-1] for site in self.sites}
+        return ("prompt", "position", "d_model" if width == self.lm.d_model else f"d_{width}")
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 from scipy import stats
 
-from unwrite.errors import ModelError, NumericError, ResultError, shown
+from unwrite.errors import ModelError, NumericError, ResultError, function, shown
 from unwrite.methods.effects import effects
 from unwrite.methods.scan import scan
 from unwrite.methods.survival import survival
@@ -53,9 +53,11 @@ def diff(
 
     Example: `uw.diff(base, tuned, uw.text("book.txt", base.tokenizer)).table()`
     """
+    function("listener", listener)
     if isinstance(a, Result) and isinstance(b, Result):
-        if tokens is not None or pairs is not None:
-            raise ResultError("two results are compared as they are", got="tokens or pairs", fix="leave them out")
+        if any(part is not None for part in (tokens, pairs, bos, batch)):
+            got = "tokens, pairs, bos or batch"
+            raise ResultError("two results are compared as they are", got=got, fix="leave them out")
         return _of_results(a, b)
     if not isinstance(a, Model) or not isinstance(b, Model):
         raise ResultError(
