@@ -27,7 +27,7 @@ from unwrite.prompts.pairs import Pairs
 from unwrite.prompts.positions import RoleNames
 from unwrite.result import Result, build, quantity
 from unwrite.run.answer.logits import normed as final_normed
-from unwrite.run.answer.metrics import Custom, known, metric_of, name_of, parts_of_mean, unless_own
+from unwrite.run.answer.metrics import Custom, known, metric_of, name_of, parts_of_mean, unit_of_base, unless_own
 from unwrite.run.backward.estimates import Contrast, Summed, attributed, integrated, star
 from unwrite.run.backward.rules import RULES, Rules
 from unwrite.run.edit.slots import Slot, slots
@@ -249,7 +249,9 @@ def _dataset(request: _Request, whole: Arrays) -> xr.Dataset:
     """Everything that was found, named."""
     pairs, unit = request.pairs, name_of(request.metric)
     solved, base = whole.pop("solved") > 0, whole.pop("base")
-    variables: dict[str, Any] = {"base": quantity(("pair",), base, unit, _equation(request, "base"))}
+    variables: dict[str, Any] = {
+        "base": quantity(("pair",), base, unit_of_base(request.metric), _equation(request, "base"))
+    }
     for name, part in whole.items():
         above, below = parts_of_mean(request.metric, base, part)
         variables[name] = quantity(request.cells, above / below.mean(), unit, _equation(request, name))

@@ -26,7 +26,7 @@ from unwrite.prompts.pairs import Pairs
 from unwrite.prompts.positions import RoleNames
 from unwrite.result import Result, build, quantity
 from unwrite.run.answer.logits import normed as final_normed
-from unwrite.run.answer.metrics import Custom, known, metric_of, name_of, parts_of_mean, unless_own
+from unwrite.run.answer.metrics import Custom, known, metric_of, name_of, parts_of_mean, unit_of_base, unless_own
 from unwrite.run.edit.slots import Values
 from unwrite.run.loop.finite import require_finite
 from unwrite.run.loop.job import Job, opened
@@ -179,7 +179,7 @@ def _dataset(request: _Request, whole: dict[str, np.ndarray], unit: str) -> xr.D
     pairs, solved = request.pairs, whole["solved"] > 0
     above, below = parts_of_mean(request.metric, whole["base"], whole["effect"])
     variables: dict[str, Any] = {
-        "base": quantity(("pair",), whole["base"], unit, "metric of the base run"),
+        "base": quantity(("pair",), whole["base"], unit_of_base(request.metric), "metric of the base run"),
         "effect": quantity(request.cells, above / below.mean(), unit, _EQUATIONS[request.mode]),
         "solved": quantity(("pair",), solved, "1", "does the answer beat all choices in the base run?"),
         "row": ("pair", pairs.row), "first": ("pair", pairs.first),

@@ -72,7 +72,7 @@ def _title(one: xr.Dataset) -> str:
 
 
 def _sums(one: xr.Dataset, names: list[str]) -> str:
-    unit = one[names[0]].attrs["units"]
+    unit = one["base"].attrs.get("units", one[names[0]].attrs["units"])
     return f"values from “{one['source_text'].item()}”; {unit} of the base run {float(one['base']):+.3f}"
 
 

@@ -154,6 +154,11 @@ def known(metric: Any, pairs: Pairs) -> str | Custom:
     return name
 
 
+def unit_of_base(metric: str | Custom) -> str:
+    """What a base run is measured in."""
+    return "logit_diff" if metric == "fldd" else name_of(metric)
+
+
 def parts_of_mean(
     metric: str | Custom, base: Float[np.ndarray, " pair"], effect: Float[np.ndarray, "pair ..."]
 ) -> tuple[Float[np.ndarray, "pair ..."], Float[np.ndarray, " pair"]]:
