@@ -295,7 +295,9 @@ def _options(choices: Any, n: int) -> list[list[Any]]:
     """Choices one by one, each for all pairs."""
     if choices is None:
         return []
-    choices = choices.tolist() if hasattr(choices, "tolist") else choices
+    if not isinstance(choices, (list, tuple)):
+        array = array_of(choices)
+        choices = None if array is None or array.dtype.kind not in "iu" else array.tolist()
     if isinstance(choices, (list, tuple)) and not any(isinstance(part, (list, tuple)) for part in choices):
         choices = [choices] * n
     fits = isinstance(choices, (list, tuple)) and len(choices) == n
