@@ -212,12 +212,14 @@ def verify(s: Shape, erasers: int = 1) -> Cost:
 
 
 def beside(s: Shape) -> Cost:
-    """What `uw.survival` would do for that head: of each prompt two runs, one without the write, and without others."""
+    """What `uw.survival` would do for that head: of each prompt two runs, one without the write, and without others; and
+    before that one look at all that is written."""
     runs, square = 1 + sum(ALONE.values()), Cost(single=2 * s.tokens * s.d**2)
     # The write; what heads of two layers write in another prompt; what decoys are mixed of.
     made = (1 / s.heads + 2 + 2 * ALONE["typical"]) * square
     seen = Cost(single=4 * s.tokens * s.d * runs, double=2 * s.d * s.prompts * runs * (s.states + 1))
-    return (2 + runs) * passes(s, s.tokens, s.prompts) + made + s.layers * square + seen
+    looked = passes(s, s.tokens, s.batches()) + expand(s, s.tokens - s.prompts)
+    return (2 + runs) * passes(s, s.tokens, s.prompts) + made + s.layers * square + seen + looked
 
 
 def decoded(s: Shape, rows: float, rank: int) -> Cost:

@@ -303,7 +303,12 @@ OF_ALL: dict[str, Callable[[Model, Any], uw.Result]] = {
         lm, (source, changed(source), " s", "ed"), ("L0H0",), methods=("atp", "exact")
     ),
 }
-ASK = {**OF_EACH, **OF_ALL}
+LOOKED: dict[str, Callable[[Model, Any], uw.Result]] = {
+    "lens": uw.lens,
+    "attention": uw.attention,
+    "solves": lambda lm, source: uw.solves(lm, (source, changed(source), " s", "ed")),
+}
+ASK = {**OF_EACH, **OF_ALL, **LOOKED}
 
 
 def test_every_method_that_reads_text_is_asked_with_padding() -> None:

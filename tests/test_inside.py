@@ -102,7 +102,7 @@ def test_what_does_not_run_on_text_alone_is_told_what_it_asks_for(
 
 # --- no head ----------------------------------------------------------------------------------------------------------
 
-WITHOUT = ("scan", "verify", "verify erasers", "survival", "survival raw")
+WITHOUT = ("scan", "attention", "verify", "verify erasers", "survival", "survival raw")
 
 
 def both(family: str) -> tuple[Model, Model]:

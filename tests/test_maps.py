@@ -61,7 +61,7 @@ def test_every_method_has_a_view() -> None:
     """Beside those here: what an audit is made of (test_page.py), and a paper's claims."""
     assert set(VIEWS) == {
         "effects", "agree", "compare", "paths", "bound", "survival", "dla",
-        "scan", "verify", "audit", "adversarial", "corpus_dla", "reproduce",
+        "scan", "verify", "audit", "adversarial", "corpus_dla", "reproduce", "lens", "attention", "solves",
     }  # fmt: skip
 
 

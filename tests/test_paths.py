@@ -379,7 +379,7 @@ def test_what_cannot_be_asked_is_refused() -> None:
     for senders, receivers, words in [
         ("L0H9", "logits", "no site L0H9"), ("L0H1.q", "logits", "cannot send"), ("logits", "logits", "not a site"),
         ("L0H1", "embed", "cannot receive"), ("L0H1", "L1.attn_out", "cannot receive"), ([], "logits", "two ends"),
-        ("neurons", "logits", "no ends"), ("heads+MLP0", "logits", "not a site"), ("L0H1+L0H1", "logits", "twice"),
+        ("neurons", "logits", "no ends"), ("heads+MLP0", "logits", "several sites"), ("L0H1+L0H1", "logits", "twice"),
         ("L0.attn_out+L0H1", "logits", "twice"), ("L0H1", "L1H9.q", "no site"),
     ]:  # fmt: skip
         with pytest.raises(NodeError, match=words):

@@ -195,7 +195,7 @@ def test_an_audit_of_a_real_model_is_what_plain_hooks_say(
     words, said = Counter(data["removed_verdict"].values.tolist()), data.attrs["verdict"]
     of = f"{words.total()} writers on 6 documents"
     assert said.startswith(f"None of {of} ends out" if {*words} <= {"like others", "undecided"} else f"Of {of}: ")
-    assert f" {words['like others']} writers end like others, {words['undecided']} are undecided." in said
+    assert f" {words['like others']} writers end like others, {words['undecided']} are undecided" in said
     writers = [str(writer) for writer in data["verified"].values[:2]]
     rows = Rows.of(lm.hf, choose.ids, choose.lengths)
     rows = rows.where(rows.place > 0)

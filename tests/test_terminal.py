@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 import tiny
 import unwrite as uw
 from unwrite import cli
-from unwrite.cli import shards
+from unwrite.cli import options, shards
 from unwrite.errors import Stopped
 from unwrite.model.load import view
 from unwrite.model.view import Model
@@ -75,7 +75,7 @@ def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def run(lm: Model, tokens: Tokens, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """The exit code of `unwrite …` with a tiny model and its text, whatever the command line names."""
-    for module in (cli, COMMAND, shards):
+    for module in (cli, COMMAND, options, shards):
         monkeypatch.setattr(module, "load_model", lambda *_: lm)
     for module in (COMMAND, shards):
         monkeypatch.setattr(module, "read_texts", lambda *_: tokens)

@@ -18,6 +18,7 @@ from unwrite.model.load import view
 from unwrite.model.planted import planted
 from unwrite.model.values import through_values
 from unwrite.model.view import Model
+from unwrite.nodes import Node
 from unwrite.prompts.texts import windows
 from unwrite.prompts.tokens import Tokens, from_ids
 from unwrite.report.verified import sentence
@@ -385,7 +386,7 @@ def test_one_reader_is_the_executed_change_of_the_first_reader_only() -> None:
 def test_one_reader_leaves_the_model_as_it_was() -> None:
     lm = model("llama", 1)
     run = replay.clean(lm, ids_of(lm), fold(lm))
-    nothing = one_reader(run, torch.zeros(2, 7, lm.d_model, dtype=torch.float64), [0, 1])
+    nothing = one_reader(run, torch.zeros(2, 7, lm.d_model, dtype=torch.float64), [Node("mlp", 0), Node("mlp", 1)])
     assert all(float(change.abs().max()) == 0 for change in nothing.values())
     assert not any(module._forward_pre_hooks for module in lm.hf.modules())
 
@@ -443,8 +444,9 @@ def test_executed_runs_of_falcon_are_the_models_own() -> None:
 
 def tallied(lm: Model, tokens: Tokens, size: int, named: bool) -> without.WithoutTally:
     """A whole tally, with erasers named beforehand or hidden in a second pass."""
-    tally, erasers = without.WithoutTally(lm, tokens, lm.parts[2], 1, 1e-4, uw.Job()), [lm.parts[-3]]
+    erasers = [lm.parts[-3]]
     with Job() as job:
+        tally = without.WithoutTally(lm, tokens, lm.parts[2], 1, 1e-4, job)
         stream(lm, tokens, tally.executed(erasers if named else ()), size, "", None, job)
         if not named:
             stream(lm, tokens, tally.hiding(erasers), size, "", None, job)

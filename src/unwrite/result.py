@@ -118,7 +118,7 @@ class Result:
     @property
     def row_axes(self) -> list[str]:
         """The axes of the table's rows."""
-        known = _ROWS.get(self.method) or str(self.data.attrs.get("rows", "text writer")).split()
+        known = _ROWS.get(self.method) or str(self.data.attrs.get("row_axes", "text writer")).split()
         return [axis for axis in known if axis in self.data.dims] or ["node"]
 
     def grid(self, name: str, **chosen: Any) -> xr.DataArray:

@@ -165,8 +165,8 @@ def _request(lm: Model, pairs: Pairs, guess: Result, metric: Any, source: Any, c
             raise NumericError(f"the guess has a {name} of its own", got=settings[name], fix=f"give {name} again")
     own = settings["metric"] if metric is None else known(metric, pairs)
     asked = slots(lm, [str(name) for name in guess["node"].values])
-    if own == "fldd" or not isinstance(settings["at"], str):
-        got = "fldd" if own == "fldd" else "several roles"
+    if name_of(own) == "fldd" or not isinstance(settings["at"], str):
+        got = "fldd" if name_of(own) == "fldd" else "several roles"
         raise NumericError("there is no bound of this", got=got, fix="ask for logit_diff, and for one role at a time")
     rows = pairs.rows(settings["at"])
     given = donor(lm, pairs, asked, settings["source"] if source is None else source, rows and rows[1])

@@ -38,7 +38,7 @@ def shown_values(lm: Model) -> dict[int, Columns]:
         for inside in lent(lm.hf):
             stack.enter_context(inside)
         with torch.no_grad(), calls_kept({layer.index: layer.attention for layer in mixers}) as calls:
-            lm.hf(input_ids=some_ids(lm.hf), use_cache=False)
+            lm.decoder(input_ids=some_ids(lm.hf), use_cache=False)
         found: dict[int, Columns] = {}
         for layer in mixers:
             found[layer.index] = _shown(layer, calls[layer.index], found.values())

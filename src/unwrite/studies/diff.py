@@ -90,7 +90,7 @@ def _of_models(a: Model, b: Model, tokens: Any, pairs: Any, bos: Any, batch: Any
     rows = {"effects": "node"}.get(next(iter(parts)), "writer")
     data = xr.merge(parts.values(), join="outer", compat="override", combine_attrs="drop")
     other = {name: provenance(b)[name] for name in ("weights", "dtype")} | {"name": str(b.about.get("name", b.family))}
-    return build("diff", data.assign_attrs(rows=rows), {"b": other, "batch": batch}, provenance(a), read)
+    return build("diff", data.assign_attrs(row_axes=rows), {"b": other, "batch": batch}, provenance(a), read)
 
 
 def _of_results(a: Result, b: Result) -> Result:
@@ -114,7 +114,7 @@ def _side_by_side(a: Result, b: Result) -> xr.Dataset:
     for name in names:
         made |= _change(name, one, other)
     left = {f"only_{which}": _beside(whole.data, one) for which, whole in (("a", a), ("b", b))}
-    return xr.Dataset(made).assign_attrs(rows=" ".join(_rows(made)), **left)
+    return xr.Dataset(made).assign_attrs(row_axes=" ".join(_rows(made)), **left)
 
 
 def _numbers(one: xr.Dataset, other: xr.Dataset) -> list[str]:
@@ -165,7 +165,7 @@ def _paired(a: Result, b: Result) -> xr.Dataset:
         "effect_low": each.mean("pair") - reach, "effect_high": each.mean("pair") + reach,
     }  # fmt: skip
     made = {name: part.assign_attrs(about, equation="mean over pairs; change: b − a") for name, part in made.items()}
-    return xr.Dataset(made).assign_attrs(rows=" ".join(_rows(made)), only_a=0, only_b=0)
+    return xr.Dataset(made).assign_attrs(row_axes=" ".join(_rows(made)), only_a=0, only_b=0)
 
 
 def _rows(made: dict[str, xr.DataArray]) -> tuple[str, ...]:

@@ -45,7 +45,7 @@ class Written:
                 nodes = expand(lm, self._folded, rows, among=among)
                 batch.require_finite(lm, nodes.isfinite().all(-1).t(), prompt + part.start, place)
                 found.append(self._relative(nodes, before, lm.parts[among]))
-                self._energy[among] += torch.einsum("nrd,nrd->nd", nodes, nodes)
+                self._energy[among] += nodes.square().sum(1)
                 before = before + nodes.sum(0)
             self._sizes.add(torch.cat(found).t())
 
