@@ -212,7 +212,7 @@ def verify(s: Shape, erasers: int = 1) -> Cost:
 
 
 def beside(s: Shape) -> Cost:
-    """What `uw.survival` would do for that head: of each prompt two runs, one without the write, and without others; and
+    """What `uw.survival` would do for that head: of each prompt two runs, one without the write, and without others;
     before that one look at all that is written."""
     runs, square = 1 + sum(ALONE.values()), Cost(single=2 * s.tokens * s.d**2)
     # The write; what heads of two layers write in another prompt; what decoys are mixed of.
