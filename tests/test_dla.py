@@ -695,8 +695,11 @@ def test_an_interrupt_is_obeyed_inside_a_batch_and_what_was_done_lasts(
         return real(*asked)
 
     monkeypatch.setattr(totals, "changed", changed)
+    # Whoever is begun in the background may ignore interrupts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt):
         ask(checkpoint=tmp_path)
+    signal.signal(signal.SIGINT, before)
     # It ends at the next block, not at the end of the batch, and two chunks are kept.
     assert len(ran) == 3
     again = ask(checkpoint=tmp_path)
