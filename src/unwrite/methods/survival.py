@@ -36,8 +36,8 @@ from unwrite.run.loop.stream import Listener, admit, batch_size, fitting, stream
 from unwrite.run.loop.trial import clock
 from unwrite.run.source.standins import CONTROLS
 from unwrite.run.tally.foretold import looked_at, per_prompt
-from unwrite.run.tally.survives import Removals, SurvivalTally, judged
-from unwrite.run.tally.written import MATERIAL, Written
+from unwrite.run.tally.survives import FEWER, Removals, SurvivalTally
+from unwrite.run.tally.written import MATERIAL, Written, all_written
 from unwrite.stats.verdicts import (
     BOUNDS,
     CRITERIA,
@@ -46,6 +46,7 @@ from unwrite.stats.verdicts import (
     by_document,
     cuts,
     estimate,
+    judge,
     left_out,
     parted,
     ratio,
@@ -112,7 +113,7 @@ def survival(
             return done
         fit = partial(fitted, lm, writers=named, weigh=weigh, controls=controls, decoys=decoys, skip=skip)
         read = read if allowed is None else _within(read, partial(fit, budget=allowed), job)
-        seen = _seen(lm, read, skip, listener, job)
+        seen = all_written(lm, read, skip, _FIRST, listener, job)
         chosen, loudest = _material(seen, named), seen.loudest(CRITERIA.channels)
         question = _question(lm, read, skip, chosen, weigh, controls, decoys, loudest)
         tally = SurvivalTally(question, job)
@@ -235,13 +236,6 @@ def _weighed(lm: Model, writers: Sequence[Node], weigh: Any) -> dict[str, Float[
     return {weigh: readers.weights(lm, writers, unembedding_only=weigh == "unembed"), "raw": even}
 
 
-def _seen(lm: Model, tokens: Tokens, skip: int, listener: Listener | None, job: Job) -> Written:
-    """All that is written, also where writers are named: what is no number is named by its prompt."""
-    tally = Written(lm, tokens, skip)
-    stream(lm, tokens, tally, batch_size(lm, tokens), _FIRST, listener, job, everywhere=True)
-    return tally
-
-
 def _material(seen: Written, named: tuple[Node, ...] | None) -> tuple[Node, ...]:
     """The writers that are named, or those whose write is not tiny beside the stream; a bias is none to ask about."""
     found = named or tuple(node for node in seen.material() if node.kind != "bias")
@@ -261,12 +255,12 @@ class _Found:
         self.asked, self.lm = asked, asked.lm
         cluster = asked.tokens.cluster
         self.of = {name: by_document(whole[name], cluster) for name in _BY_DOCUMENT}
-        self.whole, self.rows, self.channels = whole, whole["rows"], whole["channels"].sum(0)
-        self.sums = asked.sums(whole)
+        self.rows, self.channels = whole["rows"], whole["channels"].sum(0)
+        self.sums, self.fewer = asked.sums(whole), asked.sums(whole, FEWER)
 
     def dataset(self) -> xr.Dataset:
         """Everything, named."""
-        found = judged(self.asked, self.whole)
+        found = judge(self.sums, fewer=self.fewer)
         data = xr.Dataset({**self._survival(), **self._judged(found), **self._nodes(), **self._shape()}, self._axes())
         return data.assign_attrs(
             n_prompts=len(self.asked.tokens), documents=self.sums.documents, rows=int(self.of["counted"].sum()),

@@ -31,12 +31,12 @@ from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.stream import Listener, admit, admit_floor, batch_size, fitting, stream
 from unwrite.run.tally.by_position import EXAMPLES, SHOWN, first_of_groups
 from unwrite.run.tally.decodable import RIDGE
-from unwrite.run.tally.survives import ALONE, Removals, SurvivalTally, judged
+from unwrite.run.tally.survives import ALONE, FEWER, Removals, SurvivalTally
 from unwrite.run.tally.without import CONDITIONS, READ_ROTATIONS, ROTATIONS, WithoutTally
-from unwrite.run.tally.written import Written
+from unwrite.run.tally.written import all_written
 from unwrite.stats import verdicts
 from unwrite.stats.jackknife import FEWEST
-from unwrite.stats.verdicts import CRITERIA, Judged
+from unwrite.stats.verdicts import CRITERIA, Judged, judge
 
 BOUNDS = ("low", "mean", "high")
 # The paper's erasers: later nodes whose median PR is at most this.
@@ -107,13 +107,13 @@ def verify(
 def _among_others(lm: Model, tokens: Tokens, node: Node, skip: int, listener: Listener | None, job: Job) -> Judged:
     """The writer beside ordinary writes in its place, as `uw.survival` judges all of them."""
     read = fitting(lambda: weights(lm, [node]), "finding who reads the stream")
-    every = Written(lm, tokens, skip)
-    stream(lm, tokens, every, batch_size(lm, tokens), f"verify {node}, all writes", listener, job, everywhere=True)
+    every = all_written(lm, tokens, skip, f"verify {node}, all writes", listener, job)
     loudest = every.loudest(CRITERIA.channels)
     beside = Removals(lm, fold(lm), tokens, skip, [node], {"readers": read}, ALONE, loudest)
     among = SurvivalTally(beside, job)
     stream(lm, tokens, among, 1, f"verify {node}, beside others", listener, job)
-    return judged(beside, among.whole(), replace(CRITERIA, q=1.0))
+    whole = among.whole()
+    return judge(beside.sums(whole), replace(CRITERIA, q=1.0), beside.sums(whole, FEWER))
 
 
 def _default(tally: WithoutTally) -> tuple[Node, ...]:

@@ -33,7 +33,7 @@ from unwrite.run.loop.stream import Batch
 from unwrite.run.replay.clean import clean
 from unwrite.run.replay.removed import Changed, alone, at_once, changed, in_order
 from unwrite.run.source.standins import Others, Stead, stand_in
-from unwrite.stats.verdicts import CRITERIA, Criteria, Judged, Sums, by_document, judge
+from unwrite.stats.verdicts import Sums, by_document
 
 # Stand-ins of each kind for a writer that is asked about alone.
 ALONE: Mapping[str, int] = {"typical": 8, "signs": 4}
@@ -89,7 +89,7 @@ class Removals:
 
         Raises NumericError without sinks in others than the first.
         """
-        which = [*self.weighed].index(weigh or next(iter(self.weights)))
+        which = [*self.weights, FEWER].index(weigh or next(iter(self.weights)))
         if without_sinks and which:
             raise NumericError("sums without sinks are kept in the first weights only", got=weigh)
         y, x = (
@@ -100,11 +100,6 @@ class Removals:
         y, x, along, acts = (by_document(part, self.tokens.cluster) for part in (y, x, whole["share"], whole["acts"]))
         depth, block = (np.array([node.layer for node in nodes]) for nodes in (self.writers, self.lm.parts))
         return Sums(y, x, self.columns, depth, along, acts, block)
-
-
-def judged(asked: Removals, whole: Arrays, rules: Criteria = CRITERIA) -> Judged:
-    """A verdict on every writer, from what was summed up of all prompts."""
-    return judge(asked.sums(whole), rules, asked.sums(whole, FEWER))
 
 
 class SurvivalTally:

@@ -14,12 +14,20 @@ from unwrite.model.view import Model
 from unwrite.model.writes import blocks, expand
 from unwrite.nodes import Node
 from unwrite.prompts.tokens import Tokens
+from unwrite.run.loop.job import Job
 from unwrite.run.loop.ledger import Ledger
-from unwrite.run.loop.stream import Batch, forward
+from unwrite.run.loop.stream import Batch, Listener, batch_size, forward, stream
 from unwrite.stats.mergeable import LENGTH, Histogram
 
 # A write is material if its norm is at least this fraction of the stream's, right after it, in the median.
 MATERIAL = 0.05
+
+
+def all_written(lm: Model, tokens: Tokens, skip: int, stage: str, listener: Listener | None, job: Job) -> Written:
+    """Of all prompts, in every part of a run: it decides about the rest, and names what is no number by its prompt."""
+    tally = Written(lm, tokens, skip)
+    stream(lm, tokens, tally, batch_size(lm, tokens), stage, listener, job, everywhere=True)
+    return tally
 
 
 class Written:
