@@ -6,21 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from unwrite.cli.options import (
-    Bos,
-    Convention,
-    Device,
-    DeviceMap,
-    Dtype,
-    Json,
-    ModelName,
-    Quiet,
-    TableOut,
-    job_in,
-    load_model,
-    pairs_in,
-)  # fmt: skip
-from unwrite.cli.voice import Voice, produce
+from unwrite.cli.options import COMMON, Common, ModelName, pairs_in, spread
 
 if TYPE_CHECKING:
     from unwrite.prompts.tokens import Tokens
@@ -40,27 +26,21 @@ def tasks() -> None:
         typer.echo("".join(f"    | {line}\n" for line in task.example().splitlines()))
 
 
+@spread
 def solves(
     model: ModelName,
     task: Annotated[str, typer.Option("--task", metavar="NAME", help="A task, see `unwrite tasks`.")],
     n: Annotated[int, typer.Option("-n", min=1, help="Prompts.")] = 56,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the task.")] = 0,
-    bos: Bos = None,
-    out: TableOut = None,
-    device: Device = None,
-    device_map: DeviceMap = None,
-    dtype: Dtype = None,
-    convention: Convention = "paper",
-    quiet: Quiet = False,
-    as_json: Json = False,
+    common: Common = COMMON,
 ) -> None:
     """Does the model do a task at all, by template: the gate before any effect."""
     from unwrite.methods.solves import solves as run
 
-    lm = load_model(model, device, dtype, convention, device_map)
-    asked = pairs_in(lm, None, task, None, n, seed, bos)
+    lm = common.load(model)
+    asked = pairs_in(lm, None, task, None, n, seed, common.bos)
 
     def method(_: Tokens, listener: Listener, job: Job) -> Result:
         return run(lm, asked, checkpoint=job, listener=listener)
 
-    produce(lm, lambda _: asked.base, method, out, Voice(quiet, as_json), job_in(out, 30.0))
+    common.produce(lm, lambda _: asked.base, method)
