@@ -25,7 +25,7 @@ from unwrite.model.load import quieten
 from unwrite.studies.audit import demonstration
 from unwrite.studies.foreseen import spread
 
-STAGES, SHAPES, WRITERS = ("scan", "survival", "verify", "dla"), ("4x32", "8x64"), 40
+STAGES, SHAPES, WRITERS = ("scan", "survival", "verify", "dla", "audit"), ("4x32", "8x64"), 40
 TIME_LIMIT, MEMORY_LIMIT = 1.5, 1.25
 WIDTHS = (8, 8, 7, 9, 8, 7, 9, 8)
 DIGITS = (1, 1, 2, 0, 0, 2, 1, 1)
@@ -45,6 +45,7 @@ def run_of(lm: Any, stage: str, n: int, length: int) -> Callable[[], object]:
         "survival": lambda: uw.survival(lm, tokens, nodes),
         "verify": lambda: uw.verify(lm, tokens, nodes[len(nodes) // 2]),
         "dla": lambda: uw.dla(lm, tokens),
+        "audit": lambda: uw.audit(lm, tokens),
     }
     return runs[stage]
 
@@ -55,7 +56,7 @@ def measure(model: str, stage: str, n: int, length: int, send: Any) -> None:
     empty = held("VmRSS")
     lm = uw.load(model)
     begun = time.process_time()
-    diagnosis = uw.doctor(lm, n, length, spread(lm, WRITERS))
+    diagnosis = uw.doctor(lm, n, length, None if stage == "audit" else spread(lm, WRITERS))
     trial = time.process_time() - begun
     need = next(need for need in diagnosis.stages if need.stage == stage)
     work = run_of(lm, stage, n, length)

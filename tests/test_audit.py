@@ -122,7 +122,7 @@ def test_doctor_measures_identities_memory_and_time() -> None:
     assert "write to one stream; heads (attn: values c_attn, out-projection c_proj) read ln_1; MLPs (mlp.c_proj)" in row
     assert diagnosis.memory > sum(parameter.nbytes for parameter in lm.hf.parameters())
     assert diagnosis.seconds > 0
-    assert [need.stage for need in diagnosis.stages] == ["scan", "survival", "verify", "dla"]
+    assert [need.stage for need in diagnosis.stages] == ["scan", "survival", "verify", "dla", "audit"]
     assert all(need.seconds > 0 and need.memory > 0 for need in diagnosis.stages)
     assert (diagnosis.stages[0].seconds, diagnosis.stages[0].memory) == (diagnosis.seconds, diagnosis.memory)
     assert uw.doctor(lm, n=100, length=10**6).length == lm.context

@@ -16,8 +16,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from unwrite.errors import NumericError, TokensError, UnwriteError
+from unwrite.model.load import load
+from unwrite.prompts import texts
 from unwrite.prompts.texts import text, windows
-from unwrite.prompts.tokens import Tokens, from_ids
+from unwrite.prompts.tokens import Tokens, bare, from_ids
 
 LETTERS = string.ascii_lowercase + " "
 BOS, EOS = 1, 2
@@ -91,7 +93,18 @@ def test_bos_may_be_id_zero(tokenizer) -> None:
 def test_no_more_than_n_windows_are_taken_and_the_rest_is_noted(tokenizer) -> None:
     tokens = text("abc" * 10, tokenizer, n=4, length=4)
     assert len(tokens) == 4
-    assert "6 further windows" in " ".join(tokens.notes)
+    assert "1 of 1 document went on for further windows" in " ".join(tokens.notes)
+
+
+def test_of_a_long_text_only_its_beginning_is_read_and_the_windows_are_those_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = "".join(f"Once upon a time there was a dog, number {i}.\n" for i in range(4000))
+    tokenizer, read = load("default").tokenizer, []
+    monkeypatch.setattr(texts, "bare", lambda part, tokenizer: read.append(part) or bare(part, tokenizer))
+    some = text(words, tokenizer, n=3, length=40, bos=False)
+    assert some.ids.ravel().tolist() == bare(words, tokenizer)[:120]
+    assert sum(map(len, read)) < len(words) / 10
 
 
 @given(sizes=st.lists(st.integers(0, 9), min_size=2, max_size=6).filter(any), n=st.integers(1, 30))

@@ -43,6 +43,7 @@ def doctor(
     words = {
         "scan": f"a scan of {prompts}", "survival": f"survival of all writers, {prompts}",
         "verify": f"a verify of one writer, {prompts}", "dla": f"dla of {one}",
+        "audit": f"an audit, {prompts}",
     }  # fmt: skip
     for need in diagnosis.stages:
         cost = f"about {need.memory / 2**30:.2f} GiB, {duration(need.seconds)}"

@@ -28,6 +28,9 @@ _SKIPPED = {"__pycache__", "node_modules"}
 _LISTED = 20
 # Of a document so many characters are enough to see what the tokenizer puts before it.
 _SAMPLE = 64
+# Of a long document so many characters for each token that is needed are read at first; how the text goes on may change
+# the last tokens before it, far fewer than these.
+_PER_TOKEN, _UNSURE = 6, 64
 _TEXTS = "a string, file, folder, list of strings, data set, or a dict of these"
 
 
@@ -48,7 +51,7 @@ def text(
     what begins every window: by default what the tokenizer itself puts before a text, for True its BOS in any case (an
     error if it has none), for False nothing, or an id. It is never put before a text that begins with
     it; what a tokenizer puts behind a text, which ends it, is left out.
-    Returns Tokens, or a dict of Tokens for a mapping. A rest that does not fill a window is left out and noted.
+    Returns Tokens, or a dict of Tokens for a mapping. What fills no window is left out.
     Windows of one document share a cluster where there are several documents; else each window is its own.
     Raises TokensError for an empty text, a text shorter than one window, or a file that is not UTF-8.
 
@@ -94,7 +97,7 @@ def windows(
     name, documents, files = _documents(source)
     sample = next(document for document in documents if document.strip())[:_SAMPLE]
     digest, prefix = digest_of(name, documents), _begun(tokenizer, bos, sample, length)
-    cut = [_cut(document, tokenizer, length, prefix) for document in documents]
+    cut = [_cut(document, tokenizer, n, length, prefix) for document in documents]
     taken = _spread([len(windows) for windows in cut], n)
     if not sum(taken):
         longest = max(map(len, documents))
@@ -104,7 +107,8 @@ def windows(
             fix="pass a smaller length, or give short texts to the method itself, each of them a prompt",
         )  # fmt: skip
     ids = np.array([window for windows, k in zip(cut, taken, strict=True) for window in windows[:k]], dtype=np.int64)
-    notes = (f"{sum(map(len, cut)) - len(ids)} further windows of {length} tokens were not used", *files)
+    goes_on = sum(len(windows) > k for windows, k in zip(cut, taken, strict=True))
+    notes = (f"{goes_on} of {counted(len(cut), 'document')} went on for further windows, which were not used", *files)
     cluster = np.repeat(np.arange(len(cut)), taken) if len(documents) > 1 else np.arange(len(ids))
     return Tokens(ids, np.full(len(ids), length), cluster, name, digest, notes)
 
@@ -121,7 +125,7 @@ def _streamed(
     source: Source, tokenizer: Any, n: int, length: int, prefix: list[int], checkpoint: Keeper | None
 ) -> Tokens:
     name = name_of(source.spelled)
-    reading = Reading(source, lambda document: _cut(document, tokenizer, length, prefix), n)
+    reading = Reading(source, lambda document: _cut(document, tokenizer, n, length, prefix), n)
     asked = {"source": source.spelled, "tokenizer": identity(tokenizer), "length": length, "n": n, "bos": prefix}
     fill(reading, checkpoint, asked)
     at = reading.at
@@ -137,17 +141,28 @@ def _streamed(
     return Tokens(np.stack(reading.rows, dtype=np.int64), np.full(at.windows, length), cluster, name, at.digest, notes)
 
 
-def _cut(document: str, tokenizer: Any, length: int, prefix: list[int]) -> list[list[int]]:
-    """Consecutive windows of so many ids, each begun with `prefix`, which is not put where the text says it itself."""
-    ids, first = bare(document, tokenizer), len(prefix)
+def _cut(document: str, tokenizer: Any, n: int, length: int, prefix: list[int]) -> list[list[int]]:
+    """Consecutive windows of so many ids, each begun with `prefix`, which is not put where the text says it itself;
+    one more than `n` where there are so many, which shows that it goes on."""
+    ids, first = _beginning(document, tokenizer, (n + 1) * length), len(prefix)
     windows, at = [], 0
     while True:
         begun = says(ids[at : at + first], prefix, tokenizer)
         window = ids[at : at + length] if begun else prefix + ids[at : at + length - first]
-        if len(window) < length:
+        if len(window) < length or len(windows) > n:
             return windows
         windows.append(window)
         at += length if begun else length - first
+
+
+def _beginning(document: str, tokenizer: Any, needed: int) -> list[int]:
+    """As many ids of a document as are needed, or all: a book is not read for its first page."""
+    read = _PER_TOKEN * (needed + _UNSURE)
+    while read < len(document):
+        if len(ids := bare(document[:read], tokenizer)) >= needed + _UNSURE:
+            return ids[:needed]
+        read *= 2
+    return bare(document, tokenizer)
 
 
 def _spread(available: Sequence[int], n: int) -> list[int]:

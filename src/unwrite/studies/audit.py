@@ -39,6 +39,9 @@ from unwrite.studies.keep import Parts, keep
 # Writes are taken out of so many prompts, of as many documents as there are: how far a survival varies over documents
 # is soon known, and every prompt costs a run of each.
 REMOVED_FROM = 6
+# Ordinary writes are what a verdict is measured against: three in the place of each, since all writers' are judged
+# together. Who wants more of them, or other controls beside, asks `uw.survival`.
+BESIDE: Mapping[str, Any] = {"controls": ("typical",), "decoys": 3}
 # So many writers are looked at closely, one of each layer and group of heads that share keys and values.
 MOST = 2
 # What attribution is asked about: so many prompts, some of them found ones; the others are the beginnings of windows,
@@ -147,7 +150,7 @@ def _removed(lm: Model, scanned: Result, tokens: Tokens, parts: Parts, job: Job)
     writes = material if material.any() else able & (first["n_positions"].values > 0)
     writers = [str(writer) for writer in first["writer"].values[writes]]
     few = tokens.spread(REMOVED_FROM)
-    return parts.finish(survival(lm, few, writers, checkpoint=job, listener=parts))
+    return parts.finish(survival(lm, few, writers, **BESIDE, checkpoint=job, listener=parts))
 
 
 def _chosen(lm: Model, removed: xr.Dataset, most: int) -> dict[str, str]:

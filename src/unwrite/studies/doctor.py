@@ -45,9 +45,10 @@ class Need:
 class Diagnosis:
     """Checks, and estimates for a scan of `n` prompts of `length` tokens: bytes and seconds.
 
-    `stages` has the same of a survival of all writers, of a verify of one in the middle, and of a dla of one prompt;
-    `regions` says where the weights lie; `memory` is what is needed where the token ids go, weights included; `seconds`
-    is NaN before a model is loaded, since only its own passes tell what reading from disk costs.
+    `stages` has the same of a survival of all writers, of a verify of one in the middle, of a dla of one prompt, and of
+    an audit of the material writers; `regions` says where the weights lie; `memory` is what is needed where the token
+    ids go, weights included; `seconds` is NaN before a model is loaded, since only its own passes tell what reading
+    from disk costs.
     """
 
     checks: tuple[Check, ...]
@@ -77,7 +78,7 @@ class Diagnosis:
 def doctor(
     lm: Model, n: int = 300, length: int | None = None, writers: int | Iterable[object] | None = None
 ) -> Diagnosis:
-    """Checks of a loaded model and estimates for scan, survival, verify and dla, from a short trial on random ids.
+    """Checks of a loaded model and estimates for scan, survival, verify, dla, audit, from a trial on random ids.
 
     Arguments: `n` prompts of `length` tokens (of dla one); `writers` that survival takes out: their names, or how many,
     by default all. Memory: weights, what a batch holds, and what is summed up of it. The trial runs this very model:

@@ -29,13 +29,18 @@ from unwrite.run.replay.removed import behind
 from unwrite.run.tally.foretold import looked_at, per_prompt
 from unwrite.run.tally.survives import ALONE, Removals
 from unwrite.run.tally.without import READ_ROTATIONS, ROTATIONS
+from unwrite.studies.audit import ASKED, BESIDE, FOUND, MOST, REMOVED_FROM, SHORT, demonstration
 
 # Tokens of one trial, and of the shortest pass that is timed, whose cost is that of a call.
 TRIED, FEW = 128, 8
+# So many prompts say which writes are material.
+SEEN = 4
 # Prompts that fill every batch.
 _MANY = 4096
 # A prompt's readings in `uw.dla`, in passes; and what a changed run costs beside its blocks, there and in `uw.verify`.
 _READINGS, _SWEPT, _RECORDED = 10, 1.3, 1.75
+# Where only one row of a run is new, every so many rows before it, which it attends to, cost as much as that row.
+_ATTENDED = 40
 # What stands in for one writer that is looked at closely, and the write itself.
 _BESIDE = 1 + sum(ALONE.values())
 
@@ -53,15 +58,45 @@ class BlockTime:
 
 
 def foreseen(lm: Model, n: int, length: int, writers: int | Iterable[object] | None = None) -> dict[str, float]:
-    """Seconds by stage for n prompts of `length` tokens: scan, survival of all writers, verify of one, dla of a prompt.
+    """Seconds by stage for n prompts of `length` tokens: scan, survival of all writers, verify of one, dla of a prompt;
+    and an audit, of as many writers as are material on a text that every Python carries.
 
     `writers` as in `stages`.
     """
-    return {name: stage.seconds(1 if name == "dla" else n) for name, stage in stages(lm, length, writers).items()}
+    taken, able = stages(lm, length, writers), len(spread(lm, writers))
+    each = {name: taken[name].seconds(1 if name == "dla" else n) for name in ("scan", "survival", "verify", "dla")}
+    count = able
+    if writers is None and lm.tokenizer is not None:
+        count = material(lm, demonstration(lm, SEEN, length))
+    survival = taken["survival"]
+    of_some = {**taken, "survival": Taken(survival.once, survival.each * count / able)}
+    return {**each, "audit": sum(of_audit(of_some, n, count).values())}
+
+
+def material(lm: Model, tokens: Tokens) -> int:
+    """How many nodes write anything material on some prompts."""
+    tally, _ = looked_at(lm, tokens)
+    return max(1, sum(node.kind not in ("bias", "embed") for node in tally.material()))
+
+
+def of_audit(taken: Mapping[str, Taken], n: int, writers: int) -> dict[str, float]:
+    """Seconds of what an audit of n prompts consists of, by name, told by `stages` of the writers that it takes out, so
+    many."""
+    half = n / 2
+    few, asked = min(half, REMOVED_FROM), min(ASKED, half)
+    # One run for the write itself and one for each stand-in, of which an audit makes fewer.
+    runs = [1 + sum(draws.values()) for draws in (stand_ins(writers, **BESIDE), stand_ins(writers))]
+    return {
+        "scan": taken["scan"].seconds(half),
+        f"survival of {writers}": taken["survival"].once + few * taken["survival"].each * runs[0] / runs[1],
+        f"verify of {MOST}": MOST * taken["verify"].seconds(half), "search": taken["verify"].seconds(half) / 2,
+        "dla": min(FOUND, asked) * taken["dla found"].each + max(asked - FOUND, 0) * taken["dla short"].each,
+    }  # fmt: skip
 
 
 def stages(lm: Model, length: int, writers: int | Iterable[object] | None = None) -> Mapping[str, Taken]:
-    """What each stage takes once and for each prompt of `length` tokens, so that a number of prompts can be chosen.
+    """What each stage takes once and for each prompt of `length` tokens, so that a number of prompts can be chosen; of
+    dla also where only the last row is asked about, of whole prompts and of such as an audit makes short.
 
     `writers` as in `spread`. A stage of several writers is all of them in survival, and one of them, in the middle, in
     verify. Seconds are those of `clock`: of the processor where one thread does all.
@@ -77,7 +112,9 @@ def stages(lm: Model, length: int, writers: int | Iterable[object] | None = None
         "scan": Taken(scanned.once, scale * scanned.each),
         "survival": _survival(lm, from_ids(ids[:2]), scale, chosen, now),
         "verify": _verify(lm, length, chosen, one),
-        "dla": _dla(lm, length, one),
+        "dla": _dla(lm, length, length, one),
+        "dla found": _dla(lm, length, 1, one),
+        "dla short": _dla(lm, min(SHORT, length), 1, one),
     }
 
 
@@ -144,9 +181,9 @@ def _verify(lm: Model, length: int, writers: list[Node], one: BlockTime) -> Take
     return Taken(_RECORDED * shown, _RECORDED * one.seconds(together * length, runs) / together + beside)
 
 
-def _dla(lm: Model, length: int, one: BlockTime) -> Taken:
-    """Every node replaced, by nothing and by its mean, beside the readings."""
-    swept = 2 * behind(lm, lm.parts) * length * one.row
+def _dla(lm: Model, length: int, rows: int, one: BlockTime) -> Taken:
+    """Every node replaced, by nothing and by its mean, in so many last rows, beside the readings."""
+    swept = 2 * behind(lm, lm.parts) * (rows + (length - rows) / _ATTENDED) * one.row
     return Taken(0.0, _SWEPT * swept + _READINGS * one.seconds(length, len(lm.layers)))
 
 

@@ -19,15 +19,11 @@ from unwrite.model.view import Model
 from unwrite.prompts.given import by_name
 from unwrite.prompts.tokens import Tokens
 from unwrite.run.loop.trial import Taken
-from unwrite.run.tally.foretold import looked_at
-from unwrite.studies.audit import ASKED, FOUND, MOST, REMOVED_FROM, SHORT
-from unwrite.studies.foreseen import stages
+from unwrite.studies.foreseen import SEEN, material, of_audit, stages
 from unwrite.studies.keep import PLAN
 
 # An audit of so many prompts, the most that fit; who wants more says -n.
 _SIZES = (12, 16, 24, 32, 48, 64, 96)
-# So many prompts say which writes are material.
-_SEEN = 4
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ def planned(lm: Model, read: Callable[[int, int], Any], length: int, budget: flo
 
     Raises NumericError where not even the smallest fits.
     """
-    writers = material(lm, next(iter(by_name(read(_SEEN, length)).values())))
+    writers = material(lm, next(iter(by_name(read(SEEN, length)).values())))
     taken = stages(lm, length, writers)
     fits = [plan for size in _SIZES if (plan := _plan(size, length, writers, taken, budget)).total <= budget]
     if not fits:
@@ -80,14 +76,7 @@ def planned(lm: Model, read: Callable[[int, int], Any], length: int, budget: flo
 
 
 def _plan(n: int, length: int, writers: int, taken: Mapping[str, Taken], budget: float) -> Planned:
-    half, few = n / 2, min(n / 2, REMOVED_FROM)
-    scan, survival, verify, dla = (taken[name] for name in ("scan", "survival", "verify", "dla"))
-    asked = min(FOUND + (ASKED - FOUND) * SHORT / length, half)
-    seconds = {
-        "scan": scan.seconds(half), f"survival of {writers}": survival.seconds(few),
-        f"verify of {MOST}": MOST * verify.seconds(half), "search": verify.seconds(half) / 2, "dla": dla.seconds(asked),
-    }  # fmt: skip
-    return Planned(n, length, writers, seconds, budget)
+    return Planned(n, length, writers, of_audit(taken, n, writers), budget)
 
 
 def removals(lm: Model, tokens: Tokens, budget: float | None, **asked: Any) -> Planned:
@@ -98,9 +87,3 @@ def removals(lm: Model, tokens: Tokens, budget: float | None, **asked: Any) -> P
     found = fitted(lm, tokens, **asked, budget=budget)
     stage = {f"survival of {found.writers}": found.seconds}
     return Planned(found.n, tokens.length, found.writers, stage, budget)
-
-
-def material(lm: Model, tokens: Tokens) -> int:
-    """How many nodes write anything material on some prompts."""
-    tally, _ = looked_at(lm, tokens)
-    return max(1, sum(node.kind not in ("bias", "embed") for node in tally.material()))

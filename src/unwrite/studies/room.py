@@ -21,12 +21,17 @@ _FITS = 2**30
 
 def memory(lm: Model, n: int, length: int, writers: int | None = None) -> dict[str, int]:
     """Bytes by stage, as `unwrite.studies.foreseen` has them, for n prompts of `length` tokens and so many writers."""
+    # Each stage of an audit has half of the prompts.
+    found = {**_stages(lm, n, length, writers), "audit": max(_stages(lm, -(-n // 2), length, writers).values())}
+    return {name: _folded(lm) + part + _ALWAYS + _tokenizer(lm) for name, part in found.items()}
+
+
+def _stages(lm: Model, n: int, length: int, writers: int | None) -> dict[str, int]:
     tokens = from_ids(torch.zeros(min(n, 4096), length, dtype=torch.long))
-    found = {
+    return {
         "scan": _scan(lm, n, tokens), "survival": _survival(lm, n, length, writers or len(lm.parts)),
         "verify": _verify(lm, n, tokens), "dla": _clean(lm, length) + _going_up(lm, length),
     }  # fmt: skip
-    return {name: _folded(lm) + part + _ALWAYS + _tokenizer(lm) for name, part in found.items()}
 
 
 def _tokenizer(lm: Model) -> int:
