@@ -94,6 +94,15 @@ def test_a_heat_map_has_each_number_at_its_place(each) -> None:
     assert first.to_dict()["layer"][0]["encoding"]["x"]["sort"] == tokens
 
 
+def test_prompts_of_other_words_are_not_averaged_over() -> None:
+    result = uw.lens(view(tiny.model("gpt2", 3, num_hidden_layers=2, num_attention_heads=2)), IDS[:2])
+    first = result["followed_prob"].sel(prompt=0)
+    shown = {cell["value"] for cell in cells(result.figure()) if cell["value"] is not None}
+    assert shown <= {float(value) for value in first.values.ravel()}
+    assert "prompt 0" in " ".join(result.figure().to_dict()["title"]["subtitle"])
+    assert cells(result.figure(prompt=1)) != cells(result.figure(prompt=0)) == cells(result.figure())
+
+
 def test_what_was_not_measured_is_grey_and_what_is_not_there_blank() -> None:
     values = np.array([9.0, 0.5, np.nan, -2.0, 0.0, 1.0, 0.25])
     chart = made(x=(("node",), values)).figure()

@@ -15,13 +15,7 @@ from unwrite.cli.doctor import doctor
 from unwrite.cli.look import attention, lens, opened
 from unwrite.cli.options import (
     COMMON,
-    Bos,
     Common,
-    Convention,
-    Device,
-    DeviceMap,
-    Dtype,
-    Every,
     Json,
     Length,
     ModelName,
@@ -29,13 +23,10 @@ from unwrite.cli.options import (
     Prompts,
     Quiet,
     ShardOf,
-    TableOut,
     TaskName,
     TextPath,
     Total,
-    job_in,
     listed,
-    load_model,
     pairs_in,
     read_text,
     spread,
@@ -43,7 +34,7 @@ from unwrite.cli.options import (
 from unwrite.cli.patch import bound, diff, paths
 from unwrite.cli.survival import survival
 from unwrite.cli.tasks import solves, tasks
-from unwrite.cli.voice import Voice, event, fail, produce
+from unwrite.cli.voice import Voice, event, fail
 from unwrite.errors import Stopped, UnwriteError
 from unwrite.files import version
 
@@ -102,29 +93,21 @@ _command(audit)
 
 
 @_command
+@spread
 def scan(
     model: ModelName,
     text: TextPath,
     writers: Annotated[str | None, typer.Option("--writers", help="Nodes, such as L0H1,MLP2; by default all.")] = None,
     n: Prompts = 300,
     length: Length = None,
-    bos: Bos = None,
-    out: Out = None,
-    every: Every = 30.0,
-    device: Device = None,
-    device_map: DeviceMap = None,
-    dtype: Dtype = None,
-    convention: Convention = "paper",
     skip: Annotated[int, typer.Option("--skip", min=0, help="Positions at the start of a prompt, apart.")] = 1,
     shard: ShardOf = None,
-    quiet: Quiet = False,
-    as_json: Json = False,
+    common: Common = COMMON,
 ) -> None:
     """Who writes, how the level along each write changes, and who writes against it. Also under torchrun."""
     from unwrite.cli.shards import Shard, start
 
-    asked = Shard(model, text, n, length, writers, skip, device, device_map, dtype, convention, bos)
-    start(asked, out, every, shard, quiet, as_json)
+    start(Shard(model, text, n, length, writers, skip, **common.loading), common, shard)
 
 
 @_command
@@ -239,6 +222,7 @@ def effects(
 
 
 @_command
+@spread
 def reproduce(
     name: Annotated[str, typer.Argument(metavar="NAME", help="gelu-4l.")],
     weights: Annotated[
@@ -249,25 +233,21 @@ def reproduce(
     ] = [],  # noqa: B006 - typer copies it
     n: Prompts = 300,
     length: Length = None,
-    bos: Bos = None,
-    out: TableOut = None,
-    every: Every = 30.0,
-    quiet: Quiet = False,
-    as_json: Json = False,
+    common: Common = COMMON,
 ) -> None:
     """The five figures of Dao, Lau, Rager and Janiak 2023: the paper's numbers beside ours."""
     from unwrite.studies.reproduce import WEIGHTS
     from unwrite.studies.reproduce import reproduce as run
 
-    lm = load_model(str(weights or WEIGHTS), None, None, "paper")
+    lm = common.load(str(weights or WEIGHTS))
 
     def read(job: Job) -> Texts:
-        return read_text(lm, text, n, length, bos, job) if text else {}
+        return read_text(lm, text, n, length, common.bos, job) if text else {}
 
     def method(tokens: Texts, listener: Listener, job: Job) -> Result:
-        return run(name, lm, tokens or None, n, bos=bos, checkpoint=job, listener=listener)
+        return run(name, lm, tokens or None, n, bos=common.bos, checkpoint=job, listener=listener)
 
-    produce(lm, read, method, out, Voice(quiet, as_json), job_in(out, every))
+    common.produce(lm, read, method)
 
 
 @_command

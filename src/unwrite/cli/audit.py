@@ -7,25 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from unwrite.cli.options import (
-    Bos,
-    Budget,
-    Convention,
-    Device,
-    DeviceMap,
-    Dtype,
-    Every,
-    Json,
-    Length,
-    Out,
-    Quiet,
-    TextPath,
-    job_in,
-    load_model,
-    read_texts,
-    seconds_of,
-)
-from unwrite.cli.voice import Voice, produce
+from unwrite.cli.options import COMMON, Budget, Common, Length, TextPath, read_texts, seconds_of, spread
 
 if TYPE_CHECKING:
     from unwrite.prompts.tokens import Tokens
@@ -35,6 +17,7 @@ if TYPE_CHECKING:
     Texts = Tokens | dict[str, Tokens]
 
 
+@spread
 def audit(
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help="Hub name or folder, by default the bundled model.")
@@ -48,15 +31,7 @@ def audit(
         int | None, typer.Option("-n", min=1, help="Prompts; by default as many as the budget allows.")
     ] = None,
     length: Length = None,
-    bos: Bos = None,
-    out: Out = None,
-    every: Every = 30.0,
-    device: Device = None,
-    device_map: DeviceMap = None,
-    dtype: Dtype = None,
-    convention: Convention = "paper",
-    quiet: Quiet = False,
-    as_json: Json = False,
+    common: Common = COMMON,
 ) -> None:
     """Who writes, what survives, which attributions can be believed: scan, survival, verify, dla, in words."""
     from unwrite.model.load import DEFAULT
@@ -67,9 +42,7 @@ def audit(
 
     if model is None and text:
         raise typer.BadParameter("a text needs a MODEL to read it", param_hint="--text")
-    lm = load_model(model or DEFAULT, device, dtype, convention, device_map)
-    voice = Voice(quiet, as_json, "" if out is None else " · Ctrl-C stops and keeps what is done")
-    allowed = seconds_of(budget)
+    lm, bos, voice, allowed = common.load(model or DEFAULT), common.bos, common.voice, seconds_of(budget)
 
     def some(count: int, long: int, job: Job) -> Texts:
         return read_texts(lm, text, count, long, bos, job) if model else demonstration(lm, count, long, bos)
@@ -85,4 +58,4 @@ def audit(
     def method(tokens: Texts, listener: Listener, job: Job) -> Result:
         return run(lm, tokens, prompt or None, bos=bos if prompt else None, checkpoint=job, listener=listener)
 
-    produce(lm, read, method, out, voice, job_in(out, every))
+    common.produce(lm, read, method)

@@ -47,7 +47,6 @@ Total = Annotated[
     bool, typer.Option("--total/--no-total", help="Execute the truth beside the readings; without, it takes seconds.")
 ]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for the result and its table.")]
-TableOut = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for result.nc and table.csv.")]
 Every = Annotated[
     float, typer.Option("--checkpoint-every", metavar="SECONDS", min=0, help="How often --out keeps what is done.")
 ]
@@ -173,7 +172,7 @@ class Common:
     """What every command that asks a model can be told, in one order: how to read, keep, load and say."""
 
     bos: Bos = None
-    out: TableOut = None
+    out: Out = None
     every: Every = 30.0
     device: Device = None
     device_map: DeviceMap = None
@@ -182,13 +181,24 @@ class Common:
     quiet: Quiet = False
     as_json: Json = False
 
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Where a model goes, and how it and its text are read."""
+        names = ("device", "device_map", "dtype", "convention", "bos")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def voice(self) -> Voice:
+        """How a command speaks."""
+        return Voice(self.quiet, self.as_json, "" if self.out is None else " · Ctrl-C stops and keeps what is done")
+
     def load(self, model: str) -> Model:
         """The model that a command names."""
         return load_model(model, self.device, self.dtype, self.convention, self.device_map)
 
     def produce(self, lm: Model, read: Callable[[Job], Any], method: Callable[[Any, Listener, Job], Result]) -> None:
         """Read and run a method, keep what it finds and say it."""
-        produce(lm, read, method, self.out, Voice(self.quiet, self.as_json), job_in(self.out, self.every))
+        produce(lm, read, method, self.out, self.voice, job_in(self.out, self.every))
 
 
 # As of a command that is told nothing.

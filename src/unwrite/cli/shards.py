@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from unwrite.cli.options import job_in, joined_ranks, listed, load_model, read_text, read_texts
+from unwrite.cli.options import Common, job_in, joined_ranks, listed, load_model, read_text, read_texts
 from unwrite.cli.voice import Voice, produce
 from unwrite.errors import ResultError
 from unwrite.files import write
@@ -78,18 +78,16 @@ def asked_of(folders: Sequence[Path]) -> Shard:
     return found[first]
 
 
-def start(
-    asked: Shard, out: Path | None, every: float, shard: str | None, quiet: bool, as_json: bool,
-    budget: float | None = None,
-) -> None:  # fmt: skip
+def start(asked: Shard, common: Common, shard: str | None, budget: float | None = None) -> None:
     """Do what was asked, or that part of it which the shard, or this rank of a torchrun, is there for."""
-    if shard is not None and out is None:
+    if shard is not None and common.out is None:
         raise typer.BadParameter("a shard needs a folder that keeps it", param_hint="--out")
     with joined_ranks() as ranks:
-        job = job_in(out, every, shard, ranks)
+        job = job_in(common.out, common.every, shard, ranks)
         if budget is not None and job.shard[1] > 1:
             raise typer.BadParameter("each part would choose its own prompts; say -n", param_hint="--budget")
-        run(asked, out, Voice(quiet or (job.shard[0] > 1 and ranks is not None), as_json), job, budget)
+        voice = replace(common.voice, quiet=True) if job.shard[0] > 1 and ranks is not None else common.voice
+        run(asked, common.out, voice, job, budget)
 
 
 def run(asked: Shard, out: Path | None, voice: Voice, job: Job, budget: float | None = None) -> None:

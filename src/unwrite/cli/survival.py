@@ -6,26 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
-from unwrite.cli.options import (
-    Bos,
-    Convention,
-    Device,
-    DeviceMap,
-    Dtype,
-    Every,
-    Json,
-    Length,
-    ModelName,
-    Quiet,
-    ShardOf,
-    TableOut,
-    TextPath,
-)  # fmt: skip
+from unwrite.cli.options import COMMON, Common, Length, ModelName, ShardOf, TextPath, seconds_of, spread
 
 # So many prompts a budget chooses from.
 _MOST = 1000
 
 
+@spread
 def survival(
     model: ModelName,
     text: TextPath,
@@ -46,23 +33,14 @@ def survival(
         int | None, typer.Option("-n", min=1, help="Prompts, by default 8, or as many as the budget allows.")
     ] = None,
     length: Length = 64,
-    bos: Bos = None,
-    out: TableOut = None,
-    every: Every = 30.0,
-    device: Device = None,
-    device_map: DeviceMap = None,
-    dtype: Dtype = None,
-    convention: Convention = "paper",
     shard: ShardOf = None,
-    quiet: Quiet = False,
-    as_json: Json = False,
+    common: Common = COMMON,
 ) -> None:
     """What survives of every write, beside ordinary writes in its place, and who acts on it? Also under torchrun."""
-    from unwrite.cli.options import seconds_of
     from unwrite.cli.shards import Shard, start
 
     settings: dict[str, Any] = {"method": "survival", "weigh": weigh, "controls": controls, "decoys": decoys}
     allowed = None if budget is None else seconds_of(budget)
     n = n or (8 if allowed is None else _MOST)
-    asked = Shard(model, text, n, length, writers, 1, device, device_map, dtype, convention, bos, **settings)
-    start(asked, out, every, shard, quiet, as_json, allowed)
+    asked = Shard(model, text, n, length, writers, 1, **common.loading, **settings)
+    start(asked, common, shard, allowed)

@@ -184,9 +184,11 @@ def _question(
     return Removals(lm, fold(lm), tokens, skip, chosen, _weights(lm, chosen, weigh), draws, loudest)
 
 
-def stand_ins(writers: int, controls: Sequence[str] = CONTROLLED, decoys: int | None = None) -> dict[str, int]:
+def stand_ins(
+    writers: int, controls: Sequence[str] = CONTROLLED, decoys: int | None = None, fewest: int = _FEWEST
+) -> dict[str, int]:
     """How many stand-ins of each control every one of so many writers gets."""
-    each = decoys or min(max(_FEWEST, -(-_ALL // writers)), _MOST)
+    each = decoys or min(max(fewest, -(-_ALL // writers)), _MOST)
     # Of the first control a median and a spread are asked for, of the others only the median.
     return {control: each if control == controls[0] else max(1, each // 2) for control in controls}
 

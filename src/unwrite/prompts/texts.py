@@ -98,7 +98,9 @@ def windows(
     sample = next(document for document in documents if document.strip())[:_SAMPLE]
     digest, prefix = digest_of(name, documents), _begun(tokenizer, bos, sample, length)
     cut = [_cut(document, tokenizer, n, length, prefix) for document in documents]
-    taken = _spread([len(windows) for windows in cut], n)
+    # Of those that go on, which are not read to their end, the longest are those of most characters.
+    size = [(len(part), len(document) * (len(part) > n)) for part, document in zip(cut, documents, strict=True)]
+    taken = _spread(size, n)
     if not sum(taken):
         longest = max(map(len, documents))
         raise TokensError(
@@ -165,12 +167,12 @@ def _beginning(document: str, tokenizer: Any, needed: int) -> list[int]:
     return bare(document, tokenizer)
 
 
-def _spread(available: Sequence[int], n: int) -> list[int]:
-    """How many windows to take of each document: as even as the documents allow, `n` in all."""
-    taken, left = [0] * len(available), min(n, sum(available))
+def _spread(size: Sequence[tuple[int, int]], n: int) -> list[int]:
+    """How many windows to take of each document, of those that it has: as even as the documents allow, `n` in all."""
+    taken, left = [0] * len(size), min(n, sum(available for available, _ in size))
     # The shortest first: what it cannot give is shared by those that come after it.
-    for rank, i in enumerate(sorted(range(len(available)), key=lambda i: (available[i], -i))):
-        taken[i] = min(available[i], left // (len(available) - rank))
+    for rank, i in enumerate(sorted(range(len(size)), key=lambda i: (size[i], -i))):
+        taken[i] = min(size[i][0], left // (len(size) - rank))
         left -= taken[i]
     return taken
 

@@ -59,7 +59,7 @@ def removed(result: Result) -> xr.Dataset:
     data = bare(result.data)
     own = [name for name, part in data.variables.items() if "removed" in part.dims and name != "removed"]
     names = {str(name): str(name).removeprefix("removed_") for name in own}
-    found = data[own].rename({**names, "removed": "writer", "removed_bound": "bound"})
+    found = data[own].rename({**names, "removed": "writer", "removed_bound": "bound", "removed_control": "control"})
     return found.assign_attrs({name: data.attrs[f"removed_{name}"] for name in TOLD})
 
 

@@ -155,6 +155,7 @@ def part_of(result: Result, name: str, writer: str | None, chosen: Mapping[str, 
     whose = [axis for axis in _WHOSE if axis in part.dims]
     if writer is not None and not whose:
         raise ResultError(f"{name} is not of one writer", got=shown(writer), fix="leave writer out")
+    chosen = {axis: part[axis].values[0] for axis in view(result).apart if axis in part.dims} | {**chosen}
     return picked(part, {whose[0]: writer, **chosen} if writer is not None else chosen)
 
 

@@ -41,6 +41,7 @@ class MethodView:
     small: str | None = None
     of: tuple[str, ...] = ()
     full: float | None = None
+    apart: tuple[str, ...] = ()
     matrix: str | None = None
     alerts: tuple[Callable[[Result], Iterable[Alert]], ...] = ()
     numbers: Callable[[Result], dict[str, Any]] = lambda _: {}
@@ -180,7 +181,7 @@ VIEWS: dict[str, MethodView] = {
     ),
     "lens": MethodView(
         looked.first_choice, _by_prompt(looked.LENS, looked.lenses, lambda data: looked.foremost(data, _LOOKED)),
-        of=("followed_prob",),
+        of=("followed_prob",), apart=("prompt",),
     ),
     "attention": MethodView(
         looked.looks_most, _by_prompt(looked.ATTENTION, looked.looks, lambda _: range(_LOOKED)), picture="attention",

@@ -22,7 +22,7 @@ from unwrite.methods.adversarial import adversarial
 from unwrite.methods.corpus import corpus_dla
 from unwrite.methods.dla import dla
 from unwrite.methods.scan import scan
-from unwrite.methods.survival import survival
+from unwrite.methods.survival import CONTROLLED, stand_ins, survival
 from unwrite.methods.verify import verify
 from unwrite.model.view import Model
 from unwrite.nodes import parse_node
@@ -39,9 +39,6 @@ from unwrite.studies.keep import Parts, keep
 # Writes are taken out of so many prompts, of as many documents as there are: how far a survival varies over documents
 # is soon known, and every prompt costs a run of each.
 REMOVED_FROM = 6
-# Ordinary writes are what a verdict is measured against: three in the place of each, since all writers' are judged
-# together. Who wants more of them, or other controls beside, asks `uw.survival`.
-BESIDE: Mapping[str, Any] = {"controls": ("typical",), "decoys": 3}
 # So many writers are looked at closely, one of each layer and group of heads that share keys and values.
 MOST = 2
 # What attribution is asked about: so many prompts, some of them found ones; the others are the beginnings of windows,
@@ -150,7 +147,14 @@ def _removed(lm: Model, scanned: Result, tokens: Tokens, parts: Parts, job: Job)
     writes = material if material.any() else able & (first["n_positions"].values > 0)
     writers = [str(writer) for writer in first["writer"].values[writes]]
     few = tokens.spread(REMOVED_FROM)
-    return parts.finish(survival(lm, few, writers, **BESIDE, checkpoint=job, listener=parts))
+    return parts.finish(survival(lm, few, writers, **beside(len(writers)), checkpoint=job, listener=parts))
+
+
+def beside(writers: int) -> dict[str, Any]:
+    """What stands in for each of so many writes: ordinary ones alone, against which a verdict is measured, and of many
+    writers, whose stand-ins are judged together, one fewer than `uw.survival` would take."""
+    controls = CONTROLLED[:1]
+    return {"controls": controls, "decoys": stand_ins(writers, controls, fewest=3)[controls[0]]}
 
 
 def _chosen(lm: Model, removed: xr.Dataset, most: int) -> dict[str, str]:
@@ -221,7 +225,7 @@ def _plain(proof: xr.Dataset) -> xr.Dataset:
 def _beside(removed: xr.Dataset) -> xr.Dataset:
     """What survives of every write, on axes of its own beside those of a scan and of verifications."""
     told = {f"removed_{name}": removed.attrs[name] for name in audited.TOLD}
-    data = _renamed(removed, "removed").rename(writer="removed", bound="removed_bound")
+    data = _renamed(removed, "removed").rename(writer="removed", bound="removed_bound", control="removed_control")
     return data.assign_attrs(told)
 
 
