@@ -154,7 +154,7 @@ class MaskTally:
         request = self._request
         require_slopes(request.lm, request.lm.hf)
         self._learned = [self._pieces(side) for side in request.learned]
-        with torch.no_grad():
+        with sloping(request.lm), torch.no_grad():
             best, losses = self._learning.run(self._tick)
         gain = best["gain"].unflatten(0, (len(request.penalty), request.seeds)).double().cpu().numpy()
         solved = [_solved(piece) for piece in self._learned[0]]
@@ -242,8 +242,7 @@ def _sloped(
         value = torch.nn.functional.smooth_l1_loss(value, piece.clean[at], reduction="none") if keep else value
         return own.new_zeros(len(own)).index_add(0, fit, own[fit, pair] * value)
 
-    with sloping(request.lm):
-        return sloped(parameters, loss)
+    return sloped(parameters, loss)
 
 
 @torch.no_grad()
