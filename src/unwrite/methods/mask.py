@@ -261,9 +261,9 @@ def _dataset(request: Masks, found: Arrays) -> xr.Dataset:
     } | ({request.places[0]: [*request.places[1]]} if request.places[0] else {})  # fmt: skip
     axes |= {"kept": np.sort(request.judged[1].number)} if len(request.judged) > 1 else {}
     solved, ends = found["solved"] > 0, [rates[f"rate_{end}"][best, SETS.index("chosen")] for end in ("low", "high")]
-    none = float(rates["rate"][best, SETS.index("none")])
+    others = [float(rates["rate"][best, SETS.index(name)]) for name in ("none", "random")]
     return xr.Dataset(variables, axes).assign_attrs(
-        best=request.penalty[best], found=word(*map(float, ends), int(size[best]), none, values["random_match"][best]),
+        best=request.penalty[best], found=word(*map(float, ends), int(size[best]), *others),
         rule="; ".join(f"{name}: {rule}" for name, rule in WORDS.items()), templates=int(pairs.cluster.max()) + 1,
         learned_from=len(request.learned[0].pairs), solves=said(int(solved.sum()), len(solved), pairs.chance),
     )  # fmt: skip

@@ -16,8 +16,8 @@ HALF = 0.5
 FOUND, NOTHING, UNDECIDED = "found", "nothing found", "undecided"
 # The rule of each word; `low` and `high` are the 95 % interval of the matches of the chosen set on held-out pairs.
 WORDS = {
-    FOUND: "low > the matches without a patch and of every random set",
-    NOTHING: "no node is chosen at any penalty, or high ≤ the matches without a patch or of some random set",
+    NOTHING: "no node is chosen, or high ≤ the matches without a patch or of random sets on average",
+    FOUND: "low > the matches without a patch and of random sets on average",
     UNDECIDED: "anything else, and always where fewer than three clusters of pairs have no interval",
 }
 
@@ -85,9 +85,9 @@ def foremost(rate: Float[np.ndarray, " penalty"], size: Int[np.ndarray, " penalt
     return min(range(len(rate)), key=lambda i: (-rate[i], size[i]))
 
 
-def word(low: float, high: float, size: int, none: float, random: Float[np.ndarray, " draw"]) -> str:
-    """What matches of a chosen set say, by `WORDS` in their order."""
-    others = max(none, *random.tolist()) if len(random) else none
+def word(low: float, high: float, size: int, none: float, random: float) -> str:
+    """What matches of a chosen set say, by `WORDS` in their order; `random` is the mean of random sets."""
+    others = max(none, random)
     if size == 0 or high <= others:
         return NOTHING
     return FOUND if low > others else UNDECIDED
