@@ -175,6 +175,10 @@ def calls() -> dict[str, Call]:
         ),
         "effects": Call(uw.effects, {**asked, "nodes": ["L0H0"], "at": "all"}),
         "solves": Call(uw.solves, asked),
+        "mask": Call(
+            uw.mask, {**asked, "nodes": ["L0H0"], "at": "last", "held": "pair", "steps": 1, "draws": 1, "seeds": 1},
+            {"keep": "None", "penalty": "0.5 2", "held": ""}, long=True,
+        ),
         "paths": Call(uw.paths, {**asked, "senders": ["L0H0"]}),
         "bound": Call(
             uw.bound, {**asked, "guess": found("atp"), "verified": 0, "subsets": 8, "p": 0.5},
@@ -229,8 +233,8 @@ def calls() -> dict[str, Call]:
 
 NAMES = (
     "load", "planted", "text", "images", "pairs", "read", "scan", "verify", "survival", "dla", "adversarial",
-    "corpus_dla", "lens", "attention", "activations", "effects", "solves", "paths", "bound", "compare", "agree",
-    "diff", "audit", "reproduce", "doctor", "trace", "sae", "trace[]", "Edit", "Edit.set", "Edit.mean", "Edit.add",
+    "corpus_dla", "lens", "attention", "activations", "effects", "solves", "mask", "paths", "bound", "compare",
+    "agree", "diff", "audit", "reproduce", "doctor", "trace", "sae", "trace[]", "Edit", "Edit.set", "Edit.mean", "Edit.add",
     "Edit.scale", "Edit.project_out", "Job", "Rules", "Result", "Result[]", "Result.figure", "Result.grid",
     "Result.save", "Result.save_table", "Tokens", "Tokens.named", "Tokens.take", "Tokens.spread", "Tokens.check",
     "Pairs", "Pairs.check", "Pairs.rows", "Pairs.take", "Pairs.split", "Pairs.words", "Pairs.each",

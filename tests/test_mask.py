@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,8 @@ from unwrite.stats import masks
 NAMES, FIRST, SECOND, STOP = 8, 8, 9, 10
 _NAME, _ORDER, _STOP, _PLACE, _SIGNAL, _SAID, _OTHER = 0, 8, 10, 11, 15, 17, 25
 WIDTH, HEAD = 32, 16
-_SHARP, _LOUD = 6.0, 4.0
+# A ballast keeps what norms divide by nearly the same; the second look is soft enough for a slope through its softmax.
+_BALLAST, _SHARP, _SOFT, _LOUD = 8.0, 16.0, 7.5, 50.0
 POSITION, MOVER = "L0H0", "L1H0"
 
 
@@ -54,15 +55,16 @@ def by_hand(first: int = 0) -> Model:
     for name, part in hf.named_parameters():
         part.data.fill_(float("ln" in name and name.endswith("weight")))
     hf.transformer.wte.weight.data[:, :11] = torch.eye(11)
+    hf.transformer.wte.weight.data[:, 29:31] = torch.tensor([_BALLAST, -_BALLAST])
     hf.transformer.wpe.weight.data[:4, _PLACE : _PLACE + 4] = torch.eye(4)
     asks, moves = hf.transformer.h
     _set(asks, first, "q", _STOP, 0, _SHARP)
     for i in range(2):
         _set(asks, first, "k", _ORDER + i, 0, _SHARP)
         _set(asks, first, "v", _ORDER + i, i, 1.0)
-        _writes(asks, first, i, _SIGNAL + i, 1.0)
-        _set(moves, first, "q", _SIGNAL + i, i, _SHARP)
-        _set(moves, first, "k", _PLACE + i, i, _SHARP)
+        _writes(asks, first, i, _SIGNAL + i, 2.0)
+        _set(moves, first, "q", _SIGNAL + i, i, _SOFT)
+        _set(moves, first, "k", _PLACE + i, i, _SOFT)
     for i in range(NAMES):
         _set(moves, first, "v", _NAME + i, i, 1.0)
         _writes(moves, first, i, _SAID + i, 1.0)
@@ -70,7 +72,7 @@ def by_hand(first: int = 0) -> Model:
     for block in (asks, moves):
         for i in range(4):
             _set(block, 1 - first, "v", _NAME + i, i, 1.0)
-            _writes(block, 1 - first, i, _OTHER + i, 0.5)
+            _writes(block, 1 - first, i, _OTHER + i, 1.0)
     return view(hf)
 
 
@@ -98,7 +100,7 @@ def scenes(change: str, n: int = 48, seed: int = 0) -> uw.Pairs:
 
 
 def asked(change: str, **more: Any) -> uw.Result:
-    settings: dict[str, Any] = {"penalty": 0.3, "seeds": 2, "steps": 30, "draws": 6}
+    settings: dict[str, Any] = {"penalty": 0.3, "seeds": 2, "steps": 12, "lr": 0.3, "draws": 12}
     return uw.mask(by_hand(), scenes(change), **(settings | more))
 
 
@@ -126,7 +128,7 @@ def test_two_counterfactuals_tell_two_variables_apart() -> None:
         assert rate(found, "none") == 0
         assert rate(found, "chosen") == 1
         assert rate(found, "complement") == 0
-        assert float(found["stable"]) == 1
+        assert found["stable"].item() == 1
         assert found.data.attrs["found"] == "found"
         assert found.data.attrs["solves"].startswith("The model solves 48 of 48")
     assert rate(place, "all") == 0
@@ -134,7 +136,8 @@ def test_two_counterfactuals_tell_two_variables_apart() -> None:
 
 
 def test_a_mask_does_not_know_the_order_of_heads() -> None:
-    one, other = (uw.mask(by_hand(i), scenes("order"), seeds=2, steps=20, draws=2) for i in (0, 1))
+    settings: dict[str, Any] = {"penalty": 0.3, "seeds": 2, "steps": 4, "lr": 0.3, "draws": 1}
+    one, other = (uw.mask(by_hand(i), scenes("order"), **settings) for i in (0, 1))
     turned = one["gain"].sel(node=["L0H1", "L0H0", "L1H1", "L1H0"]).values
     np.testing.assert_allclose(other["gain"].values, turned, atol=1e-9)
     np.testing.assert_allclose(other["difference"].sel(set="chosen"), one["difference"].sel(set="chosen"), atol=1e-9)
@@ -154,14 +157,15 @@ def test_the_penalty_is_a_path_from_everything_that_helps_to_nothing() -> None:
 @pytest.mark.parametrize(("stays", "left"), [("order", MOVER), ("both", POSITION)])
 def test_what_is_to_stay_decides_between_two_ways(stays: str, left: str) -> None:
     """Either head turns the answer; only one of them leaves the answer to another pair as it is."""
-    free, found = asked("word", penalty=0.1), asked("word", keep=scenes(stays, seed=1), penalty=0.1)
+    free, found = asked("word", penalty=4.0), asked("word", keep=scenes(stays, seed=1), penalty=4.0)
+    assert chosen(free) == [POSITION, MOVER]
     assert chosen(found) == [left]
     assert rate(found, "chosen") == 1
     same = found["kept_same"].isel(penalty=0)
     assert same.sel(set="chosen").values.all()
     assert not same.sel(set="complement").values.any()
     assert np.abs(found["kept_change"].isel(penalty=0).sel(set="chosen")).max() < 1
-    assert "kept_same" not in free
+    assert "kept_same" not in free.data
 
 
 def test_where_a_variable_lies_is_found_by_role() -> None:
@@ -169,10 +173,7 @@ def test_where_a_variable_lies_is_found_by_role() -> None:
     found = asked("word", nodes=["resid_pre0", "resid_post0"], at=["a", "word", "end"], penalty=1.0)
     where = found["chosen"].isel(penalty=0)
     assert where.dims == ("node", "role")
-    assert [(str(node), str(role)) for node, role in zip(*np.nonzero(where.values), strict=True)] or True
-    assert not where.sel(role="a").any()
-    assert where.sel(node="resid_pre0", role="word") | where.sel(node="resid_post0", role="end")
-    assert not where.sel(node="resid_pre0", role="end")  # the full stop itself is the same
+    np.testing.assert_array_equal(where.transpose("node", "role"), [[False, True, False], [False, False, True]])
 
 
 # --- what patching really does ----------------------------------------------------------------------------------------
@@ -196,7 +197,7 @@ def random_pairs() -> uw.Pairs:
 def test_what_a_set_does_is_what_a_trace_does_with_all_of_it_set(at: str) -> None:
     lm, pairs = model(), random_pairs()
     with exact():
-        found = uw.mask(lm, pairs, "heads", at, penalty=0.05, seeds=1, steps=12, draws=2, batch=3)
+        found = uw.mask(lm, pairs, "heads", at, penalty=1e-4, seeds=1, steps=6, lr=0.5, draws=2, batch=3)
         one, picked = found.data.isel(penalty=0), set(chosen(found))
         every = [str(name) for name in found["node"].values]
         assert picked
@@ -207,8 +208,6 @@ def test_what_a_set_does_is_what_a_trace_does_with_all_of_it_set(at: str) -> Non
             given = prompt.values(every)
             rows = {"end": [prompt.row], "all": [*range(prompt.row + 1)], "a": [1]}[at]
             for what, names in sets.items():
-                edits = [uw.Edit.set(site(name), given[name][None], at=rows) for name in names]
-                # With `at` positions, a source has those rows alone.
                 edits = [uw.Edit.set(site(name), given[name][rows][None], at=rows) for name in names]
                 with uw.trace(lm, edits=edits), torch.no_grad():
                     logits = lm.hf(prompt.base[None], use_cache=False).logits[0, prompt.row]
@@ -229,7 +228,7 @@ def test_held_out_pairs_are_those_of_other_templates_in_their_order() -> None:
     assert [*found["pair"].values] == sorted(found["pair"].values)
     other = uw.mask(model(), pairs, ["L0H0"], penalty=1.0, seeds=1, steps=1, draws=1, held=pairs.take([5, 2]))
     assert other.data.attrs["learned_from"] == 8
-    assert other.sizes["pair"] if hasattr(other, "sizes") else other.data.sizes["pair"] == 2
+    np.testing.assert_array_equal(other["pair"], [0, 1])
 
 
 def test_the_first_slope_is_attribution_patching() -> None:
@@ -238,13 +237,13 @@ def test_the_first_slope_is_attribution_patching() -> None:
     with exact():
         guess = uw.effects(lm, pairs, "heads", "end", "atp")["effect"].values
         found = uw.mask(lm, pairs, "heads", "end", penalty=1e-9, seeds=1, steps=1, lr=1e-3, held=pairs, draws=1)
-        moved = uw.mask(lm, pairs, "heads", "end", penalty=1e-9, seeds=1, steps=1, lr=1.0, held=pairs, draws=1)
     # The first step of Adam goes by its rate against the sign of the slope, and stays where the loss is least.
     down = guess.mean(0) < -1e-6
-    assert set(np.unique(found["gain"].values)) <= {0.0, pytest.approx(1e-3)}
-    np.testing.assert_array_equal(found["gain"].values[0, 0] > 0, down)
-    assert moved["loss"].shape == (1, 1, 1)
-    assert float(found["loss"]) == pytest.approx(float(uw.effects(lm, pairs, "heads", "end")["base"].mean()), abs=1e-9)
+    np.testing.assert_allclose(found["gain"].values[0, 0], 1e-3 * down, atol=1e-5)
+    assert down.any()
+    assert not down.all()
+        base = float(uw.effects(lm, pairs, ["L0H0"], "end")["base"].mean())
+    assert found["loss"].item() == pytest.approx(base, abs=1e-9)
 
 
 # --- values of another model ------------------------------------------------------------------------------------------
@@ -263,15 +262,14 @@ def test_the_same_model_as_source_changes_nothing() -> None:
 def test_values_of_another_model_go_through_this_models_own_weights() -> None:
     """Of two models that differ in W_O alone every z is the same where nothing has gone through W_O before."""
     lm, pairs = model(), random_pairs()
-    hf = view(weights("llama", 1, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2)).hf
-    hf.model.layers[1].self_attn.o_proj.weight.data.mul_(3.0)
-    tuned = view(hf)
+    tuned, other = (view(copy.deepcopy(lm.hf)) for _ in range(2))
+    tuned.layers[1].out_proj.weight.data.mul_(3.0)
+    other.hf.get_input_embeddings().weight.data.neg_()
     ends = [uw.effects(one, pairs, ["L0H0"], "end")["base"].values for one in (lm, tuned)]
     assert np.abs(ends[0] - ends[1]).max() > 1e-3
     same = uw.pairs(pairs.base, pairs.base, pairs.answer, pairs.against, template=[*(pairs.template or ())])
     found = uw.mask(lm, same, "heads", "all", source=tuned, penalty=0.1, seeds=1, steps=3, draws=1)
     assert not found["gain"].values.any()
-    other = model(2)
     found = uw.mask(lm, same, ["L1H0", "L1H2"], "end", source=other, penalty=1e-3, seeds=1, steps=3, draws=1)
     number = int(found["pair"][0])
     prompt = [*alone(lm, same)][number]
@@ -298,7 +296,7 @@ def test_values_of_another_model_go_through_this_models_own_weights() -> None:
         ({"lr": 0.0}, NumericError, "lr is a rate"),
         ({"seeds": 0}, NumericError, "seeds is a number of masks"),
         ({"steps": 0}, NumericError, "steps is a number of steps"),
-        ({"at": "S2"}, NumericError, "at is unknown.*a, end"),
+        ({"at": "S2"}, NumericError, "at is unknown.*'a', 'end'"),
         ({"at": ["a", "a"]}, NumericError, "at names each role once"),
         ({"nodes": "L9H0"}, NodeError, "L9H0"),
         ({"held": "name"}, NumericError, "held is unknown.*template"),
@@ -328,7 +326,7 @@ def test_pairs_that_cannot_be_learned_from_are_refused() -> None:
 
 def test_more_gates_than_can_be_learned_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unwrite.methods.mask._MOST_GATES", 40)
-    with pytest.raises(NumericError, match=r"a mask of so many gates\. Got: 48\. Expected: at most 40"):
+    with pytest.raises(NumericError, match=r"a mask of so many gates\. Got: 56\. Expected: at most 40"):
         uw.mask(model(), random_pairs(), "heads", "each")
 
 
@@ -379,7 +377,7 @@ def test_an_interval_of_matches_is_the_wider_of_two() -> None:
     assert rate[1] == pytest.approx(2 / 3)
     assert low[1] == max(0.0, 2 / 3 - half) == 0.0
     assert high[1] == min(1.0, 2 / 3 + half) == 1.0
-    assert np.isnan(masks.matched(whole[:8], cluster[:8])[1])
+    assert np.isnan(masks.matched(whole[None, :8], cluster[:8])[1])
 
 
 def test_a_word_is_said_of_its_interval_alone() -> None:
