@@ -177,7 +177,8 @@ def calls() -> dict[str, Call]:
         "solves": Call(uw.solves, asked),
         "mask": Call(
             uw.mask, {**asked, "nodes": ["L0H0"], "at": "last", "held": "pair", "steps": 1, "draws": 1, "seeds": 1},
-            {"keep": "None", "penalty": "0.5 2", "held": ""}, long=True,
+            {"keep": "None Pairs", "penalty": "3 2**70 0.5 3.0 np.int64 np.float32", "held": "Pairs", "seeds": _COUNTS,
+             "draws": _COUNTS, "lr": "0.5 np.float32"}, long=True,
         ),
         "paths": Call(uw.paths, {**asked, "senders": ["L0H0"]}),
         "bound": Call(

@@ -242,7 +242,7 @@ def test_the_first_slope_is_attribution_patching() -> None:
     np.testing.assert_allclose(found["gain"].values[0, 0], 1e-3 * down, atol=1e-5)
     assert down.any()
     assert not down.all()
-        base = float(uw.effects(lm, pairs, ["L0H0"], "end")["base"].mean())
+    base = float(uw.effects(lm, pairs, ["L0H0"], "end")["base"].mean())
     assert found["loss"].item() == pytest.approx(base, abs=1e-9)
 
 

@@ -7,6 +7,7 @@ for which a node that only pushes the old answer has no use. (facts: systems on 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from pathlib import Path
@@ -89,6 +90,7 @@ def mask(
     nodes = nodes if isinstance(nodes, str) else names_of("nodes", nodes)
     held = held if isinstance(held, str) else admit_pairs(lm, held, bos, sees=True)
     request = _request(lm, pairs, kept, held, nodes, at, source, _settings(penalty, seeds, steps, lr, draws))
+    size = batch_size(lm, pairs.base, batch, held=4)
     read = {"": pairs.about()} | ({} if kept is None else {"keep": kept.about()})
     read |= {} if isinstance(held, str) else {"held": held.about()}
     given = request.learned[0].donor
@@ -101,7 +103,7 @@ def mask(
     with opened(checkpoint, listener) as job:
         if done := job.begin("mask", lm, hashes, {**settings, "nodes": request.names}):
             return done
-        data = _found(request, batch_size(lm, pairs.base, batch, held=4), job, listener)
+        data = _found(request, size, job, listener)
         return job.signed(build("mask", data, settings, provenance(lm), read))
 
 
@@ -110,7 +112,7 @@ def _settings(penalty: Any, seeds: int, steps: int, lr: float, draws: int) -> di
     what = "penalty is what a node costs, in logits"
     listed = [penalty] if isinstance(penalty, Real) else several(what, penalty, "numbers above 0", NumericError)
     for one in listed or [None]:
-        number(what, one, "above 0, and finite", lambda one: 0 < one < np.inf)
+        number(what, one, "above 0, and finite", lambda one: 0 < one <= sys.float_info.max)
     if len({*listed}) < len(listed):
         raise NumericError("penalty names each once", got=shown(listed), expected="different numbers")
     number("lr is a rate", lr, "above 0, at most 1", lambda lr: 0 < lr <= 1)
