@@ -235,8 +235,8 @@ def calls() -> dict[str, Call]:
 NAMES = (
     "load", "planted", "text", "images", "pairs", "read", "scan", "verify", "survival", "dla", "adversarial",
     "corpus_dla", "lens", "attention", "activations", "effects", "solves", "mask", "paths", "bound", "compare",
-    "agree", "diff", "audit", "reproduce", "doctor", "trace", "sae", "trace[]", "Edit", "Edit.set", "Edit.mean", "Edit.add",
-    "Edit.scale", "Edit.project_out", "Job", "Rules", "Result", "Result[]", "Result.figure", "Result.grid",
+    "agree", "diff", "audit", "reproduce", "doctor", "trace", "sae", "trace[]", "Edit", "Edit.set", "Edit.mean",
+    "Edit.add", "Edit.scale", "Edit.project_out", "Job", "Rules", "Result", "Result[]", "Result.figure", "Result.grid",
     "Result.save", "Result.save_table", "Tokens", "Tokens.named", "Tokens.take", "Tokens.spread", "Tokens.check",
     "Pairs", "Pairs.check", "Pairs.rows", "Pairs.take", "Pairs.split", "Pairs.words", "Pairs.each",
 )  # fmt: skip

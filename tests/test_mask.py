@@ -232,7 +232,7 @@ def test_held_out_pairs_are_those_of_other_templates_in_their_order() -> None:
 
 
 def test_the_first_slope_is_attribution_patching() -> None:
-    """Where no node is set yet, a gain's slope is ⟨source − base, slope of the metric⟩: AtP, which has its own tests."""
+    """Where no node is set yet, a gain's slope is ⟨source − base, slope of the metric⟩: AtP, with tests of its own."""
     lm, pairs = model(), random_pairs()
     with exact():
         guess = uw.effects(lm, pairs, "heads", "end", "atp")["effect"].values

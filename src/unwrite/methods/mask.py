@@ -265,7 +265,8 @@ def _dataset(request: Masks, found: Arrays) -> xr.Dataset:
     solved, ends = found["solved"] > 0, [rates[f"rate_{end}"][best, SETS.index("chosen")] for end in ("low", "high")]
     others = [float(rates["rate"][best, SETS.index(name)]) for name in ("none", "random")]
     return xr.Dataset(variables, axes).assign_attrs(
-        best=request.penalty[best], found=word(*map(float, ends), int(size[best]), *others),
+        best=request.penalty[best], at=", ".join(map(str, request.places[1])),
+        found=word(*map(float, ends), int(size[best]), *others),
         rule="; ".join(f"{name}: {rule}" for name, rule in WORDS.items()), templates=int(pairs.cluster.max()) + 1,
         learned_from=len(request.learned[0].pairs), solves=said(int(solved.sum()), len(solved), pairs.chance),
     )  # fmt: skip
