@@ -67,8 +67,9 @@ def mask(
     one or several, each a mask of its own; `seeds` masks of each, the first learned from all pairs, each other from as
     many drawn with replacement; `steps` and `lr` of Adam; `held` which pairs are not learned from but judge: half of
     the templates ("template"), half of all pairs ("pair"), or other pairs; `draws` random sets, with as many nodes of
-    every layer as the chosen one. With another model as `source` it is cross-model activation patching (CMAP): values
-    are the other model's, read by this one's weights.
+    every layer as the chosen one (those that are that very set are left out). With another model as `source` it is
+    cross-model activation patching (CMAP): values are the other model's, read by this one's weights.
+    A node is found as a slope leads to it: one behind a saturated softmax, or whose effect begins the wrong way, is not.
     Returns a Result with `gain[penalty, seed, node]` (and role or position), 0 as in the base run, 1 as in the source
     run; `mean_gain` over seeds, `chosen` (above ½), `size`, `stable` (Jaccard over seeds), `loss[penalty, seed, step]`;
     of held-out pairs, by what is patched (set: none, all, chosen, complement, random), `match` (`against` is the top of
@@ -219,7 +220,7 @@ _EQUATIONS = {
     "rate": ("1", "part of the pairs that match"),
     "restricted_rate": ("1", "part of the pairs in which `against` is above the answer and every other choice"),
     "mean_difference": ("logits", "mean of difference over pairs"),
-    "random_match": ("1", "rate of each random set, with as many nodes of every layer as the chosen one"),
+    "random_match": ("1", "rate of each random set of as many nodes of every layer; NaN where it is the chosen one"),
     "kept_same": ("1", "is the top of the vocabulary what it is without a patch? Of random sets: in which part"),
     "kept_change": ("logits", "what the patch does to ℓ[answer] − ℓ[against] of a pair that is to stay"),
 }
@@ -244,7 +245,7 @@ def _dataset(request: Masks, found: Arrays) -> xr.Dataset:
     pairs, penalties = side.pairs.take(np.argsort(side.number)), len(request.penalty)
     named, drawn = {}, {}
     for name in ("match", "restricted", "difference"):
-        named[name], drawn[name] = _by_set(found[name], penalties)
+        named[name], drawn[name] = _by_set(found[name], found["own"])
     size, mean = found["chosen"].sum((1, 2)), gain.mean(1)
     rates = _rates(named, drawn, pairs.cluster)
     best = foremost(rates["rate"][:, SETS.index("chosen")], size)
@@ -252,7 +253,7 @@ def _dataset(request: Masks, found: Arrays) -> xr.Dataset:
         "gain": gain, "mean_gain": mean, "chosen": found["chosen"], "best_gain": mean[best].max(-1), "size": size,
         "stable": np.array([jaccard(one.reshape(len(one), -1) > HALF) for one in gain]),
         "loss": found["loss"].reshape(penalties, request.seeds, -1), **named, **rates,
-        "random_match": drawn["match"].mean(-1), **_kept(found, penalties),
+        "random_match": drawn["match"].mean(-1), **_kept(found),
     }  # fmt: skip
     variables = {name: _named(request, name, part) for name, part in values.items()}
     variables |= {"row": ("pair", pairs.row), "template": ("pair", _texts(pairs.template or ["all"] * len(pairs)))}
@@ -272,10 +273,13 @@ def _dataset(request: Masks, found: Arrays) -> xr.Dataset:
     )  # fmt: skip
 
 
-def _by_set(part: np.ndarray, penalties: int) -> tuple[np.ndarray, np.ndarray]:
-    """[penalty, set, pair], random sets being one, and [penalty, draw, pair]."""
-    others, random = arranged(part.astype(float), penalties)
-    return np.concatenate([others, random.mean(1, keepdims=True)], 1), random
+def _by_set(part: np.ndarray, own: Bool[np.ndarray, "penalty draw"]) -> tuple[np.ndarray, np.ndarray]:
+    """[penalty, set, pair], random sets being one, and [penalty, draw, pair], NaN of those that are the chosen one."""
+    others, random = arranged(part.astype(float), len(own))
+    random = np.where(own[..., None], np.nan, random)
+    counts = (~own).sum(1)[:, None]
+    mean = np.where(counts > 0, np.nansum(random, 1) / np.maximum(counts, 1), np.nan)
+    return np.concatenate([others, mean[:, None]], 1), random
 
 
 def _rates(named: Arrays, drawn: Arrays, cluster: Int[np.ndarray, " pair"]) -> Arrays:
@@ -283,19 +287,19 @@ def _rates(named: Arrays, drawn: Arrays, cluster: Int[np.ndarray, " pair"]) -> A
     made: Arrays = {}
     for name, rate in (("match", "rate"), ("restricted", "restricted_rate")):
         others, random = named[name][:, :-1], drawn[name].mean(-1)
-        last = (random.mean(1), random.min(1), random.max(1))
+        last = (named[name][:, -1].mean(-1), np.fmin.reduce(random, 1), np.fmax.reduce(random, 1))
         ends = zip(("", "_low", "_high"), matched(others > 0, cluster), last, strict=True)
         made |= {f"{rate}{end}": np.concatenate([one, two[:, None]], 1) for end, one, two in ends}
     means = ratio(np.moveaxis(named["difference"], -1, 0), np.ones(named["difference"].shape[-1]), cluster)
     return made | {f"mean_difference{end}": part for end, part in zip(("", "_low", "_high"), means, strict=True)}
 
 
-def _kept(found: Arrays, penalties: int) -> Arrays:
+def _kept(found: Arrays) -> Arrays:
     """What becomes of pairs that are to stay as they are."""
     if "kept_top" not in found:
         return {}
     same, change = found["kept_top"] == found["kept_top"][:1], found["kept_difference"] - found["kept_difference"][:1]
-    return {"kept_same": _by_set(same, penalties)[0], "kept_change": -_by_set(change, penalties)[0]}
+    return {"kept_same": _by_set(same, found["own"])[0], "kept_change": -_by_set(change, found["own"])[0]}
 
 
 def _named(request: Masks, name: str, part: np.ndarray) -> xr.Variable:

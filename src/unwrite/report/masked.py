@@ -36,7 +36,7 @@ def path(data: xr.Dataset) -> list[tuple[str, ...]]:
         lines.append((
             f"{float(penalty):g}", str(int(one["size"])), _rate(own), f"{float(own['restricted_rate']):.2f}",
             f"{float(own['mean_difference']):+.2f}", f"{float(one['rate'].sel(set='complement')):.2f}",
-            f"{float(random['rate']):.2f} ({float(random['rate_high']):.2f})",
+            "–" if np.isnan(random["rate"]) else f"{float(random['rate']):.2f} ({float(random['rate_high']):.2f})",
             "–" if np.isnan(stable) else f"{stable:.2f}",
         ))  # fmt: skip
     return lines
@@ -77,7 +77,8 @@ def sentence(result: Result) -> str:
     of = f"penalty {float(data.attrs['best']):g}" + (f", best of {n} here" if (n := data.sizes["penalty"]) > 1 else "")
     rate = _rate(best.sel(set="chosen"), "95 % {} to {}")
     words = f"With {counted(size, 'node')} set ({of}) {rate} of {pairs} held out, {templates}, say the other answer"
-    beside = f"without {others['none']:.2f}, all nodes {others['all']:.2f}, random ones {others['random']:.2f}"
+    random = "" if np.isnan(others["random"]) else f", random ones of the same layers {others['random']:.2f}"
+    beside = f"without {others['none']:.2f}, all nodes {others['all']:.2f}{random}"
     return f"{words}; {beside}: {data.attrs['found']}{f' ({listed})' if names else ''}. {data.attrs['solves']}"
 
 

@@ -54,6 +54,12 @@ def compared(
     return np.concatenate([none, ~none, chosen, ~chosen, *random])
 
 
+def repeated(sets: Bool[np.ndarray, "set node place"], penalties: int) -> Bool[np.ndarray, "penalty draw"]:
+    """Which random sets of `compared` ones are the chosen set itself, which compare it with nothing."""
+    chosen, random = sets[2 : 2 + penalties], sets[2 + 2 * penalties :]
+    return (random.reshape(penalties, -1, *sets.shape[1:]) == chosen[:, None]).all((2, 3))
+
+
 def arranged(
     found: Float[np.ndarray, "set pair"], penalties: int
 ) -> tuple[Float[np.ndarray, "penalty 4 pair"], Float[np.ndarray, "penalty draw pair"]]:
@@ -86,8 +92,8 @@ def foremost(rate: Float[np.ndarray, " penalty"], size: Int[np.ndarray, " penalt
 
 
 def word(low: float, high: float, size: int, none: float, random: float) -> str:
-    """What matches of a chosen set say, by `WORDS` in their order; `random` is the mean of random sets."""
-    others = max(none, random)
+    """What matches of a chosen set say, by `WORDS` in their order; `random` is the mean of random sets, NaN of none."""
+    others = none if np.isnan(random) else max(none, random)
     if size == 0 or high <= others:
         return NOTHING
     return FOUND if low > others else UNDECIDED

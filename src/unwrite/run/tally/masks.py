@@ -35,7 +35,7 @@ from unwrite.run.replay.clean import base_of
 from unwrite.run.replay.soft import Blend, blend
 from unwrite.run.replay.sweep import placed
 from unwrite.run.source.values import Donor
-from unwrite.stats.masks import HALF, compared
+from unwrite.stats.masks import HALF, compared, repeated
 
 # Rows (runs × positions) of which a graph is held.
 _ROWS = 1024
@@ -192,7 +192,7 @@ class MaskTally:
         request, chosen = self._request, gain.mean(1) > HALF
         every = compared(chosen, request.layer, request.draws)
         sets, number = np.unique(every, axis=0, return_inverse=True)
-        found = {"chosen": chosen}
+        found = {"chosen": chosen, "own": repeated(every, len(chosen))}
         for name, side in zip(("", "kept_"), request.judged, strict=False):
             pieces, order = self._pieces(side), np.argsort(side.number)
             measured = [_measured(request, piece, torch.from_numpy(sets), self._looked) for piece in pieces]
