@@ -41,60 +41,44 @@ _MOST_GATES = 100_000
 
 @torch.inference_mode(False)  # backward passes are needed, also where the caller has none in mind
 def mask(
-    lm: Model,
-    pairs: Any,
-    nodes: str | Iterable[str] = "heads",
-    at: RoleNames = "end",
-    keep: Any = None,
-    penalty: float | Sequence[float] = (0.3, 0.1, 0.03),
-    source: str | Model = "source",
-    seeds: int = 3,
-    steps: int = 100,
-    lr: float = 0.1,
-    *,
-    held: Any = "template",
-    draws: int = 20,
-    bos: int | bool | None = None,
-    batch: int | None = None,
-    checkpoint: Job | str | Path | None = None,
-    listener: Listener | None = None,
-) -> Result:
+    lm: Model, pairs: Any, nodes: str | Iterable[str] = "heads", at: RoleNames = "end", keep: Any = None,
+    penalty: float | Sequence[float] = (0.3, 0.1, 0.03), source: str | Model = "source", seeds: int = 3,
+    steps: int = 100, lr: float = 0.1, *, held: Any = "template", draws: int = 20, bos: int | bool | None = None,
+    batch: int | None = None, checkpoint: Job | str | Path | None = None, listener: Listener | None = None,
+) -> Result:  # fmt: skip
     """The nodes that carry what base and source prompts differ in: set to their source values, `against` is said.
 
     Arguments: `pairs`, `nodes`, `source` and `bos` as in `uw.effects`, `against` being what a base prompt must say once
     the variable has its source value; `at` a role of the pairs, several, "last", "all" rows with one gate a node, or
     "each"; `keep` more pairs, with the same roles, which must go on as they did; `penalty` logits that a node costs,
     one or several, each a mask of its own; `seeds` masks of each, the first learned from all pairs, each other from as
-    many drawn with replacement; `steps` and `lr` of Adam; `held` which pairs are not learned from but judge: half of
+    many drawn with replacement; `steps` and `lr` of Adam; `held` which pairs judge and are not learned from: half of
     the templates ("template"), half of all pairs ("pair"), or other pairs; `draws` random sets, with as many nodes of
-    every layer as the chosen one (those that are that very set are left out). With another model as `source` it is
-    cross-model activation patching (CMAP): values are the other model's, read by this one's weights.
-    A node is found as a slope leads to it: one behind a saturated softmax, or whose effect begins the wrong way, is not.
+    every layer as the chosen one (those that are that very set are left out). Another model as `source` is cross-model
+    activation patching (CMAP): its values, read by this model's weights. A node is found as a slope leads to it: one
+    behind a saturated softmax, or whose effect begins the wrong way, is not.
     Returns a Result with `gain[penalty, seed, node]` (and role or position), 0 as in the base run, 1 as in the source
     run; `mean_gain` over seeds, `chosen` (above ½), `size`, `stable` (Jaccard over seeds), `loss[penalty, seed, step]`;
     of held-out pairs, by what is patched (set: none, all, chosen, complement, random), `match` (`against` is the top of
-    the vocabulary), `restricted` (above the answer and all choices) and `difference` (ℓ[against] − ℓ[answer], logits),
-    with `rate` and `mean_difference` over pairs and 95 % intervals, `random_match[penalty, draw]`, and of `keep`
+    the vocabulary), `restricted` (above the answer and all choices), `difference` (ℓ[against] − ℓ[answer], logits),
+    `rate` and `mean_difference` over pairs with 95 % intervals, `random_match[penalty, draw]`, and of `keep`
     `kept_same` (the top stays) and `kept_change` (logits). The attribute `best` is the penalty with the most matches on
     the held-out pairs (of several the fewest nodes), so its own rate flatters a little; `best_gain[node]` are its
-    gains; `found` is "found", "nothing found" or "undecided", `rule` what that means, `solves` whether the model does
-    the task at all.
+    gains; `found` is "found", "nothing found" or "undecided" by `rule`, `solves` whether the model does the task.
     Raises NodeError for a node that is not there; NumericError for unknown settings, a penalty that is not above 0, or
-    more than 100,000 gates; TokensError for pairs without `against`, without a template to hold out, or that this model
-    cannot read.
+    more than 100,000 gates; TokensError for pairs without `against` or a template to hold out, or of another model.
     Source: Prakash et al. 2024, arXiv 2402.14811; the gain is 1 − m of theirs.
 
     Example: `uw.mask(lm, uw.tasks.ioi(96, lm.tokenizer, change="names+order"))`
     """
     pairs = admit_pairs(lm, pairs, bos, sees=True)
     kept = None if keep is None else admit_pairs(lm, keep, bos, sees=True)
-    nodes = nodes if isinstance(nodes, str) else names_of("nodes", nodes)
     held = held if isinstance(held, str) else admit_pairs(lm, held, bos, sees=True)
+    nodes = nodes if isinstance(nodes, str) else names_of("nodes", nodes)
     request = _request(lm, pairs, kept, held, nodes, at, source, _settings(penalty, seeds, steps, lr, draws))
-    size = batch_size(lm, pairs.base, batch, held=4)
-    read = {"": pairs.about()} | ({} if kept is None else {"keep": kept.about()})
-    read |= {} if isinstance(held, str) else {"held": held.about()}
-    given = request.learned[0].donor
+    size, given = batch_size(lm, pairs.base, batch, held=4), request.learned[0].donor
+    named = {"": pairs, "keep": kept, "held": None if isinstance(held, str) else held}
+    read = {name: part.about() for name, part in named.items() if part is not None}
     settings = {
         "nodes": nodes, "at": at if isinstance(at, str) else [*at], "penalty": [*request.penalty], "source": given.name,
         "seeds": seeds, "steps": steps, "lr": lr, "held": held if isinstance(held, str) else "pairs", "draws": draws,
@@ -104,14 +88,15 @@ def mask(
     with opened(checkpoint, listener) as job:
         if done := job.begin("mask", lm, hashes, {**settings, "nodes": request.names}):
             return done
-        data = _found(request, size, job, listener)
-        return job.signed(build("mask", data, settings, provenance(lm), read))
+        return job.signed(build("mask", _found(request, size, job, listener), settings, provenance(lm), read))
 
 
 def _settings(penalty: Any, seeds: int, steps: int, lr: float, draws: int) -> dict[str, Any]:
     """All that are numbers. Raises NumericError for those that cannot be."""
     what = "penalty is what a node costs, in logits"
-    listed = [penalty] if isinstance(penalty, Real) else several(what, penalty, "numbers above 0", NumericError)
+    listed: list[Any] = (
+        [penalty] if isinstance(penalty, Real) else several(what, penalty, "numbers above 0", NumericError)
+    )
     for one in listed or [None]:
         number(what, one, "above 0, and finite", lambda one: 0 < one <= sys.float_info.max)
     if len({*listed}) < len(listed):
@@ -135,12 +120,12 @@ def _request(
         own = _first_kept(kept, held, pairs.take(first))
         sides[0].append((kept, own))
         sides[1].append((kept, ~own))
-    made = [tuple(_side(lm, *part, asked, at, source) for part in side) for side in sides]
+    made = [tuple(_side(lm, own, which, asked, at, source) for own, which in side) for side in sides]
     n = max(int(side.gate.max()) for side in (*made[0], *made[1])) + 1
     if (gates := n * sum(len(slot.units) for slot in asked)) > _MOST_GATES:
         raise NumericError("a mask of so many gates", got=gates, expected=f"at most {_MOST_GATES:,}", fix="name roles")
     places = ("" if isinstance(at, str) else "role", [at] if isinstance(at, str) else [*at])
-    return Masks(lm, asked, ("position", range(n)) if at == "each" else places, *made, **settings)
+    return Masks(lm, asked, ("position", range(n)) if at == "each" else places, made[0], made[1], **settings)
 
 
 def _first(pairs: Pairs, held: str | Pairs) -> Bool[np.ndarray, " pair"]:
@@ -178,10 +163,9 @@ def _side(
     if isinstance(source, str) and source == "source" and not (rows and (rows[0] != rows[1]).any()):
         require_differences(pairs)  # the same prompt at another row is another value
     order = np.lexsort(((gate >= 0).argmax(1), pairs.row))
-    there = None if rows is None else tuple(part[order] for part in rows)
     pairs = pairs.take(order)
-    given = donor(lm, pairs, asked, source, there and there[1])
-    return Side(pairs, number[order], given, there and there[0], gate[order])
+    given = donor(lm, pairs, asked, source, rows and rows[1][order])
+    return Side(pairs, number[order], given, rows and rows[0][order], gate[order])
 
 
 def _gate(pairs: Pairs, at: Any) -> Int[np.ndarray, "pair position"]:
@@ -263,11 +247,12 @@ def _dataset(request: Masks, found: Arrays) -> xr.Dataset:
         "pair": np.sort(side.number), "draw": np.arange(request.draws), "step": np.arange(request.steps),
     } | ({request.places[0]: [*request.places[1]]} if request.places[0] else {})  # fmt: skip
     axes |= {"kept": np.sort(request.judged[1].number)} if len(request.judged) > 1 else {}
-    solved, ends = found["solved"] > 0, [rates[f"rate_{end}"][best, SETS.index("chosen")] for end in ("low", "high")]
-    others = [float(rates["rate"][best, SETS.index(name)]) for name in ("none", "random")]
+    solved = found["solved"] > 0
+    low, high = (float(rates[f"rate_{end}"][best, SETS.index("chosen")]) for end in ("low", "high"))
+    none, random = (float(rates["rate"][best, SETS.index(name)]) for name in ("none", "random"))
     return xr.Dataset(variables, axes).assign_attrs(
         best=request.penalty[best], at=", ".join(map(str, request.places[1])),
-        found=word(*map(float, ends), int(size[best]), *others),
+        found=word(low, high, int(size[best]), none, random),
         rule="; ".join(f"{name}: {rule}" for name, rule in WORDS.items()), templates=int(pairs.cluster.max()) + 1,
         learned_from=len(request.learned[0].pairs), solves=said(int(solved.sum()), len(solved), pairs.chance),
     )  # fmt: skip
