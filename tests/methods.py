@@ -25,6 +25,7 @@ Method = Callable[..., uw.Result]
 
 IDS = torch.randint(3, 50, (4, 6), generator=torch.Generator().manual_seed(0))
 PAIRS = uw.pairs(IDS[:2], IDS[2:], 5, 9)
+FOUR = uw.pairs(IDS, IDS.flip(0), 5, 9)
 ROLES = uw.pairs(IDS[:2], IDS[2:, :5], 5, 9, roles={"a": [1, 2]}, source_roles={"a": [3, 0]})
 HEADS = ("L0H0", "L1H1")
 
@@ -55,6 +56,7 @@ def _estimated(method: str) -> Method:
     return lambda lm, **kept: uw.effects(lm, PAIRS, there(lm, *HEADS, "MLP0"), method=method, steps=2, **kept)
 
 
+_FEW: dict[str, Any] = {"penalty": 0.1, "seeds": 2, "steps": 3, "held": "pair", "draws": 2}
 # The first word is the public name.
 METHODS: dict[str, Method] = {
     "scan": lambda lm, **kept: uw.scan(lm, IDS, **kept),
@@ -71,6 +73,7 @@ METHODS: dict[str, Method] = {
     "effects relp": _estimated("relp"),
     "effects ig": _estimated("ig"),
     "solves": lambda lm, **kept: uw.solves(lm, PAIRS, **kept),
+    "mask": lambda lm, **kept: uw.mask(lm, FOUR, there(lm, *HEADS), "last", **{**_FEW, **kept}),
     "paths": lambda lm, **kept: uw.paths(lm, PAIRS, "heads", ["L1H0.v", "MLP1", "logits"], "frozen", **kept),
     "paths recompute": lambda lm, **kept: uw.paths(lm, PAIRS, "heads", ["L1H0.v", "MLP1", "logits"], **kept),
     "bound": _bound,

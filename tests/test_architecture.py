@@ -25,7 +25,7 @@ ROOMS = {
     "run/edit": MODEL,
     "run/source": {*MODEL, "run/loop", "run/edit"},
     "run/replay": {*MODEL, "run/edit"},
-    "run/backward": {*MODEL, "run/edit", "run/replay"},
+    "run/backward": {*MODEL, "run/loop", "run/edit", "run/replay"},
     "run/answer": {*MODEL, "run/loop", "run/edit"},
 }
 RUN = {*MODEL, *ROOMS, "run/tally"}

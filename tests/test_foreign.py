@@ -175,6 +175,11 @@ def calls() -> dict[str, Call]:
         ),
         "effects": Call(uw.effects, {**asked, "nodes": ["L0H0"], "at": "all"}),
         "solves": Call(uw.solves, asked),
+        "mask": Call(
+            uw.mask, {**asked, "nodes": ["L0H0"], "at": "last", "held": "pair", "steps": 1, "draws": 1, "seeds": 1},
+            {"keep": "None Pairs", "penalty": "3 2**70 0.5 3.0 np.int64 np.float32", "held": "Pairs", "seeds": _COUNTS,
+             "draws": _COUNTS, "lr": "0.5 np.float32"}, long=True,
+        ),
         "paths": Call(uw.paths, {**asked, "senders": ["L0H0"]}),
         "bound": Call(
             uw.bound, {**asked, "guess": found("atp"), "verified": 0, "subsets": 8, "p": 0.5},
@@ -229,9 +234,9 @@ def calls() -> dict[str, Call]:
 
 NAMES = (
     "load", "planted", "text", "images", "pairs", "read", "scan", "verify", "survival", "dla", "adversarial",
-    "corpus_dla", "lens", "attention", "activations", "effects", "solves", "paths", "bound", "compare", "agree",
-    "diff", "audit", "reproduce", "doctor", "trace", "sae", "trace[]", "Edit", "Edit.set", "Edit.mean", "Edit.add",
-    "Edit.scale", "Edit.project_out", "Job", "Rules", "Result", "Result[]", "Result.figure", "Result.grid",
+    "corpus_dla", "lens", "attention", "activations", "effects", "solves", "mask", "paths", "bound", "compare",
+    "agree", "diff", "audit", "reproduce", "doctor", "trace", "sae", "trace[]", "Edit", "Edit.set", "Edit.mean",
+    "Edit.add", "Edit.scale", "Edit.project_out", "Job", "Rules", "Result", "Result[]", "Result.figure", "Result.grid",
     "Result.save", "Result.save_table", "Tokens", "Tokens.named", "Tokens.take", "Tokens.spread", "Tokens.check",
     "Pairs", "Pairs.check", "Pairs.rows", "Pairs.take", "Pairs.split", "Pairs.words", "Pairs.each",
 )  # fmt: skip

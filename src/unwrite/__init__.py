@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from unwrite.methods.dla import dla as dla
     from unwrite.methods.effects import effects as effects
     from unwrite.methods.lens import lens as lens
+    from unwrite.methods.mask import mask as mask
     from unwrite.methods.paths import paths as paths
     from unwrite.methods.scan import scan as scan
     from unwrite.methods.solves import solves as solves
@@ -65,6 +66,7 @@ _PUBLIC = {
     "images": "unwrite.model.images",
     "lens": "unwrite.methods.lens",
     "load": "unwrite.model.load",
+    "mask": "unwrite.methods.mask",
     "pairs": "unwrite.prompts.pairs",
     "paths": "unwrite.methods.paths",
     "planted": "unwrite.model.planted",

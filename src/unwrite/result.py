@@ -33,7 +33,7 @@ _ROWS = {
     "effects": ("pair", "node", "position", "role"), "compare": ("pair", "node", "position", "role"),
     "agree": ("reading", "group"), "paths": ("pair", "sender", "receiver", "role"), "bound": ("pair",),
     "lens": ("prompt", "location", "position"), "attention": ("prompt", "head", "query", "key"),
-    "activations": ("prompt", "position"), "solves": ("pair",),
+    "activations": ("prompt", "position"), "solves": ("pair",), "mask": ("penalty", "node", "position", "role"),
 }  # fmt: skip
 VERSIONS = ("unwrite", "torch", "transformers", "numpy", "xarray")
 # A spreadsheet takes a cell that begins with one of these for a formula, some also the full-width forms.
@@ -51,7 +51,7 @@ _BLOCK = 2**24
 # Names on these axes are nothing else, whoever wrote the file.
 _NAMES = {"writer": parse_node, "node": parse_node, "verified": parse_node, "location": parse_location}
 # Methods whose nodes may be queries, neurons, states of the stream and other sites.
-_OF_SITES = ("effects", "compare", "bound", "paths")
+_OF_SITES = ("effects", "compare", "bound", "paths", "mask")
 
 
 @dataclass(frozen=True, eq=False)

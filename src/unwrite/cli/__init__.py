@@ -33,7 +33,7 @@ from unwrite.cli.options import (
 )  # fmt: skip
 from unwrite.cli.patch import bound, diff, paths
 from unwrite.cli.survival import survival
-from unwrite.cli.tasks import solves, tasks
+from unwrite.cli.tasks import mask, solves, tasks
 from unwrite.cli.voice import Voice, event, fail
 from unwrite.errors import Stopped, UnwriteError
 from unwrite.files import version
@@ -285,6 +285,7 @@ _command(doctor)
 _command(survival)
 _command(solves)
 _command(tasks)
+_command(mask)
 _command(lens)
 _command(attention)
 _command(paths)

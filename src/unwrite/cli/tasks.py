@@ -1,12 +1,13 @@
-"""Which tasks are there, and does a model do one?"""
+"""Which tasks are there, does a model do one, and which nodes carry what is another in it?"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from unwrite.cli.options import COMMON, Common, ModelName, pairs_in, spread
+from unwrite.cli.options import COMMON, Common, ModelName, TaskName, listed, pairs_in, spread
 
 if TYPE_CHECKING:
     from unwrite.prompts.tokens import Tokens
@@ -42,5 +43,57 @@ def solves(
 
     def method(_: Tokens, listener: Listener, job: Job) -> Result:
         return run(lm, asked, checkpoint=job, listener=listener)
+
+    common.produce(lm, lambda _: asked.base, method)
+
+
+@spread
+def mask(
+    model: ModelName,
+    pairs: Annotated[
+        Path | None, typer.Option("--pairs", metavar="FILE", help="Pairs, as for effects; held out pair by pair.")
+    ] = None,
+    task: TaskName = None,
+    change: Annotated[str | None, typer.Option("--change", help="What a task's source prompts have otherwise.")] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option("--keep", metavar="CHANGE", help="A change of the task that is to stay without effect."),
+    ] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="Pairs of the task.")] = 96,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the task.")] = 0,
+    nodes: Annotated[str, typer.Option("--nodes", help="heads, q, mlp_out, …, or names: L0H1,MLP2.")] = "heads",
+    at: Annotated[str, typer.Option("--at", help="A role, or several: S2,end; 'last', 'all', or 'each'.")] = "end",
+    penalty: Annotated[str, typer.Option("--penalty", help="What a node costs, in logits.")] = "0.3,0.1,0.03",
+    source: Annotated[
+        str, typer.Option("--source", help="source, mean, zero, resample, or another model of the same shape.")
+    ] = "source",
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Masks for each penalty.")] = 3,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Of the optimiser.")] = 100,
+    common: Common = COMMON,
+) -> None:
+    """Which nodes carry what base and source prompts differ in: a mask, learned, and tried on other templates."""
+    from unwrite.errors import NumericError
+    from unwrite.methods.mask import mask as run
+    from unwrite.nodes import GROUPS
+    from unwrite.run.source.values import DONORS
+
+    try:
+        costs = [float(one) for one in penalty.split(",")]
+    except ValueError:
+        raise NumericError(
+            "penalty is what a node costs, in logits", got=penalty, expected="numbers: 0.3,0.1"
+        ) from None
+    lm = common.load(model)
+    asked = pairs_in(lm, pairs, task, change, n, seed, common.bos)
+    kept = None if keep is None else pairs_in(lm, None, task, keep, n, seed, common.bos)
+    given = source if source in DONORS else common.load(source)
+    held = "template" if len({*(asked.template or ())}) > 1 else "pair"
+
+    def method(_: Tokens, listener: Listener, job: Job) -> Result:
+        names = nodes if nodes in GROUPS else listed(nodes) or []
+        where = at.split(",") if "," in at else at
+        return run(
+            lm, asked, names, where, kept, costs, given, seeds, steps, held=held, checkpoint=job, listener=listener
+        )
 
     common.produce(lm, lambda _: asked.base, method)

@@ -153,14 +153,7 @@ class Pairs:
         first part has, rounded, at least one; `seed` of their order. Raises NumericError for other settings,
         TokensError where there are fewer than two labels.
         """
-        number("share is a part of all labels", share, "above 0 and below 1", lambda share: 0 < share < 1)
-        labels = np.array(self._labels(by), dtype=object)
-        names = sorted(set(labels))
-        if len(names) < 2:
-            raise TokensError("pairs of one label cannot be split", got=shown(names), fix='split them by="pair"')
-        order = np.random.default_rng(whole("seed is a number", seed, 0)).permutation(len(names))
-        chosen = {names[i] for i in order[: min(max(1, round(share * len(names))), len(names) - 1)]}
-        first = np.array([label in chosen for label in labels])
+        first = parted(self, by, share, seed)
         return self.take(first), self.take(~first)
 
     def _labels(self, by: Any) -> Sequence[str]:
@@ -280,6 +273,30 @@ def pairs(
     labels: Any = tuple(template) if isinstance(template, list) else template
     chosen = np.stack(options, 1) if options else None
     return Pairs(read, other, ids[0], ids[1], row, named, theirs, labels, chosen)
+
+
+def parted(
+    pairs: Pairs, by: str | Sequence[str] = "template", share: float = 0.5, seed: int = 0
+) -> Bool[np.ndarray, " pair"]:
+    """Which pairs the first part has of a `Pairs.split`, which raises as this does."""
+    number("share is a part of all labels", share, "above 0 and below 1", lambda share: 0 < share < 1)
+    labels = np.array(pairs._labels(by), dtype=object)
+    names = sorted(set(labels))
+    if len(names) < 2:
+        raise TokensError("pairs of one label cannot be split", got=shown(names), fix='split them by="pair"')
+    order = np.random.default_rng(whole("seed is a number", seed, 0)).permutation(len(names))
+    chosen = {names[i] for i in order[: min(max(1, round(share * len(names))), len(names) - 1)]}
+    return np.array([label in chosen for label in labels])
+
+
+def require_differences(pairs: Pairs) -> None:
+    """Raise TokensError for a pair whose two prompts are one up to the row that is read."""
+    same = np.flatnonzero(pairs.first > pairs.row)
+    if len(same):
+        raise TokensError(
+            f"base and source prompt of pair {same[0]} are the same up to the row that is read",
+            got=f"row {pairs.row[same[0]]}", fix="leave this pair out, or take values from elsewhere by source=",
+        )  # fmt: skip
 
 
 def _truths(values: Any) -> bool:

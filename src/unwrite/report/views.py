@@ -13,7 +13,7 @@ import xarray as xr
 
 from unwrite.errors import ResultError, plain
 from unwrite.report import alerts as careful
-from unwrite.report import audited, believed, found, looked, patched, survived, verdict, verified
+from unwrite.report import audited, believed, found, looked, masked, patched, survived, verdict, verified
 from unwrite.report.alerts import Alert
 from unwrite.report.columns import Column, Line, Listing, listed
 from unwrite.report.scanned import HEADER, disagreements, folded_line, rows, soundness, texts
@@ -141,6 +141,14 @@ def _patched(result: Result) -> _Parts:
         yield Listing("how estimates agree with what was executed", patched.AGREEMENT, lines, data, None)
 
 
+def _masked(result: Result) -> _Parts:
+    data = result.data
+    yield Line(masked.ends(data), "dim")
+    yield Listing("by penalty, on held-out pairs", masked.PATH, masked.path(data), data, None)
+    if lines := masked.chosen(data):
+        yield Listing("chosen at the best penalty", masked.CHOSEN, lines, data)
+
+
 def _by_prompt(
     header: Iterable[Column],
     lines: Callable[[xr.Dataset], Iterator[tuple[str, list[tuple[str, ...]]]]],
@@ -190,6 +198,7 @@ VIEWS: dict[str, MethodView] = {
     "effects": _EFFECTS,
     "compare": _EFFECTS,
     "solves": MethodView(patched.solving, _one(patched.RATES, patched.rates, True), picture="bars", of=("accuracy",)),
+    "mask": MethodView(masked.sentence, _masked, picture="heatmap", of=("best_gain",), full=1.0),
     "agree": MethodView(patched.agreed, picture="bars", of=("pearson",)),
     "bound": MethodView(patched.bounded, picture="heatmap", of=("upper",)),
     "paths": MethodView(patched.along, picture="matrix", matrix="effect"),

@@ -48,11 +48,7 @@ def backward(
     metric that has no slope, ModelError where a part of the model has none.
     """
     require_slopes(lm, lm.hf)
-    with torch.enable_grad(), ExitStack() as stack:
-        stack.enter_context(evaluating(lm.hf))
-        stack.enter_context(reloading(lm.hf))
-        stack.enter_context(followed(lm.hf))
-        stack.enter_context(_differentiable())
+    with sloping(lm), ExitStack() as stack:
         stack.enter_context(hooked(put(lm, rules)))
         # What was embedded begins the graph, whether or not the parameters have gradients.
         stack.enter_context(hooked([before(lm.layers[0].block, leaf(embedded))]))
@@ -65,6 +61,13 @@ def backward(
         found = torch.autograd.grad(value.sum(), [*tensors.values()], retain_graph=keep, allow_unused=True)
     slopes = [torch.zeros_like(x) if slope is None else slope for x, slope in zip(tensors.values(), found, strict=True)]
     return value, tensors, dict(zip(tensors, slopes, strict=True))
+
+
+@contextmanager
+def sloping(lm: Model) -> Iterator[None]:
+    """Inside the `with`, passes leave autograd's graph. Raises ModelError where a part of the model has no slope."""
+    with torch.enable_grad(), evaluating(lm.hf), reloading(lm.hf), followed(lm.hf), _differentiable():
+        yield
 
 
 @contextmanager

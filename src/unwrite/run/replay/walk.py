@@ -82,18 +82,27 @@ def runs_of(base: Base, pair: Int[Tensor, " run"], layer: Sequence[int], start: 
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """To what units of a slot are set, and in which of the runs, at which of their rows."""
+    """To what units of a slot are set, and in which of the runs, at which of their rows.
+
+    `where` is a truth, or a gain: 0 leaves a unit as it is, 1 sets it, and between the two it lies between.
+    """
 
     slot: Slot
-    where: Bool[Tensor, "run _ unit"]
+    where: Bool[Tensor, "run _ unit"] | Float[Tensor, "run _ unit"]
     values: Callable[[], Float[Tensor, "run row unit d"]]
+
+    def put(self, own: Float[Tensor, "run row unit d"], values: Float[Tensor, "run row unit d"]) -> Tensor:
+        """What units of the first runs are, whose own values these were."""
+        where, values = self.where[: len(own), ..., None], values.to(own.dtype)
+        # Exact at both ends, as x + g · (source − x) is not.
+        return torch.where(where, values, own) if where.dtype == torch.bool else own.lerp(values, where.to(own.dtype))
 
 
 def set_in(runs: Runs, settings: Sequence[Setting], index: int, x: Float[Tensor, "run row d"]) -> Tensor:
     """The stream that a block reads with the states set that lie there."""
     for one in settings:
         if one.slot.at is None and one.slot.layer == index:
-            x = torch.where(one.where[: len(x)], one.values()[: len(x), :, 0].to(x.dtype), x)
+            x = one.put(x[:, :, None], one.values()[: len(x)])[:, :, 0]
     return x
 
 
@@ -110,7 +119,9 @@ def visits_of(
 ) -> Mapping[Slot, Visit]:
     """What happens at the slots of a block."""
     here = [one for one in settings if one.slot.at is not None and one.slot.layer == index]
-    return {one.slot: partial(_put, runs, one, x) for one in here if bool(one.where[: len(x)].any())}
+    # A gain of 0 has a slope.
+    moves = [one for one in here if one.where.requires_grad or bool(one.where[: len(x)].any())]
+    return {one.slot: partial(_put, runs, one, x) for one in moves}
 
 
 def _put(runs: Runs, one: Setting, x: Float[Tensor, "run row d"], tensor: Tensor) -> Tensor:
@@ -119,8 +130,24 @@ def _put(runs: Runs, one: Setting, x: Float[Tensor, "run row d"], tensor: Tensor
     values = one.values()[:n]
     if one.slot.joined:  # a state between attention and MLP, set by what attention writes
         values = values - x[:, :, None] / runs.base.lm.layers[one.slot.layer].residual_scale
-    rows[:, :, units] = torch.where(one.where[:n, ..., None], values.to(changed.dtype), rows[:, :, units])
+    rows[:, :, units] = one.put(rows[:, :, units], values)
     return changed
+
+
+def settled(runs: Runs, settings: Sequence[Setting]) -> Float[Tensor, "run d_model"]:
+    """The final stream, at the read row, of runs in which nodes are set; with slopes where their gains have some.
+
+    A later node that reads an earlier one reads what it was set to, and is then set itself.
+    """
+
+    def step(index: int, x: Tensor) -> Tensor:
+        x = set_in(runs, settings, index, x)
+        if index == len(runs.base.lm.layers):
+            return x
+        with setting(runs, settings, index, x):
+            return runs.block(index, x)
+
+    return runs.finals(step)
 
 
 @torch.no_grad()
@@ -133,8 +160,7 @@ def patched_together(
 ) -> Float[Tensor, "run d_model"]:
     """The final stream, at the read row, of runs in which many nodes are set to their source values at once.
 
-    `chosen` says which, at which positions from `start` on; a later node that reads an earlier one reads what it was
-    set to, and is then set itself.
+    `chosen` says which, at which positions from `start` on.
     """
     first = min(slot.layer for slot in chosen)
     runs = runs_of(base, pair, [first] * len(pair), start)
@@ -142,12 +168,4 @@ def patched_together(
         Setting(slot, where[:, runs.start : runs.end], partial(runs.of_base, source[slot], len(pair)))
         for slot, where in chosen.items()
     ]
-
-    def step(index: int, x: Tensor) -> Tensor:
-        x = set_in(runs, settings, index, x)
-        if index == len(base.lm.layers):
-            return x
-        with setting(runs, settings, index, x):
-            return runs.block(index, x)
-
-    return runs.finals(step)
+    return settled(runs, settings)
