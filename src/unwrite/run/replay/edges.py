@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unwrite.errors import NodeError
-from unwrite.model.view import Model
+from unwrite.model.view import Layer, Model
 from unwrite.nodes import GROUPS, KINDS, MLPS, PROJECTED, Site, parse_sites
 from unwrite.run.edit.sites import all_named, named
-from unwrite.run.edit.slots import Slot, slots
+from unwrite.run.edit.slots import Slot, Values, slots
 
 LOGITS = "logits"
 
@@ -83,6 +83,25 @@ def read_at(lm: Model, site: Site) -> int:
 def to_end(lm: Model, place: int) -> float:
     """By which what is in the stream at a place is multiplied on its way to the end."""
     return lm.layers[place // 3].to_end if place // 3 < len(lm.layers) else 1.0
+
+
+def delta(ends: Ends, base: Values, source: Values, write: Write) -> Float[Tensor, "pair position d_model"]:
+    """What a write puts into the stream more, as it arrives at the end, when it is set to its source value."""
+    slot = next(s for s in ends.sent if s.kind == write.kind and (write.kind == "embed" or s.layer == write.layer))
+    if write.kind not in PROJECTED:
+        lm, change = ends.lm, (source[slot] - base[slot])[:, :, 0]
+        return change * (lm.to_end(lm.states[0]) if write.kind == "embed" else lm.layers[write.layer].into)
+    own, before = ends.lm.layers[write.layer], base[ends.z[write.layer]]
+    after = before.clone()
+    for head in write.heads:
+        after[:, :, head] = source[slot][:, :, slot.units.tolist().index(head)].to(after.dtype)
+    return (_attention_end(own, after) - _attention_end(own, before)) * own.into
+
+
+def _attention_end(layer: Layer, z: Float[Tensor, "pair position head d"]) -> Tensor:
+    """What a layer's attention hands to the stream, before the residual scale. `forward`: no hook of anyone sees it."""
+    out = layer.out_proj.forward(z.flatten(2))
+    return (out if layer.post_attention_norm is None else layer.post_attention_norm.forward(out)).to(z.device)
 
 
 def ends(lm: Model, senders: Sequence[str], receivers: Sequence[str]) -> Ends:

@@ -19,10 +19,9 @@ from torch import Tensor
 
 from unwrite.model.continued import Calls
 from unwrite.model.view import Model
-from unwrite.nodes import PROJECTED
 from unwrite.run.edit.slots import Slot, Values, Visit, visiting
 from unwrite.run.replay.clean import Base
-from unwrite.run.replay.edges import LOGITS, Ends, Write, read_at, to_end
+from unwrite.run.replay.edges import LOGITS, Ends, Write, delta, read_at, to_end
 from unwrite.run.replay.walk import ROWS, Runs, Setting, visits_of
 
 MODES = ("recompute", "frozen")
@@ -47,7 +46,7 @@ def effects_of_edges(
         sent = {i: ends.senders[names[i]] for i in range(at, min(at + each, len(names)))}
         # In a fixed order: sums round by it.
         writes = dict.fromkeys(write for part in sent.values() for write in part)
-        deltas = {write: _delta(base, source, ends, write)[:, start:end] for write in writes}
+        deltas = {write: delta(ends, base.values, source, write)[:, start:end] for write in writes}
         asked = _Sent(base, ends, sent, deltas, start, calls)
         yield from asked.through_receivers(mode)
 
@@ -59,29 +58,6 @@ def _first_change(base: Base, source: Values) -> int | None:
     changed = [((own != base.values[slot]).flatten(2).any(2) & seen).any(0) for slot, own in source.items()]
     rows = torch.stack(changed).any(0).nonzero()
     return int(rows[0]) if len(rows) else None
-
-
-def _delta(base: Base, source: Values, ends: Ends, write: Write) -> Float[Tensor, "pair position d_model"]:
-    """What a write puts into the stream more, as it arrives at the end, when it is set to its source value."""
-    slot = next(s for s in ends.sent if s.kind == write.kind and (write.kind == "embed" or s.layer == write.layer))
-    if write.kind not in PROJECTED:
-        change = (source[slot] - base.values[slot])[:, :, 0]
-        return change * (
-            base.lm.to_end(base.lm.states[0]) if write.kind == "embed" else base.lm.layers[write.layer].into
-        )
-    before = base.values[ends.z[write.layer]]
-    after = before.clone()
-    for head in write.heads:
-        after[:, :, head] = source[slot][:, :, slot.units.tolist().index(head)].to(after.dtype)
-    own = base.lm.layers[write.layer]
-    return (_attention_end(base, write.layer, after) - _attention_end(base, write.layer, before)) * own.into
-
-
-def _attention_end(base: Base, layer: int, z: Float[Tensor, "pair position head d"]) -> Tensor:
-    """What a layer's attention hands to the stream, before the residual scale. `forward`: no hook of anyone sees it."""
-    own = base.lm.layers[layer]
-    out = own.out_proj.forward(z.flatten(2))
-    return (out if own.post_attention_norm is None else own.post_attention_norm.forward(out)).to(z.device)
 
 
 @dataclass(frozen=True, eq=False)
