@@ -12,6 +12,7 @@ no receiver needs a run, or a copy of its input, and slopes and writes meet in o
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,14 +21,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from unwrite.errors import NodeError
 from unwrite.model.view import Model
-from unwrite.nodes import Site
 from unwrite.run.backward.estimates import embedded
 from unwrite.run.backward.rules import RULES
 from unwrite.run.backward.slopes import MetricOf, backward, reading
 from unwrite.run.edit.slots import Slot, Values, values_of
 from unwrite.run.replay.edges import LOGITS, Ends, Write, delta, read_at
 
+_KEYS_AND_VALUES = ("k", "v", "shared_k", "shared_v")
 Scores = Float[Tensor, "pair sender receiver"]
 
 
@@ -38,6 +40,16 @@ class EdgeContrast:
     ids: Int[Tensor, "pair position"]
     ends: Ends
     metric: MetricOf
+
+
+def require_read(ends: Ends) -> None:
+    """Raise NodeError for a receiver of which no layer's graph says what it makes of the stream."""
+    for site in (site for sites in ends.receivers.values() for site in sites if site.kind in _KEYS_AND_VALUES):
+        if (of := ends.lm.layers[site.layer].values_of) is not None:
+            raise NodeError(
+                f"slopes of {site} are those of layer {of.index}, whose keys and values its layer looks at",
+                fix="use method='exact', or receivers=['q', 'mlp_out', 'logits']",
+            )
 
 
 def attributed_edges(
@@ -51,14 +63,14 @@ def attributed_edges(
     `sources` gives what senders are set to, from values of the base run; `source_ids` are the prompts whose embeddings
     steps begin at.
     """
-    lm, moved, total, run = asked.ends.lm, [], [], _run(asked)
+    run = _run(asked)
     moved = [_Moved.of(asked.ends, run.values, source) for source in sources(run.values)]
-    start, end = (run.embedded, run.embedded) if steps == 1 else (embedded(lm, source_ids), run.embedded)
-    for k in range(steps, 0, -1):
-        run = run if k == steps else _run(asked, start + (end - start) * (k / steps))
-        found = [one.products(run) / steps for one in moved]
-        total = [more + part for more, part in zip(total, found, strict=True)] if total else found
-    return [one.of_ends(part) for one, part in zip(moved, total, strict=True)]
+    total, end = [one.products(run) for one in moved], run.embedded
+    start = end if steps == 1 else embedded(asked.ends.lm, source_ids)
+    for k in range(steps - 1, 0, -1):
+        run = _run(asked, start + (end - start) * (k / steps))
+        total = [more + one.products(run) for more, one in zip(total, moved, strict=True)]
+    return [one.of_ends(part / steps) for one, part in zip(moved, total, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +105,7 @@ class _Run:
             yield place, torch.stack(every, 1) / _state(lm, place)[1]
         if LOGITS in _columns(self.ends):
             place = 3 * len(lm.layers)
-            yield place, self._at(place, self.found[place])[:, None]
+            yield place, self._home(self.found[place])[:, None]
 
     def _through(self, slot: Slot, unit: int, place: int) -> Float[Tensor, "pair position d_model"]:
         """The slope at the state that comes back from one unit of a slot."""
@@ -101,9 +113,9 @@ class _Run:
         own = torch.zeros_like(slope, memory_format=torch.contiguous_format)
         slot.view(own, self.n)[:, :, unit] = slot.view(slope, self.n)[:, :, unit]
         (back,) = torch.autograd.grad(self.tensors[slot], self.tensors[place], own, retain_graph=True)
-        return self._at(place, back)
+        return self._home(back)
 
-    def _at(self, place: int, slope: Tensor) -> Float[Tensor, "pair position d_model"]:
+    def _home(self, slope: Tensor) -> Float[Tensor, "pair position d_model"]:
         return slope.reshape(self.n, -1, self.ends.lm.d_model).to(self.ends.lm.device, self.ends.lm.compute_dtype)
 
 
@@ -140,6 +152,7 @@ class _Moved:
 
     ends: Ends
     writes: Sequence[Write]
+    places: Sequence[int]
     delta: Float[Tensor, "pair write _"]
     start: int
 
@@ -152,13 +165,14 @@ class _Moved:
         delta_ = torch.stack([delta(ends, base, source, write).to(exact) for write in writes], 1)
         moved = (delta_ != 0).any(-1).flatten(0, 1).any(0).nonzero()
         start = int(moved[0]) if len(moved) else delta_.shape[2]
-        return _Moved(ends, writes, delta_[:, :, start:].flatten(2), start)
+        places = [write.place(ends.lm) for write in writes]
+        return _Moved(ends, writes, places, delta_[:, :, start:].flatten(2), start)
 
     def products(self, run: _Run) -> Float[Tensor, "pair write site"]:
         """⟨Δ, slope⟩ of all writes, at every site that reads them."""
         found, at = self.delta.new_zeros(*self.delta.shape[:2], len(_columns(self.ends))), 0
         for place, slope in run.read():
-            n = sum(write.place(self.ends.lm) <= place for write in self.writes)
+            n = bisect_right(self.places, place)
             own = self.delta[:, :n] @ slope[:, :, self.start :].flatten(2).mT
             found[:, :n, at : at + own.shape[2]] = own
             at += own.shape[2]

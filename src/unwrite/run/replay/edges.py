@@ -21,6 +21,9 @@ from unwrite.run.edit.sites import all_named, named
 from unwrite.run.edit.slots import Slot, Values, slots
 
 LOGITS = "logits"
+ALL = "all"
+_SENDERS = ("heads", "attn_out", "mlp_out")
+_RECEIVERS = ("heads", "q", "k", "v", "shared_k", "shared_v", "mlp_out")
 
 
 @dataclass(frozen=True)
@@ -109,8 +112,9 @@ def ends(lm: Model, senders: Sequence[str], receivers: Sequence[str]) -> Ends:
 
     Raises NodeError for what can be neither, for writes that hold each other, and where no asked edge exists.
     """
-    sent = {name: _sites(lm, name, "send") for name in _spread(lm, senders, ("heads", "attn_out", "mlp_out"))}
-    got = {name: _sites(lm, name, "receive") for name in _spread(lm, receivers, ("heads", "q", "k", "v", "mlp_out"))}
+    senders, receivers = _every(senders, ["embed", "heads", "mlp_out"]), _every(receivers, _read(lm))
+    sent = {name: _sites(lm, name, "send") for name in _spread(lm, senders, _SENDERS)}
+    got = {name: _sites(lm, name, "receive") for name in _spread(lm, receivers, _RECEIVERS)}
     every = [[str(site) for sites in part.values() for site in sites if site.kind != LOGITS] for part in (sent, got)]
     received = slots(lm, every[1]) if every[1] else ()
     held, z = ({slot.layer: slot for slot in slots(lm, kind)} for kind in ("attn_out", "heads"))
@@ -120,6 +124,21 @@ def ends(lm: Model, senders: Sequence[str], receivers: Sequence[str]) -> Ends:
         edge = f"{', '.join([*sent][:3])} → {', '.join([*got][:3])}"
         raise NodeError("no such edge: the receiver does not read what the sender writes", got=edge)
     return found
+
+
+def _every(names: Sequence[str], every: Sequence[str]) -> Sequence[str]:
+    """Names, with "all" written out."""
+    listed = [names] if isinstance(names, str) else names
+    return [one for name in listed for one in (every if name == ALL else [name])]
+
+
+def _read(lm: Model) -> list[str]:
+    """All that reads the stream by itself: keys and values once for heads that share them, mixers as they are."""
+    attending = [layer for layer in lm.layers if layer.attends]
+    kinds = ["q", *(f"{'shared_' * any(x.kv_heads < x.heads for x in attending)}{part}" for part in "kv")]
+    mixers = [f"L{layer.index}M*" for layer in lm.layers if layer.mixes]
+    mlps = ["mlp_out"] if any(layer.has_mlp for layer in lm.layers) else []
+    return [*(kinds if attending else []), *mixers, *mlps, LOGITS]
 
 
 def _spread(lm: Model, names: Sequence[str], kinds: tuple[str, ...]) -> list[str]:
