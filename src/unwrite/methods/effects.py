@@ -19,7 +19,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from unwrite.errors import NumericError, TokensError, one_of, whole
+from unwrite.errors import TokensError, one_of, whole
 from unwrite.model.load import provenance
 from unwrite.model.view import Model
 from unwrite.nodes import names_of
@@ -27,7 +27,16 @@ from unwrite.prompts.pairs import Pairs
 from unwrite.prompts.positions import RoleNames
 from unwrite.result import Result, build, quantity
 from unwrite.run.answer.logits import normed as final_normed
-from unwrite.run.answer.metrics import Custom, known, metric_of, name_of, parts_of_mean, require_slope, unit_of_base, unless_own
+from unwrite.run.answer.metrics import (
+    Custom,
+    known,
+    metric_of,
+    name_of,
+    parts_of_mean,
+    require_slope,
+    unit_of_base,
+    unless_own,
+)
 from unwrite.run.backward.estimates import Contrast, Summed, attributed, integrated, star
 from unwrite.run.backward.rules import RULES, Rules
 from unwrite.run.edit.slots import Slot, slots

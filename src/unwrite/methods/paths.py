@@ -57,10 +57,10 @@ _EQUATIONS = {
     "heads are held at base, and MLPs and norms recompute) − metric(base run)",
     "frozen": "metric(base run in which the receiver alone reads x + Δ, Δ = the sender's write at its source value − "
     "its write, and its norm of x + Δ) − metric(base run)",
-    "eap": "⟨Δ, ∂metric/∂x⟩, x the stream as the receiver alone reads it, before its norm, Δ = the sender's write at its "
-    "source value − its write; the derivative of the executed edge along Δ",
-    "eap-ig": "⟨Δ, 1/m Σ_{k=1…m} ∂metric/∂x in a run on e_source + k/m (e_base − e_source)⟩, e the embeddings, x and Δ "
-    "as in eap",
+    "eap": "⟨Δ, ∂metric/∂x⟩, x the stream as the receiver alone reads it, before its norm, Δ = the sender's write at "
+    "its source value − its write; the derivative of the executed edge along Δ",
+    "eap-ig": "⟨Δ, 1/m Σ_{k=1…m} ∂metric/∂x in a run on e_source + k/m (e_base − e_source)⟩, e the embeddings, x and "
+    "Δ as in eap",
 }
 METHODS = ("exact", "eap", "eap-ig")
 
@@ -279,10 +279,11 @@ def _guessed(request: _Request, rows: slice) -> tuple[Tensor, Tensor, list[Tenso
 def _dataset(request: _Request, whole: dict[str, np.ndarray], unit: str) -> xr.Dataset:
     """Everything that was found, named."""
     pairs, solved = request.pairs, whole["solved"] > 0
+    equation = _EQUATIONS[request.mlps if request.is_exact else request.method]
     above, below = parts_of_mean(request.metric, whole["base"], whole["effect"])
     variables: dict[str, Any] = {
         "base": quantity(("pair",), whole["base"], unit_of_base(request.metric), "metric of the base run"),
-        "effect": quantity(request.cells, above / below.mean(), unit, _EQUATIONS[request.mlps if request.is_exact else request.method]),
+        "effect": quantity(request.cells, above / below.mean(), unit, equation),
         "solved": quantity(("pair",), solved, "1", "does the answer beat all choices in the base run?"),
         "row": ("pair", pairs.row), "first": ("pair", pairs.first),
     }  # fmt: skip

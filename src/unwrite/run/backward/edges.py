@@ -27,7 +27,7 @@ from unwrite.run.backward.estimates import embedded
 from unwrite.run.backward.rules import RULES
 from unwrite.run.backward.slopes import MetricOf, backward, reading
 from unwrite.run.edit.slots import Slot, Values, values_of
-from unwrite.run.replay.edges import LOGITS, Ends, Write, delta, read_at
+from unwrite.run.replay.edges import LOGITS, Ends, Write, moved, read_at
 
 _KEYS_AND_VALUES = ("k", "v", "shared_k", "shared_v")
 Scores = Float[Tensor, "pair sender receiver"]
@@ -64,13 +64,13 @@ def attributed_edges(
     steps begin at.
     """
     run = _run(asked)
-    moved = [_Moved.of(asked.ends, run.values, source) for source in sources(run.values)]
-    total, end = [one.products(run) for one in moved], run.embedded
+    deltas = [_Deltas.of(asked.ends, run.values, source) for source in sources(run.values)]
+    total, end = [one.products(run) for one in deltas], run.embedded
     start = end if steps == 1 else embedded(asked.ends.lm, source_ids)
     for k in range(steps - 1, 0, -1):
         run = _run(asked, start + (end - start) * (k / steps))
-        total = [more + one.products(run) for more, one in zip(total, moved, strict=True)]
-    return [one.of_ends(part / steps) for one, part in zip(moved, total, strict=True)]
+        total = [more + one.products(run) for more, one in zip(total, deltas, strict=True)]
+    return [one.of_ends(part / steps) for one, part in zip(deltas, total, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +147,7 @@ def _columns(ends: Ends) -> dict[Any, int]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Moved:
+class _Deltas:
     """What every write puts into the stream more, in the order in which they join it: `delta` from row `start` on."""
 
     ends: Ends
@@ -157,16 +157,16 @@ class _Moved:
     start: int
 
     @staticmethod
-    def of(ends: Ends, base: Values, source: Values) -> _Moved:
+    def of(ends: Ends, base: Values, source: Values) -> _Deltas:
         """From values of the base run and of the source."""
         every = dict.fromkeys(write for writes in ends.senders.values() for write in writes)
         writes = sorted(every, key=lambda write: write.place(ends.lm))
         exact = ends.lm.compute_dtype
-        delta_ = torch.stack([delta(ends, base, source, write).to(exact) for write in writes], 1)
-        moved = (delta_ != 0).any(-1).flatten(0, 1).any(0).nonzero()
-        start = int(moved[0]) if len(moved) else delta_.shape[2]
+        whole = torch.stack([moved(ends, base, source, write).to(exact) for write in writes], 1)
+        other = (whole != 0).any(-1).flatten(0, 1).any(0).nonzero()
+        start = int(other[0]) if len(other) else whole.shape[2]
         places = [write.place(ends.lm) for write in writes]
-        return _Moved(ends, writes, places, delta_[:, :, start:].flatten(2), start)
+        return _Deltas(ends, writes, places, whole[:, :, start:].flatten(2), start)
 
     def products(self, run: _Run) -> Float[Tensor, "pair write site"]:
         """⟨Δ, slope⟩ of all writes, at every site that reads them."""

@@ -88,7 +88,7 @@ def to_end(lm: Model, place: int) -> float:
     return lm.layers[place // 3].to_end if place // 3 < len(lm.layers) else 1.0
 
 
-def delta(ends: Ends, base: Values, source: Values, write: Write) -> Float[Tensor, "pair position d_model"]:
+def moved(ends: Ends, base: Values, source: Values, write: Write) -> Float[Tensor, "pair position d_model"]:
     """What a write puts into the stream more, as it arrives at the end, when it is set to its source value."""
     slot = next(s for s in ends.sent if s.kind == write.kind and (write.kind == "embed" or s.layer == write.layer))
     if write.kind not in PROJECTED:
