@@ -191,7 +191,7 @@ VIEWS: dict[str, MethodView] = {
     "solves": MethodView(patched.solving, _one(patched.RATES, patched.rates, True), picture="bars", of=("accuracy",)),
     "agree": MethodView(patched.agreed, picture="bars", of=("pearson",)),
     "bound": MethodView(patched.bounded, picture="heatmap", of=("upper",)),
-    "paths": MethodView(patched.along, picture="matrix", matrix="effect"),
+    "paths": MethodView(patched.along, _one(patched.EDGES, patched.edges), picture="matrix", matrix="effect"),
     "adversarial": MethodView(found.sentence, _one(found.HEADER, found.rows), picture="bars", of=("rate",)),
     "corpus_dla": MethodView(found.corpus_sentence, _one(found.CORPUS_HEADER, found.corpus_rows), picture="fig5"),
     "reproduce": MethodView(
