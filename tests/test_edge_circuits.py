@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache, cached_property
 
 import numpy as np
 import pytest
@@ -20,9 +22,11 @@ from unwrite.model.load import view
 from unwrite.model.view import Model
 from unwrite.prompts.pairs import Pairs
 from unwrite.run.answer.metrics import metric_of
+from unwrite.run.edit.slots import Values
 from unwrite.run.replay import edge_circuits as engine
-from unwrite.run.replay.clean import base_of
+from unwrite.run.replay.clean import Base, base_of
 from unwrite.run.replay.edge_circuits import edge_table, kept_edges
+from unwrite.run.replay.edges import Ends
 from unwrite.run.replay.walk import patched_together
 from unwrite.run.source.values import donor
 
@@ -36,24 +40,53 @@ def _exactly(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-def answers(lm: Model, given: Pairs, kept: Tensor, source: str = "source") -> np.ndarray:
-    """The metric of each pair when these edges are kept."""
-    table, rows = edge_table(lm), slice(0, len(given))
-    base = base_of(lm, given, rows, table.slots)
-    final = kept_edges(base, donor(lm, given, table.sent, source).values(rows), table, kept)
-    return metric_of(lm, given, "logit_diff", rows)(final).detach().numpy()
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """Two pairs, or others, of a model, and what every circuit of its edges begins with."""
+
+    lm: Model
+    given: Pairs
+    source: str = "source"
+
+    @cached_property
+    def table(self) -> Ends:
+        return edge_table(self.lm)
+
+    @cached_property
+    def joins(self) -> Tensor:
+        return torch.from_numpy(self.table.joins)
+
+    @cached_property
+    def base(self) -> Base:
+        return base_of(self.lm, self.given, slice(0, len(self.given)), self.table.slots)
+
+    @cached_property
+    def values(self) -> Values:
+        return donor(self.lm, self.given, self.table.sent, self.source).values(slice(0, len(self.given)))
+
+    def metric(self, final: Tensor) -> np.ndarray:
+        return metric_of(self.lm, self.given, "logit_diff", slice(0, len(self.given)))(final).detach().numpy()
+
+    def answers(self, kept: Tensor) -> np.ndarray:
+        """The metric of each pair when these edges are kept."""
+        return self.metric(kept_edges(self.base, self.values, self.table, kept))
+
+    def without(self, *edges: tuple[str, str]) -> np.ndarray:
+        """The same of all edges but these."""
+        kept, (senders, receivers) = self.joins.clone(), ([*self.table.senders], [*self.table.receivers])
+        for sender, receiver in edges:
+            kept[senders.index(sender), receivers.index(receiver)] = False
+        return self.answers(kept)
+
+    def some(self, share: float) -> Tensor:
+        """A mask of edges drawn at random."""
+        drawn = torch.rand(self.joins.shape, generator=torch.Generator().manual_seed(3))
+        return self.joins & (drawn < share)
 
 
-def joins(lm: Model) -> Tensor:
-    return torch.from_numpy(edge_table(lm).joins)
-
-
-def without(lm: Model, *edges: tuple[str, str]) -> Tensor:
-    """All edges but these."""
-    table, kept = edge_table(lm), joins(lm)
-    for sender, receiver in edges:
-        kept[[*table.senders].index(sender), [*table.receivers].index(receiver)] = False
-    return kept
+@cache
+def asked(name: str) -> Asked:
+    return Asked(model(name), pairs())
 
 
 def clean(lm: Model, given: Pairs) -> tuple[np.ndarray, np.ndarray]:
@@ -66,105 +99,91 @@ def clean(lm: Model, given: Pairs) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("name", [*FAMILIES, "mixtral", "qwen2_moe", "gemma3_text", "olmo2", "cohere", "phi"])
 def test_all_edges_are_the_base_run_and_none_the_source_run(name: str) -> None:
     settings = {"num_hidden_layers": 2, "num_attention_heads": 2, "attention_bias": False}
-    lm, given = model(name) if name in FAMILIES else view(weights(name, 0, **settings)), pairs()
-    every_ = joins(lm)
-    base, source = clean(lm, given)
-    np.testing.assert_allclose(answers(lm, given, every_), base, atol=1e-12, rtol=0)
-    np.testing.assert_allclose(answers(lm, given, torch.zeros_like(every_)), source, atol=1e-12, rtol=0)
+    one = asked(name) if name in FAMILIES else Asked(view(weights(name, 0, **settings)), pairs())
+    base, source = clean(one.lm, one.given)
+    np.testing.assert_allclose(one.answers(one.joins), base, atol=1e-12, rtol=0)
+    np.testing.assert_allclose(one.answers(torch.zeros_like(one.joins)), source, atol=1e-12, rtol=0)
     assert np.abs(base - source).min() > 1e-2
 
 
 @pytest.mark.promise("executed")
 @pytest.mark.parametrize("name", ["gpt2", "neox parallel", "llama", "gemma2", "granite"])
 def test_a_circuit_is_what_traced_passes_find(name: str) -> None:
-    lm, given = model(name), pairs()
-    table, every_ = edge_table(lm), joins(lm)
-    kept = every_ & (torch.rand(every_.shape, generator=torch.Generator().manual_seed(3)) < 0.6)
-    senders, one = [*table.senders], Edged(lm, given, 1)
+    one = asked(name)
+    kept, senders, alone = one.some(0.6), [*one.table.senders], Edged(one.lm, one.given, 1)
     cut = {
-        receiver: [sender for i, sender in enumerate(senders) if every_[i, j] and not kept[i, j]]
-        for j, receiver in enumerate(table.receivers)
+        receiver: [sender for i, sender in enumerate(senders) if one.joins[i, j] and not kept[i, j]]
+        for j, receiver in enumerate(one.table.receivers)
     }
     order = {"q": 0, "k": 0, "v": 0, "MLP": 1}
     passes = sorted(cut, key=lambda name: (9, 0) if name == "logits" else (int(name[3] if name[0] == "M" else name[1]),
                                                                          order.get(name[-1], 1)))  # fmt: skip
-    want = one.circuit(senders, {receiver: cut[receiver] for receiver in passes})
-    assert answers(lm, given, kept)[1] == pytest.approx(want, abs=1e-12)
-    base, source = clean(lm, given)
+    want = alone.circuit(senders, {receiver: cut[receiver] for receiver in passes})
+    assert one.answers(kept)[1] == pytest.approx(want, abs=1e-12)
+    base, source = clean(one.lm, one.given)
     assert min(abs(want - base[1]), abs(want - source[1])) > 1e-3
 
 
 @every_family
 def test_a_single_edge_that_is_cut_is_the_executed_edge(name: str) -> None:
     """But for what a head behind a post-norm writes, which is scaled as all heads are in its own run."""
-    lm, given = model(name), pairs()
+    one = asked(name)
     sender = "L0H1" if name in PLAIN else "MLP0"
-    key = "L2KV0.k" if lm.kv_heads < lm.n_heads else "L2H1.k"
-    receivers = ["L1H0.q", key, "MLP1", "logits"]
-    found = uw.paths(lm, given, [sender, "embed"], receivers, "frozen")
-    for one in (sender, "embed"):
-        for receiver in receivers:
-            changed = answers(lm, given, without(lm, (one, receiver))) - found["base"].values
-            want = found["effect"].sel(sender=one, receiver=receiver).values
-            np.testing.assert_allclose(changed, want, atol=1e-12, rtol=0)
-            assert np.abs(want).max() > 1e-6
+    receivers = ["L1H0.q", "L2KV0.k" if one.lm.kv_heads < one.lm.n_heads else "L2H1.k", "MLP1", "logits"]
+    found = uw.paths(one.lm, one.given, sender, receivers, "frozen")
+    for receiver in receivers:
+        changed = one.without((sender, receiver)) - found["base"].values
+        want = found["effect"].sel(sender=sender, receiver=receiver).values
+        np.testing.assert_allclose(changed, want, atol=1e-12, rtol=0)
+        assert np.abs(want).max() > 1e-6
 
 
 @every_family
 def test_a_receiver_whose_edges_are_all_cut_is_that_receiver_patched(name: str) -> None:
-    lm, given = model(name), pairs()
-    table = edge_table(lm)
-    receivers = ["L1H0.q", "L2KV0.v" if lm.kv_heads < lm.n_heads else "L2H1.v", "MLP2"]
-    effects = uw.effects(lm, given, receivers, "all")
+    one = asked(name)
+    receivers = ["L1H0.q", "L2KV0.v" if one.lm.kv_heads < one.lm.n_heads else "L2H1.v", "MLP2"]
+    effects = uw.effects(one.lm, one.given, receivers, "all")
     for receiver in receivers:
-        changed = answers(lm, given, without(lm, *((sender, receiver) for sender in table.senders)))
-        want = effects["base"] + effects["effect"].sel(node=receiver)
-        np.testing.assert_allclose(changed, want, atol=1e-12, rtol=0)
+        changed = one.without(*((sender, receiver) for sender in one.table.senders))
+        np.testing.assert_allclose(changed, effects["base"] + effects["effect"].sel(node=receiver), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_where_all_edges_out_of_some_nodes_are_cut_it_is_the_circuit_of_the_other_nodes(name: str) -> None:
-    lm, given, rows = model(name), pairs(), slice(0, 2)
-    table = edge_table(lm)
-    inside = torch.rand(len(table.senders), generator=torch.Generator().manual_seed(0)) < 0.5
-    base = base_of(lm, given, rows, table.slots)
-    source = donor(lm, given, table.sent, "source").values(rows)
-    outside = {slot: [not inside[[*table.senders].index(name)] for name in slot.names] for slot in table.sent}
+    one = asked(name)
+    inside = torch.rand(len(one.table.senders), generator=torch.Generator().manual_seed(0)) < 0.5
+    outside = {slot: [not inside[[*one.table.senders].index(name)] for name in slot.names] for slot in one.table.sent}
     chosen = {slot: torch.tensor(part).expand(2, 6, -1) for slot, part in outside.items() if any(part)}
-    final = patched_together(base, {slot: source[slot] for slot in chosen}, chosen, torch.arange(2), 0)
-    want = metric_of(lm, given, "logit_diff", rows)(final).detach().numpy()
-    np.testing.assert_allclose(answers(lm, given, joins(lm) & inside[:, None]), want, atol=1e-12, rtol=0)
+    final = patched_together(one.base, {slot: one.values[slot] for slot in chosen}, chosen, torch.arange(2), 0)
+    np.testing.assert_allclose(one.answers(one.joins & inside[:, None]), one.metric(final), atol=1e-12, rtol=0)
     assert 0 < int(inside.sum()) < len(inside)
 
 
 @pytest.mark.promise("batches")
 def test_any_batch_and_any_wave_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    lm, given = model("llama"), pairs(2)
-    kept = joins(lm) & (torch.rand(joins(lm).shape, generator=torch.Generator().manual_seed(5)) < 0.7)
-    whole = answers(lm, given, kept)
+    one = Asked(model("llama"), pairs(2))
+    whole = one.answers(one.some(0.7))
     monkeypatch.setattr(engine, "ROWS", 20)
-    np.testing.assert_allclose(answers(lm, given, kept), whole, atol=1e-13, rtol=0)
+    np.testing.assert_allclose(one.answers(one.some(0.7)), whole, atol=1e-13, rtol=0)
 
 
 def test_nothing_comes_of_nothing() -> None:
-    lm, given = model("llama"), pairs()
-    same = uw.pairs(given.base, given.base, ANSWER, AGAINST, position=[4, 3])
-    base = uw.paths(lm, same, "embed", "logits")["base"]
-    np.testing.assert_array_equal(answers(lm, same, torch.zeros_like(joins(lm))), base)
+    base = pairs().base
+    one = Asked(model("llama"), uw.pairs(base, base, ANSWER, AGAINST, position=[4, 3]))
+    np.testing.assert_array_equal(one.answers(torch.zeros_like(one.joins)), one.metric(one.base.final))
 
 
 def test_values_come_from_elsewhere_too() -> None:
-    """Every head and MLP at its mean, and the embedding: nothing is left of a prompt but its length."""
-    lm, given = model("llama"), uw.pairs(ids(0), ids(1), ANSWER, AGAINST)
-    found = answers(lm, given, torch.zeros_like(joins(lm)), "mean")
-    other = uw.pairs(ids(2), ids(1), ANSWER, AGAINST)
-    np.testing.assert_allclose(answers(lm, other, torch.zeros_like(joins(lm)), "mean"), found, atol=1e-12, rtol=0)
+    """Every head and MLP at its mean, and the embedding: nothing is left of a prompt."""
+    every_ = [Asked(model("llama"), uw.pairs(ids(seed), ids(1), ANSWER, AGAINST), "mean") for seed in (0, 2)]
+    found, other = (one.answers(torch.zeros_like(one.joins)) for one in every_)
+    np.testing.assert_allclose(other, found, atol=1e-12, rtol=0)
 
 
 def test_a_mask_of_another_shape_is_refused() -> None:
-    lm = model("gpt2")
+    one = asked("gpt2")
     with pytest.raises(NumericError, match="whether it is kept"):
-        answers(lm, pairs(), joins(lm)[:-1])
+        one.answers(one.joins[:-1])
 
 
 def test_a_bias_behind_a_post_norm_is_refused_by_name() -> None:
