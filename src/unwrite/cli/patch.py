@@ -26,9 +26,7 @@ def paths(
     model: ModelName,
     pairs: _PairsFile,
     senders: Annotated[str, typer.Option("--senders", help="heads, mlp_out, …, names: L0H1,MLP0, or all.")] = "heads",
-    receivers: Annotated[
-        str, typer.Option("--receivers", help="Names: L2H3.q,L2.v,logits, or all.")
-    ] = "logits",
+    receivers: Annotated[str, typer.Option("--receivers", help="Names: L2H3.q,L2.v,logits, or all.")] = "logits",
     mlps: Annotated[
         str | None, typer.Option("--mlps", help="Of executed edges: recompute (the default), or frozen: direct ones.")
     ] = None,

@@ -140,7 +140,7 @@ def paths(
     with opened(unless_own(checkpoint, metric), listener) as job:
         if done := job.begin("paths", lm, {"": read["hash"], **request.donor.read_by}, settings):
             return done
-        data = _found(request, batch_size(lm, pairs.base, batch, held=4), job, listener)
+        data = _found(request, batch_size(lm, pairs.base, batch, _held(request)), job, listener)
         return job.signed(build("paths", data, settings, provenance(lm), {"": read}))
 
 
@@ -173,7 +173,8 @@ def _request(
     method, mlps, steps = how
     one_of("method", method, METHODS)
     mlps = _mlps(method, mlps)
-    steps = whole("steps is a number of steps", steps, 1) if method == "eap-ig" else 1
+    steps = whole("steps is a number of steps", steps, 1)
+    steps = steps if method == "eap-ig" else 1
     if method != "exact":
         require_slope(metric, method, method == "eap" or steps == 1)
         require_read(found)
@@ -197,6 +198,11 @@ def _mlps(method: str, mlps: Any) -> str:
             fix="leave mlps out, or use method='exact'",
         )  # fmt: skip
     return mlps
+
+
+def _held(request: _Request) -> int:
+    """How many runs' worth of writes a batch holds: of a guess what each sender writes more, twice as it is put up."""
+    return 4 if request.is_exact else 4 + 2 * len(request.ends.senders) // (2 * len(request.lm.layers) + 2)
 
 
 def _cost(request: _Request) -> float:

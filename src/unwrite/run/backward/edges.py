@@ -65,12 +65,25 @@ def attributed_edges(
     """
     run = _run(asked)
     deltas = [_Deltas.of(asked.ends, run.values, source) for source in sources(run.values)]
-    total, end = [one.products(run) for one in deltas], run.embedded
+    total, end = _products(run, deltas), run.embedded
+    del run  # a graph at a time
     start = end if steps == 1 else embedded(asked.ends.lm, source_ids)
     for k in range(steps - 1, 0, -1):
-        run = _run(asked, start + (end - start) * (k / steps))
-        total = [more + one.products(run) for more, one in zip(total, deltas, strict=True)]
+        found = _products(_run(asked, start + (end - start) * (k / steps)), deltas)
+        total = [more + part for more, part in zip(total, found, strict=True)]
     return [one.of_ends(part / steps) for one, part in zip(deltas, total, strict=True)]
+
+
+def _products(run: _Run, deltas: Sequence[_Deltas]) -> list[Float[Tensor, "pair write site"]]:
+    """⟨Δ, slope⟩ of all writes, at every site that reads them."""
+    found = [one.delta.new_zeros(*one.delta.shape[:2], len(_columns(one.ends))) for one in deltas]
+    at = 0
+    for place, slope in run.read():
+        for one, part in zip(deltas, found, strict=True):
+            n = bisect_right(one.places, place)
+            part[:, :n, at : at + slope.shape[1]] = one.delta[:, :n] @ slope[:, :, one.start :].flatten(2).mT
+        at += slope.shape[1]
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,8 +125,9 @@ class _Run:
         slope = self.found[slot]
         own = torch.zeros_like(slope, memory_format=torch.contiguous_format)
         slot.view(own, self.n)[:, :, unit] = slot.view(slope, self.n)[:, :, unit]
-        (back,) = torch.autograd.grad(self.tensors[slot], self.tensors[place], own, retain_graph=True)
-        return self._home(back)
+        # What does not read the stream there has no slope.
+        ask = {"retain_graph": True, "materialize_grads": True}
+        return self._home(*torch.autograd.grad(self.tensors[slot], self.tensors[place], own, **ask))
 
     def _home(self, slope: Tensor) -> Float[Tensor, "pair position d_model"]:
         return slope.reshape(self.n, -1, self.ends.lm.d_model).to(self.ends.lm.device, self.ends.lm.compute_dtype)
@@ -167,16 +181,6 @@ class _Deltas:
         start = int(other[0]) if len(other) else whole.shape[2]
         places = [write.place(ends.lm) for write in writes]
         return _Deltas(ends, writes, places, whole[:, :, start:].flatten(2), start)
-
-    def products(self, run: _Run) -> Float[Tensor, "pair write site"]:
-        """⟨Δ, slope⟩ of all writes, at every site that reads them."""
-        found, at = self.delta.new_zeros(*self.delta.shape[:2], len(_columns(self.ends))), 0
-        for place, slope in run.read():
-            n = bisect_right(self.places, place)
-            own = self.delta[:, :n] @ slope[:, :, self.start :].flatten(2).mT
-            found[:, :n, at : at + own.shape[2]] = own
-            at += own.shape[2]
-        return found
 
     def of_ends(self, found: Float[Tensor, "pair write site"]) -> Scores:
         """Sums over the writes of each sender, and the sites of each receiver."""
