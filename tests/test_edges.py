@@ -232,7 +232,6 @@ def test_keys_of_another_layer_are_refused_by_name(kind: str) -> None:
     assert np.isfinite(uw.paths(lm, given, "embed", ["q", "mlp_out", "logits"], method="eap")["effect"]).all()
 
 
-@pytest.mark.promise("told")
 def test_what_it_costs_is_said_before_it_is_paid() -> None:
     told: list[Progress] = []
     found = uw.paths(model("gpt2"), pairs(), "all", "all", method="eap-ig", steps=4, listener=told.append)
