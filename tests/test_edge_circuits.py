@@ -58,7 +58,7 @@ class Asked:
 
     @cached_property
     def base(self) -> Base:
-        return base_of(self.lm, self.given, slice(0, len(self.given)), self.table.slots)
+        return base_of(self.lm, self.given, slice(0, len(self.given)), self.table.sent)
 
     @cached_property
     def values(self) -> Values:
@@ -104,6 +104,16 @@ def test_all_edges_are_the_base_run_and_none_the_source_run(name: str) -> None:
     np.testing.assert_allclose(one.answers(one.joins), base, atol=1e-12, rtol=0)
     np.testing.assert_allclose(one.answers(torch.zeros_like(one.joins)), source, atol=1e-12, rtol=0)
     assert np.abs(base - source).min() > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["jamba", "gpt_oss", "deepseek_v3"])
+def test_so_they_are_with_mixers_sinks_and_latent_values(kind: str) -> None:
+    one = Asked(view(every.model(kind)), uw.pairs(every.some_ids(1), every.some_ids(2), 5, 9))
+    source = base_of(one.lm, uw.pairs(one.given.source, one.given.base, 5, 9), slice(0, 2), ()).final
+    none = one.answers(torch.zeros_like(one.joins))
+    np.testing.assert_allclose(none, one.metric(source), atol=1e-5, rtol=0)
+    np.testing.assert_array_equal(one.answers(one.joins), one.metric(one.base.final))
+    assert np.abs(none - one.metric(one.base.final)).min() > 1e-2
 
 
 @pytest.mark.promise("executed")

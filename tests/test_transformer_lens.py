@@ -206,7 +206,7 @@ def test_transformer_lens_finds_the_same_of_a_circuit_of_edges() -> None:
         if kept[senders.index(edge_of(*edge)[0]), receivers.index(edge_of(*edge)[1])]
     ]  # fmt: skip
     theirs = analysis.faithfulness(one.bridge, one.base, one.source, one.metric, circuit)
-    base = base_of(one.lm, one.pairs, slice(0, 1), table.slots)
+    base = base_of(one.lm, one.pairs, slice(0, 1), table.sent)
     final = kept_edges(base, donor(one.lm, one.pairs, table.sent, "source").values(slice(0, 1)), table, kept)
     ours = float(metric_of(one.lm, one.pairs, "logit_diff", slice(0, 1))(final).detach())
     recovered = (ours - theirs.corrupt_metric) / (theirs.full_metric - theirs.corrupt_metric)

@@ -62,19 +62,19 @@ def kept_edges(
 ) -> Float[Tensor, "pair d_model"]:
     """The final stream at the read rows, all edges cut but those that are kept.
 
-    `table` is that of `edge_table`, `base` a run that holds its slots, `source` gives values of `table.sent`. Raises
-    NumericError for a mask of another shape.
+    `table` is that of `edge_table`; `base` and `source` hold values of `table.sent`. Raises NumericError for a mask of
+    another shape.
     """
     if kept.shape != table.joins.shape:
         raise NumericError(
             "a mask says of every edge whether it is kept", got=list(kept.shape), expected=list(table.joins.shape)
         )
-    start, final = first_change(base, source), base.final
-    if start is None:
-        return final
+    cut = (torch.from_numpy(table.joins).to(base.row.device) & ~kept.to(base.row.device)).T
+    start = first_change(base, source)
+    if start is None or not cut.any():
+        return base.final
     start, end = base.begin(start), base.end(base.row)
-    cut = (torch.from_numpy(table.joins).to(kept.device) & ~kept).T.to(final.device)
-    calls, every = base.calls(start, end), torch.arange(len(base.row), device=final.device)
+    calls, every = base.calls(start, end), torch.arange(len(base.row), device=base.row.device)
     some = every.split(max(1, ROWS // ((end - start) * _branches(table, cut))))
     runs = [Runs(base, pair, [0] * len(pair), start, end, calls) for pair in some]
     return torch.cat([one.finals(_Circuit.begun(one, source, table, cut).step) for one in runs])
