@@ -21,6 +21,7 @@ from unwrite.errors import NodeError, NumericError
 from unwrite.model.load import view
 from unwrite.model.view import Model
 from unwrite.prompts.tokens import from_ids
+from unwrite.report.views import listings, words
 from unwrite.run.loop.stream import Progress
 
 GUESSES = ("eap", "eap-ig")
@@ -253,6 +254,22 @@ def test_the_result_says_what_it_is(tmp_path: Path) -> None:
     assert "e_source + k/m" in again["effect"].attrs["equation"]
     assert "eap-ig, a guess of the direct edge" in repr(again)
     assert again.figure().to_dict()
+
+
+def test_the_foremost_edges_are_listed_with_intervals() -> None:
+    base, source = (torch.randint(3, 50, (6, 6), generator=torch.Generator().manual_seed(seed)) for seed in (4, 5))
+    found = uw.paths(model("gpt2"), uw.pairs(base, source, 5, 9), "all", "all", method="eap")
+    (table,) = listings(found)
+    mean = found["mean"].to_series().dropna()
+    order = mean.abs().sort_values(ascending=False).index[: len(table.rows)]
+    assert [row[:2] for row in table.rows] == [*order]
+    for row, edge in zip(table.rows, order, strict=True):
+        low, high = (float(found[name].sel(sender=edge[0], receiver=edge[1])) for name in ("mean_low", "mean_high"))
+        assert low < high
+        assert row[3] == f"{mean[edge]:+.3f} [{low:+.3f}, {high:+.3f}]"
+    most = np.abs(found["effect"]).mean("pair").to_series().dropna()
+    edge = " → ".join(most.idxmax())
+    assert f"Of {len(mean)} edges {edge} does most: {most.max():.3f} on average over 6 pairs" in words(found)
 
 
 def test_inside_inference_mode_and_without_gradients_it_is_the_same() -> None:
