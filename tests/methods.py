@@ -76,6 +76,7 @@ METHODS: dict[str, Method] = {
     "mask": lambda lm, **kept: uw.mask(lm, FOUR, there(lm, *HEADS), "last", **{**_FEW, **kept}),
     "paths": lambda lm, **kept: uw.paths(lm, PAIRS, "heads", ["L1H0.v", "MLP1", "logits"], "frozen", **kept),
     "paths recompute": lambda lm, **kept: uw.paths(lm, PAIRS, "heads", ["L1H0.v", "MLP1", "logits"], **kept),
+    "paths eap-ig": lambda lm, **kept: uw.paths(lm, PAIRS, "all", "all", method="eap-ig", steps=2, **kept),
     "bound": _bound,
     "lens": lambda lm, **kept: uw.lens(lm, IDS, top=2, **kept),
     "attention": lambda lm, **kept: uw.attention(lm, IDS, "value", **kept),

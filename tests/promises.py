@@ -52,8 +52,8 @@ PROMISES: dict[str, Promise] = {
     "executed": Promise(
         "Shortcuts and algebra give what really executing the intervention gives",
         "Values carried by hand (`model/values.py`), continued runs (`run/replay/edited.py`) and sweeps that run "
-        "nothing twice (`run/replay/sweep.py`, `run/replay/paths.py`, `run/replay/walk.py`) are compared with plain "
-        "hooks and traces, one by one.",
+        "nothing twice (`run/replay/sweep.py`, `run/replay/paths.py`, `run/replay/edge_circuits.py`, "
+        "`run/replay/walk.py`) are compared with plain hooks and traces, one by one.",
     ),
     "estimates": Promise(
         "An estimate stands beside the executed truth, and says how well it predicts it in this very model",

@@ -295,6 +295,11 @@ def test_the_workbench_from_a_shell(folder, monkeypatch, capsys, tmp_path) -> No
     pairs = ("--pairs", tmp_path / "pairs.csv")
     assert run(monkeypatch, "paths", model, *pairs, "--senders", "L0H*", "--receivers", "L1.q,logits") == 0
     assert "does most" in capsys.readouterr().out
+    every = ("--senders", "all", "--receivers", "all")
+    assert run(monkeypatch, "paths", model, *pairs, *every, "--method", "eap-ig", "--steps", 2) == 0
+    assert "eap-ig, a guess of the direct edge" in " ".join(capsys.readouterr().out.split())
+    assert run(monkeypatch, "paths", model, *pairs, "--method", "eap", "--mlps", "recompute") == 1
+    refused(capsys, "past all MLPs")
     assert run(monkeypatch, "bound", model, *pairs, "--verified", 1, "-q") == 0
     assert run(monkeypatch, "diff", model, model, *pairs, "--out", tmp_path / "diff") == 0
     assert "L0H0" in capsys.readouterr().out

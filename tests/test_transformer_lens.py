@@ -18,6 +18,10 @@ from unwrite.model.load import view
 from unwrite.model.view import Model
 from unwrite.model.writes import expand
 from unwrite.nodes import parse_location
+from unwrite.run.answer.metrics import metric_of
+from unwrite.run.replay.clean import base_of
+from unwrite.run.replay.edge_circuits import edge_table, kept_edges
+from unwrite.run.source.values import donor
 
 # The other library's import and its own deprecations are not ours to fail on.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -162,3 +166,49 @@ def test_transformer_lens_patches_the_same() -> None:
         close(theirs.transpose(1, 2) - clean, torch.from_numpy(ours).float())
     for nodes, theirs in zip(OF_BLOCKS, blocks, strict=True):
         close(theirs - clean, torch.from_numpy(one.effects(nodes, "exact").sel(node=nodes).values).float())
+
+
+def edge_of(writer: Any, reader: Any) -> tuple[str, str]:
+    """What the other library's edge is called here."""
+    sender = {"embed": "embed", "attn_head_out": "L{0}H{1}", "mlp_out": "MLP{0}"}[writer.kind]
+    part = reader.kind.removesuffix("_input")
+    receiver = {"mlp_in": "MLP{0}", "logits": "logits"}.get(reader.kind, f"L{{0}}H{{1}}.{part}")
+    return sender.format(writer.layer, writer.head), receiver.format(reader.layer, reader.head)
+
+
+@pytest.mark.promise("others")
+def test_transformer_lens_scores_edges_the_same() -> None:
+    one = patched()
+    analysis = pytest.importorskip("transformer_lens.tools.analysis.attribution_patching")
+    asked = analysis.EdgeAttributionConfig(granularity="edge")
+    scores = analysis.attribution_patch(one.bridge, one.source, one.base, one.metric, asked).edge_scores
+    found = uw.paths(one.lm, one.pairs, "all", "all", method="eap")["effect"][0]
+    theirs = dict.fromkeys((edge_of(*edge) for edge in scores), 0.0)
+    for edge, score in scores.items():  # theirs are of each position
+        theirs[edge_of(*edge)] += score
+    assert len(theirs) == int(found.notnull().sum())
+    ours = [float(found.sel(sender=sender, receiver=receiver)) for sender, receiver in theirs]
+    np.testing.assert_allclose(ours, [*theirs.values()], rtol=0, atol=1e-6)
+    assert max(map(abs, ours)) > 1e-2
+
+
+@pytest.mark.promise("others")
+def test_transformer_lens_finds_the_same_of_a_circuit_of_edges() -> None:
+    one = patched()
+    analysis = pytest.importorskip("transformer_lens.tools.analysis.attribution_patching")
+    table = edge_table(one.lm)
+    drawn = torch.rand(table.joins.shape, generator=torch.Generator().manual_seed(2))
+    kept = torch.from_numpy(table.joins) & (drawn < 0.7)
+    asked = analysis.EdgeAttributionConfig(granularity="edge")
+    senders, receivers = [*table.senders], [*table.receivers]
+    circuit = [
+        edge for edge in analysis.attribution_patch(one.bridge, one.source, one.base, one.metric, asked).edge_scores
+        if kept[senders.index(edge_of(*edge)[0]), receivers.index(edge_of(*edge)[1])]
+    ]  # fmt: skip
+    theirs = analysis.faithfulness(one.bridge, one.base, one.source, one.metric, circuit)
+    base = base_of(one.lm, one.pairs, slice(0, 1), table.sent)
+    final = kept_edges(base, donor(one.lm, one.pairs, table.sent, "source").values(slice(0, 1)), table, kept)
+    ours = float(metric_of(one.lm, one.pairs, "logit_diff", slice(0, 1))(final).detach())
+    recovered = (ours - theirs.corrupt_metric) / (theirs.full_metric - theirs.corrupt_metric)
+    assert recovered == pytest.approx(theirs.recovered, abs=1e-5)
+    assert min(abs(recovered), abs(recovered - 1)) > 1e-3

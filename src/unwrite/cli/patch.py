@@ -25,10 +25,16 @@ _Metric = Annotated[str, typer.Option("--metric", help="logit_diff, log_prob, pr
 def paths(
     model: ModelName,
     pairs: _PairsFile,
-    senders: Annotated[str, typer.Option("--senders", help="heads, mlp_out, …, or names: L0H1,MLP0.")] = "heads",
-    receivers: Annotated[str, typer.Option("--receivers", help="Names, such as L2H3.q,L2.v,logits.")] = "logits",
-    mlps: Annotated[str, typer.Option("--mlps", help="recompute, or frozen: the direct edge alone.")] = "recompute",
+    senders: Annotated[str, typer.Option("--senders", help="heads, mlp_out, …, names: L0H1,MLP0, or all.")] = "heads",
+    receivers: Annotated[str, typer.Option("--receivers", help="Names: L2H3.q,L2.v,logits, or all.")] = "logits",
+    mlps: Annotated[
+        str | None, typer.Option("--mlps", help="Of executed edges: recompute (the default), or frozen: direct ones.")
+    ] = None,
     metric: _Metric = "logit_diff",
+    method: Annotated[
+        str, typer.Option("--method", help="exact, or guesses of all direct edges at once: eap, eap-ig.")
+    ] = "exact",
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Of eap-ig, from source to base.")] = 5,
     common: Common = COMMON,
 ) -> None:
     """What does each sender do through each receiver alone, set to its value in another prompt?"""
@@ -38,11 +44,11 @@ def paths(
     lm = common.load(model)
     asked = read_pairs(pairs, lm.tokenizer, common.bos)
 
-    def method(_: object, listener: Listener, job: Job) -> Result:
+    def found(_: object, listener: Listener, job: Job) -> Result:
         ends = (listed(senders) or [], listed(receivers) or [])
-        return run(lm, asked, *ends, mlps, metric, checkpoint=job, listener=listener)
+        return run(lm, asked, *ends, mlps, metric, method=method, steps=steps, checkpoint=job, listener=listener)
 
-    common.produce(lm, lambda _: asked.base, method)
+    common.produce(lm, lambda _: asked.base, found)
 
 
 @spread

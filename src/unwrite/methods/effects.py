@@ -19,7 +19,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from unwrite.errors import NumericError, one_of, whole
+from unwrite.errors import one_of, whole
 from unwrite.model.load import provenance
 from unwrite.model.view import Model
 from unwrite.nodes import names_of
@@ -27,7 +27,16 @@ from unwrite.prompts.pairs import Pairs, require_differences
 from unwrite.prompts.positions import RoleNames
 from unwrite.result import Result, build, quantity
 from unwrite.run.answer.logits import normed as final_normed
-from unwrite.run.answer.metrics import Custom, known, metric_of, name_of, parts_of_mean, unit_of_base, unless_own
+from unwrite.run.answer.metrics import (
+    Custom,
+    known,
+    metric_of,
+    name_of,
+    parts_of_mean,
+    require_slope,
+    unit_of_base,
+    unless_own,
+)
 from unwrite.run.backward.estimates import Contrast, Summed, attributed, integrated, star
 from unwrite.run.backward.rules import RULES, Rules
 from unwrite.run.edit.slots import Slot, slots
@@ -39,7 +48,7 @@ from unwrite.run.loop.rows import Rows
 from unwrite.run.loop.stream import Batch, Listener, Progress, admit_pairs, batch_size, stream
 from unwrite.run.replay.clean import base_of
 from unwrite.run.replay.sweep import forwards, patched, patches, placed
-from unwrite.run.source.values import Donor, donor
+from unwrite.run.source.values import Donor, donor, require_way
 from unwrite.stats.jackknife import ratio
 from unwrite.stats.rates import said
 
@@ -160,13 +169,11 @@ def _request(
     rows = pairs.rows(at)
     _require_settings(method, metric, steps)
     moved = rows is not None and bool((rows[0] != rows[1]).any())
-    if isinstance(source, str) and source == "source":
-        if not moved:  # the same prompt at another row is another value
-            require_differences(pairs)
-        if method == "ig" and not pairs.aligned:
-            raise NumericError("ig goes from base to source prompts", got="unequal numbers of tokens", expected="equal")
-    elif method == "ig":
-        raise NumericError("ig goes from base to source prompts", got=f"source={name_of(source)}", fix="leave it out")
+    # The same prompt at another row is another value.
+    if isinstance(source, str) and source == "source" and not moved:
+        require_differences(pairs)
+    if method == "ig":
+        require_way(pairs, source, method)
     asked, metric = slots(lm, nodes), known(metric, pairs)
     given = donor(lm, pairs, asked, source, rows and rows[1])
     where = at if isinstance(at, str) else [*at]
@@ -177,14 +184,8 @@ def _require_settings(method: Any, metric: Any, steps: Any) -> None:
     if not isinstance(method, Rules):
         one_of("method", method, METHODS, also="uw.Rules")
     whole("steps is a number of steps", steps, 1)
-    if isinstance(metric, str) and metric == "kl" and method not in ("exact", "ig"):
-        raise NumericError(
-            f"{name_of(method)} says 0 for every node: kl has no slope at the base run, which it is measured against",
-            fix="use method='exact' or 'ig', or another metric",
-        )
-    if isinstance(metric, str) and metric == "match" and method != "exact":
-        what = f"{name_of(method)} says nothing of match: what counts answers has no slope"
-        raise NumericError(what, fix="use method='exact', or another metric")
+    if method != "exact":
+        require_slope(metric, name_of(method), method != "ig")
 
 
 class _Tally:

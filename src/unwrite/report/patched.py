@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
+from unwrite.errors import counted
 from unwrite.report.columns import Column
 from unwrite.result import Result
 
 # Pairs that are shown, and nodes of each.
 _PAIRS, _NODES = 3, 12
+# Edges that are shown.
+_EDGES = 24
 # Characters of a prompt's end.
 _WIDE = 48
 _ALONE = ("effect", "signed", "inputs")
@@ -25,6 +28,13 @@ RATES = (
     Column("top of all tokens", "{top_accuracy}"),
     Column("verdict", "{verdict}", holds="word"),
     Column("its first prompt, and what the model says", holds="word"),
+)
+EDGES = (
+    Column("sender", holds="word"),
+    Column("receiver", holds="word"),
+    Column("at", holds="word"),
+    Column("mean effect [95 %]", "{mean}"),
+    Column("largest of a pair", "{effect}"),
 )
 AGREEMENT = (
     Column("estimator", holds="word"),
@@ -143,14 +153,34 @@ def bounded(result: Result) -> str:
 
 
 def along(result: Result) -> str:
-    """The edge that does most."""
+    """The edge that does most, of how many."""
     # NaN where no pair has such an edge.
-    size = abs(result.data["effect"]).mean("pair").transpose("sender", "receiver", ...).values
-    sender, receiver, *role = np.unravel_index(np.nanargmax(size), size.shape)
-    edge = f"{result.data['sender'].values[sender]} → {result.data['receiver'].values[receiver]}"
-    at = "".join(f" at {result.data['role'].values[one]}" for one in role)
-    most = f"{float(np.nanmax(size)):.3f} on average, of either sign (MLPs {_mlps(result)})"
-    return f"{edge}{at} does most: {most}. {_solves(result.data)}".strip()
+    size = abs(result.data["effect"]).mean("pair").transpose("sender", "receiver", ...)
+    sender, receiver, *role = np.unravel_index(int(np.nanargmax(size.values)), size.shape)
+    edge = f"{size['sender'].values[sender]} → {size['receiver'].values[receiver]}"
+    at = "".join(f" at {size['role'].values[one]}" for one in role)
+    edges, pairs = int(size.notnull().sum()), counted(result.data.sizes["pair"], "pair")
+    most = f"{float(size.max()):.3f} on average over {pairs}, of either sign ({_how(result)})"
+    return f"Of {counted(edges, 'edge')} {edge}{at} does most: {most}. {_solves(result.data)}".strip()
+
+
+def edges(data: xr.Dataset) -> list[tuple[str, ...]]:
+    """One line for each of the edges that do most on average, the largest first."""
+    mean = data["mean"].transpose("sender", "receiver", ...)
+    order = np.argsort(-np.nan_to_num(np.abs(mean.values)), axis=None, kind="stable")[:_EDGES]
+    places = zip(*np.unravel_index(order, mean.shape), strict=True)
+    lines = []
+    for place in places:
+        at = dict(zip(mean.dims, place, strict=True))
+        one, cells = data.isel(at), data["effect"].isel(at).values
+        if np.isnan(float(one["mean"])):
+            break
+        role = str(one["role"].item()) if "role" in data.coords else "all"
+        low, high = float(one["mean_low"]), float(one["mean_high"])
+        interval = "" if np.isnan(low) else f" [{low:+.3f}, {high:+.3f}]"
+        numbers = f"{float(one['mean']):+.3f}{interval}", f"{cells[np.abs(cells).argmax()]:+.3f}"
+        lines.append((str(one["sender"].item()), str(one["receiver"].item()), role, *numbers))
+    return lines
 
 
 def rates(data: xr.Dataset) -> list[tuple[str, ...]]:
@@ -180,5 +210,8 @@ def solving(result: Result) -> str:
     return str(result.data.attrs["solves"])
 
 
-def _mlps(result: Result) -> str:
-    return str(result.provenance["settings"]["mlps"])
+def _how(result: Result) -> str:
+    """How the numbers of edges come about; a result of an earlier version was executed."""
+    settings = result.provenance["settings"]
+    method = settings.get("method", "exact")
+    return f"MLPs {settings['mlps']}" if method == "exact" else f"{method}, a guess of the direct edge"

@@ -201,7 +201,7 @@ VIEWS: dict[str, MethodView] = {
     "mask": MethodView(masked.sentence, _masked, picture="heatmap", of=("best_gain",), full=1.0),
     "agree": MethodView(patched.agreed, picture="bars", of=("pearson",)),
     "bound": MethodView(patched.bounded, picture="heatmap", of=("upper",)),
-    "paths": MethodView(patched.along, picture="matrix", matrix="effect"),
+    "paths": MethodView(patched.along, _one(patched.EDGES, patched.edges), picture="matrix", matrix="effect"),
     "adversarial": MethodView(found.sentence, _one(found.HEADER, found.rows), picture="bars", of=("rate",)),
     "corpus_dla": MethodView(found.corpus_sentence, _one(found.CORPUS_HEADER, found.corpus_rows), picture="fig5"),
     "reproduce": MethodView(

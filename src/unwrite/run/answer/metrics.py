@@ -154,6 +154,18 @@ def known(metric: Any, pairs: Pairs) -> str | Custom:
     return name
 
 
+def require_slope(metric: Any, method: str, at_base: bool) -> None:
+    """Raise NumericError where a slope says nothing of a metric: of "kl" if it is taken `at_base` alone."""
+    if isinstance(metric, str) and metric == "kl" and at_base:
+        raise NumericError(
+            f"{method} says 0 for every node and edge: kl has no slope at the base run, which it is measured against",
+            fix="use method='exact', or what integrates from the source, or another metric",
+        )
+    if isinstance(metric, str) and metric == "match":
+        what = f"{method} says nothing of match: what counts answers has no slope"
+        raise NumericError(what, fix="use method='exact', or another metric")
+
+
 def unit_of_base(metric: str | Custom) -> str:
     """What a base run is measured in."""
     return "logit_diff" if metric == "fldd" else name_of(metric)

@@ -131,7 +131,7 @@ def integrated(asked: Contrast, source_ids: Int[Tensor, "pair position"], steps:
     Conductance Σ_k ⟨n(α_k) − n(α_{k−1}), slope at the midpoint⟩ adds up to the metric's change on every cut of the
     network; inputs, ⟨n_source − n_base, mean slope⟩ (EAP-IG's), on the cut of the embeddings alone.
     """
-    start, end = (_embedded(asked.lm, ids) for ids in (asked.ids, source_ids))
+    start, end = (embedded(asked.lm, ids) for ids in (asked.ids, source_ids))
     between = [start + (end - start) * (k / (2 * steps)) for k in range(2 * steps + 1)]
     ends = [_values_at(asked, x) for x in between[::2]]
     conductance: Estimate = {slot: torch.zeros(()) for slot in asked.slots}
@@ -144,11 +144,12 @@ def integrated(asked: Contrast, source_ids: Int[Tensor, "pair position"], steps:
     return conductance, _products(asked.lm, ends[0], ends[-1], mean)
 
 
-def _embedded(lm: Model, ids: Tensor) -> Float[Tensor, "pair position d_model"]:
+def embedded(lm: Model, ids: Tensor) -> Float[Tensor, "pair position d_model"]:
+    """What the first block reads of these prompts."""
     slot = slots(lm, "embed")
     return values(lm, ids, slot)[slot[0]][:, :, 0].to(lm.compute_dtype)
 
 
-def _values_at(asked: Contrast, embedded: Tensor) -> Values:
-    with hooked([before(asked.lm.layers[0].block, leaf(embedded))]):
+def _values_at(asked: Contrast, start: Tensor) -> Values:
+    with hooked([before(asked.lm.layers[0].block, leaf(start))]):
         return values(asked.lm, asked.ids, asked.slots)

@@ -149,22 +149,23 @@ def graph(
     keep: bool = False,
 ) -> Graph:
     """Run prompts and go back once under `rules`; `embedded` and `keep` as in `backward`."""
-    value, tensors, found = backward(lm, ids, rules, metric, _blocks_and(lm, slots), embedded, keep)
-    watched, inputs = {slot: tensors[slot] for slot in slots}, [tensors[i] for i in range(len(lm.layers) + 1)]
-    slopes = _named(watched, [found[slot] for slot in watched], value)
+    watched = reading(lm, dict(enumerate(between_blocks(lm))), slots)
+    value, tensors, found = backward(lm, ids, rules, metric, watched, embedded, keep)
+    own, inputs = {slot: tensors[slot] for slot in slots}, [tensors[i] for i in range(len(lm.layers) + 1)]
+    slopes = _named(own, [found[slot] for slot in own], value)
     if rules.attention != "free":
         slopes |= {slot: torch.zeros_like(slopes[slot]) for slot in slots if slot.kind in SCORED}
     cotangents = [found[i].to(lm.device) for i in range(len(inputs))]
     return Graph(
-        value.detach(), values_of(lm, watched, inputs, len(ids)), slopes, cotangents,
-        watched if keep else {}, inputs if keep else (), lm.layers,
+        value.detach(), values_of(lm, own, inputs, len(ids)), slopes, cotangents,
+        own if keep else {}, inputs if keep else (), lm.layers,
     )  # fmt: skip
 
 
 @contextmanager
-def _blocks_and(lm: Model, slots: Sequence[Slot]) -> Iterator[Mapping[Any, Tensor]]:
-    """Inside the `with`, the stream that each block (by its number) and then the final norm reads, and slots."""
-    with _read_by(dict(enumerate(between_blocks(lm)))) as stream, watching(lm, slots) as tensors:
+def reading(lm: Model, modules: Mapping[Any, nn.Module], slots: Sequence[Slot]) -> Iterator[Mapping[Any, Tensor]]:
+    """Inside the `with`, a pass leaves what modules read of the stream, by their keys, and the tensors of slots."""
+    with _read_by(modules) as stream, watching(lm, slots) as tensors:
         yield ChainMap(tensors, stream)  # pyright: ignore[reportArgumentType]
 
 

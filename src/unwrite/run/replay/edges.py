@@ -11,16 +11,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unwrite.errors import NodeError
-from unwrite.model.view import Model
+from unwrite.model.view import Layer, Model
 from unwrite.nodes import GROUPS, KINDS, MLPS, PROJECTED, Site, parse_sites
 from unwrite.run.edit.sites import all_named, named
-from unwrite.run.edit.slots import Slot, slots
+from unwrite.run.edit.slots import Slot, Values, slots
 
 LOGITS = "logits"
+ALL = "all"
+_SENDERS = ("heads", "attn_out", "mlp_out")
+_RECEIVERS = ("heads", "q", "k", "v", "shared_k", "shared_v", "mlp_out")
 
 
 @dataclass(frozen=True)
@@ -85,13 +88,33 @@ def to_end(lm: Model, place: int) -> float:
     return lm.layers[place // 3].to_end if place // 3 < len(lm.layers) else 1.0
 
 
+def moved(ends: Ends, base: Values, source: Values, write: Write) -> Float[Tensor, "pair position d_model"]:
+    """What a write puts into the stream more, as it arrives at the end, when it is set to its source value."""
+    slot = next(s for s in ends.sent if s.kind == write.kind and (write.kind == "embed" or s.layer == write.layer))
+    if write.kind not in PROJECTED:
+        lm, change = ends.lm, (source[slot] - base[slot])[:, :, 0]
+        return change * (lm.to_end(lm.states[0]) if write.kind == "embed" else lm.layers[write.layer].into)
+    own, before = ends.lm.layers[write.layer], base[ends.z[write.layer]]
+    after = before.clone()
+    for head in write.heads:
+        after[:, :, head] = source[slot][:, :, slot.units.tolist().index(head)].to(after.dtype)
+    return (_attention_end(own, after) - _attention_end(own, before)) * own.into
+
+
+def _attention_end(layer: Layer, z: Float[Tensor, "pair position head d"]) -> Tensor:
+    """What a layer's attention hands to the stream, before the residual scale. `forward`: no hook of anyone sees it."""
+    out = layer.out_proj.forward(z.flatten(2))
+    return (out if layer.post_attention_norm is None else layer.post_attention_norm.forward(out)).to(z.device)
+
+
 def ends(lm: Model, senders: Sequence[str], receivers: Sequence[str]) -> Ends:
     """Senders and receivers by their names, or by kinds of nodes.
 
     Raises NodeError for what can be neither, for writes that hold each other, and where no asked edge exists.
     """
-    sent = {name: _sites(lm, name, "send") for name in _spread(lm, senders, ("heads", "attn_out", "mlp_out"))}
-    got = {name: _sites(lm, name, "receive") for name in _spread(lm, receivers, ("heads", "q", "k", "v", "mlp_out"))}
+    senders, receivers = _every(senders, ["embed", "heads", "mlp_out"]), _every(receivers, _read(lm))
+    sent = {name: _sites(lm, name, "send") for name in _spread(lm, senders, _SENDERS)}
+    got = {name: _sites(lm, name, "receive") for name in _spread(lm, receivers, _RECEIVERS)}
     every = [[str(site) for sites in part.values() for site in sites if site.kind != LOGITS] for part in (sent, got)]
     received = slots(lm, every[1]) if every[1] else ()
     held, z = ({slot.layer: slot for slot in slots(lm, kind)} for kind in ("attn_out", "heads"))
@@ -101,6 +124,21 @@ def ends(lm: Model, senders: Sequence[str], receivers: Sequence[str]) -> Ends:
         edge = f"{', '.join([*sent][:3])} → {', '.join([*got][:3])}"
         raise NodeError("no such edge: the receiver does not read what the sender writes", got=edge)
     return found
+
+
+def _every(names: Sequence[str], every: Sequence[str]) -> Sequence[str]:
+    """Names, with "all" written out."""
+    listed = [names] if isinstance(names, str) else names
+    return [one for name in listed for one in (every if name == ALL else [name])]
+
+
+def _read(lm: Model) -> list[str]:
+    """All that reads the stream by itself: keys and values once for heads that share them, mixers as they are."""
+    attending = [layer for layer in lm.layers if layer.attends]
+    kinds = ["q", *(f"{'shared_' * any(x.kv_heads < x.heads for x in attending)}{part}" for part in "kv")]
+    mixers = [f"L{layer.index}M*" for layer in lm.layers if layer.mixes]
+    mlps = ["mlp_out"] if any(layer.has_mlp for layer in lm.layers) else []
+    return [*(kinds if attending else []), *mixers, *mlps, LOGITS]
 
 
 def _spread(lm: Model, names: Sequence[str], kinds: tuple[str, ...]) -> list[str]:

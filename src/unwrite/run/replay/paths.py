@@ -19,10 +19,9 @@ from torch import Tensor
 
 from unwrite.model.continued import Calls
 from unwrite.model.view import Model
-from unwrite.nodes import PROJECTED
 from unwrite.run.edit.slots import Slot, Values, Visit, visiting
 from unwrite.run.replay.clean import Base
-from unwrite.run.replay.edges import LOGITS, Ends, Write, read_at, to_end
+from unwrite.run.replay.edges import LOGITS, Ends, Write, moved, read_at, to_end
 from unwrite.run.replay.walk import ROWS, Runs, Setting, visits_of
 
 MODES = ("recompute", "frozen")
@@ -37,7 +36,7 @@ def effects_of_edges(
     Edges that do not exist, and senders that write the same in both runs, are not run and not handed out.
     """
     names, n_pairs = list(ends.senders), len(base.row)
-    start = _first_change(base, source)
+    start = first_change(base, source)
     if start is None:
         return
     start, end = base.begin(start), base.end(base.row)
@@ -47,41 +46,18 @@ def effects_of_edges(
         sent = {i: ends.senders[names[i]] for i in range(at, min(at + each, len(names)))}
         # In a fixed order: sums round by it.
         writes = dict.fromkeys(write for part in sent.values() for write in part)
-        deltas = {write: _delta(base, source, ends, write)[:, start:end] for write in writes}
+        deltas = {write: moved(ends, base.values, source, write)[:, start:end] for write in writes}
         asked = _Sent(base, ends, sent, deltas, start, calls)
         yield from asked.through_receivers(mode)
 
 
-def _first_change(base: Base, source: Values) -> int | None:
+def first_change(base: Base, source: Values) -> int | None:
     """The first row at which a sender's value is another one, in any pair that can see it."""
     position = torch.arange(base.ids.shape[1], device=base.row.device)
     seen = position <= base.row[:, None]
     changed = [((own != base.values[slot]).flatten(2).any(2) & seen).any(0) for slot, own in source.items()]
     rows = torch.stack(changed).any(0).nonzero()
     return int(rows[0]) if len(rows) else None
-
-
-def _delta(base: Base, source: Values, ends: Ends, write: Write) -> Float[Tensor, "pair position d_model"]:
-    """What a write puts into the stream more, as it arrives at the end, when it is set to its source value."""
-    slot = next(s for s in ends.sent if s.kind == write.kind and (write.kind == "embed" or s.layer == write.layer))
-    if write.kind not in PROJECTED:
-        change = (source[slot] - base.values[slot])[:, :, 0]
-        return change * (
-            base.lm.to_end(base.lm.states[0]) if write.kind == "embed" else base.lm.layers[write.layer].into
-        )
-    before = base.values[ends.z[write.layer]]
-    after = before.clone()
-    for head in write.heads:
-        after[:, :, head] = source[slot][:, :, slot.units.tolist().index(head)].to(after.dtype)
-    own = base.lm.layers[write.layer]
-    return (_attention_end(base, write.layer, after) - _attention_end(base, write.layer, before)) * own.into
-
-
-def _attention_end(base: Base, layer: int, z: Float[Tensor, "pair position head d"]) -> Tensor:
-    """What a layer's attention hands to the stream, before the residual scale. `forward`: no hook of anyone sees it."""
-    own = base.lm.layers[layer]
-    out = own.out_proj.forward(z.flatten(2))
-    return (out if own.post_attention_norm is None else own.post_attention_norm.forward(out)).to(z.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,10 +95,10 @@ class _Sent:
     def changed(self) -> Bool[Tensor, "sender pair"]:
         """Which senders write anything else, at rows that the read row can see."""
         rows = torch.arange(self.start, self.end, device=self.base.row.device) <= self.base.row[:, None]
-        moved = {write: ((delta != 0).any(-1) & rows).any(1) for write, delta in self.deltas.items()}
+        others = {write: ((delta != 0).any(-1) & rows).any(1) for write, delta in self.deltas.items()}
         found = self.base.row.new_zeros(len(self.ends.senders), len(rows), dtype=torch.bool)
         for i, writes in self.sent.items():
-            found[i] = torch.stack([moved[write] for write in writes]).any(0)
+            found[i] = torch.stack([others[write] for write in writes]).any(0)
         return found
 
     def through_receivers(self, mode: str) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:

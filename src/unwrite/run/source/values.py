@@ -115,6 +115,15 @@ def donor(
     return Donor(source, pairs, asked, lm, asked, order, lm, at)
 
 
+def require_way(pairs: Pairs, source: Any, method: str) -> None:
+    """Raise NumericError where embeddings cannot go from those of base prompts to those of source prompts."""
+    if not isinstance(source, str) or source != "source":
+        raise NumericError(f"{method} goes from base to source prompts", got=f"source={source}", fix="leave it out")
+    if not pairs.aligned:
+        what = f"{method} goes from base to source prompts"
+        raise NumericError(what, got="unequal numbers of tokens", expected="equal")
+
+
 def _other_name(lm: Model, other: Model) -> str:
     shape = ("n_heads", "kv_heads", "head_dim", "d_model", "vocabulary")
     for name in shape:
