@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import functools
+import itertools
 import os
 import re
 from collections.abc import Callable
@@ -25,27 +27,56 @@ _jaxtyped = jaxtyping.jaxtyped
 
 
 def _checked(*, typechecker: Callable[..., Any]) -> Callable[[Any], Any]:
-    """Checks types and shapes at every call, where that is not most of what the tests would do.
+    """Checks types at every call, and names of axes at the first of each kind: what takes long there is their checks.
 
-    Not of functions that are made anew whenever another one is called: their checks would be compiled each time. And
-    that names of axes agree (several microseconds a call) only where an annotation has some.
+    Not of functions that are made anew whenever another one is called: their checks would be compiled each time.
     """
     check = _jaxtyped(typechecker=typechecker)
 
     def checked(made: Any) -> Any:
         if "<locals>" in getattr(made, "__qualname__", ""):
             return made
-        if isinstance(made, type) or _names_axes(made):
-            return check(made)
-        typed = typechecker(made)
-
-        @functools.wraps(made)
-        def called(*args: Any, **named: Any) -> Any:
-            return (made if jaxtyping.config.jaxtyping_disable else typed)(*args, **named)
-
-        return called
+        if isinstance(made, type):
+            if dataclasses.is_dataclass(made):
+                made.__init__ = checked(made.__init__)
+            return made
+        return _at_first(made, check) if _names_axes(made) else _always(made, typechecker(made))
 
     return checked
+
+
+def _always(plain: Callable[..., Any], typed: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(plain)
+    def called(*args: Any, **named: Any) -> Any:
+        return (plain if jaxtyping.config.jaxtyping_disable else typed)(*args, **named)
+
+    return called
+
+
+def _at_first(plain: Callable[..., Any], check: Callable[[Any], Any]) -> Callable[..., Any]:
+    """The function, with a check that is compiled when it is first called, and passed once for each kind of call."""
+    compiled, passed = functools.cache(lambda: check(plain)), set[Any]()
+
+    @functools.wraps(plain)
+    def called(*args: Any, **named: Any) -> Any:
+        kind = (*map(_kind, args), *named, *map(_kind, named.values()))
+        if jaxtyping.config.jaxtyping_disable or kind in passed:
+            return plain(*args, **named)
+        found = compiled()(*args, **named)
+        passed.add(kind)
+        return found
+
+    return called
+
+
+def _kind(value: Any) -> Any:
+    """What a check sees of an argument: its type, of an array shape and dtype, of a container some of what is in it."""
+    kind = type(value)
+    if hasattr(kind, "shape") and hasattr(kind, "dtype"):
+        return kind, value.shape, value.dtype
+    if kind in (tuple, list, dict):
+        return kind, len(value), *map(_kind, itertools.islice(value.items() if kind is dict else value, 4))
+    return value if kind is str else kind
 
 
 def _names_axes(function: Callable[..., Any]) -> bool:

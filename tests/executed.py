@@ -34,6 +34,16 @@ def exact() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def hooks(*handles: Any) -> Iterator[None]:
+    """Inside the `with`, hooks that were put on modules stay there."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def weights(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
     """A tiny model that can be decomposed."""
     return tiny.model(family, seed, dtype, **{**PINNED.get(family, {}), **settings})

@@ -127,7 +127,7 @@ Which models open? One tiny random model of every type of transformers {transfor
 of about 32, all parameters drawn), handed to unwrite. **By hand**: its parts are named by a row of `model/families.py`.
 **Found**: by a row that was found from one forward pass. Either way the certificate has measured that the parts add up,
 and the columns give its largest errors, of values those of attention and of mixers. A column is empty where an identity
-says nothing of the model: opened attention of one without attention, values where a mixer (xlstm's) shows none, a
+says nothing of the model: opened attention of one without attention, values where a mixer shows none, a
 run that goes on over keys and values where a mixer keeps something else. **Refused**: with the reason. **Not made**: no
 tiny model of it was made here, which says nothing about it.
 

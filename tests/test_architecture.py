@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
@@ -75,7 +76,7 @@ def unit(file: Path, src: Path) -> str:
 
 def imports(file: Path, src: Path) -> Iterator[Import]:
     """Every import, wherever in the file it stands."""
-    yield from _imports(ast.parse(file.read_text()), file, src, "")
+    yield from _imports(parsed(file.read_text()), file, src, "")
 
 
 def _imports(node: ast.AST, file: Path, src: Path, where: str) -> Iterator[Import]:
@@ -175,7 +176,7 @@ def unsafe(src: Path) -> Iterator[str]:
         for found in imports(file, src):
             if found.module.partition(".")[0] in CODE_FROM_DATA:
                 yield f"{_place(file, src, found.line)}: {found.module}"
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(parsed(file.read_text())):
             if isinstance(node, ast.Call) and (name := _unsafe_call(node)):
                 yield f"{_place(file, src, node.lineno)}: {name}"
 
@@ -194,6 +195,12 @@ def _unsafe_call(call: ast.Call) -> str | None:
     return None
 
 
+@cache
+def parsed(text: str) -> ast.Module:
+    """A file's tree, made once for all rules."""
+    return ast.parse(text)
+
+
 def oversized(src: Path) -> Iterator[str]:
     """Long functions, long files, and names that say nothing."""
     for file in files(src):
@@ -202,7 +209,7 @@ def oversized(src: Path) -> Iterator[str]:
             yield f"{_place(file, src)}: {lines} lines, at most {MAX_FILE}"
         if EMPTY_NAMES & {part.removesuffix(".py") for part in file.relative_to(src).parts}:
             yield f"{_place(file, src)}: the name says nothing"
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(parsed(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert node.end_lineno is not None
                 if (lines := node.end_lineno - node.lineno + 1) > MAX_FUNCTION:
@@ -213,7 +220,7 @@ def ambiguous(src: Path) -> Iterator[str]:
     """A public class, or type, whose name another module has for something else."""
     found: dict[str, str] = {}
     for file in files(src):
-        for node in ast.parse(file.read_text()).body:
+        for node in parsed(file.read_text()).body:
             name = node.name if isinstance(node, ast.ClassDef) else _alias(node)
             if name and not name.startswith("_"):
                 if name in found:
@@ -374,7 +381,7 @@ def naming(name: str) -> set[str]:
     found = set()
     for file in [*files(SRC), ROOT / "tests/methods.py", ROOT / "tests/tiny.py"]:
         inside = file.is_relative_to(SRC)
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(parsed(file.read_text())):
             if (isinstance(node, ast.Constant) and node.value == name) or (
                 isinstance(node, ast.alias) and node.name == name
             ):
@@ -409,7 +416,7 @@ def test_rooms_and_functions_are_small() -> None:
     for file in files(SRC):
         room, text = unit(file, SRC), file.read_text()
         lines[room] = lines.get(room, 0) + len(text.splitlines())
-        functions = [part for part in ast.walk(ast.parse(text)) if isinstance(part, ast.FunctionDef)]
+        functions = [part for part in ast.walk(parsed(text)) if isinstance(part, ast.FunctionDef)]
         lengths += [(part.end_lineno or part.lineno) - part.lineno + 1 for part in functions]
     assert max(count for room, count in lines.items() if room.startswith("run/")) <= 2200
     assert sorted(lengths)[int(0.9 * len(lengths))] <= 20

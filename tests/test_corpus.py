@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import tiny
 import unwrite as uw
-from executed import exact
+from executed import exact, hooks
 from twin import Truth, carried, into_values, patterns
 from unwrite.errors import NodeError, NumericError, TokensError
 from unwrite.methods import corpus
@@ -168,11 +168,8 @@ def hidden_from_values(truth: Truth, layer: int, write: Tensor) -> Iterator[None
     if truth._post_norm:
         factor = truth._clean["after", layer] / truth._clean["before", layer]
         handles.append(block.post_attention_layernorm.register_forward_hook(lambda _, args, output: args[0] * factor))
-    try:
+    with hooks(*handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+import every
 import tiny
 import unwrite as uw
 from test_families import ADDITIVE, error, some_ids, written
@@ -21,7 +22,7 @@ from twin import Truth
 from unwrite.errors import ModelError
 from unwrite.model import discover, sums
 from unwrite.model import load as loading
-from unwrite.model.certificate import IDENTITIES
+from unwrite.model.certificate import IDENTITIES, certify
 from unwrite.model.discover import discovered
 from unwrite.model.families import FAMILIES, REST, Family
 from unwrite.model.fold import value_columns
@@ -258,37 +259,72 @@ def test_a_row_is_found_whether_or_not_weights_ask_for_slopes(nameless: Callable
     assert view(hf).row.pos_embed == "wpe"
 
 
-class Counted:
-    """How often a model was called, on how many tokens, and how often something ran backwards."""
+# Tokens of the passes of a certificate: of two batches of prompts both as the model attends and with attention opened,
+# and of one prompt that goes on over what it kept.
+CERTIFIED = [10, 10, 27, 27, 9]
 
-    def __init__(self, hf: Any):
+
+class Counted:
+    """How often a model was called, on how many tokens, and how often anything ran backwards."""
+
+    def __init__(self, hf: Any, monkeypatch: pytest.MonkeyPatch):
         self.passes: list[int] = []
         self.backward = 0
         hf.register_forward_pre_hook(self._count, with_kwargs=True)
-        embedding = hf.get_input_embeddings()
-        embedding.weight.register_hook(self._slope)
+        run = torch.autograd.graph._engine_run_backward  # what both torch.autograd.grad and .backward() call
+        for module in (torch.autograd, torch.autograd.graph):
+            monkeypatch.setattr(module, "_engine_run_backward", self._slope(run))
 
     def _count(self, module: nn.Module, args: Any, kwargs: Mapping[str, Tensor]) -> None:
         self.passes.append(kwargs["input_ids"].numel())
 
-    def _slope(self, slope: Tensor) -> None:
-        self.backward += 1
+    def _slope(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **named: Any) -> Any:
+            self.backward += 1
+            return run(*args, **named)
+
+        return counted
+
+    def during(self, asked: Callable[[], object]) -> tuple[list[int], int]:
+        """The passes of one question alone, and how often something ran backwards for it."""
+        self.passes, self.backward = [], 0
+        asked()
+        return self.passes, self.backward
 
 
 @pytest.mark.parametrize(("family", "most"), [("llama", 1), ("qwen3_moe", 1), ("falcon", 2), ("gptj", 1), ("bloom", 2)])
-def test_finding_a_row_costs_few_short_passes(family: str, most: int, nameless: Callable[[str], Family]) -> None:
+def test_finding_a_row_costs_few_short_passes(
+    family: str, most: int, nameless: Callable[[str], Family], monkeypatch: pytest.MonkeyPatch
+) -> None:
     hf = tiny.model(family, 2, torch.float32)
-    counted = Counted(hf)
-    view(hf)
-    known = [*counted.passes]
+    counted = Counted(hf, monkeypatch)
+    known, _ = counted.during(lambda: view(hf))
+    assert known == CERTIFIED
     nameless(family)
-    counted.passes.clear()
-    view(hf)
-    more = counted.passes[: len(counted.passes) - len(known)]
-    assert counted.passes[len(more) :] == known
+    loaded, backward = counted.during(lambda: view(hf))
+    more = loaded[: len(loaded) - len(known)]
+    assert loaded[len(more) :] == known
     assert 1 <= len(more) <= most <= 3
     assert max(more) <= 2 * 9
-    assert counted.backward == 0
+    assert backward == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "certified"),
+    [*((kind, CERTIFIED) for kind in ("olmo3", "deepseek_v3", "gpt_oss", "bamba")), ("falcon_mamba", [10, 27, 9])],
+)
+def test_finding_a_row_of_another_type_costs_as_few(
+    kind: str, certified: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf = every.model(kind)
+    counted, found = Counted(hf, monkeypatch), []
+    loaded, backward = counted.during(lambda: found.append(view(hf)))
+    own, slopes = counted.during(lambda: certify(found[0]))
+    assert own == certified  # without attention none is opened
+    assert loaded[len(loaded) - len(own) :] == own
+    assert 1 <= len(loaded) - len(own) <= 3
+    assert max(loaded[: -len(own)]) <= 2 * 9
+    assert backward - slopes <= 1
 
 
 def test_a_row_is_found_of_a_decoder_without_a_head() -> None:

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny
 import unwrite as uw
-from executed import Alone, exact, uncapped, weights
+from executed import Alone, exact, hooks, uncapped, weights
 from unwrite.errors import NumericError, TokensError, UnwriteError
 from unwrite.model.load import view
 from unwrite.model.planted import planted
@@ -624,11 +624,8 @@ def passes_of(lm: Model, ask: Callable[[], Any]) -> tuple[int, int]:
         lm.layers[-1].block.register_forward_hook(lambda *_: calls.append(1)),
         lm.decoder.register_forward_hook(lambda *_: passes.append(1)),
     ]
-    try:
+    with hooks(*handles):
         ask()
-    finally:
-        for handle in handles:
-            handle.remove()
     return len(passes), len(calls)
 
 

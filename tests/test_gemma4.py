@@ -23,6 +23,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 import every
 import unwrite as uw
+from executed import hooks
 from methods import few_draws
 from patching import contrasts, executed
 from unwrite.errors import ModelError, NodeError
@@ -70,15 +71,6 @@ def close(got: Tensor, want: Tensor, tolerance: float = FLOAT32_INSIDE) -> None:
 
 
 # The truth.
-
-
-@contextmanager
-def hooks(*handles: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

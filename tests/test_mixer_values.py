@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import every
 import unwrite as uw
+from executed import hooks
 from methods import IDS, few_draws
 from unwrite.model import identities
 from unwrite.model.certificate import certify
@@ -324,8 +325,31 @@ def test_net_follows_mixers_and_what_they_give_stays_what_it_is() -> None:
             assert torch.equal(lm.hf(input_ids=IDS, use_cache=False).logits, plain)
 
 
-def test_a_mixer_with_another_norm_shows_no_values_and_that_is_said() -> None:
-    lm = model("xlstm")
+@pytest.mark.promise("exact")
+def test_values_behind_a_norm_that_centres_its_heads_are_those_of_the_kernel() -> None:
+    """What xLSTM's kernel makes of other values, less its mean in each head, times what norm and gate made of it."""
+    lm, seen = model("xlstm"), {}
+    layer = next(layer for layer in lm.layers if layer.index == 2)
+    mixer, kernel = layer.attention, layer.attention.mlstm_backend
+    told: Callable[..., None] = lambda _, __, named, made: seen.update(given=named, h=made[0])  # noqa: E731
+    keep = kernel.register_forward_hook(told, with_kwargs=True)
+    with hooks(keep):
+        clean = replay.clean(lm, IDS, fold(lm), with_patterns=True)
+    vector = torch.randn(*IDS.shape, lm.d_model, generator=torch.Generator().manual_seed(3))
+    values = (vector @ mixer.v.weight.detach().t()).unflatten(-1, (4, -1)).transpose(1, 2)
+    with torch.no_grad():
+        made, own = (kernel(**{**seen["given"], "value": v})[0] for v in (values, seen["given"]["value"]))
+    assert torch.equal(own, seen["h"])
+    made, own = (h.sub(h.mean(-1, keepdim=True)).transpose(1, 2).flatten(-2) for h in (made, own))
+    want = made / own * clean.record.z[2].flatten(-2)
+    close(through_mixer(lm, layer, clean.patterns.mixed[2], vector).flatten(-2), want, 1e-4)
+
+
+def test_a_mixer_that_is_not_linear_in_what_it_holds_shows_no_values_and_that_is_said() -> None:
+    hf = every.model("xlstm")
+    for block in hf.backbone.blocks:
+        block.mlstm_layer.multihead_norm = nn.Softmax(-1)
+    lm = view(hf)
     assert not lm.mixed
     assert "values not checked: no layer has attention, or a mixer that shows its values" in lm.certificate.explain()
     assert "it shows no pattern, and what it carries through values is not shown" in described(lm)

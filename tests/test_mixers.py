@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 import every
 import unwrite as uw
+from executed import hooks
 from methods import IDS, PAIRS, few_draws
 from patching import contrasts, executed
 from unwrite.errors import NodeError
@@ -55,15 +55,6 @@ def projection(lm: Model, layer: int) -> nn.Module:
             continue
         return found if isinstance(found, nn.Linear) else found.out_proj
     raise AssertionError
-
-
-@contextmanager
-def hooks(*handles: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def slice_of(lm: Model, head: int) -> slice:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import tiny
 import unwrite as uw
+from executed import hooks
 from unwrite.errors import NodeError, NumericError
 from unwrite.model.fold import fold
 from unwrite.model.load import view
@@ -133,12 +134,8 @@ def removed_by_hand(lm: Model, layer: int, head: int, ids: Tensor) -> Tensor:
         block.out_proj.register_forward_pre_hook(silence),
         lm.decoder.get_submodule(lm.row.final_norm).register_forward_pre_hook(lambda _, args: seen.append(args[0])),
     ]
-    try:
-        with torch.no_grad():
-            lm.decoder(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooks(*handles), torch.no_grad():
+        lm.decoder(input_ids=ids, use_cache=False)
     return seen[0]
 
 

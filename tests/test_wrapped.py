@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -127,7 +129,24 @@ def test_activations_that_are_codes_are_refused_in_words(place: str) -> None:
         if name.endswith(place):
             module.register_forward_pre_hook(lambda _, args: (TwoTensor(args[0], args[0]),))
             module.register_forward_hook(lambda *args: TwoTensor(args[2].a, args[2].a))
-    with pytest.raises(ModelError, match=r"has quantised activations: those at a Linear are TwoTensors"):
+    with pytest.raises(ModelError, match=r"has quantised activations: what goes by at a Linear is a TwoTensor"):
+        uw.load(hf)
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    """Processes that share a model: this one."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_model_that_is_split_over_processes_is_refused_by_that_name(mesh: Any) -> None:
+    hf = built()
+    for name, module in hf.named_modules():
+        if name.endswith("o_proj"):
+            module.register_forward_hook(lambda *args: DTensor.from_local(args[2], mesh, [Replicate()]))
+    with pytest.raises(ModelError, match=r"is split over processes: what goes by at a Linear is a DTensor.*whole"):
         uw.load(hf)
 
 

@@ -23,6 +23,12 @@ every_method = pytest.mark.parametrize("method", METHODS)
 single_methods = pytest.mark.parametrize(
     "method", [pytest.param(m, marks=pytest.mark.slow if m in ("audit", "reproduce") else ()) for m in METHODS]
 )
+# What is kept, and how it is saved, read and refused, is the same code for all methods. By these every way goes that
+# leads there: texts in turn, parts of a batch, several stages, prompts one by one, a guess that was made before.
+KEEPING = ("scan", "survival", "verify erasers", "dla", "bound")
+keeping_methods = pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=() if m in KEEPING else pytest.mark.slow) for m in METHODS]
+)
 
 
 @cache

@@ -9,7 +9,7 @@ from pathlib import Path
 import disk
 import numpy as np
 import pytest
-from asked import ask, differing, found, single_methods, written
+from asked import ask, differing, found, keeping_methods, single_methods, written
 
 import unwrite as uw
 from unwrite import files
@@ -59,7 +59,7 @@ def _newest(files: disk.State) -> str | None:
 
 @pytest.mark.promise("faults")
 @pytest.mark.promise("damaged")
-@single_methods
+@keeping_methods
 def test_a_damaged_checkpoint_is_never_a_number(method: str, tmp_path: Path) -> None:
     files = _stopped(method)
     damage = DAMAGES["a bit in the middle"]  # a checkpoint is the same kind of file for all of them; see below
@@ -107,13 +107,18 @@ def test_a_checkpoint_of_another_version_is_refused(method: str, tmp_path: Path)
             ask(method, checkpoint=place)
 
 
-@pytest.mark.promise("faults")
 @pytest.mark.promise("whole")
 @single_methods
+def test_a_result_is_read_as_it_was_saved(method: str, tmp_path: Path) -> None:
+    assert not differing(uw.read(found(method).save(tmp_path / "a.nc")), found(method))
+
+
+@pytest.mark.promise("faults")
+@pytest.mark.promise("whole")
+@keeping_methods
 def test_a_damaged_result_is_an_error(method: str, tmp_path: Path) -> None:
     file = found(method).save(tmp_path / "a.nc")
     whole = file.read_bytes()
-    assert not differing(uw.read(file), found(method))
     for name, damage in DAMAGES.items():
         file.write_bytes(damage(whole))
         with pytest.raises(ResultError, match="not a readable result"):
@@ -157,7 +162,7 @@ def test_what_another_program_has_rewritten_is_an_error_that_says_what_to_do(tmp
 
 
 @pytest.mark.promise("faults")
-@single_methods
+@keeping_methods
 def test_a_result_of_a_newer_version_says_so_whatever_it_holds(method: str, tmp_path: Path) -> None:
     data = found(method).data.assign_attrs(schema=results.SCHEMA + 1)
     names = {axis: [f"{i}@new" for i in range(data.sizes[axis])] for axis in ("node", "writer") if axis in data.coords}

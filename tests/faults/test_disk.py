@@ -11,7 +11,7 @@ from pathlib import Path
 
 import disk
 import pytest
-from asked import ask, differing, found, model, single_methods
+from asked import ask, differing, found, keeping_methods, model, single_methods
 
 import unwrite as uw
 from unwrite.errors import ResultError
@@ -30,7 +30,7 @@ def goes_on(method: str, place: Path) -> None:
 
 @pytest.mark.promise("faults")
 @pytest.mark.parametrize("at", [1, "last"])
-@single_methods
+@keeping_methods
 def test_a_full_disk_while_a_checkpoint_is_written(method: str, at: int | str, tmp_path: Path) -> None:
     place, times = tmp_path / "run", at if isinstance(at, int) else _saved(method, tmp_path / "whole")
     with disk.full(times), pytest.raises(ResultError, match=f"cannot write .*npz. Got: {FULL}. Next: choose another"):
@@ -49,7 +49,7 @@ def _saved(method: str, place: Path) -> int:
 
 @pytest.mark.promise("faults")
 @pytest.mark.parametrize("size", [1000])
-@single_methods
+@keeping_methods
 def test_a_disk_that_has_room_for_a_part_of_a_checkpoint(method: str, size: int, tmp_path: Path) -> None:
     place = tmp_path / "run"
     with disk.limited(size), pytest.raises(ResultError, match=f"cannot write .*npz. Got: {LARGE}"):
@@ -59,7 +59,7 @@ def test_a_disk_that_has_room_for_a_part_of_a_checkpoint(method: str, size: int,
 
 @pytest.mark.promise("faults")
 @pytest.mark.promise("whole")
-@single_methods
+@keeping_methods
 def test_a_full_disk_while_a_result_is_saved(method: str, tmp_path: Path) -> None:
     result, file = found(method), tmp_path / "run" / "result.nc"
     size = result.save(tmp_path / "whole").stat().st_size
@@ -108,7 +108,7 @@ def test_a_read_only_folder_is_said_before_anything_runs(method: str, tmp_path: 
 
 @pytest.mark.promise("faults")
 @pytest.mark.parametrize("after", [3, "last"])
-@single_methods
+@keeping_methods
 def test_a_folder_that_becomes_read_only(method: str, after: int | str, tmp_path: Path) -> None:
     """In the middle of the run, or when all is done and files are to be removed."""
     place = tmp_path / "run"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import disk
 import pytest
-from asked import ask, differing, every_method, found, single_methods, written
+from asked import ask, differing, every_method, found, keeping_methods, written
 
 import unwrite as uw
 from methods import COMBINED
@@ -46,9 +46,9 @@ def every(pytestconfig: pytest.Config) -> bool:
 
 
 def _spread(states: list[disk.State], method: str) -> list[disk.State]:
-    """Some of them, from the first to the last."""
-    most = 4 if method in COMBINED else 6
-    return [states[i] for i in sorted({round(i * (len(states) - 1) / (most - 1)) for i in range(most)})]
+    """Some of them, the last included; the first is an empty folder."""
+    most = 2 if method in COMBINED else 3
+    return [states[round(i * (len(states) - 1) / most)] for i in range(1, most + 1)]
 
 
 @pytest.mark.promise("faults")
@@ -73,7 +73,7 @@ def _kept(method: str, place: Path) -> uw.Result:
 
 @pytest.mark.promise("faults")
 @pytest.mark.promise("resumed")
-@single_methods
+@keeping_methods
 def test_killed_while_results_are_saved_and_asked_again(
     method: str, every: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

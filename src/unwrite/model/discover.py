@@ -21,7 +21,7 @@ from unwrite.model.families import REST, Family, Where
 from unwrite.model.hooks import first_of
 from unwrite.model.inside import head_of, held, maybe, text_config
 from unwrite.model.norms import NormKind
-from unwrite.model.said import Said, said, unseen
+from unwrite.model.said import Said, looked, said, unseen
 from unwrite.model.single import HALVES
 from unwrite.model.sums import bare, behind, terms
 from unwrite.model.traced import Called, Traced, mixing, traced
@@ -74,8 +74,9 @@ def _require_float32(hf: Any, kind: str) -> None:
 def _row(trace: Traced, hf: Any) -> Family:
     path, calls = _stack(trace, hf)
     blocks = [Block(trace, call) for call in calls]
-    mixes = mixing(hf, [call for block in blocks for call in unseen(block)])
-    found = [said(block, mixes, blocks[:i]) for i, block in enumerate(blocks)]
+    seen = [(block, looked(block)) for block in blocks]
+    mixes = mixing(hf, [call for each in seen for call in unseen(*each)])
+    found = [said(*each, mixes, seen[:i]) for i, each in enumerate(seen)]
     final, (embed, scale, positions) = _final_norm(trace, path, calls[-1]), _start(trace, calls[0])
     decoder = _around(trace, [path, final.path, *(part for part in (embed, positions) if part)])
     kind = _kind([call for part in found for call in part.norms] + [final])

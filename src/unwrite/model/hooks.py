@@ -81,10 +81,13 @@ def _after(
 def _numbers(module: nn.Module, seen: Tensor) -> Tensor:
     """What goes by, if it is the numbers themselves. Raises ModelError for what stands for others, as codes do."""
     if is_traceable_wrapper_subclass(seen):
+        split = hasattr(seen, "device_mesh")  # as DTensors have: each process holds a part
         raise ModelError(
-            f"this model has quantised activations: those at a {type(module).__name__} are {type(seen).__name__}s",
+            f"this model {'is split over processes' if split else 'has quantised activations'}: "
+            f"what goes by at a {type(module).__name__} is a {type(seen).__name__}",
             expected="numbers of the dtype in which the model computes",
-            fix="load it without quantised activations (weights alone may be), or dequantise it",
+            fix="load it whole, or with device_map, which spreads layers and splits none" if split
+            else "load it without quantised activations (weights alone may be), or dequantise it",
         )  # fmt: skip
     return seen
 

@@ -25,6 +25,8 @@ from unwrite.model.view import Columns, Model
 
 # Relative: how far slopes of one channel are from multiples of each other, and what Euler's theorem gives from z.
 _SAME, EXACT = 1e-4, 1e-4
+# What a norm of heads takes away of all channels alike, through which each value reaches every channel of its head.
+_CENTRE = ("mean",)
 _Slopes = Float[Tensor, "prompt position output"]
 
 
@@ -52,7 +54,8 @@ def _shown(layer: Layer, call: Call, others: Iterable[Columns]) -> Columns:
     try:
         if alike and _is_linear(layer, call, values := dict(zip(parts, alike.values(), strict=True))):
             return values
-        return values if _is_linear(layer, call, values := _values(layer, call)) else {}
+        every = (_values(layer, call, held) for held in ((), _CENTRE))
+        return next((values for values in every if _is_linear(layer, call, values)), {})
     except Exception:  # noqa: BLE001 - whatever a module does that no slope goes through, its values are not shown
         return {}
 
@@ -73,18 +76,21 @@ def euler(z: Float[Tensor, "*rows head d_head"], slope: Float[Tensor, "*rows hea
     return float(error.amax()) if error.isfinite().all() else float("nan")
 
 
-def _values(layer: Layer, call: Call) -> Columns:
-    """Which outputs reach one channel of z from earlier positions; of several that reach the same, the last."""
+def _values(layer: Layer, call: Call, held: tuple[str, ...]) -> Columns:
+    """Which outputs reach one channel of z from earlier positions; of several that reach the same, the last.
+
+    Results of functions that are `held` are taken as they are.
+    """
     values: dict[nn.Module, Tensor] = {part: torch.zeros(sizes(part)[1], dtype=torch.bool) for part in _parts(layer)}
     of_channel: dict[int, tuple[nn.Module, int]] = {}
-    for part, channels in _reached(layer, call):
+    for part, channels in _reached(layer, call, held):
         of_channel |= {channel: (part, output) for output, channel in enumerate(channels.tolist()) if channel >= 0}
     for part, output in of_channel.values():
         values[part][output] = True
     return values
 
 
-def _reached(layer: Layer, call: Call) -> Iterator[tuple[nn.Module, Int[Tensor, " output"]]]:
+def _reached(layer: Layer, call: Call, held: tuple[str, ...]) -> Iterator[tuple[nn.Module, Int[Tensor, " output"]]]:
     """Each projection, and which one channel of z its outputs reach from earlier positions; −1 for several or none."""
     leaves: dict[nn.Module, Tensor] = {}
 
@@ -92,7 +98,7 @@ def _reached(layer: Layer, call: Call) -> Iterator[tuple[nn.Module, Int[Tensor, 
         leaves[part] = made.detach().requires_grad_()
         return leaves[part]
 
-    with torch.enable_grad(), Frozen(), hooked(after(part, partial(cut, part)) for part in _parts(layer)):
+    with torch.enable_grad(), Frozen(besides=held), hooked(after(part, partial(cut, part)) for part in _parts(layer)):
         z = handed(layer, call)
     draw = torch.Generator().manual_seed(0)
     position, marks = (0.5 + torch.rand(count, generator=draw).to(z) for count in z.shape[1:])

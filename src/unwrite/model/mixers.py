@@ -47,12 +47,13 @@ _CONSTANT = ("rsqrt", "sigmoid", "softplus")
 class Frozen(TorchFunctionMode):
     """Inside the `with`, what makes gates, steps and the scales of norms has no slope, and silu that of its factor.
 
-    With `biases`, a bias of a projection or convolution has itself as slope, in channels that have one.
+    With `biases`, a bias of a projection or convolution has itself as slope, in channels that have one; `besides` are
+    further functions whose results have none.
     """
 
-    def __init__(self, biases: bool = False):
+    def __init__(self, biases: bool = False, besides: tuple[str, ...] = ()):
         super().__init__()
-        self._biases = biases
+        self._biases, self._held = biases, {*_CONSTANT, *besides}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
@@ -61,7 +62,7 @@ class Frozen(TorchFunctionMode):
         made = func(*args, **kwargs)
         if name == "silu":
             made = _sloped(made, args[0] * args[0].sigmoid().detach())
-        return made.detach() if name in _CONSTANT else made
+        return made.detach() if name in self._held else made
 
 
 def _sloped(value: Tensor, surrogate: Tensor) -> Tensor:

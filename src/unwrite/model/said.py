@@ -82,12 +82,14 @@ class Said:
         return {part.name: part.metadata for part in fields(cls) if part.metadata}
 
 
-def said(block: Block, mixes: Collection[str], earlier: Sequence[Block] = ()) -> Said:
-    """What a block says, where of what is `unseen` these `mixes` mix positions; `earlier` blocks may have its values.
+def said(
+    block: Block, look: Looked | None, mixes: Collection[str], earlier: Sequence[tuple[Block, Looked | None]] = ()
+) -> Said:
+    """What a block says that has `looked` so, where of what is `unseen` these `mixes` mix positions; one of the
+    `earlier` blocks may have its values.
 
     Raises Unlike for what a row cannot say.
     """
-    look = looked(block)
     first, second, beside = _writers_of(block, look, mixes)
     (after, mixer), (last, mlp) = (
         (None, None) if part is None else without_norm(block, part.call) for part in (first, second)
@@ -96,8 +98,8 @@ def said(block: Block, mixes: Collection[str], earlier: Sequence[Block] = ()) ->
     found: dict[str, Any] = {}
     inside: list[Called | None] = []
     if look is not None and mixer is not None:
-        shared = _source(look, earlier)
-        into, inside, found = attending(block, look, mixer, None if shared is None else _of(earlier[shared]))
+        shared, owner = _source(look, earlier)
+        into, inside, found = attending(block, look, mixer, owner)
         into = into if shared is None else _norm_before(block, mixer)
         found["shared"] = shared
     elif mixer is not None:
@@ -148,23 +150,20 @@ def looked(block: Block) -> Looked | None:
     return found[0]
 
 
-def _of(block: Block) -> tuple[Block, Looked]:
-    look = looked(block)
-    assert look is not None  # noqa: S101 (asked of a block that has one)
-    return block, look
-
-
-def _source(look: Looked, earlier: Sequence[Block]) -> int | None:
+def _source(
+    look: Looked, earlier: Sequence[tuple[Block, Looked | None]]
+) -> tuple[int, tuple[Block, Looked]] | tuple[None, None]:
     """The first of earlier blocks whose attention was given the very values that this one is."""
     made = bare(look.reads)
-    every = ((i, looked(block)) for i, block in enumerate(earlier) if look.value is not None)
-    return next((i for i, one in every if one is not None and made is not None and bare(one.reads) is made), None)
+    for i, (block, one) in enumerate(earlier):
+        if one is not None and made is not None and look.value is not None and bare(one.reads) is made:
+            return i, (block, one)
+    return None, None
 
 
-def unseen(block: Block) -> list[Called]:
+def unseen(block: Block, look: Looked | None) -> list[Called]:
     """What writes in a block, or reads a state of it, and has no attention that was seen: it may mix positions, or be
     an MLP or a part of one, which does not."""
-    look = looked(block)
     every = [writer(block, part) for part in block.writers]
     every += [call for call in block.calls() if call not in every and _reads_late(block, call)]
     return [call for call in every if look is None or not _in(look.path, call.path)]
