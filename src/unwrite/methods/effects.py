@@ -19,7 +19,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from unwrite.errors import NumericError, TokensError, one_of, whole
+from unwrite.errors import NumericError, one_of, whole
 from unwrite.model.load import provenance
 from unwrite.model.view import Model
 from unwrite.nodes import names_of
@@ -162,7 +162,7 @@ def _request(
     moved = rows is not None and bool((rows[0] != rows[1]).any())
     if isinstance(source, str) and source == "source":
         if not moved:  # the same prompt at another row is another value
-            _require_differences(pairs)
+            pairs.require_differences()
         if method == "ig" and not pairs.aligned:
             raise NumericError("ig goes from base to source prompts", got="unequal numbers of tokens", expected="equal")
     elif method == "ig":
@@ -185,15 +185,6 @@ def _require_settings(method: Any, metric: Any, steps: Any) -> None:
     if isinstance(metric, str) and metric == "match" and method != "exact":
         what = f"{name_of(method)} says nothing of match: what counts answers has no slope"
         raise NumericError(what, fix="use method='exact', or another metric")
-
-
-def _require_differences(pairs: Pairs) -> None:
-    same = np.flatnonzero(pairs.first > pairs.row)
-    if len(same):
-        raise TokensError(
-            f"base and source prompt of pair {same[0]} are the same up to the row that is read",
-            got=f"row {pairs.row[same[0]]}", fix="leave this pair out, or take values from elsewhere by source=",
-        )  # fmt: skip
 
 
 class _Tally:
