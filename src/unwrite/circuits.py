@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import altair as alt
 
 # The method by whose name a saved circuit is known.
-METHOD = "circuit_nodes"
+METHOD = "Circuit"
 BY = ("absolute", "signed")
 
 

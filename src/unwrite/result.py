@@ -52,7 +52,7 @@ _BLOCK = 2**24
 # Names on these axes are nothing else, whoever wrote the file.
 _NAMES = {"writer": parse_node, "node": parse_node, "verified": parse_node, "location": parse_location}
 # Methods whose nodes may be queries, neurons, states of the stream and other sites.
-_OF_SITES = ("effects", "compare", "bound", "paths", "circuit", "circuit_nodes", "overlap")
+_OF_SITES = ("effects", "compare", "bound", "paths", "circuit", "Circuit", "overlap")
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ParamSpec
 import typer
 
 from unwrite.cli.audit import audit
+from unwrite.cli.circuit import circuit, overlap
 from unwrite.cli.doctor import doctor
 from unwrite.cli.look import attention, lens, opened
 from unwrite.cli.options import (
@@ -278,7 +279,7 @@ def show(
     ] = None,
     figure: Annotated[
         str | None,
-        typer.Option("--figure", help="heatmap, bars, matrix, attention, levels, positions, or fig1 to fig5."),
+        typer.Option("--figure", help="heatmap, bars, matrix, attention, levels, positions, curve, circuit, or fig1 to fig5."),
     ] = None,
     writer: Annotated[str | None, typer.Option("--writer", help="Whose; by default the foremost.")] = None,
     of: Annotated[str | None, typer.Option("--of", help="The variable that one of the first four draws.")] = None,
@@ -304,6 +305,8 @@ def show(
 _command(doctor)
 _command(survival)
 _command(solves)
+_command(circuit)
+_command(overlap)
 _command(tasks)
 _command(lens)
 _command(attention)

@@ -226,7 +226,7 @@ class _Stages:
         inside = [cells.kept([cell for cell in chosen if cell not in half]) for half in parts]
         outside = [cells.without(half) for half in parts]
         self.few = runs.shares(self._one_out, few=True).whole
-        self.doubted = np.flatnonzero(self.few < _CLEAR)
+        self.doubted: list[int] = np.flatnonzero(self.few < _CLEAR).tolist()
         sure = [self._one_out[i] for i in self.doubted]
         runs.execute([cells.kept(chosen), *fewer, *inside, *outside, *sure], "inside")
         self.minimality = runs.shares([cells.kept(chosen)]) - runs.shares(fewer)

@@ -13,7 +13,7 @@ import xarray as xr
 
 from unwrite.errors import ResultError, plain
 from unwrite.report import alerts as careful
-from unwrite.report import audited, believed, found, looked, patched, survived, verdict, verified
+from unwrite.report import audited, believed, found, kept, looked, patched, survived, verdict, verified
 from unwrite.report.alerts import Alert
 from unwrite.report.columns import Column, Line, Listing, listed
 from unwrite.report.scanned import HEADER, disagreements, folded_line, rows, soundness, texts
@@ -188,6 +188,12 @@ VIEWS: dict[str, MethodView] = {
     ),
     "effects": _EFFECTS,
     "compare": _EFFECTS,
+    "circuit": MethodView(kept.sentence, kept.curves, picture="curve", of=("faithfulness",)),
+    "Circuit": MethodView(kept.listed, picture="circuit", of=("score",)),
+    "overlap": MethodView(
+        kept.sharing, lambda result: iter([Listing("", kept.SHARED, kept.shared(result), result.data, None)]),
+        picture="bars", of=("jaccard", "expected"),
+    ),
     "solves": MethodView(patched.solving, _one(patched.RATES, patched.rates, True), picture="bars", of=("accuracy",)),
     "agree": MethodView(patched.agreed, picture="bars", of=("pearson",)),
     "bound": MethodView(patched.bounded, picture="heatmap", of=("upper",)),
