@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from unwrite.errors import NodeError, ResultError, one_of, shown, whole
-from unwrite.nodes import names_of
+from unwrite.nodes import names_of, parse_site
 from unwrite.result import Result, build, quantity, read, require_result
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Circuit:
     of: int = 0
 
     def __post_init__(self) -> None:
-        nodes = tuple(names_of("nodes", self.nodes))
+        nodes = tuple(str(parse_site(name)) for name in names_of("nodes", self.nodes))
         object.__setattr__(self, "nodes", nodes)
         for name, empty in (("roles", ""), ("scores", np.nan), ("looks", "")):
             part = tuple(getattr(self, name)) or (empty,) * len(nodes)

@@ -107,7 +107,7 @@ def circuit(
     scored = known(metric, pairs := admit_pairs(lm, pairs, bos, sees=True))
     runs = _replacing(lm, pairs, nodes, roles, replace, scored)
     growing = _growing(runs, order, sizes, by, given, roles)
-    _require_numbers(growing, draws, enough, choose, seed, gates)
+    _require_numbers(growing, draws, enough, choose, seed)
     cells = growing.cells
     settings = {
         "order": growing.names, "sizes": [*growing.sizes], "replace": runs.donor.name, "by": [*growing.by],
@@ -163,12 +163,10 @@ def _growing(runs: Replacing, order: Any, sizes: Any, by: Any, given: Any, roles
     return Growing(cells, asked, signs, kept, sizes_of(sizes, asked, len(cells), most))
 
 
-def _require_numbers(growing: Growing, draws: Any, enough: Any, choose: Any, seed: Any, gates: Any) -> None:
+def _require_numbers(growing: Growing, draws: Any, enough: Any, choose: Any, seed: Any) -> None:
     whole("draws is a number", draws, 0)
     whole("seed is a number", seed, 0)
     number("enough is a faithfulness", enough, "above 0, below 1", lambda value: 0 < value < 1)
-    if not isinstance(gates, bool):
-        raise NumericError("gates is true or false", got=shown(gates))
     if choose is not None:
         whole("choose is a number of nodes", choose, 1, len(growing.ranked[0][0]))
 

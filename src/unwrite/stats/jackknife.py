@@ -66,7 +66,7 @@ def with_each_left_out(
     for total, part in zip(sums, (above, below), strict=True):
         np.add.at(total, cluster, part)
     tops, bottoms = sums[0], sums[1].reshape(n, *[1] * (above.ndim - 1))
-    whole = tops.sum(0) / bottoms.sum(0)
+    whole = np.asarray(tops.sum(0) / bottoms.sum(0))
     with np.errstate(divide="ignore", invalid="ignore"):  # without the one cluster that there is
         return whole, (tops.sum(0) - tops) / (bottoms.sum(0) - bottoms)
 
@@ -79,4 +79,4 @@ def around(
     if n < _FEWEST_OF_RATIO:
         return np.full_like(whole, np.nan), np.full_like(whole, np.nan)
     middle, half = (n * whole - (n - 1) * without).mean(0), reach(without)
-    return middle - half, middle + half
+    return np.asarray(middle - half), np.asarray(middle + half)

@@ -58,7 +58,7 @@ class Outside:
 
     def _replaced(
         self, kept: Bool[Tensor, "run node place"], pair: Int[Tensor, " run"]
-    ) -> dict[Slot, Bool[Tensor, "run position unit"]]:
+    ) -> dict[Slot, Bool[Tensor, "run position _unit"]]:
         """Where each node is set; slots with none are left out. Of roles at one token, one that keeps is enough."""
         whole = kept[:, None, :, -1].repeat(1, self.base.ids.shape[1], 1)
         run, rows = torch.arange(len(kept), device=kept.device), self.rows[pair]

@@ -126,8 +126,8 @@ def _put(runs: Runs, one: Setting, x: Float[Tensor, "run row d"], tensor: Tensor
 @torch.no_grad()
 def patched_together(
     base: Base,
-    source: Mapping[Slot, Float[Tensor, "pair position unit d"]],
-    chosen: Mapping[Slot, Bool[Tensor, "run position unit"]],
+    source: Mapping[Slot, Float[Tensor, "pair position _unit _d"]],
+    chosen: Mapping[Slot, Bool[Tensor, "run position _unit"]],
     pair: Int[Tensor, " run"],
     start: int,
 ) -> Float[Tensor, "run d_model"]:
