@@ -35,7 +35,7 @@ STUDIES = {*RUN, "methods", "tasks", "report"}
 ALL = {*STUDIES, "studies", "cli", "__init__", "__main__"}
 SEES = {
     **dict.fromkeys(BASE, BASE),
-    **dict.fromkeys(SETS, {*BASE, *SETS}),
+    **{name: {*BASE, *SETS} for name in SETS},
     "prompts": BASE,
     "tasks": PROMPTS,
     "stats": {"errors"},

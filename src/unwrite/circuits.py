@@ -1,4 +1,4 @@
-"""What is a circuit? Nodes of one model by name, each everywhere or at a role, with scores; a value that knows no torch."""
+"""What is a circuit? Nodes of one model by name, everywhere or at a role, with scores; a value that knows no torch."""
 
 from __future__ import annotations
 
@@ -186,5 +186,5 @@ class Circuit:
         return self.result().save(path)
 
     def figure(self) -> alt.TopLevelMixin:
-        """Its nodes by layer, upwards: who helps, who works against, and what each head looks at where that is known."""
+        """Its nodes by layer, upwards: who helps, who works against, what each head looks at where that is known."""
         return self.result().figure("circuit")

@@ -41,8 +41,8 @@ class Order:
 
     name: str
     nodes: tuple[str, ...]
-    helps: Float[np.ndarray, "node *role"]
-    size: Float[np.ndarray, "node *role"]
+    helps: Float[np.ndarray, "node ..."]
+    size: Float[np.ndarray, "node ..."]
     roles: tuple[str, ...] = ()
     model: str = ""
 

@@ -279,7 +279,9 @@ def show(
     ] = None,
     figure: Annotated[
         str | None,
-        typer.Option("--figure", help="heatmap, bars, matrix, attention, levels, positions, curve, circuit, or fig1 to fig5."),
+        typer.Option(
+            "--figure", help="heatmap, bars, matrix, attention, levels, curve, circuit, positions, fig1 to fig5."
+        ),
     ] = None,
     writer: Annotated[str | None, typer.Option("--writer", help="Whose; by default the foremost.")] = None,
     of: Annotated[str | None, typer.Option("--of", help="The variable that one of the first four draws.")] = None,

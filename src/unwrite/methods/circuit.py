@@ -1,23 +1,21 @@
 """How much of a behaviour does a set of nodes keep, when everything else is set to another run's values?
 
-faithfulness f(C) = (m(C) − m(∅)) / (m(M) − m(∅)), m(C) the mean metric of runs in which all nodes outside C are replaced
-(MIB: Mueller et al. 2025, arXiv 2504.13151); completeness and minimality after Wang et al. 2022 (arXiv 2211.00593).
-Every number is of executed runs. (facts: systems on real models, §3.2)
+faithfulness f(C) = (m(C) − m(∅)) / (m(M) − m(∅)), m(C) the mean metric of runs in which all nodes outside C are
+replaced (MIB: Mueller et al. 2025, arXiv 2504.13151); completeness and minimality after Wang et al. 2022 (arXiv
+2211.00593). Every number is of executed runs. (facts: systems on real models, §3.2)
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from unwrite.circuits import BY
 from unwrite.errors import NodeError, NumericError, ResultError, TokensError, number, one_of, several, shown, whole
@@ -57,28 +55,13 @@ _SAYS = {
 
 @torch.no_grad()
 def circuit(
-    lm: Model,
-    pairs: Any,
-    order: Any,
-    sizes: Iterable[int] | None = None,
-    replace: str | Model = "source",
-    by: Iterable[str] = BY,
-    given: Iterable[str] = (),
-    roles: Mapping[str, Any] | Sequence[str] | None = None,
-    draws: int = 10,
-    *,
-    nodes: str | Iterable[str] = NODES,
-    metric: str | Custom = "logit_diff",
-    enough: float = 0.85,
-    choose: int | None = None,
-    gates: bool = True,
-    seed: int = 0,
-    bos: int | bool | None = None,
-    batch: int | None = None,
-    checkpoint: Job | str | Path | None = None,
-    listener: Listener | None = None,
-) -> Result:
-    """How much of a metric the first nodes of an order keep, when all other nodes are replaced: executed, with controls.
+    lm: Model, pairs: Any, order: Any, sizes: Iterable[int] | None = None, replace: str | Model = "source",
+    by: str | Iterable[str] = BY, given: Iterable[str] = (), roles: Mapping[str, Any] | Sequence[str] | None = None,
+    draws: int = 10, *, nodes: str | Iterable[str] = NODES, metric: str | Custom = "logit_diff", enough: float = 0.85,
+    choose: int | None = None, gates: bool = True, seed: int = 0, bos: int | bool | None = None,
+    batch: int | None = None, checkpoint: Job | str | Path | None = None, listener: Listener | None = None,
+) -> Result:  # fmt: skip
+    """How much of a metric the first nodes of an order keep when all others are replaced: executed, with controls.
 
     `f(C) = (m(C) − m(∅)) / (m(M) − m(∅))`, of means over pairs; embeddings are the base prompt's in every run.
 
@@ -93,9 +76,9 @@ def circuit(
     the size of the first order's circuit that is looked into, by default its smallest; `gates` whether runs without
     each single node are executed; `seed` of draws; `checkpoint` as in `uw.scan`.
     Returns a Result with `faithfulness` and `complement` (f of everything but C) [order, by, size], `random[draw,
-    size]`, `area` (CPR) and `distance` (CMD) [order, by], each with `_low` and `_high` (95 %, jackknife over templates,
-    or pairs; NaN for fewer than three); `random_area[draw]`; `smallest[order, by]`, the fewest nodes that are enough, by
-    bisection between executed sizes; of the chosen circuit `minimality[node]` (f(C) − f(C without it)) and
+    size]`, `area` (CPR) and `distance` (CMD) [order, by], each with `_low` and `_high` (95 %, jackknife over templates
+    or pairs; NaN for fewer than three); `random_area[draw]`; `smallest[order, by]`, the fewest nodes that are enough,
+    by bisection between executed sizes; of the chosen circuit `minimality[node]` (f(C) − f(C without it)) and
     `completeness[draw]` (f(C∖K) − f(M∖K), K a random half); `gate[node]` (f of everything but it; of `gate_pairs`
     pairs); `rank` and `score`; `base`, `empty` and `solved[pair]`. Attributes say in words what is chosen, what gates
     there are, what is assumed, and whether the pairs are solved.
@@ -157,7 +140,9 @@ def _growing(runs: Replacing, order: Any, sizes: Any, by: Any, given: Any, roles
         raise ResultError(f"the order {wrong.name} is of another model", fix="make the order with this model")
     first = [name for slot in slots(runs.lm, names_of("given", given)) for name in slot.names] if [*given] else []
     if strange := [name for name in first if name not in names]:
-        raise NodeError(f"{strange[0]} is given, and none of the nodes that are replaced", fix=nearest(strange[0], names))
+        raise NodeError(
+            f"{strange[0]} is given, and none of the nodes that are replaced", fix=nearest(strange[0], names)
+        )
     kept = tuple(cells.of(first))
     most = max(len(cells.ranked(one, sign, kept)) for one in asked for sign in signs)
     return Growing(cells, asked, signs, kept, sizes_of(sizes, asked, len(cells), most))
@@ -250,7 +235,8 @@ def _dataset(growing: Growing, found: _Stages, settings: Mapping[str, Any]) -> x
     variables: dict[str, Any] = {}
     for name, axes, shares in (
         ("faithfulness", curve, found.faithfulness), ("complement", curve, found.complement),
-        ("completeness", ("draw",), found.completeness), ("minimality", at, _spread(cells, found.chosen, found.minimality)),
+        ("completeness", ("draw",), found.completeness),
+        ("minimality", at, _spread(cells, found.chosen, found.minimality)),
         *zip(("area", "distance"), (curve[:2],) * 2, areas(part, found.faithfulness), strict=True),
     ):  # fmt: skip
         if name != "completeness" or found.completeness.whole.size:
@@ -273,7 +259,9 @@ def _dataset(growing: Growing, found: _Stages, settings: Mapping[str, Any]) -> x
     variables["score"] = quantity(("order", *at), cells.spread(score), "of the order", "how much a node helps")
     unit = unit_of_base(found.runs.asked.metric)
     variables["base"] = quantity(("pair",), about["base"], unit, "m(M), the metric of the base run")
-    variables["empty"] = quantity(("pair",), found.runs.value(found.runs.asked.nothing), unit, "m(∅), all nodes replaced")
+    variables["empty"] = quantity(
+        ("pair",), found.runs.value(found.runs.asked.nothing), unit, "m(∅), all nodes replaced"
+    )
     solved = about["solved"] > 0
     variables["solved"] = quantity(("pair",), solved, "1", "does the answer beat all choices in the base run?")
     axes = {
@@ -318,7 +306,9 @@ def _words(growing: Growing, found: _Stages, settings: Mapping[str, Any]) -> dic
     """What is chosen, which gates there are, and what is assumed."""
     cells, enough = growing.cells, settings["enough"]
     called = [" at ".join([cells.nodes[n], *cells.roles[p : p + 1]]) for n, p in cells.places.tolist()]
-    gates = [called[i] for i, f in zip(found.doubted, found.gate.whole, strict=True) if f < GATE and i not in growing.given]
+    gates = [
+        called[i] for i, f in zip(found.doubted, found.gate.whole, strict=True) if f < GATE and i not in growing.given
+    ]
     notes = [f"{name} decides everything: pass it as given" for name in gates]
     notes += [f"{falls} falls below {enough:g} again: smallest is its first crossing" for falls in found.falls()]
     base, empty = found.runs.about["base"], found.runs.value(found.runs.asked.nothing)

@@ -31,7 +31,9 @@ def curve(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
     x = alt.X("size:Q", title="nodes kept", scale=alt.Scale(type="symlog", constant=5))
     y = alt.Y("f:Q", title="faithfulness")
     colour = alt.Color(
-        "order:N", title=None, scale=alt.Scale(domain=names, range=[_SERIES[i % len(_SERIES)] for i in range(len(names))])
+        "order:N",
+        title=None,
+        scale=alt.Scale(domain=names, range=[_SERIES[i % len(_SERIES)] for i in range(len(names))]),
     )
     base = alt.Chart(alt.Data(values=lines)).encode(x=x, color=colour)
     band = base.mark_area(opacity=0.12).encode(y=alt.Y("low:Q"), y2="high:Q", detail="by:N")
@@ -52,7 +54,14 @@ def _points(data: xr.Dataset) -> Iterator[dict[str, Any]]:
                 if np.isfinite(f):
                     ends = {"low": low, "high": high} if np.isfinite(low) else {"low": f, "high": f}
                     says = f"{order} {by}, {size} nodes: {f:.3f}"
-                    yield {"order": harmless(order), "by": harmless(by), "size": size, "f": f, "says": harmless(says), **ends}
+                    yield {
+                        "order": harmless(order),
+                        "by": harmless(by),
+                        "size": size,
+                        "f": f,
+                        "says": harmless(says),
+                        **ends,
+                    }
 
 
 def _chance(data: xr.Dataset) -> Iterator[dict[str, Any]]:

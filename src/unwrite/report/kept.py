@@ -34,14 +34,14 @@ def sentence(result: Result) -> str:
     """How few nodes are enough, what as many by chance keep, what decides alone."""
     data, settings = result.data, result.provenance["settings"]
     one = data.isel(order=0, by=0)
-    name, smallest = str(data.attrs["chosen_order"]), float(one["smallest"])
+    name = str(data.attrs["chosen_order"])
     kept = _kept(one, settings["enough"], data.sizes["node"])
     area = f"area {_number(one['area'])}{_interval(one, 'area')}" if np.isfinite(one["area"]) else ""
     chance = f"random orders {float(data['random_area'].mean()):.2f}" if "random_area" in data and area else ""
     beside = f" ({', '.join(filter(None, [area, chance]))})" if area else ""
     words = f"Of {settings['metric']}, the order {name} {kept}{beside}."
     notes = f" {data.attrs['notes'][0].upper()}{data.attrs['notes'][1:]}." if data.attrs["notes"] else ""
-    return f"{words}{notes} {data.attrs['solves']}" if np.isfinite(smallest) or notes else f"{words} {data.attrs['solves']}"
+    return f"{words}{notes} {data.attrs['solves']}"
 
 
 def _kept(one: xr.Dataset, enough: float, nodes: int) -> str:
@@ -55,7 +55,7 @@ def _kept(one: xr.Dataset, enough: float, nodes: int) -> str:
 def curves(result: Result) -> Iterator[Line | Listing]:
     """Every order by each sign, its curve, and the circuit that was looked into."""
     data = result.data
-    shown = [size for size in data["size"].values.tolist() if 0 < size][:_SIZES]
+    shown = [size for size in data["size"].values.tolist() if size > 0][:_SIZES]
     header = (
         Column("order", holds="word"), Column("nodes enough", "{smallest}"), Column("area [95 %]", "{area}"),
         Column("distance", "{distance}"), *(Column(f"{size} nodes", "{faithfulness}") for size in shown),
@@ -85,7 +85,7 @@ def _inside(data: xr.Dataset) -> Iterator[tuple[str, ...]]:
     rank, less = one["rank"].transpose("node", ...), one["minimality"].transpose("node", ...)
     places = np.argwhere(np.isfinite(less.values))
     for at in sorted(map(tuple, places.tolist()), key=lambda at: rank.values[at]):
-        where = {axis: i for axis, i in zip(rank.dims, at, strict=True)}
+        where = dict(zip(rank.dims, at, strict=True))
         cell = one.isel(where)
         name = " at ".join(str(cell[axis].item()) for axis in rank.dims)
         lost = f"{float(cell['minimality']):+.3f}{_interval(cell, 'minimality')}"
@@ -109,11 +109,9 @@ def shared(result: Result) -> list[tuple[str, ...]]:
             one = result.data.isel(top=top, stage=stage)
             part = float(one["top"])
             ceilings = ", ".join(_number(one[f"ceiling_{side}"]) for side in "ab")
-            lines.append((
-                "" if np.isnan(part) else f"{part:.3g}", str(one["stage"].item()), f"{int(one['shared'])} of {int(one['union'])}",
-                _number(one["jaccard"]), _number(one["expected"]), f"{float(one['p']):.2g}", ceilings,
-                str(one["both"].item()) or "none",
-            ))  # fmt: skip
+            named = ("" if np.isnan(part) else f"{part:.3g}", str(one["stage"].item()))
+            counts = (f"{int(one['shared'])} of {int(one['union'])}", _number(one["jaccard"]), _number(one["expected"]))
+            lines.append((*named, *counts, f"{float(one['p']):.2g}", ceilings, str(one["both"].item()) or "none"))
     return lines
 
 

@@ -66,7 +66,9 @@ def headline(result: Result) -> str:
     """Model, shape and convention in one line."""
     model = result.provenance["model"]
     if "certificate" not in model:  # of a circuit that was taken from a result
-        return " · ".join(filter(None, [model.get("name", ""), f"weights {model.get('weights', '')[:12] or 'unknown'}"]))
+        return " · ".join(
+            filter(None, [model.get("name", ""), f"weights {model.get('weights', '')[:12] or 'unknown'}"])
+        )
     centred = ", centred" if model["centred"] else ""
     row = f" · row: {model['row']}" if model.get("row", "by hand") != "by hand" else ""
     return (

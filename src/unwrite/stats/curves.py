@@ -19,11 +19,11 @@ from unwrite.stats.jackknife import around, with_each_left_out
 class Shares:
     """A statistic of all pairs, and without each cluster of them."""
 
-    whole: Float[np.ndarray, "*axes"]
-    without: Float[np.ndarray, "cluster *axes"]
+    whole: Float[np.ndarray, "..."]
+    without: Float[np.ndarray, "cluster ..."]
 
     @property
-    def interval(self) -> tuple[Float[np.ndarray, "*axes"], Float[np.ndarray, "*axes"]]:
+    def interval(self) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
         """95 %, by the jackknife over clusters; NaN for fewer than three."""
         return around(self.whole, self.without)
 
@@ -36,7 +36,7 @@ class Shares:
 
 
 def faithfulness(
-    value: Float[np.ndarray, "pair *axes"],
+    value: Float[np.ndarray, "pair ..."],
     empty: Float[np.ndarray, " pair"],
     whole: Float[np.ndarray, " pair"],
     cluster: Int[np.ndarray, " pair"],
@@ -52,7 +52,7 @@ def areas(part: Float[np.ndarray, " size"], f: Shares) -> tuple[Shares, Shares]:
     return Shares(*(_area(part, one) for one in both)), Shares(*(_area(part, np.abs(1 - one)) for one in both))
 
 
-def _area(x: Float[np.ndarray, " size"], y: Float[np.ndarray, "*axes size"]) -> Float[np.ndarray, "*axes"]:
+def _area(x: Float[np.ndarray, " size"], y: Float[np.ndarray, "*axes size"]) -> Float[np.ndarray, "..."]:
     return np.asarray(((y[..., 1:] + y[..., :-1]) / 2 * np.diff(x)).sum(-1))
 
 

@@ -65,7 +65,7 @@ class _Side:
         return frozenset(cells[i] for i in np.argsort(-self.size, kind="stable")[:k])
 
 
-def overlap(a: Any, b: Any, top: float | Sequence[float] = 0.02, *, seed: int = 0) -> Result:
+def overlap(a: Any, b: Any, top: Any = 0.02, *, seed: int = 0) -> Result:
     """Which of their largest nodes two results share, stage by stage where several are given of each; needs no torch.
 
     Arguments: `a` and `b` results with one number for each node (`uw.effects` or `uw.paths` at="all", …), of which the
@@ -166,7 +166,7 @@ def _require_alike(a: _Side, b: _Side) -> None:
     if a.circuit is not None and b.circuit is not None:
         if not a.circuit.of or a.circuit.of != b.circuit.of:
             raise ResultError(
-                "circuits are compared where they were chosen from the same nodes", got=f"{a.circuit.of}, {b.circuit.of}",
+                "circuits are compared that were chosen from the same nodes", got=f"{a.circuit.of}, {b.circuit.of}",
                 fix="say of how many: uw.Circuit(nodes, of=300)",
             )  # fmt: skip
         return
@@ -190,7 +190,8 @@ def _compared(a: _Side, b: _Side, part: float, seed: int) -> dict[str, Any]:
     return {
         "shared": len(both), "union": len(first | other), "jaccard": len(both) / max(1, len(first | other)),
         "expected": by_chance / max(1, sum(sizes) - by_chance), "p": float(pmf[len(both) :].sum()), "pmf": pmf,
-        "chance": (by_chance, sum(sizes) - by_chance), "ceiling_a": _ceiling(a, k, seed), "ceiling_b": _ceiling(b, k, seed),
+        "chance": (by_chance, sum(sizes) - by_chance),
+        "ceiling_a": _ceiling(a, k, seed), "ceiling_b": _ceiling(b, k, seed),
         "both": _called(both), "only_a": _called(first - other), "only_b": _called(other - first),
     }  # fmt: skip
 
@@ -209,9 +210,7 @@ def _pooled(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _ceiling(side: _Side, k: int, seed: int) -> float:
     """Mean Jaccard between halves of the pairs; NaN where there are none to halve."""
-    found = [
-        len(one & two) / len(one | two) for one, two in ((x.first(k), y.first(k)) for x, y in _halved(side, seed))
-    ]
+    found = [len(one & two) / len(one | two) for one, two in ((x.first(k), y.first(k)) for x, y in _halved(side, seed))]
     return float(np.mean(found)) if found else np.nan
 
 

@@ -42,9 +42,7 @@ class Outside:
             one, pair = (asked & (begins == layer)[:, None]).nonzero(as_tuple=True)
             yield from zip(one.split(each), pair.split(each), strict=True) if len(one) else ()
 
-    def final(
-        self, kept: Bool[Tensor, "run node place"], pair: Int[Tensor, " run"]
-    ) -> Float[Tensor, "run d_model"]:
+    def final(self, kept: Bool[Tensor, "run node place"], pair: Int[Tensor, " run"]) -> Float[Tensor, "run d_model"]:
         """The final stream of runs that keep these, at the row that is read; that keep everything, the base run's."""
         where = self._replaced(kept, pair)
         return patched_together(self.base, self.source, where, pair, self._start) if where else self.base.final[pair]

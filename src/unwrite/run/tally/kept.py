@@ -36,7 +36,7 @@ FEW = 2
 
 @dataclass(frozen=True, eq=False)
 class Replacing:
-    """Runs of pairs in which nodes of `slots` are replaced, and what is asked of them; `rows` of roles in base prompts."""
+    """Runs of pairs in which nodes of `slots` are replaced, and what is asked; `rows` of roles in base prompts."""
 
     lm: Model
     pairs: Pairs
@@ -153,7 +153,9 @@ class _Tally:
         run = torch.ones(len(sets), batch.real, dtype=torch.bool, device=sets.device)
         run[self._whole :] = torch.arange(batch.first, batch.first + batch.real, device=sets.device) < FEW
         name = f"pairs {batch.first} to {batch.first + batch.real}"
-        held, done = self._begun.held(name, {"value": torch.full((batch.real, len(sets)), torch.nan, dtype=torch.double)})
+        held, done = self._begun.held(
+            name, {"value": torch.full((batch.real, len(sets)), torch.nan, dtype=torch.double)}
+        )
         for i, (one, pair) in enumerate(outside.parts(sets, run)):
             if i < done:
                 continue
