@@ -296,6 +296,8 @@ def test_the_workbench_from_a_shell(folder, monkeypatch, capsys, tmp_path) -> No
     assert run(monkeypatch, "paths", model, *pairs, "--senders", "L0H*", "--receivers", "L1.q,logits") == 0
     assert "does most" in capsys.readouterr().out
     assert run(monkeypatch, "bound", model, *pairs, "--verified", 1, "-q") == 0
+    (tmp_path / "ends.csv").write_text("base,source,answer,against\nA man,A mad,x,y\nA pen,A peg,x,y\n")
+    pairs = ("--pairs", tmp_path / "ends.csv")
     made = (*pairs, "--order", "relp,direct", "--nodes", "heads", "--sizes", "2,4", "--draws", 1, "--no-gates")
     for name in "ab":
         assert run(monkeypatch, "circuit", model, *made, "--out", tmp_path / name) == 0

@@ -53,7 +53,7 @@ def each() -> dict[str, Result]:
             uw.paths(lm, PAIRS, "heads", ["L1H0.v", "MLP1", "logits"], "frozen"),
             uw.bound(lm, PAIRS, atp, subsets=12, p=0.5), uw.survival(lm, IDS, ["L0H1", "MLP0"], decoys=1),
             uw.dla(lm, IDS[:2], 5, 9, total=False), uw.circuit(lm, PAIRS, ["L0H0", "MLP1"], draws=1),
-            uw.Circuit(("L0H0", "MLP1"), scores=(1.0, -1.0)).result(), uw.overlap(atp, atp, 0.5),
+            uw.Circuit(("L0H0", "MLP1"), scores=(1.0, -1.0)).result(), uw.overlap(*[uw.effects(lm, PAIRS, at="all", method="atp")] * 2, 0.5),
         )  # fmt: skip
     return {one.method: one for one in found}
 

@@ -107,7 +107,7 @@ class Result:
             if set(part.dims) == {*rows, "quantile"}:
                 middle = part.sel(quantile=0.5, drop=True)
                 flat[f"{name}_median"] = middle.transpose(*rows)
-            elif set(part.dims) == {*rows, "top"}:
+            elif set(part.dims) - set(rows) == {"top"} and set(rows) <= set(part.dims):
                 flat[str(name)] = part.isel(top=0).transpose(*rows)
         if not flat:
             held = ", ".join(map(str, self.data.data_vars)) or "nothing"
