@@ -1,4 +1,4 @@
-"""Is what two results share counted as a hand counts it, is chance what scipy and draws say, and what is refused?"""
+"""Is what two results share counted by hand, is chance what scipy and draws say? What stands beside a circuit's nodes?"""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 from scipy import stats
 
 import unwrite as uw
+from executed import weights
 from test_architecture import _python
 from unwrite.errors import NumericError, ResultError
+from unwrite.model.load import view
 from unwrite.report.views import words
 from unwrite.result import Result, build, quantity
 
@@ -21,14 +24,14 @@ N = 40
 NODES = [f"L{layer}H{head}" for layer in range(10) for head in range(4)]
 
 
-def made(effect: np.ndarray, weights: str = "w", nodes: list[str] | None = None) -> Result:
+def made(effect: np.ndarray, of: str = "w", nodes: list[str] | None = None) -> Result:
     """As `uw.effects` gives it, of these effects [pair, node]."""
     data = xr.Dataset(
         {"effect": quantity(("pair", "node"), np.atleast_2d(effect), "logit_diff", "how")},
         {"pair": np.arange(len(np.atleast_2d(effect))), "node": nodes or NODES},
     )
     settings = {"metric": "logit_diff", "method": "relp"}
-    model: dict[str, Any] = {"name": "m", "weights": weights}
+    model: dict[str, Any] = {"name": "m", "weights": of}
     return build("effects", data, settings, model, {})
 
 
@@ -113,7 +116,7 @@ def test_circuits_of_other_sizes_are_compared_as_they_are(tmp_path: Path) -> Non
 def test_what_cannot_be_compared_is_refused() -> None:
     a, b = (made(part) for part in two())
     with pytest.raises(ResultError, match="of two models"):
-        uw.overlap(a, made(two()[1], weights="another"))
+        uw.overlap(a, made(two()[1], of="another"))
     with pytest.raises(ResultError, match="of other nodes"):
         uw.overlap(a, made(two()[1], nodes=[*NODES[:-1], "L11H0"]))
     with pytest.raises(ResultError, match="stages are compared one by one"):
@@ -131,3 +134,37 @@ def test_what_cannot_be_compared_is_refused() -> None:
 def test_it_needs_no_torch() -> None:
     code = "import sys, unwrite as uw; uw.overlap(uw.Circuit(('L0H0',), of=4), uw.Circuit(('L0H1',), of=4))"
     assert _python(f"{code}; print({{'torch', 'transformers'}} & {{*sys.modules}})").strip() == "set()"
+
+
+def test_beside_its_nodes_stand_readings_what_was_executed_and_what_survives() -> None:
+    lm = view(weights("gpt2", 1, num_hidden_layers=2, num_attention_heads=2))
+    prompts = torch.randint(3, 50, (4, 6), generator=torch.Generator().manual_seed(5))
+    dla = uw.dla(lm, prompts, 5, 9)
+    left = uw.survival(lm, prompts, ["L1H0", "MLP0"], decoys=1)
+    circuit = uw.Circuit(("L1H0", "L0H1"), scores=(2.0, -1.0), weights=dla.provenance["model"]["weights"])
+    found = uw.beside(circuit, dla, left)
+    nodes = [str(name) for name in found["node"].values]
+    able = [str(node) for node in lm.parts if node.kind in ("head", "mlp")]
+    size = abs(dla["direct"].mean("prompt")).sel(node=able).to_series().sort_values(ascending=False)
+    assert nodes == ["L1H0", "L0H1", *(name for name in size.index[:2] if name not in circuit)]
+    for i, name in enumerate(nodes):
+        total = dla["total"].sel(node=name).values
+        assert float(found["total"][i]) == pytest.approx(total.mean(), abs=1e-12)
+        assert float(found["direct"][i]) == pytest.approx(dla["direct"].sel(node=name).values.mean(), abs=1e-12)
+        # The jackknife of a mean is its t interval.
+        half = 3.182446305 * total.std(ddof=1) / 2
+        assert float(found["total_low"][i]) == pytest.approx(total.mean() - half, abs=1e-6)
+        want = "helps" if total.mean() > half else "opponent" if total.mean() < -half else "undecided"
+        assert str(found["word"].values[i]) == want
+        chosen = {True: "both", False: "circuit"}[name in size.index[:2]] if name in circuit else "direct alone"
+        assert str(found["chosen_by"].values[i]) == chosen
+    assert float(found["survival"][0]) == float(left["end"].sel(writer="L1H0"))
+    assert np.isnan(found["survival"].values[nodes.index("L0H1")])
+    assert len(found.table()) == len(nodes)
+    assert "opponents: " in words(found)
+    with pytest.raises(ResultError, match="another model than the circuit"):
+        uw.beside(uw.Circuit(("L1H0",), weights="other"), dla)
+    with pytest.raises(ResultError, match="no executed totals"):
+        uw.beside(circuit, uw.dla(lm, prompts, 5, 9, total=False))
+    with pytest.raises(ResultError, match="none of the circuit's nodes"):
+        uw.beside(uw.Circuit(("L1.attn_out",)), dla)

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from unwrite.run.edit.trace import trace as trace
     from unwrite.run.loop.job import Job as Job
     from unwrite.studies.audit import audit as audit
+    from unwrite.studies.beside import beside as beside
     from unwrite.studies.compare import compare as compare
     from unwrite.studies.diff import diff as diff
     from unwrite.studies.doctor import doctor as doctor
@@ -59,6 +60,7 @@ _PUBLIC = {
     "agree": "unwrite.methods.agree",
     "attention": "unwrite.methods.attention",
     "audit": "unwrite.studies.audit",
+    "beside": "unwrite.studies.beside",
     "bound": "unwrite.methods.bound",
     "circuit": "unwrite.methods.circuit",
     "compare": "unwrite.studies.compare",

@@ -18,6 +18,16 @@ _NODES = (
     Column("score", "{score}"),
     Column("lost without it [95 %]", "{minimality}"),
 )
+BESIDE = (
+    Column("node", holds="word"),
+    Column("chosen by", holds="word"),
+    Column("direct", "{direct}"),
+    Column("net", "{net}"),
+    Column("total [95 %]", "{total}"),
+    Column("is", "{word}", holds="word"),
+    Column("left at the end", "{survival}"),
+    Column("verdict", holds="word"),
+)
 SHARED = (
     Column("top", holds="word"),
     Column("stage", holds="word"),
@@ -134,3 +144,30 @@ def listed(result: Result) -> str:
     nodes = ", ".join(map(str, result.data["node"].values[:24]))
     more = result.data.sizes["node"] - 24
     return f"{result.data.sizes['node']} nodes: {nodes}{f' and {more} more' if more > 0 else ''}"
+
+
+def beside(data: xr.Dataset) -> list[tuple[str, ...]]:
+    """One line for each node: readings, what was executed, what survives of its write."""
+    lines = []
+    for i in range(data.sizes["node"]):
+        one = data.isel(node=i)
+        left = f"{_number(one['survival'])}{_interval(one, 'survival')}" if "survival" in one else "–"
+        numbers = [f"{float(one[name]):+.2f}" if name in one else "–" for name in ("direct", "net")]
+        total = f"{float(one['total']):+.2f}{_interval(one, 'total')}"
+        words = (str(one["node"].item()), str(one["chosen_by"].item()))
+        verdict = str(one["verdict"].item()) if "verdict" in one else ""
+        lines.append((*words, *numbers, total, str(one["word"].item()), left, verdict))
+    return lines
+
+
+def opposing(result: Result) -> str:
+    """Who works against the answer, and what the nodes do that direct attribution alone would have chosen."""
+    data = result.data
+    word, alone = data["word"].values, data["chosen_by"].values == "direct alone"
+    against = ", ".join(map(str, data["node"].values[(word == "opponent") & ~alone])) or "none"
+    help_ = int((word[alone] == "helps").sum())
+    return (
+        f"Of {int((~alone).sum())} nodes {int((word[~alone] == 'helps').sum())} help, opponents: {against}. Direct "
+        f"attribution alone would have chosen {int(alone.sum())} others, of which {help_} help when executed "
+        f"({data.attrs['of']})."
+    )
