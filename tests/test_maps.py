@@ -48,12 +48,13 @@ def each() -> dict[str, Result]:
     lm = view(tiny.model("gpt2", 3, num_hidden_layers=2, num_attention_heads=2))
     with few_draws():
         atp, exact = (uw.effects(lm, PAIRS, method=method) for method in ("atp", "exact"))
+        whole = uw.effects(lm, PAIRS, at="all", method="atp")
         found = (
             exact, uw.agree(atp, exact), uw.compare(lm, PAIRS, methods=("atp", "exact")),
             uw.paths(lm, PAIRS, "heads", ["L1H0.v", "MLP1", "logits"], "frozen"),
             uw.bound(lm, PAIRS, atp, subsets=12, p=0.5), uw.survival(lm, IDS, ["L0H1", "MLP0"], decoys=1),
             uw.dla(lm, IDS[:2], 5, 9, total=False), uw.circuit(lm, PAIRS, ["L0H0", "MLP1"], draws=1),
-            uw.Circuit(("L0H0", "MLP1"), scores=(1.0, -1.0)).result(), uw.overlap(*[uw.effects(lm, PAIRS, at="all", method="atp")] * 2, 0.5),
+            uw.Circuit(("L0H0", "MLP1"), scores=(1.0, -1.0)).result(), uw.overlap(whole, whole, 0.5),
         )  # fmt: skip
     return {one.method: one for one in found}
 

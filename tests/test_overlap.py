@@ -1,4 +1,4 @@
-"""Is what two results share counted by hand, is chance what scipy and draws say? What stands beside a circuit's nodes?"""
+"""Is what two results share counted by hand, is chance what scipy and draws say? What stands beside a circuit?"""
 
 from __future__ import annotations
 

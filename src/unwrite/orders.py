@@ -36,7 +36,7 @@ class Order:
     """Nodes with a number each: `helps` is larger the more a node helps, `size` the more it does either way.
 
     Both are [node], or [node, role] where `roles` are named. `model` is the hash of the weights that the numbers are
-    of, "" of a list of names; in a list what comes first helps most.
+    of, "" where nobody said. Nodes that are `listed` have places and no numbers: what comes first helps most.
     """
 
     name: str
@@ -45,11 +45,7 @@ class Order:
     size: Float[np.ndarray, "node ..."]
     roles: tuple[str, ...] = ()
     model: str = ""
-
-    @property
-    def listed(self) -> bool:
-        """Is it a list, whose nodes have places and no numbers?"""
-        return not self.model
+    listed: bool = False
 
 
 def orders(given: Any) -> tuple[Order, ...]:
@@ -80,7 +76,7 @@ def _each(given: Any) -> Iterator[Order]:
     if isinstance(given, Result):
         yield from _of_result(given)
     elif hasattr(given, "ranked"):  # a circuit by its scores, or a list
-        yield listed(given.ranked)
+        yield replace(listed(given.ranked), model=given.weights)
     elif isinstance(given, Sequence) and not isinstance(given, (str, bytes)):
         yield listed(given)
     else:
@@ -94,7 +90,7 @@ def listed(names: Any) -> Order:
         twice = next((name for name in found if found.count(name) > 1), "none")
         raise NodeError("an order names every node once", got=twice, expected="different names of nodes")
     place = np.arange(len(found), 0, -1, dtype=float)
-    return Order("listed", found, place, place)
+    return Order("listed", found, place, place, listed=True)
 
 
 def _of_result(result: Result) -> Iterator[Order]:
@@ -126,7 +122,7 @@ def _order(result: Result, name: str, helps: xr.DataArray, size: xr.DataArray) -
     roles = tuple(map(str, helps["role"].values)) if "role" in helps.dims else ()
     weights = str(result.provenance["model"].get("weights", ""))
     nodes = tuple(map(str, helps["node"].values))
-    return Order(name, nodes, helps.values, size.values, roles, weights or "unknown")
+    return Order(name, nodes, helps.values, size.values, roles, weights)
 
 
 def _one_number(result: Result, part: xr.DataArray) -> xr.DataArray:

@@ -138,7 +138,8 @@ def _growing(runs: Replacing, order: Any, sizes: Any, by: Any, given: Any, roles
     asked, weights = orders(order), weights_hash(runs.lm)
     if wrong := next((one for one in asked if one.model not in ("", weights)), None):
         raise ResultError(f"the order {wrong.name} is of another model", fix="make the order with this model")
-    first = [name for slot in slots(runs.lm, names_of("given", given)) for name in slot.names] if [*given] else []
+    named = names_of("given", given)
+    first = [name for slot in slots(runs.lm, named) for name in slot.names] if named else []
     if strange := [name for name in first if name not in names]:
         raise NodeError(
             f"{strange[0]} is given, and none of the nodes that are replaced", fix=nearest(strange[0], names)
