@@ -168,3 +168,21 @@ def test_beside_its_nodes_stand_readings_what_was_executed_and_what_survives() -
         uw.beside(circuit, uw.dla(lm, prompts, 5, 9, total=False))
     with pytest.raises(ResultError, match="none of the circuit's nodes"):
         uw.beside(uw.Circuit(("L1.attn_out",)), dla)
+
+
+def test_a_real_model_has_a_gate_and_tasks_share_heads(real: Path) -> None:
+    """SmolLM2 (docs/circuits.md); inequalities alone, since weights are quantised."""
+    lm = uw.load(real / "smollm2-135m", dtype="float32")
+    nodes = ["heads", "mlp_out"]
+    ranking, judged = (uw.tasks.ioi(n, lm.tokenizer, seed, bos=False) for n, seed in ((8, 0), (6, 1)))
+    orders = {name: uw.effects(lm, ranking, nodes, at="all", method=name) for name in ("relp", "direct")}
+    free = uw.circuit(lm, judged, orders, [80], by="absolute", draws=0, choose=80, enough=0.6)
+    assert free.data.attrs["gates"] == "MLP0"
+    assert free["faithfulness"].sel(order="direct", size=80).item() < 0.05
+    held = uw.circuit(lm, judged, orders, [80], by="absolute", given=["MLP0"], draws=0, gates=False, enough=0.6)
+    relp, direct = held["faithfulness"].sel(size=80, by="absolute").values
+    assert relp > 0.6 > 0.5 > direct
+    agreement = uw.tasks.agreement(8, lm.tokenizer, 0, bos=False)
+    others = [uw.effects(lm, pairs, at="all", method="relp") for pairs in (ranking, judged, agreement)]
+    same, other = (uw.overlap(others[0], one, 0.05)["jaccard"].item() for one in others[1:])
+    assert same > 0.5 > 0.2 > other

@@ -39,6 +39,7 @@ from unwrite.stats.rates import said
 NODES = ("heads", "mlp_out")
 # A node without which less than so much is kept is a gate; one without which more is kept of a few pairs is none.
 GATE, _CLEAR = 0.1, 0.5
+_MOST = 5000
 # Below this part of the metric itself a difference is rounding.
 _NONE = 1e-9
 _SAYS = {
@@ -90,7 +91,7 @@ def circuit(
     scored = known(metric, pairs := admit_pairs(lm, pairs, bos, sees=True))
     runs = _replacing(lm, pairs, nodes, roles, replace, scored)
     growing = _growing(runs, order, sizes, by, given, roles)
-    _require_numbers(growing, draws, enough, choose, seed)
+    _require_numbers(growing, draws, enough, choose, seed, gates)
     cells = growing.cells
     settings = {
         "order": growing.names, "sizes": [*growing.sizes], "replace": runs.donor.name, "by": [*growing.by],
@@ -149,10 +150,13 @@ def _growing(runs: Replacing, order: Any, sizes: Any, by: Any, given: Any, roles
     return Growing(cells, asked, signs, kept, sizes_of(sizes, asked, len(cells), most))
 
 
-def _require_numbers(growing: Growing, draws: Any, enough: Any, choose: Any, seed: Any) -> None:
+def _require_numbers(growing: Growing, draws: Any, enough: Any, choose: Any, seed: Any, gates: Any) -> None:
     whole("draws is a number", draws, 0)
     whole("seed is a number", seed, 0)
     number("enough is a faithfulness", enough, "above 0, below 1", lambda value: 0 < value < 1)
+    if gates and len(growing.cells) > _MOST:
+        got = f"{len(growing.cells):,}, each left out by itself"
+        raise NumericError("these are many nodes to find gates among", got=got, fix="say gates=False")
     if choose is not None:
         whole("choose is a number of nodes", choose, 1, len(growing.ranked[0][0]))
 

@@ -68,11 +68,11 @@ def _result(circuit: Circuit, dla: Result, survival: Result | None, rows: list[s
         name: quantity(("node",), _means(dla, name)[at], "logit", f"mean over prompts of {dla.data[name].equation}")
         for name in READINGS if name in dla.data and name != "total"
     }  # fmt: skip
-    ends = ("its 95 % interval, jackknife over prompts",) * 2
-    for name, part, how in zip(
-        ("total", "total_low", "total_high"), (mean, low, high), ("executed", *ends), strict=True
-    ):
-        variables[name] = quantity(("node",), part, "logit", how)
+    ends = "its 95 % interval, jackknife over prompts"
+    variables["total"] = quantity(("node",), mean, "logit", f"mean over prompts of {dla.data['total'].equation}")
+    variables |= {
+        f"total_{end}": quantity(("node",), part, "logit", ends) for end, part in (("low", low), ("high", high))
+    }
     word = np.where(low > 0, HELPS, np.where(high < 0, OPPONENT, UNDECIDED)).astype(object)
     variables["word"] = quantity(("node",), word, "1", _WORDS)
     inside = {name: "both" if name in by_direct else "circuit" for name in circuit.ranked}
