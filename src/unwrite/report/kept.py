@@ -45,11 +45,12 @@ def sentence(result: Result) -> str:
     data, settings = result.data, result.provenance["settings"]
     one = data.isel(order=0, by=0)
     name = str(data.attrs["chosen_order"])
-    kept = _kept(one, settings["enough"], data.sizes["node"])
+    kept = _kept(one, settings["enough"], data.sizes["node"] * data.sizes.get("role", 1))
     area = f"area {_number(one['area'])}{_interval(one, 'area')}" if np.isfinite(one["area"]) else ""
     chance = f"random orders {float(data['random_area'].mean()):.2f}" if "random_area" in data and area else ""
-    beside = f" ({', '.join(filter(None, [area, chance]))})" if area else ""
-    words = f"Of {settings['metric']}, the order {name} {kept}{beside}."
+    clusters = f"{data.attrs['clusters']} independent templates or pairs"
+    beside = ", ".join(filter(None, [area, chance, clusters]))
+    words = f"Of {settings['metric']}, the order {name} {kept} ({beside})."
     notes = f" {data.attrs['notes'][0].upper()}{data.attrs['notes'][1:]}." if data.attrs["notes"] else ""
     return f"{words}{notes} {data.attrs['solves']}"
 
