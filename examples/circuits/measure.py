@@ -90,11 +90,18 @@ def kept_curves(found: dict[str, Any], which: str) -> pd.DataFrame:
     """Faithfulness by how many nodes are kept, with its 95 % interval."""
     lines = {}
     for one in found[which]:
-        ends = zip(one["f"], one.get("low", []) or [None] * 5, one.get("high", []) or [None] * 5, strict=True)
-        cells = [f"{f:.2f}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]") for f, low, high in ends]
+        cells = [said(f) for f in one["f"]]
+        if "low" in one:
+            ends = zip(cells, one["low"], one["high"], strict=True)
+            cells = [f"{cell} [{said(low)}, {said(high)}]" for cell, low, high in ends]
         few = [f"{one['smallest']:.0f}", f"{one['area']:.2f}", f"{one['distance']:.2f}"] if "area" in one else [""] * 3
         lines[one["order"]] = [*cells, *few]
     return pd.DataFrame(lines, index=[*(f"{size} kept" for size in SIZES), "fewest for .85", "CPR", "CMD"]).T
+
+
+def said(value: float) -> str:
+    """Two digits, and no zero with a sign."""
+    return f"{round(value, 2) + 0.0:.2f}"
 
 
 def kept_overlaps(found: dict[str, Any]) -> pd.DataFrame:
