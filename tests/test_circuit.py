@@ -340,7 +340,7 @@ def test_a_circuit_is_a_value(tmp_path: Path) -> None:
     with pytest.raises(NodeError, match="not a site"):
         uw.Circuit(("L1X0",))
     with pytest.raises(ResultError, match="of two models"):
-        a | uw.Circuit(("L1H0",), weights="other")
+        assert a | uw.Circuit(("L1H0",), weights="other")
     with pytest.raises(ResultError, match="scores of each node"):
         uw.Circuit(("L1H0",), scores=(1.0, 2.0))
 
