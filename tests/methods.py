@@ -52,6 +52,11 @@ def _bound(lm: Model, **kept: Any) -> uw.Result:
     return uw.bound(lm, PAIRS, guess, subsets=12, p=0.5, **kept)
 
 
+def _circuit(lm: Model, **kept: Any) -> uw.Result:
+    names = there(lm, *HEADS, "MLP0")
+    return uw.circuit(lm, PAIRS, names, nodes=names, draws=1, **kept)
+
+
 def _estimated(method: str) -> Method:
     return lambda lm, **kept: uw.effects(lm, PAIRS, there(lm, *HEADS, "MLP0"), method=method, steps=2, **kept)
 
@@ -78,6 +83,7 @@ METHODS: dict[str, Method] = {
     "paths recompute": lambda lm, **kept: uw.paths(lm, PAIRS, "heads", ["L1H0.v", "MLP1", "logits"], **kept),
     "paths eap-ig": lambda lm, **kept: uw.paths(lm, PAIRS, "all", "all", method="eap-ig", steps=2, **kept),
     "bound": _bound,
+    "circuit": _circuit,
     "lens": lambda lm, **kept: uw.lens(lm, IDS, top=2, **kept),
     "attention": lambda lm, **kept: uw.attention(lm, IDS, "value", **kept),
     "compare": lambda lm, **kept: uw.compare(lm, PAIRS, there(lm, *HEADS), methods=("atp", "exact"), **kept),

@@ -150,6 +150,7 @@ METHODS: dict[str, Case] = {
     "paths, frozen": lambda lm: uw.paths(lm, pairs(), ["L0.attn_out", "embed"], ["L1H0.q", "MLP1", "logits"], "frozen"),
     "paths, another": lambda lm: uw.paths(lm, pairs(), "heads", ["L1H0", "logits"], source=elsewhere(lm)),
     "bound": lambda lm: uw.bound(lm, pairs(), uw.effects(lm, pairs(), method="atp", at="all"), 1, 12, 0.5),
+    "circuit": lambda lm: uw.circuit(lm, pairs(), [*HEADS, "MLP0"], roles=["end"], draws=1),
     "atp*": lambda lm: uw.effects(lm, pairs(), [*HEADS, "L1H1.k", "L1H0.q"], method="atp*"),
     "kl": lambda lm: uw.effects(lm, pairs(), [*HEADS, "MLP1"], at="last", metric="kl", source="mean"),
     "exact, another": lambda lm: uw.effects(lm, pairs(), HEADS, source=elsewhere(lm)),

@@ -19,6 +19,8 @@ SRC = Path(__file__).resolve().parents[1] / "src"
 
 # A unit is a file or folder directly in the package, or a room of run/. Each unit, and the units it sees beside itself.
 BASE = {"nodes", "errors", "files", "axes", "result"}
+# Values made of results, which runs of sets, methods and reports see.
+SETS = {"orders", "circuits"}
 PROMPTS = {*BASE, "prompts"}
 MODEL = {*PROMPTS, "stats", "model"}
 ROOMS = {
@@ -29,11 +31,12 @@ ROOMS = {
     "run/backward": {*MODEL, "run/loop", "run/edit", "run/replay"},
     "run/answer": {*MODEL, "run/loop", "run/edit"},
 }
-RUN = {*MODEL, *ROOMS, "run/tally"}
+RUN = {*MODEL, *SETS, *ROOMS, "run/tally"}
 STUDIES = {*RUN, "methods", "tasks", "report"}
 ALL = {*STUDIES, "studies", "cli", "__init__", "__main__"}
 SEES = {
     **dict.fromkeys(BASE, BASE),
+    **{name: {*BASE, *SETS} for name in SETS},
     "prompts": BASE,
     "tasks": PROMPTS,
     "stats": {"errors"},
@@ -43,13 +46,13 @@ SEES = {
     "run": set(),
     "methods": RUN,
     "studies": STUDIES,
-    "report": BASE,
+    "report": {*BASE, *SETS},
     "cli": ALL,
     "__init__": ALL,
     "__main__": {"cli"},
 }
 BACK_EDGES = {("result", f"Result.{name}") for name in ("figure", "__repr__", "_repr_html_")}  # to the report
-NO_TORCH = {*BASE, "report"}
+NO_TORCH = {*BASE, *SETS, "report"}
 
 CODE_FROM_DATA = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 EMPTY_NAMES = {"util", "utils", "misc", "common", "helper", "helpers"}

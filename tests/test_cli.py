@@ -301,6 +301,22 @@ def test_the_workbench_from_a_shell(folder, monkeypatch, capsys, tmp_path) -> No
     assert run(monkeypatch, "paths", model, *pairs, "--method", "eap", "--mlps", "recompute") == 1
     refused(capsys, "past all MLPs")
     assert run(monkeypatch, "bound", model, *pairs, "--verified", 1, "-q") == 0
+    (tmp_path / "ends.csv").write_text("base,source,answer,against\nA man,A mad,x,y\nA pen,A peg,x,y\n")
+    pairs = ("--pairs", tmp_path / "ends.csv")
+    made = (*pairs, "--order", "relp,direct", "--nodes", "heads", "--sizes", "2,4", "--draws", 1, "--no-gates")
+    for name in "ab":
+        assert run(monkeypatch, "circuit", model, *made, "--out", tmp_path / name) == 0
+    assert "what is kept of the metric" in capsys.readouterr().out
+    assert run(monkeypatch, "show", tmp_path / "a", "-o", tmp_path / "curve.svg") == 0
+    assert run(monkeypatch, "circuit", model, *pairs, "--order", "=L0H1,L9H0") == 1
+    refused(capsys, "L9H0")
+    assert run(monkeypatch, "circuit", model, *pairs, "--sizes", "some") == 2
+    assert run(monkeypatch, "effects", model, *pairs, "--methods", "relp", "--out", tmp_path / "effects") == 0
+    capsys.readouterr()
+    assert run(monkeypatch, "overlap", tmp_path / "effects", tmp_path / "effects", "--top", "0.1,0.2") == 0
+    assert "Jaccard 1.00" in capsys.readouterr().out
+    assert run(monkeypatch, "overlap", tmp_path / "effects", tmp_path / "a") == 1
+    refused(capsys, "no number that says how much a node helps")
     assert run(monkeypatch, "diff", model, model, *pairs, "--out", tmp_path / "diff") == 0
     assert "L0H0" in capsys.readouterr().out
     assert run(monkeypatch, "diff", tmp_path / "lens", tmp_path / "lens") == 0

@@ -299,6 +299,7 @@ OF_ALL: dict[str, Callable[[Model, Any], uw.Result]] = {
     "effects ig": lambda lm, source: uw.effects(lm, (source, changed(source), " s", "ed"), method="ig", steps=2),
     "paths mean": lambda lm, source: uw.paths(lm, {"base": source, "source": source, "answer": " s"}, source="mean"),
     "bound": bounded,
+    "circuit": lambda lm, source: uw.circuit(lm, (source, changed(source), " s", "ed"), ["L0H0"], draws=1, gates=False),
     "compare": lambda lm, source: uw.compare(
         lm, (source, changed(source), " s", "ed"), ("L0H0",), methods=("atp", "exact")
     ),

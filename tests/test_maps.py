@@ -48,11 +48,13 @@ def each() -> dict[str, Result]:
     lm = view(tiny.model("gpt2", 3, num_hidden_layers=2, num_attention_heads=2))
     with few_draws():
         atp, exact = (uw.effects(lm, PAIRS, method=method) for method in ("atp", "exact"))
+        whole = uw.effects(lm, PAIRS, at="all", method="atp")
         found = (
             exact, uw.agree(atp, exact), uw.compare(lm, PAIRS, methods=("atp", "exact")),
             uw.paths(lm, PAIRS, "heads", ["L1H0.v", "MLP1", "logits"], "frozen"),
             uw.bound(lm, PAIRS, atp, subsets=12, p=0.5), uw.survival(lm, IDS, ["L0H1", "MLP0"], decoys=1),
-            uw.dla(lm, IDS[:2], 5, 9, total=False),
+            uw.dla(lm, IDS[:2], 5, 9, total=False), uw.circuit(lm, PAIRS, ["L0H0", "MLP1"], draws=1),
+            uw.Circuit(("L0H0", "MLP1"), scores=(1.0, -1.0)).result(), uw.overlap(whole, whole, 0.5),
         )  # fmt: skip
     return {one.method: one for one in found}
 
@@ -62,10 +64,14 @@ def test_every_method_has_a_view() -> None:
     assert set(VIEWS) == {
         "effects", "agree", "compare", "paths", "bound", "survival", "dla",
         "scan", "verify", "audit", "adversarial", "corpus_dla", "reproduce", "lens", "attention", "solves",
+        "circuit", "Circuit", "overlap", "beside",
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["effects", "agree", "compare", "paths", "bound", "survival", "dla"])
+@pytest.mark.parametrize(
+    "method",
+    ["effects", "agree", "compare", "paths", "bound", "survival", "dla", "circuit", "Circuit", "overlap"],
+)
 def test_every_method_has_a_picture_a_card_and_words(each, method: str) -> None:
     result = each[method]
     assert cells(result.figure())

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from unwrite import errors as errors
     from unwrite import tasks as tasks
+    from unwrite.circuits import Circuit as Circuit
     from unwrite.methods.activations import activations as activations
     from unwrite.methods.adversarial import adversarial as adversarial
     from unwrite.methods.agree import agree as agree
     from unwrite.methods.attention import attention as attention
     from unwrite.methods.bound import bound as bound
+    from unwrite.methods.circuit import circuit as circuit
     from unwrite.methods.corpus import corpus_dla as corpus_dla
     from unwrite.methods.dla import dla as dla
     from unwrite.methods.effects import effects as effects
@@ -38,13 +40,16 @@ if TYPE_CHECKING:
     from unwrite.run.edit.trace import trace as trace
     from unwrite.run.loop.job import Job as Job
     from unwrite.studies.audit import audit as audit
+    from unwrite.studies.beside import beside as beside
     from unwrite.studies.compare import compare as compare
     from unwrite.studies.diff import diff as diff
     from unwrite.studies.doctor import doctor as doctor
+    from unwrite.studies.overlap import overlap as overlap
     from unwrite.studies.reproduce import reproduce as reproduce
 
 # Public name -> the module that has it; imported on first use, so that `import unwrite` loads neither torch nor xarray.
 _PUBLIC = {
+    "Circuit": "unwrite.circuits",
     "Edit": "unwrite.run.edit.edits",
     "Job": "unwrite.run.loop.job",
     "Pairs": "unwrite.prompts.pairs",
@@ -56,7 +61,9 @@ _PUBLIC = {
     "agree": "unwrite.methods.agree",
     "attention": "unwrite.methods.attention",
     "audit": "unwrite.studies.audit",
+    "beside": "unwrite.studies.beside",
     "bound": "unwrite.methods.bound",
+    "circuit": "unwrite.methods.circuit",
     "compare": "unwrite.studies.compare",
     "corpus_dla": "unwrite.methods.corpus",
     "diff": "unwrite.studies.diff",
@@ -67,6 +74,7 @@ _PUBLIC = {
     "lens": "unwrite.methods.lens",
     "load": "unwrite.model.load",
     "mask": "unwrite.methods.mask",
+    "overlap": "unwrite.studies.overlap",
     "pairs": "unwrite.prompts.pairs",
     "paths": "unwrite.methods.paths",
     "planted": "unwrite.model.planted",

@@ -34,6 +34,7 @@ _ROWS = {
     "agree": ("reading", "group"), "paths": ("pair", "sender", "receiver", "role"), "bound": ("pair",),
     "lens": ("prompt", "location", "position"), "attention": ("prompt", "head", "query", "key"),
     "activations": ("prompt", "position"), "solves": ("pair",), "mask": ("penalty", "node", "position", "role"),
+    "circuit": ("order", "by", "size"), "overlap": ("top", "stage"),
 }  # fmt: skip
 VERSIONS = ("unwrite", "torch", "transformers", "numpy", "xarray")
 # A spreadsheet takes a cell that begins with one of these for a formula, some also the full-width forms.
@@ -51,7 +52,7 @@ _BLOCK = 2**24
 # Names on these axes are nothing else, whoever wrote the file.
 _NAMES = {"writer": parse_node, "node": parse_node, "verified": parse_node, "location": parse_location}
 # Methods whose nodes may be queries, neurons, states of the stream and other sites.
-_OF_SITES = ("effects", "compare", "bound", "paths", "mask")
+_OF_SITES = ("effects", "compare", "bound", "paths", "mask", "circuit", "Circuit", "overlap")
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +107,7 @@ class Result:
             if set(part.dims) == {*rows, "quantile"}:
                 middle = part.sel(quantile=0.5, drop=True)
                 flat[f"{name}_median"] = middle.transpose(*rows)
-            elif set(part.dims) == {*rows, "top"}:
+            elif set(part.dims) - set(rows) == {"top"} and set(rows) <= set(part.dims):
                 flat[str(name)] = part.isel(top=0).transpose(*rows)
         if not flat:
             held = ", ".join(map(str, self.data.data_vars)) or "nothing"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ParamSpec
 import typer
 
 from unwrite.cli.audit import audit
+from unwrite.cli.circuit import circuit, overlap
 from unwrite.cli.doctor import doctor
 from unwrite.cli.look import attention, lens, opened
 from unwrite.cli.options import (
@@ -258,7 +259,9 @@ def show(
     ] = None,
     figure: Annotated[
         str | None,
-        typer.Option("--figure", help="heatmap, bars, matrix, attention, levels, positions, or fig1 to fig5."),
+        typer.Option(
+            "--figure", help="heatmap, bars, matrix, attention, levels, curve, circuit, positions, fig1 to fig5."
+        ),
     ] = None,
     writer: Annotated[str | None, typer.Option("--writer", help="Whose; by default the foremost.")] = None,
     of: Annotated[str | None, typer.Option("--of", help="The variable that one of the first four draws.")] = None,
@@ -284,6 +287,8 @@ def show(
 _command(doctor)
 _command(survival)
 _command(solves)
+_command(circuit)
+_command(overlap)
 _command(tasks)
 _command(mask)
 _command(lens)

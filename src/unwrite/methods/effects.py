@@ -23,7 +23,7 @@ from unwrite.errors import one_of, whole
 from unwrite.model.load import provenance
 from unwrite.model.view import Model
 from unwrite.nodes import names_of
-from unwrite.prompts.pairs import Pairs, require_differences
+from unwrite.prompts.pairs import Pairs
 from unwrite.prompts.positions import RoleNames
 from unwrite.result import Result, build, quantity
 from unwrite.run.answer.logits import normed as final_normed
@@ -171,7 +171,7 @@ def _request(
     moved = rows is not None and bool((rows[0] != rows[1]).any())
     # The same prompt at another row is another value.
     if isinstance(source, str) and source == "source" and not moved:
-        require_differences(pairs)
+        pairs.require_differences()
     if method == "ig":
         require_way(pairs, source, method)
     asked, metric = slots(lm, nodes), known(metric, pairs)

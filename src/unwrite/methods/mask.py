@@ -22,7 +22,7 @@ from unwrite.errors import NumericError, TokensError, number, one_of, several, s
 from unwrite.model.load import provenance
 from unwrite.model.view import Model
 from unwrite.nodes import names_of
-from unwrite.prompts.pairs import Pairs, parted, require_differences
+from unwrite.prompts.pairs import Pairs, parted
 from unwrite.prompts.positions import RoleNames
 from unwrite.result import Result, build, quantity
 from unwrite.run.edit.slots import Slot, slots
@@ -161,7 +161,7 @@ def _side(
     pairs = pairs.take(number)
     rows, gate = pairs.rows(at), _gate(pairs, at)
     if isinstance(source, str) and source == "source" and not (rows and (rows[0] != rows[1]).any()):
-        require_differences(pairs)  # the same prompt at another row is another value
+        pairs.require_differences()  # the same prompt at another row is another value
     order = np.lexsort(((gate >= 0).argmax(1), pairs.row))
     pairs = pairs.take(order)
     given = donor(lm, pairs, asked, source, rows and rows[1][order])

@@ -5,7 +5,7 @@ erased by one head, erased by four heads together, erased by an MLP, backed up, 
 Dao, Lau, Rager and Janiak 2023 (arXiv 2310.07325), the dormant backup after the Hydra effect (McGrath et al. 2023,
 arXiv 2307.15771). A constant and a negative of the same source are decoys: PR < 0 without any reading.
 
-A planted node is a `Circuit`: it reads coordinates of the stream in some subspaces and writes gain × them into another.
+A planted node is a `Wiring`: it reads coordinates of the stream in some subspaces and writes gain × them into another.
 All subspaces are orthogonal to each other and to the all-ones vector (which a LayerNorm would remove), and every code
 has the same norm, so the stream's rms is one number per layer and a circuit's gain is exact at every position.
 """
@@ -41,7 +41,7 @@ from unwrite.model.planted_weights import (
     VOCABULARY,
     WEIGHTS,
     WRITE,
-    Circuit,
+    Wiring,
     draw,
 )  # fmt: skip
 
@@ -86,7 +86,7 @@ class Planted:
 class Part:
     """One planted phenomenon: the circuits of each role, and the shares that follow from their gains."""
 
-    roles: Mapping[str, Sequence[Circuit]]
+    roles: Mapping[str, Sequence[Wiring]]
     pairs: Sequence[Pair] = ()
 
 
@@ -139,34 +139,34 @@ def _parts(family: str, massive: float) -> list[Part]:
     return [*known, _quiet({circuit.name for part in known for role in part.roles.values() for circuit in role})]
 
 
-def _writer(name: str, into: str, back: int = 0) -> Circuit:
-    return Circuit(name, {"token": WRITE / TOKEN}, into, back)
+def _writer(name: str, into: str, back: int = 0) -> Wiring:
+    return Wiring(name, {"token": WRITE / TOKEN}, into, back)
 
 
 def _erased_by_head() -> Part:
     """A head that reads the write through its values, at its own position, and writes nine tenths of its negative."""
-    eraser = Circuit("L1H0", {"erased_by_head": -0.9}, "erased_by_head")
+    eraser = Wiring("L1H0", {"erased_by_head": -0.9}, "erased_by_head")
     roles = {"writer erased by a head": [_writer("L0H0", "erased_by_head")], "eraser head": [eraser]}
     return Part(roles, [Pair("L0H0", "L1H0", "values", -0.9, 0.0)])
 
 
 def _decoy_constant(name: str) -> Part:
     """A constant against the mean of the write above, half as long as a write: share −0.5 · ⟨mean, code⟩."""
-    constant = Circuit(name, {"ballast": -0.5 * WRITE / BALLAST}, "erased_by_head.mean")
+    constant = Wiring(name, {"ballast": -0.5 * WRITE / BALLAST}, "erased_by_head.mean")
     return Part({"decoy constant": [constant]}, [Pair("L0H0", name, "constant", -0.5 * MEAN, -0.5 * MEAN)])
 
 
 def _erased_by_many() -> Part:
     """Four heads of one layer, each of which reads the write through its values and erases a fifth."""
     names = ("L1H1", "L1H2", "L1H3", "L1H4")
-    erasers = [Circuit(name, {"erased_by_many": -0.2}, "erased_by_many") for name in names]
+    erasers = [Wiring(name, {"erased_by_many": -0.2}, "erased_by_many") for name in names]
     roles = {"writer erased by many": [_writer("L0H1", "erased_by_many")], "eraser heads": erasers}
     return Part(roles, [Pair("L0H1", name, "values", -0.2, 0.0) for name in names])
 
 
 def _erased_by_mlp() -> Part:
     """An MLP that reads the write and writes nine tenths of its negative."""
-    eraser = Circuit("MLP1", {"erased_by_mlp": -0.9}, "erased_by_mlp")
+    eraser = Wiring("MLP1", {"erased_by_mlp": -0.9}, "erased_by_mlp")
     roles = {"writer erased by an MLP": [_writer("L0H2", "erased_by_mlp")], "eraser MLP": [eraser]}
     return Part(roles, [Pair("L0H2", "MLP1", "mlp", -0.9, 0.0)])
 
@@ -176,14 +176,14 @@ def _backed_up() -> Part:
 
     Through its values the head reads −0.9 of the write, and yet it erases nothing.
     """
-    backup = Circuit("L2H0", {"token": 0.9 * WRITE / TOKEN, "backed_up": -0.9}, "backed_up")
+    backup = Wiring("L2H0", {"token": 0.9 * WRITE / TOKEN, "backed_up": -0.9}, "backed_up")
     roles = {"writer with a backup": [_writer("L0H3", "backed_up")], "dormant backup": [backup]}
     return Part(roles, [Pair("L0H3", "L2H0", "backup", 0.0, 0.9)])
 
 
 def _mimicked() -> Part:
     """A head that writes the negative of a write from the same source, the token's code, and never reads the write."""
-    decoy = Circuit("L1H5", {"token": -0.4 * WRITE / TOKEN}, "mimicked")
+    decoy = Wiring("L1H5", {"token": -0.4 * WRITE / TOKEN}, "mimicked")
     roles = {"writer mimicked": [_writer("L0H4", "mimicked")], "decoy same source": [decoy]}
     return Part(roles, [Pair("L0H4", "L1H5", "same source", -0.4, -0.4)])
 
@@ -204,18 +204,18 @@ def _massive(part: Part) -> Part:
 
 def _amplified() -> Part:
     """A head that reads the massive direction faintly and writes half of it once more: what is erased seems to grow."""
-    return Part({"amplifier": [Circuit("L2H4", {"massive.faint": 0.5 / FAINT}, "massive")]})
+    return Part({"amplifier": [Wiring("L2H4", {"massive.faint": 0.5 / FAINT}, "massive")]})
 
 
 def _sink() -> Part:
     """An MLP that knows a newline and makes the stream long there."""
-    return Part({"sink": [Circuit("MLP2", {"delimiter": SINK / DELIMITER}, "massive")]})
+    return Part({"sink": [Wiring("MLP2", {"delimiter": SINK / DELIMITER}, "massive")]})
 
 
 def _quiet(busy: set[str]) -> Part:
     """Every head and MLP without a job writes a trace of the token, so that no ratio onto it divides by zero."""
     names = [f"L{i}H{head}" for i in range(LAYERS) for head in range(HEADS)] + [f"MLP{i}" for i in range(LAYERS)]
-    return Part({"quiet": [Circuit(name, {"token": QUIET}, "quiet") for name in names if name not in busy]})
+    return Part({"quiet": [Wiring(name, {"token": QUIET}, "quiet") for name in names if name not in busy]})
 
 
 def _tokenizer() -> TokenizerFast:

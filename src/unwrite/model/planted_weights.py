@@ -34,7 +34,7 @@ Space = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Circuit:
+class Wiring:
     """One node's job: gain × the coordinates in the subspaces it reads, `back` positions ago, into one subspace."""
 
     name: str
@@ -64,7 +64,7 @@ class Draft:
     """
 
     space: Space
-    circuits: tuple[Circuit, ...]
+    circuits: tuple[Wiring, ...]
     embedding: Float[Tensor, "vocabulary d_model"]
     positions: Float[Tensor, "position d_model"]
     unembedding: Float[Tensor, "vocabulary d_model"]
@@ -78,11 +78,11 @@ class Draft:
         return weight, -offset @ weight
 
 
-def _at(circuits: Sequence[Circuit], layer: int, *kinds: str) -> list[Circuit]:
+def _at(circuits: Sequence[Wiring], layer: int, *kinds: str) -> list[Wiring]:
     return [circuit for circuit in circuits if circuit.node.layer == layer and circuit.node.kind in kinds]
 
 
-def draw(family: str, seed: int, jobs: Sequence[Circuit], massive: float = 0.0, delimiter: int = 0) -> Draft:
+def draw(family: str, seed: int, jobs: Sequence[Wiring], massive: float = 0.0, delimiter: int = 0) -> Draft:
     """`massive`: the part of each write into "NAME.massive" that lies in the massive direction, if there is one."""
     generator = torch.Generator().manual_seed(seed)
     space = _subspaces(generator, massive)
@@ -148,7 +148,7 @@ def _norms(generator: torch.Generator, family: str) -> dict[tuple[int, str], tup
     return dict(zip(places, zip(gains, offsets, strict=True), strict=True))
 
 
-def _scales(space: Space, circuits: Sequence[Circuit], stream: Tensor) -> dict[tuple[int, str], Tensor]:
+def _scales(space: Space, circuits: Sequence[Wiring], stream: Tensor) -> dict[tuple[int, str], Tensor]:
     """The stream's rms before each reader, on one token over and over: all codes have one norm, so it holds for all."""
     scale = {}
     for layer in range(LAYERS):

@@ -180,6 +180,14 @@ class Pairs:
             return np.arange(len(self))
         return np.unique(np.array(self.template, dtype=object).astype(str), return_inverse=True)[1]
 
+    def require_differences(self) -> None:
+        """Raise TokensError naming the first pair whose prompts are the same up to the row that is read."""
+        if (same := np.flatnonzero(self.first > self.row)).size:
+            raise TokensError(
+                f"base and source prompt of pair {same[0]} are the same up to the row that is read",
+                got=f"row {self.row[same[0]]}", fix="leave this pair out, or take values from elsewhere by source=",
+            )  # fmt: skip
+
     def check(self, vocabulary: int, context: int | None) -> None:
         """Raise TokensError unless a model with this many embedding rows and positions can read and answer."""
         for part in (self.base, self.source):
@@ -287,16 +295,6 @@ def parted(
     order = np.random.default_rng(whole("seed is a number", seed, 0)).permutation(len(names))
     chosen = {names[i] for i in order[: min(max(1, round(share * len(names))), len(names) - 1)]}
     return np.array([label in chosen for label in labels])
-
-
-def require_differences(pairs: Pairs) -> None:
-    """Raise TokensError for a pair whose two prompts are one up to the row that is read."""
-    same = np.flatnonzero(pairs.first > pairs.row)
-    if len(same):
-        raise TokensError(
-            f"base and source prompt of pair {same[0]} are the same up to the row that is read",
-            got=f"row {pairs.row[same[0]]}", fix="leave this pair out, or take values from elsewhere by source=",
-        )  # fmt: skip
 
 
 def _truths(values: Any) -> bool:

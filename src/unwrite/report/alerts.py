@@ -30,7 +30,7 @@ class Alert:
 def precision(result: Result) -> Iterator[Alert]:
     """Identities that do not hold, or hold with little room."""
     model = result.provenance["model"]
-    for name, error in model["certificate"].items():
+    for name, error in model.get("certificate", {}).items():
         limit = float(model.get("certificate_limits", {}).get(name, model["certificate_limit"]))
         if not error <= limit:
             yield Alert("precision", f"the identity “{name}” does not hold ({error:.0e}): what rests on it is refused")

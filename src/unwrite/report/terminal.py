@@ -65,6 +65,10 @@ def grid(title: str, header: Iterable[Column], lines: Iterable[tuple[str, ...]])
 def headline(result: Result) -> str:
     """Model, shape and convention in one line."""
     model = result.provenance["model"]
+    if "certificate" not in model:  # of a circuit that was taken from a result
+        return " · ".join(
+            filter(None, [model.get("name", ""), f"weights {model.get('weights', '')[:12] or 'unknown'}"])
+        )
     centred = ", centred" if model["centred"] else ""
     row = f" · row: {model['row']}" if model.get("row", "by hand") != "by hand" else ""
     return (
@@ -76,6 +80,8 @@ def headline(result: Result) -> str:
 def certificate(result: Result) -> str:
     """The conservation check in one line."""
     model = result.provenance["model"]
+    if "certificate" not in model:
+        return "certificate: that of the result it was taken from"
     parts = ", ".join(f"{name} {error:.0e}" for name, error in model["certificate"].items())
     said = f"certificate: {parts} (relative error, limit {model['certificate_limit']:.0e})"
     beyond = model.get("certificate_beyond")

@@ -13,7 +13,7 @@ import xarray as xr
 
 from unwrite.errors import ResultError, plain
 from unwrite.report import alerts as careful
-from unwrite.report import audited, believed, found, looked, masked, patched, survived, verdict, verified
+from unwrite.report import audited, believed, found, kept, looked, masked, patched, survived, verdict, verified
 from unwrite.report.alerts import Alert
 from unwrite.report.columns import Column, Line, Listing, listed
 from unwrite.report.scanned import HEADER, disagreements, folded_line, rows, soundness, texts
@@ -197,6 +197,15 @@ VIEWS: dict[str, MethodView] = {
     ),
     "effects": _EFFECTS,
     "compare": _EFFECTS,
+    "circuit": MethodView(kept.sentence, kept.curves, picture="curve", of=("faithfulness",)),
+    "Circuit": MethodView(kept.listed, picture="circuit", of=("score",)),
+    "beside": MethodView(
+        kept.opposing, _one(kept.BESIDE, kept.beside), picture="bars", of=("direct", "total"),
+    ),
+    "overlap": MethodView(
+        kept.sharing, lambda result: iter([Listing("", kept.SHARED, kept.shared(result), result.data, None)]),
+        picture="bars", of=("jaccard", "expected"),
+    ),
     "solves": MethodView(patched.solving, _one(patched.RATES, patched.rates, True), picture="bars", of=("accuracy",)),
     "mask": MethodView(masked.sentence, _masked, picture="heatmap", of=("best_gain",), full=1.0),
     "agree": MethodView(patched.agreed, picture="bars", of=("pearson",)),

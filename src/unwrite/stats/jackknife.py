@@ -52,14 +52,31 @@ def ratio(
 
     NaN for fewer than three clusters. `cluster` counts them from 0.
     """
+    whole, without = with_each_left_out(above, below, cluster)
+    low, high = around(whole, without)
+    return whole, low, high
+
+
+def with_each_left_out(
+    above: Float[np.ndarray, "pair ..."], below: Float[np.ndarray, " pair"], cluster: Int[np.ndarray, " pair"]
+) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "cluster ..."]]:
+    """Σ above / Σ below, of all pairs and without each cluster."""
     n = int(cluster.max()) + 1
     sums = [np.zeros((n, *part.shape[1:])) for part in (above, below)]
     for total, part in zip(sums, (above, below), strict=True):
         np.add.at(total, cluster, part)
     tops, bottoms = sums[0], sums[1].reshape(n, *[1] * (above.ndim - 1))
-    whole = tops.sum(0) / bottoms.sum(0)
+    whole = np.asarray(tops.sum(0) / bottoms.sum(0))
+    with np.errstate(divide="ignore", invalid="ignore"):  # without the one cluster that there is
+        return whole, (tops.sum(0) - tops) / (bottoms.sum(0) - bottoms)
+
+
+def around(
+    whole: Float[np.ndarray, "..."], without: Float[np.ndarray, "cluster ..."]
+) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
+    """The 95 % interval of a statistic, from its values without each of the clusters; NaN for fewer than three."""
+    n = len(without)
     if n < _FEWEST_OF_RATIO:
-        return whole, np.full_like(whole, np.nan), np.full_like(whole, np.nan)
-    without = (tops.sum(0) - tops) / (bottoms.sum(0) - bottoms)
+        return np.full_like(whole, np.nan), np.full_like(whole, np.nan)
     middle, half = (n * whole - (n - 1) * without).mean(0), reach(without)
-    return whole, middle - half, middle + half
+    return np.asarray(middle - half), np.asarray(middle + half)

@@ -153,8 +153,8 @@ def settled(runs: Runs, settings: Sequence[Setting]) -> Float[Tensor, "run d_mod
 @torch.no_grad()
 def patched_together(
     base: Base,
-    source: Mapping[Slot, Float[Tensor, "pair position unit d"]],
-    chosen: Mapping[Slot, Bool[Tensor, "run position unit"]],
+    source: Mapping[Slot, Float[Tensor, "pair position _unit _d"]],
+    chosen: Mapping[Slot, Bool[Tensor, "run position _unit"]],
     pair: Int[Tensor, " run"],
     start: int,
 ) -> Float[Tensor, "run d_model"]:

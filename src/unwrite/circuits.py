@@ -1,0 +1,190 @@
+"""What is a circuit? Nodes of one model by name, everywhere or at a role, with scores; a value that knows no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from unwrite.errors import NodeError, ResultError, one_of, shown, whole
+from unwrite.nodes import names_of, parse_site
+from unwrite.result import Result, build, quantity, read, require_result
+
+if TYPE_CHECKING:
+    import altair as alt
+
+# The method by whose name a saved circuit is known.
+METHOD = "Circuit"
+BY = ("absolute", "signed")
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """Nodes that belong together, the first ones first.
+
+    Arguments: `nodes` names; `roles` of each the token at which it belongs, "" for every position; `scores` of each how
+    much it helps (negative: it works against the answer), by default unknown; `looks` of each in words what it attends
+    to; `model` its name and `weights` their hash, "" where nobody said; `of` how many cells (nodes, or nodes at roles)
+    it was chosen from, 0 where nobody said. Sets of it: `a | b`, `a & b`, `a - b`, `"L2H3" in a`.
+    Raises NodeError for what is no name and for a node named twice at one role, ResultError for parts of other lengths.
+
+    Example: `uw.Circuit(("L2H3", "MLP4")) | other`
+    """
+
+    nodes: tuple[str, ...]
+    roles: tuple[str, ...] = ()
+    scores: tuple[float, ...] = ()
+    looks: tuple[str, ...] = ()
+    model: str = ""
+    weights: str = ""
+    of: int = 0
+
+    def __post_init__(self) -> None:
+        nodes = tuple(str(parse_site(name)) for name in names_of("nodes", self.nodes))
+        object.__setattr__(self, "nodes", nodes)
+        for name, empty in (("roles", ""), ("scores", np.nan), ("looks", "")):
+            part = tuple(getattr(self, name)) or (empty,) * len(nodes)
+            if len(part) != len(nodes):
+                raise ResultError(f"a circuit has {name} of each node", got=len(part), expected=str(len(nodes)))
+            object.__setattr__(self, name, part)
+        if len(set(self.cells)) < len(nodes):
+            twice = next(cell for cell in self.cells if self.cells.count(cell) > 1)
+            raise NodeError("a circuit names every node once", got=" at ".join(filter(None, twice)))
+        whole("of counts the cells that a circuit is chosen from", self.of, 0)
+
+    @staticmethod
+    def of_result(found: Result, order: str | None = None, by: str = BY[0], size: int | None = None) -> Circuit:
+        """The first nodes of an order that `uw.circuit` followed.
+
+        Arguments: `order` by its name (by default the first), `by` "absolute" or "signed", `size` how many (by default
+        the fewest that were enough). Raises ResultError where the result does not hold them.
+        """
+        require_result("found", found, "circuit")
+        names = [str(name) for name in found.data["order"].values]
+        one_of("order", order := names[0] if order is None else order, names)
+        one_of("by", by, [str(name) for name in found.data["by"].values])
+        one = found.data.sel(order=order, by=by)
+        fewest = float(one["smallest"])
+        if size is None and not np.isfinite(fewest):
+            raise ResultError(f"no size of {order} was enough", got="no size", fix="say size=")
+        ranked = one["rank"].transpose("node", ...)
+        cells = int(ranked.notnull().sum())
+        size = int(fewest) if size is None else whole("size is a number of nodes", size, 1, cells)
+        rank, helps = ranked.values, one["score"].transpose(*ranked.dims).values
+        places = np.argsort(np.where(np.isnan(rank), np.inf, rank), axis=None, kind="stable")[:size]
+        at = [np.unravel_index(int(i), rank.shape) for i in places]
+        model = found.provenance["model"]
+        return Circuit(
+            tuple(str(ranked["node"].values[i[0]]) for i in at),
+            tuple(str(ranked["role"].values[i[1]]) for i in at) if rank.ndim == 2 else (),
+            tuple(float(helps[i]) for i in at),
+            model=str(model.get("name", "")), weights=str(model.get("weights", "")), of=cells,
+        )  # fmt: skip
+
+    @staticmethod
+    def read(path: str | Path) -> Circuit:
+        """A circuit that was saved. Raises ResultError where there is none, or another result."""
+        found = read(path)
+        require_result("this", found, METHOD)
+        data, model = found.data, found.provenance["model"]
+        words = {name: tuple(map(str, data[name].values)) for name in ("node", "role", "looks")}
+        scores = tuple(map(float, data["score"].values))
+        return Circuit(
+            words["node"], words["role"], scores, words["looks"],
+            str(model["name"]), str(model["weights"]), int(data.attrs["of"]),
+        )  # fmt: skip
+
+    @property
+    def cells(self) -> tuple[tuple[str, str], ...]:
+        """Each node with its role, "" for every position."""
+        return tuple(zip(self.nodes, self.roles, strict=True))
+
+    @property
+    def ranked(self) -> tuple[str, ...]:
+        """The nodes, each once, the first ones first: a circuit is an order, too."""
+        return tuple(dict.fromkeys(self.nodes))
+
+    @property
+    def opponents(self) -> tuple[str, ...]:
+        """The nodes whose score says that they work against the answer."""
+        return tuple(node for node, score in zip(self.nodes, self.scores, strict=True) if score < 0)
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.nodes
+
+    def __or__(self, other: Circuit) -> Circuit:
+        """Cells of either: first one's own, then what the other one adds."""
+        own, them = self._take(set(self.cells)), other._take(set(other.cells) - set(self.cells))
+        parts = {name: getattr(own, name) + getattr(them, name) for name in ("nodes", "roles", "scores", "looks")}
+        return replace(self._with(other), **parts)
+
+    def __and__(self, other: Circuit) -> Circuit:
+        """Cells of both, with this one's scores."""
+        return self._with(other)._take(set(other.cells))
+
+    def __sub__(self, other: Circuit) -> Circuit:
+        """Cells that the other one does not have."""
+        return self._with(other)._take(set(self.cells) - set(other.cells))
+
+    def _with(self, other: Circuit) -> Circuit:
+        """This circuit, known to be of the other one's model."""
+        if not isinstance(other, Circuit):
+            raise ResultError("a circuit is put together with a circuit", got=shown(other), expected="a uw.Circuit")
+        if self.weights and other.weights and self.weights != other.weights:
+            raise ResultError("these circuits are of two models", got=other.model, expected=self.model)
+        known = self if self.weights else other
+        return replace(self, model=known.model, weights=known.weights, of=self.of if self.of == other.of else 0)
+
+    def _take(self, cells: set[tuple[str, str]]) -> Circuit:
+        kept = [i for i, cell in enumerate(self.cells) if cell in cells]
+        parts = {n: tuple(getattr(self, n)[i] for i in kept) for n in ("nodes", "roles", "scores", "looks")}
+        return replace(self, **parts)
+
+    def looking(self, attention: Result, roles: Mapping[str, Any]) -> Circuit:
+        """The same, with what each head attends to most from the row that is read, in words: "S2 .78".
+
+        Arguments: `attention` what `uw.attention` found on the base prompts of pairs, `roles` those of the pairs. A
+        weight is the mean over prompts. Raises ResultError for another result, and for other prompts than the roles'.
+        """
+        require_result("attention", attention, "attention")
+        weight = attention["weight"].transpose("prompt", "head", "query", "key")
+        rows = {str(name): np.asarray(part) for name, part in roles.items()}
+        if "end" not in rows or any(len(part) != weight.sizes["prompt"] for part in rows.values()):
+            raise ResultError(
+                "attention is of other prompts than the roles", got=f"{weight.sizes['prompt']} prompts",
+                fix="give uw.attention(lm, pairs.base) and pairs.roles",
+            )  # fmt: skip
+        heads, prompt = [str(name) for name in weight["head"].values], np.arange(weight.sizes["prompt"])
+        said = {}
+        for head in set(heads) & set(self.nodes):
+            one = weight.values[:, heads.index(head)]
+            means = {name: float(one[prompt, rows["end"], part].mean()) for name, part in rows.items()}
+            most = max(means, key=means.__getitem__)
+            said[head] = f"{most} {means[most]:.2f}".replace(" 0.", " .")
+        return replace(self, looks=tuple(said.get(node, "") for node in self.nodes))
+
+    def result(self) -> Result:
+        """The circuit as a result, which is saved, tabled and drawn as all are."""
+        if not self.nodes:
+            raise ResultError("this circuit is empty", got="no node", expected="at least one")
+        words = {"role": self.roles, "looks": self.looks}
+        variables: dict[str, Any] = {name: ("node", np.array(part, dtype=object)) for name, part in words.items()}
+        says = "how much the node helps, in units of its order; negative: it works against the answer"
+        variables["score"] = quantity(("node",), np.array(self.scores, dtype=float), "of the order", says)
+        data = xr.Dataset(variables, {"node": list(self.nodes)}).assign_attrs(of=self.of, row_axes="node")
+        return build(METHOD, data, {}, {"name": self.model, "weights": self.weights}, {})
+
+    def save(self, path: str | Path) -> Path:
+        """Write it as results are written: whole or not at all. Raises ResultError where that is not possible."""
+        return self.result().save(path)
+
+    def figure(self) -> alt.TopLevelMixin:
+        """Its nodes by layer, upwards: who helps, who works against, what each head looks at where that is known."""
+        return self.result().figure("circuit")

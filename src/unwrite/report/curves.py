@@ -1,0 +1,106 @@
+"""How does what is kept grow with a circuit, and where in the model do its nodes lie? Charts, from a saved result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import altair as alt
+import numpy as np
+import xarray as xr
+
+from unwrite.errors import ResultError
+from unwrite.nodes import parse_site
+from unwrite.report.maps import framed
+from unwrite.report.paper import COLOURS, GREY, SAYS, harmless
+from unwrite.result import Result
+
+_SERIES = (COLOURS["level"], COLOURS["survival"], COLOURS["hidden from values"], COLOURS["total"], "#a6761d", "#666666")
+
+
+def curve(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
+    """Faithfulness over how many nodes are kept: an order by size as a line, by sign dashed, random draws in grey.
+
+    Raises ResultError for a result without such curves.
+    """
+    data = result.data
+    if "faithfulness" not in data or writer is not None:
+        raise ResultError(f"this {result.method} has no such curve", expected="a result of uw.circuit, and no writer")
+    names = [harmless(name) for name in data["order"].values]
+    lines = list(_points(data))
+    x = alt.X("size:Q", title="nodes kept", scale=alt.Scale(type="symlog", constant=5))
+    y = alt.Y("f:Q", title="faithfulness")
+    colour = alt.Color(
+        "order:N",
+        title=None,
+        scale=alt.Scale(domain=names, range=[_SERIES[i % len(_SERIES)] for i in range(len(names))]),
+    )
+    base = alt.Chart(alt.Data(values=lines)).encode(x=x, color=colour)
+    band = base.mark_area(opacity=0.12).encode(y=alt.Y("low:Q"), y2="high:Q", detail="by:N")
+    drawn = base.mark_line(point={"size": 24}).encode(y=y, strokeDash=alt.StrokeDash("by:N", title=None), **SAYS)
+    chance = alt.Chart(alt.Data(values=list(_chance(data)))).mark_line(color=GREY, opacity=0.5, strokeWidth=1)
+    one = alt.Chart(alt.Data(values=[{"f": 1}])).mark_rule(color=GREY, strokeDash=[2, 3]).encode(y="f:Q")
+    layers = [one, chance.encode(x=x, y=y, detail="draw:N"), band, drawn]
+    chart = alt.layer(*layers).properties(width=360, height=240)
+    return framed(chart, result, data["faithfulness"], ["grey: nodes in an order of chance"], "faithfulness")
+
+
+def _points(data: xr.Dataset) -> Iterator[dict[str, Any]]:
+    for order in data["order"].values:
+        for by in data["by"].values:
+            one = data.sel(order=order, by=by)
+            for i, size in enumerate(one["size"].values.tolist()):
+                f, low, high = (float(one[f"faithfulness{end}"][i]) for end in ("", "_low", "_high"))
+                if np.isfinite(f):
+                    ends = {"low": low, "high": high} if np.isfinite(low) else {"low": f, "high": f}
+                    says = f"{order} {by}, {size} nodes: {f:.3f}"
+                    yield {
+                        "order": harmless(order),
+                        "by": harmless(by),
+                        "size": size,
+                        "f": f,
+                        "says": harmless(says),
+                        **ends,
+                    }
+
+
+def _chance(data: xr.Dataset) -> Iterator[dict[str, Any]]:
+    for draw in range(data.sizes["draw"] if "random" in data else 0):
+        for size, f in zip(data["size"].values.tolist(), data["random"].values[draw].tolist(), strict=True):
+            yield {"draw": draw, "size": size, "f": f}
+
+
+def drawing(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
+    """A circuit's nodes by layer, upwards: blue helps, orange works against; what a head looks at, where that is known.
+
+    Raises ResultError for a result that is no circuit.
+    """
+    data = result.data
+    if result.method != "Circuit" or writer is not None:
+        raise ResultError(f"a {result.method} is no circuit", fix="draw uw.Circuit.of_result(found).figure()")
+    marks = [_mark(data.isel(node=i)) for i in range(data.sizes["node"])]
+    columns = list(dict.fromkeys(one["column"] for one in sorted(marks, key=lambda one: one["order"])))
+    x = alt.X("column:N", sort=columns, title=None, axis=alt.Axis(orient="bottom", labelAngle=0))
+    y = alt.Y("layer:O", sort="descending", title="layer")
+    kinds = ["helps", "works against", "unknown"]
+    colour = alt.Color(
+        "kind:N", title=None, scale=alt.Scale(domain=kinds, range=[COLOURS["level"], COLOURS["survival"], GREY])
+    )
+    base = alt.Chart(alt.Data(values=marks)).encode(x=x, y=y)
+    nodes = base.mark_square(size=170, opacity=0.85).encode(color=colour, **SAYS)
+    text = base.mark_text(dy=13, fontSize=8).encode(text="looks:N")
+    chart = alt.layer(nodes, text).properties(width=alt.Step(46), height=alt.Step(30))
+    return framed(chart, result, data["score"], [f"{len(marks)} nodes"], "nodes")
+
+
+def _mark(one: xr.Dataset) -> dict[str, Any]:
+    site, score = parse_site(str(one["node"].item())), float(one["score"])
+    role, looks = str(one["role"].item()), str(one["looks"].item())
+    kind = "unknown" if np.isnan(score) else "works against" if score < 0 else "helps"
+    at = f" at {role}" if role else ""
+    says = f"{site}{at}: {kind}{'' if np.isnan(score) else f' ({score:+.3g})'}{f', looks at {looks}' if looks else ''}"
+    words = " ".join(filter(None, [f"@{role}" if role else "", f"→ {looks}" if looks else ""]))
+    return {
+        "layer": site.layer, "column": harmless(site.within), "order": [*map(int, site.order[1:])], "kind": kind,
+        "looks": harmless(words), "says": harmless(says),
+    }  # fmt: skip

@@ -1,0 +1,174 @@
+"""What does a circuit keep, and what do two results share? Lines for a terminal, from a saved result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from unwrite.report.columns import Column, Line, Listing
+from unwrite.result import Result
+
+# Sizes that a table has room for.
+_SIZES = 8
+_NODES = (
+    Column("node", holds="word"),
+    Column("score", "{score}"),
+    Column("lost without it [95 %]", "{minimality}"),
+)
+BESIDE = (
+    Column("node", holds="word"),
+    Column("chosen by", holds="word"),
+    Column("direct", "{direct}"),
+    Column("net", "{net}"),
+    Column("total [95 %]", "{total}"),
+    Column("is", "{word}", holds="word"),
+    Column("left at the end", "{survival}"),
+    Column("verdict", holds="word"),
+)
+SHARED = (
+    Column("top", holds="word"),
+    Column("stage", holds="word"),
+    Column("shared", "{shared}"),
+    Column("Jaccard", "{jaccard}"),
+    Column("by chance", "{expected}"),
+    Column("p", "{p}"),
+    Column("its own halves: A, B", "{ceiling_a}; {ceiling_b}"),
+    Column("both", "{both}", holds="words", least=24),
+)
+
+
+def sentence(result: Result) -> str:
+    """How few nodes are enough, what as many by chance keep, what decides alone."""
+    data, settings = result.data, result.provenance["settings"]
+    one = data.isel(order=0, by=0)
+    name = str(data.attrs["chosen_order"])
+    kept = _kept(one, settings["enough"], data.sizes["node"] * data.sizes.get("role", 1))
+    area = f"area {_number(one['area'])}{_interval(one, 'area')}" if np.isfinite(one["area"]) else ""
+    chance = f"random orders {float(data['random_area'].mean()):.2f}" if "random_area" in data and area else ""
+    clusters = f"{data.attrs['clusters']} independent templates or pairs"
+    beside = ", ".join(filter(None, [area, chance, clusters]))
+    words = f"Of {settings['metric']}, the order {name} {kept} ({beside})."
+    notes = f" {data.attrs['notes'][0].upper()}{data.attrs['notes'][1:]}." if data.attrs["notes"] else ""
+    return f"{words}{notes} {data.attrs['solves']}"
+
+
+def _kept(one: xr.Dataset, enough: float, nodes: int) -> str:
+    if np.isfinite(one["smallest"]):
+        return f"keeps {enough:.0%} with {int(one['smallest'])} of {nodes} nodes"
+    f = one["faithfulness"].values
+    last = int(np.flatnonzero(np.isfinite(f))[-1])
+    return f"keeps {f[last]:.0%} with all {int(one['size'][last])} nodes that it has"
+
+
+def curves(result: Result) -> Iterator[Line | Listing]:
+    """Every order by each sign, its curve, and the circuit that was looked into."""
+    data = result.data
+    shown = [size for size in data["size"].values.tolist() if size > 0][:_SIZES]
+    header = (
+        Column("order", holds="word"), Column("nodes enough", "{smallest}"), Column("area [95 %]", "{area}"),
+        Column("distance", "{distance}"), *(Column(f"{size} nodes", "{faithfulness}") for size in shown),
+    )  # fmt: skip
+    yield Listing("what is kept of the metric", header, list(_orders(data, shown)), data, None)
+    yield Listing(f"the circuit: {data.attrs['chosen_order']}", _NODES, list(_inside(data)), data)
+    yield Line(f"{data.attrs['clusters']} independent templates or pairs; {int(data.attrs['cost']):,} runs", "dim")
+
+
+def _orders(data: xr.Dataset, shown: list[int]) -> Iterator[tuple[str, ...]]:
+    for order in data["order"].values:
+        for by in data["by"].values:
+            one = data.sel(order=order, by=by)
+            smallest = f"{int(one['smallest'])}" if np.isfinite(one["smallest"]) else "none"
+            curve = [_number(one["faithfulness"].sel(size=size)) for size in shown]
+            area = f"{_number(one['area'])}{_interval(one, 'area')}"
+            yield (f"{order} {by}", smallest, area, _number(one["distance"]), *curve)
+    for draw in range(data.sizes["draw"] if "random" in data else 0):
+        one = data.isel(draw=draw)
+        curve = [_number(one["random"].sel(size=size)) for size in shown]
+        yield (f"random {draw}", "", _number(one["random_area"]), "", *curve)
+
+
+def _inside(data: xr.Dataset) -> Iterator[tuple[str, ...]]:
+    """The nodes of the circuit, the first ones first."""
+    one = data.isel(order=0, by=0)
+    rank, less = one["rank"].transpose("node", ...), one["minimality"].transpose("node", ...)
+    places = np.argwhere(np.isfinite(less.values))
+    for at in sorted(map(tuple, places.tolist()), key=lambda at: rank.values[at]):
+        where = dict(zip(rank.dims, at, strict=True))
+        cell = one.isel(where)
+        name = " at ".join(str(cell[axis].item()) for axis in rank.dims)
+        lost = f"{float(cell['minimality']):+.3f}{_interval(cell, 'minimality')}"
+        yield name, f"{float(cell['score']):+.3f}", lost
+
+
+def _number(value: Any) -> str:
+    return f"{round(float(value), 2) + 0.0:.2f}" if np.isfinite(value) else "–"
+
+
+def _interval(one: xr.Dataset, name: str) -> str:
+    low, high = (float(one[f"{name}_{end}"]) for end in ("low", "high"))
+    return "" if np.isnan(low) else f" [{_number(low)}, {_number(high)}]"
+
+
+def shared(result: Result) -> list[tuple[str, ...]]:
+    """One line for each part and stage."""
+    lines = []
+    for top in range(result.data.sizes["top"]):
+        for stage in range(result.data.sizes["stage"]):
+            one = result.data.isel(top=top, stage=stage)
+            part = float(one["top"])
+            ceilings = ", ".join(_number(one[f"ceiling_{side}"]) for side in "ab")
+            named = ("" if np.isnan(part) else f"{part:.3g}", str(one["stage"].item()))
+            counts = (f"{int(one['shared'])} of {int(one['union'])}", _number(one["jaccard"]), _number(one["expected"]))
+            lines.append((*named, *counts, f"{float(one['p']):.2g}", ceilings, str(one["both"].item()) or "none"))
+    return lines
+
+
+def sharing(result: Result) -> str:
+    """What is shared at the first part, beside chance and the ceilings."""
+    one = result.data.isel(top=0, stage=-1)
+    low = np.nanmin([float(one["ceiling_a"]), float(one["ceiling_b"]), np.inf])
+    most = f", halves of their own pairs {low:.2f}" if np.isfinite(low) else ""
+    stages = result.data.sizes["stage"]
+    over = f" over {stages - 1} stages" if stages > 1 else ""
+    tests = result.data.sizes["top"] * stages
+    return (
+        f"They share {int(one['shared'])} of {int(one['union'])} nodes{over}: Jaccard {float(one['jaccard']):.2f}, by "
+        f"chance {float(one['expected']):.2f} (p {float(one['p']):.2g}, one of {tests}){most}."
+    )
+
+
+def listed(result: Result) -> str:
+    """The nodes of a circuit."""
+    nodes = ", ".join(map(str, result.data["node"].values[:24]))
+    more = result.data.sizes["node"] - 24
+    return f"{result.data.sizes['node']} nodes: {nodes}{f' and {more} more' if more > 0 else ''}"
+
+
+def beside(data: xr.Dataset) -> list[tuple[str, ...]]:
+    """One line for each node: readings, what was executed, what survives of its write."""
+    lines = []
+    for i in range(data.sizes["node"]):
+        one = data.isel(node=i)
+        left = f"{_number(one['survival'])}{_interval(one, 'survival')}" if "survival" in one else "–"
+        numbers = [f"{float(one[name]):+.2f}" if name in one else "–" for name in ("direct", "net")]
+        total = f"{float(one['total']):+.2f}{_interval(one, 'total')}"
+        words = (str(one["node"].item()), str(one["chosen_by"].item()))
+        verdict = str(one["verdict"].item()) if "verdict" in one else ""
+        lines.append((*words, *numbers, total, str(one["word"].item()), left, verdict))
+    return lines
+
+
+def opposing(result: Result) -> str:
+    """Who works against the answer, and what the nodes do that direct attribution alone would have chosen."""
+    data = result.data
+    word, alone = data["word"].values, data["chosen_by"].values == "direct alone"
+    against = ", ".join(map(str, data["node"].values[(word == "opponent") & ~alone])) or "none"
+    help_ = int((word[alone] == "helps").sum())
+    return (
+        f"Of {int((~alone).sum())} nodes {int((word[~alone] == 'helps').sum())} help, opponents: {against}. Direct "
+        f"attribution alone would have chosen {int(alone.sum())} others, of which {help_} help when executed "
+        f"({data.attrs['of']})."
+    )
