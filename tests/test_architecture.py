@@ -28,8 +28,8 @@ ROOMS = {
     "run/edit": MODEL,
     "run/source": {*MODEL, "run/loop", "run/edit"},
     "run/replay": {*MODEL, "run/edit"},
-    "run/backward": {*MODEL, "run/loop", "run/edit", "run/replay"},
     "run/answer": {*MODEL, "run/loop", "run/edit"},
+    "run/backward": {*MODEL, "run/loop", "run/edit", "run/source", "run/replay", "run/answer"},
 }
 RUN = {*MODEL, *SETS, *ROOMS, "run/tally"}
 STUDIES = {*RUN, "methods", "tasks", "report"}
