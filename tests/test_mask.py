@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import unwrite as uw
 from executed import exact, weights
 from patching import alone, contrasts, site
+from unwrite import cli
+from unwrite.cli.options import Common
 from unwrite.errors import NodeError, NumericError, TokensError
 from unwrite.model.load import view
 from unwrite.model.view import Model
+from unwrite.report.views import listings, words
 from unwrite.stats import masks
 
 # --- a model by hand --------------------------------------------------------------------------------------------------
@@ -391,3 +395,58 @@ def test_a_word_is_said_of_its_interval_alone() -> None:
     assert masks.word(0.8, 1.0, 0, 0.0, 0.5) == "nothing found"
     assert masks.word(np.nan, np.nan, 3, 0.0, 0.5) == "undecided"
     assert masks.word(0.8, 1.0, 3, 0.0, np.nan) == "found"
+
+
+# --- as it is shown ---------------------------------------------------------------------------------------------------
+
+
+def test_a_result_says_its_interval_before_its_word() -> None:
+    found = asked("both", penalty=(4.0, 0.3))
+    said = words(found)
+    assert said.index("95 %") < said.index(": found (L1H0)")
+    assert "24 pairs held out, 3 clusters" in said
+    assert said.endswith(found.data.attrs["solves"])
+    path, picked = listings(found)
+    assert [row[:2] for row in path.rows] == [("4", "1"), ("0.3", "1")]
+    assert picked.rows == [(MOVER, "end", "1.00")]
+    assert found.table().shape[0] == 8
+    for figure in (None, "bars"):
+        assert found.figure(figure).to_dict()
+
+
+def test_from_a_shell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*args: object) -> int:
+        monkeypatch.setattr("sys.argv", ["unwrite", *map(str, args)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return int(end.value.code or 0)
+
+    monkeypatch.setattr(Common, "load", lambda *_: uw.load("default"))
+    out = tmp_path / "out"
+    few = ("--nodes", "L0H0,L1H1", "-n", 8, "--steps", 1, "--seeds", 1, "--penalty", "0.5,2", "--keep", "distractor")
+    assert run("mask", "default", "--task", "agreement", *few, "--out", out) == 0
+    assert "held out" in capsys.readouterr().out
+    found = uw.read(out)
+    assert [*found["penalty"].values] == [0.5, 2.0]
+    assert found["kept_same"].dims == ("penalty", "set", "kept")
+    assert run("mask", "default", "--task", "agreement", "--penalty", "much") == 1
+    assert "penalty is what a node costs" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_in_a_real_model_the_place_of_a_name_and_the_name_are_other_heads(real: Path) -> None:
+    """Wang et al. 2022: heads that say where S1 was come before those that move the name, and are not these."""
+    lm = uw.load(real / "smollm2-135m")
+    heads = [f"L{layer}H{head}" for layer in range(18, 25) for head in range(9)]
+    asked_: dict[str, Any] = {"penalty": 0.3, "seeds": 1, "steps": 30, "draws": 5}
+    place, name = (
+        uw.mask(lm, uw.tasks.ioi(42, lm.tokenizer, change=change, bos=False), heads, **asked_)
+        for change in ("names+order", "names")
+    )
+    assert {"L19H2", "L20H0"} <= {*chosen(place)}
+    assert {"L23H0", "L23H1", "L23H7"} <= {*chosen(name)}
+    assert not {"L19H2", "L20H0"} & {*chosen(name)}
+    assert not {"L23H0", "L23H1", "L23H7"} & {*chosen(place)}
+    assert rate(place, "all") < rate(place, "chosen") > rate(place, "random")
+    assert rate(place, "none") < 0.2
+    assert rate(name, "none") < 0.2 < rate(name, "chosen")

@@ -156,7 +156,7 @@ def block_from(
         own = tuple(part[pair.to(part.device), :, :start] for part in kept[index])
         past = remembering({index: own}, len(lm.layers))
     layer = lm.layers[index]
-    with evaluating(layer.block):  # of a whole model it takes a third as long as a block does for a few rows
+    with evaluating(layer.block):  # of the whole model it takes long beside a block of few rows
         made = block(layer, with_past(calls[index], past, pair, handed), x).to(pair.device)
     handed.keep()
     return made
