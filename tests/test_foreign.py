@@ -175,7 +175,7 @@ def calls() -> dict[str, Call]:
         ),
         "effects": Call(uw.effects, {**asked, "nodes": ["L0H0"], "at": "all"}),
         "solves": Call(uw.solves, asked),
-        "paths": Call(uw.paths, {**asked, "senders": ["L0H0"]}),
+        "paths": Call(uw.paths, {**asked, "senders": ["L0H0"]}, {"mlps": "None"}),
         "bound": Call(
             uw.bound, {**asked, "guess": found("atp"), "verified": 0, "subsets": 8, "p": 0.5},
             {"metric": "None", "source": "None"}, long=True,
