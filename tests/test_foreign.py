@@ -180,7 +180,7 @@ def calls() -> dict[str, Call]:
             {"keep": "None Pairs", "penalty": "3 2**70 0.5 3.0 np.int64 np.float32", "held": "Pairs", "seeds": _COUNTS,
              "draws": _COUNTS, "lr": "0.5 np.float32"}, long=True,
         ),
-        "paths": Call(uw.paths, {**asked, "senders": ["L0H0"]}),
+        "paths": Call(uw.paths, {**asked, "senders": ["L0H0"]}, {"mlps": "None"}),
         "bound": Call(
             uw.bound, {**asked, "guess": found("atp"), "verified": 0, "subsets": 8, "p": 0.5},
             {"metric": "None", "source": "None"}, long=True,

@@ -136,11 +136,12 @@ def paths(
     names = {"senders": senders, "receivers": receivers}
     asked = {what: [one] if isinstance(one, str) else names_of(what, one) for what, one in names.items()}
     request = _request(lm, pairs, ends(lm, *asked.values()), (method, mlps, steps), at, metric, source)
-    settings, read = asked | _settings(request) | {"batch": batch}, pairs.about()
+    size, read = batch_size(lm, pairs.base, batch, _held(request)), pairs.about()
+    settings = asked | _settings(request) | {"batch": batch}
     with opened(unless_own(checkpoint, metric), listener) as job:
         if done := job.begin("paths", lm, {"": read["hash"], **request.donor.read_by}, settings):
             return done
-        data = _found(request, batch_size(lm, pairs.base, batch, _held(request)), job, listener)
+        data = _found(request, size, job, listener)
         return job.signed(build("paths", data, settings, provenance(lm), {"": read}))
 
 
