@@ -186,15 +186,14 @@ def resumed(asked: Callable[..., uw.Result]) -> uw.Result:
             raise KeyboardInterrupt
 
     def tell(step: Any) -> None:
-        if step.done and not step.begun:  # and inside of its second one
-            told.append(step.done)
+        told.append(step.before)
 
     with TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stage, "due", True)
         with pytest.raises(KeyboardInterrupt):
             asked(checkpoint=place, listener=stop)
         found = asked(checkpoint=place, listener=tell)
-    assert told[0] < told[1], "it began anew"
+    assert told[0] in told[1:], "it began anew"
     return found
 
 
