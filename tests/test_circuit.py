@@ -372,6 +372,14 @@ def test_orders_are_read_from_every_result_that_has_a_number_a_node() -> None:
     np.testing.assert_array_equal(orders(paths)[0].helps, -paths["effect"].isel(receiver=0).mean("pair"))
     with pytest.raises(ResultError, match="several receivers"):
         orders(uw.paths(lm, given, "heads", ["L1H0.v", "logits"]))
+    every = uw.paths(lm, given, "all", "all", method="eap")
+    (summed,) = orders(every)
+    nodes = uw.effects(lm, given, summed.nodes, "all", "atp")["effect"].mean("pair").sel(node=[*summed.nodes])
+    np.testing.assert_allclose(summed.helps, -nodes, atol=1e-13)
+    np.testing.assert_allclose(summed.size, abs(nodes), atol=1e-13)
+    for some in (every.data.isel(receiver=slice(2, None)), uw.paths(lm, given, "heads", "all", "frozen").data):
+        with pytest.raises(ResultError, match="several receivers"):
+            orders(uw.Result(some))
     with pytest.raises(ResultError, match="each position"):
         orders(uw.effects(lm, given, "heads", at="each", method="atp"))
     with pytest.raises(ResultError, match="no number that says how much a node helps"):

@@ -36,7 +36,8 @@ class Order:
     """Nodes with a number each: `helps` is larger the more a node helps, `size` the more it does either way.
 
     Both are [node], or [node, role] where `roles` are named. `model` is the hash of the weights that the numbers are
-    of, "" where nobody said. Nodes that are `listed` have places and no numbers: what comes first helps most.
+    of, "" where nobody said. Nodes that are `listed` have places and no numbers: what comes first helps most. `over` is
+    the axis that numbers are means over, "" where there is none.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Order:
     roles: tuple[str, ...] = ()
     model: str = ""
     listed: bool = False
+    over: str = ""
 
 
 def orders(given: Any) -> tuple[Order, ...]:
@@ -101,6 +103,11 @@ def _of_result(result: Result) -> Iterator[Order]:
     elif method == "compare":
         for name in map(str, data["estimator"].values):
             yield _order(result, name, -_sign(settings) * data[name], data[name])
+    elif method == "mask":
+        gains = (
+            data["mean_gain"].sel(penalty=data.attrs["best"], drop=True) if "role" in data.dims else data["best_gain"]
+        )
+        yield _order(result, method, gains, gains)
     elif method in ("effects", "paths"):
         signed = data["signed"] if "signed" in data else data["effect"]
         name = str(settings.get("method", "paths"))
@@ -108,7 +115,7 @@ def _of_result(result: Result) -> Iterator[Order]:
     else:
         raise ResultError(
             f"a {method} has no number that says how much a node helps", got=f"a result of uw.{method}",
-            expected="a result of uw.effects, compare, paths or dla, or a list of names",
+            expected="a result of uw.effects, compare, paths, mask or dla, or a list of names",
         )  # fmt: skip
 
 
@@ -118,23 +125,18 @@ def _sign(settings: Mapping[str, Any]) -> int:
 
 def _order(result: Result, name: str, helps: xr.DataArray, size: xr.DataArray) -> Order:
     """Means over pairs; the size is that of the mean, as circuit benchmarks have it, and not the mean of sizes."""
+    over = next((axis for axis in _MEAN if axis in helps.dims), "")
     helps, size = _one_number(result, helps), abs(_one_number(result, size))
     roles = tuple(map(str, helps["role"].values)) if "role" in helps.dims else ()
     weights = str(result.provenance["model"].get("weights", ""))
     nodes = tuple(map(str, helps["node"].values))
-    return Order(name, nodes, helps.values, size.values, roles, weights)
+    return Order(name, nodes, helps.values, size.values, roles, weights, over=over)
 
 
 def _one_number(result: Result, part: xr.DataArray) -> xr.DataArray:
     """Of each node, and role where there are some: the mean over pairs or prompts, NaN where none has any."""
     if "sender" in part.dims:
-        if part.sizes["receiver"] != 1:
-            some = str(part["receiver"].values[0])
-            raise ResultError(
-                "paths to several receivers are several numbers of each sender", got=f"{part.sizes['receiver']}",
-                fix=f"choose one: uw.Result(found.data.sel(receiver=[{some!r}]))",
-            )  # fmt: skip
-        part = part.isel(receiver=0, drop=True).rename(sender="node")
+        part = _one_receiver(result, part).rename(sender="node")
     if "position" in part.dims:
         raise ResultError(
             f"this {result.method} has a number of each position", expected="one of each node", fix='ask for at="all"'
@@ -143,6 +145,28 @@ def _one_number(result: Result, part: xr.DataArray) -> xr.DataArray:
     if odd := [str(axis) for axis in part.dims if axis not in ("node", "role")]:
         raise ResultError(f"this {result.method} has more than one number of each node", got=", ".join(odd))
     return part.transpose("node", ...)
+
+
+def _one_receiver(result: Result, part: xr.DataArray) -> xr.DataArray:
+    """Of one receiver what it is; of slopes of all of them their sum, which is the slope of all that is written (AtP).
+
+    Edges that are executed do not add up.
+    """
+    if part.sizes["receiver"] == 1:
+        return part.isel(receiver=0, drop=True)
+    settings, every = result.provenance["settings"], result.data.attrs.get("readers")
+    if (
+        settings.get("method", "exact") != "exact"
+        and settings["receivers"] == ["all"]
+        and part.sizes["receiver"] == every
+    ):
+        return part.sum("receiver", min_count=1)
+    some = str(part["receiver"].values[0])
+    raise ResultError(
+        "paths to several receivers are several numbers of each sender", got=f"{part.sizes['receiver']}",
+        expected='one receiver, or "all" by slopes (eap, eap-ig), whose sum is that of the node',
+        fix=f"choose one: uw.Result(found.data.sel(receiver=[{some!r}]))",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

@@ -67,8 +67,8 @@ def circuit(
     `f(C) = (m(C) − m(∅)) / (m(M) − m(∅))`, of means over pairs; embeddings are the base prompt's in every run.
 
     Arguments: `pairs` and `bos` as in `uw.effects`, better not those that made the order; `order` a result of
-    `uw.effects`, `compare`, `paths` (one receiver) or `dla` (an order of each reading), a list of names, a
-    `uw.Circuit`, or {name: one of these}; `sizes` how many nodes are kept, by default MIB's parts of all, none and all
+    `uw.effects`, `compare`, `paths` (one receiver, or all by slopes, which add up), `mask` or `dla` (an order of each
+    reading), a list of names, a `uw.Circuit`, or {name: one of these}; `sizes` how many nodes are kept, by default MIB's parts of all, none and all
     always beside them; `replace` where other nodes' values come from, as `source` of `uw.effects`; `by` "absolute" (by
     size) and "signed" (what helps most first, opponents last); `given` nodes that every set begins with; `roles` names
     of tokens: a cell is then a node at one of them, of all nodes or of those in {role: names}, and everything at other
