@@ -50,16 +50,16 @@ class Order:
     over: str = ""
 
 
-def orders(given: Any) -> tuple[Order, ...]:
+def orders(given: Any, edges: bool = False) -> tuple[Order, ...]:
     """The orders that `given` names: one of a result with one number a node, one of each reading or estimator.
 
-    Raises ResultError for a result with more, or no, numbers of each node, and for what is none of these; NodeError for
-    a list with a name that is none, or twice the same.
+    Of `edges`, nodes are senders and roles are receivers. Raises ResultError for a result with more, or no, numbers of
+    each node, and for what is none of these; NodeError for a list with a name that is none, or twice the same.
     """
     if isinstance(given, Mapping):
-        found = tuple(one for name, part in given.items() for one in _called(str(name), part))
+        found = tuple(one for name, part in given.items() for one in _called(str(name), part, edges))
     else:
-        found = tuple(_each(given))
+        found = tuple(_each(given, edges))
     if not found:
         raise ResultError("no order was given", got=shown(given), expected=_EXPECTED)
     names = [one.name for one in found]
@@ -68,14 +68,27 @@ def orders(given: Any) -> tuple[Order, ...]:
     return found
 
 
-def _called(name: str, given: Any) -> Iterator[Order]:
-    found = tuple(_each(given))
+def of_edges(given: Any) -> bool:
+    """Is every order that of all edges of a model, as `uw.paths` finds it?"""
+    every = [*given.values()] if isinstance(given, Mapping) else [given]
+    return bool(every) and all(isinstance(one, Result) and _all_edges(one) for one in every)
+
+
+def _all_edges(result: Result) -> bool:
+    settings = result.provenance["settings"]
+    return result.method == "paths" and settings["senders"] == settings["receivers"] == ["all"]
+
+
+def _called(name: str, given: Any, edges: bool) -> Iterator[Order]:
+    found = tuple(_each(given, edges))
     for one in found:
         yield replace(one, name=name if len(found) == 1 else f"{name} {one.name}")
 
 
-def _each(given: Any) -> Iterator[Order]:
-    if isinstance(given, Result):
+def _each(given: Any, edges: bool) -> Iterator[Order]:
+    if edges:
+        yield _of_edges(given)
+    elif isinstance(given, Result):
         yield from _of_result(given)
     elif hasattr(given, "ranked"):  # a circuit by its scores, or a list
         yield replace(listed(given.ranked), model=given.weights)
@@ -117,6 +130,26 @@ def _of_result(result: Result) -> Iterator[Order]:
             f"a {method} has no number that says how much a node helps", got=f"a result of uw.{method}",
             expected="a result of uw.effects, compare, paths, mask or dla, or a list of names",
         )  # fmt: skip
+
+
+def _of_edges(given: Any) -> Order:
+    if not isinstance(given, Result) or given.method != "paths":
+        raise ResultError(
+            "this is no order of edges", got=shown(given), expected='uw.paths(lm, pairs, "all", "all", method="eap-ig")'
+        )
+    part, settings = given.data["effect"], given.provenance["settings"]
+    if "role" in part.dims:
+        raise ResultError(
+            "these paths have a number of each role",
+            got=", ".join(map(str, part["role"].values)),
+            expected="one of each edge",
+            fix='ask for at="all"',
+        )
+    mean = part.mean("pair").transpose("sender", "receiver")
+    nodes, receivers = (tuple(map(str, mean[axis].values)) for axis in mean.dims)
+    weights = str(given.provenance["model"].get("weights", ""))
+    name = str(settings.get("method", "paths"))
+    return Order(name, nodes, -_sign(settings) * mean.values, np.abs(mean.values), receivers, weights, over="pair")
 
 
 def _sign(settings: Mapping[str, Any]) -> int:
@@ -173,12 +206,29 @@ def _one_receiver(result: Result, part: xr.DataArray) -> xr.DataArray:
 class Cells:
     """What a circuit is chosen from: every node, or nodes at roles where `may` says so; as numbers, in write order.
 
-    A set says what is kept, [node, place]: places are the roles, and the last one is everywhere else.
+    A set says what is kept, [node, place]: places are the roles, and the last one is everywhere else. Of `edges`, nodes
+    are senders, roles and places receivers.
     """
 
     nodes: tuple[str, ...]
     roles: tuple[str, ...]
     may: Bool[np.ndarray, "node role"]
+    edges: bool = False
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Those of a number for each cell."""
+        return ("sender", "receiver") if self.edges else ("node", "role") if self.roles else ("node",)
+
+    @property
+    def unit(self) -> str:
+        """What cells are."""
+        return "edges" if self.edges else "nodes"
+
+    def called(self, cell: int) -> str:
+        """A cell in words."""
+        node, place = self.places[cell]
+        return (" → " if self.edges else " at ").join([self.nodes[node], *self.roles[place : place + 1]])
 
     @cached_property
     def places(self) -> Int[np.ndarray, "cell 2"]:
@@ -194,7 +244,7 @@ class Cells:
 
     def without(self, cells: Sequence[int]) -> Set:
         """The set that keeps everything but these."""
-        made = np.ones((len(self.nodes), len(self.roles) + 1), dtype=bool)
+        made = np.ones((len(self.nodes), len(self.roles) + (not self.edges)), dtype=bool)
         node, place = self.places[list(cells)].T
         made[node, place] = False
         return made
@@ -217,8 +267,10 @@ class Cells:
         """
         if order.roles and (not self.roles or {*self.roles} - {*order.roles}):
             raise ResultError(
-                f"the order {order.name} is of other roles", got=", ".join(order.roles),
-                expected=", ".join(self.roles) or "numbers of every position", fix=f"ask for roles={[*order.roles]}",
+                f"the order {order.name} is of other {'receivers' if self.edges else 'roles'}",
+                got=", ".join(order.roles[:9]),
+                expected="all receivers" if self.edges else ", ".join(self.roles) or "numbers of every position",
+                fix="give all that uw.paths found" if self.edges else f"ask for roles={[*order.roles]}",
             )  # fmt: skip
         strange = [name for name in order.nodes if name not in self.nodes]
         if strange and (order.listed or len(strange) == len(order.nodes)):

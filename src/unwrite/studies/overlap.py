@@ -72,7 +72,7 @@ def overlap(a: Any, b: Any, top: Any = 0.02, *, seed: int = 0) -> Result:
     which the part `top` with the largest size of the mean is compared (several parts: each by itself), two lists or
     mappings of such results, stage by stage, or two circuits as they are; `seed` of the halves of ceilings.
     Returns a Result with `shared`, `union`, `jaccard`, `expected`, `p`, `ceiling_a`, `ceiling_b` [top, stage] (a stage
-    "all" at the end where there are several; ceilings are NaN where a number is of no pairs to halve), `spearman[stage]`
+    "all" at the end where there are several; ceilings are NaN where there are no pairs to halve), `spearman[stage]`
     of the sizes of all nodes, and in words `both`, `only_a`, `only_b`.
     Raises ResultError for results of two models, of other nodes, with several numbers for each node, or unequal numbers
     of stages; NumericError for a part that is none.
