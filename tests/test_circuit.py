@@ -22,7 +22,11 @@ from unwrite.model.planted_weights import WEIGHTS, Wiring, draw
 from unwrite.model.view import Model
 from unwrite.orders import halves, orders
 from unwrite.prompts.pairs import Pairs
-from unwrite.report.views import words
+from unwrite.report.views import listings, words
+from unwrite.run.answer.metrics import metric_of
+from unwrite.run.replay.clean import base_of
+from unwrite.run.replay.edge_circuits import edge_table, kept_edges
+from unwrite.run.source.values import donor
 from unwrite.stats.curves import Shares, areas, between, faithfulness, falls_again
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -254,6 +258,126 @@ def test_pairs_in_another_order_give_the_same_and_batches_too() -> None:
     np.testing.assert_allclose(found["faithfulness_low"], turned["faithfulness_low"], atol=1e-9)
 
 
+# Edges.
+
+
+@cache
+def edges(name: str, method: str = "eap") -> uw.Result:
+    """Scores of all edges of a model."""
+    return uw.paths(model(name), pairs(), "all", "all", method=method, steps=2)
+
+
+def cells(found: xr.DataArray) -> list[tuple[str, str]]:
+    """Edges by rank, the first ones first."""
+    return [(str(one), str(other)) for one, other in found.stack(edge=("sender", "receiver")).dropna("edge").sortby(
+        found.stack(edge=("sender", "receiver")).dropna("edge")).edge.values]  # fmt: skip
+
+
+@every_family
+def test_edges_are_kept_along_the_order_of_their_scores(name: str) -> None:
+    """Each run is one of the engine (whose oracle are traces), of the edges that the mean score puts first."""
+    lm, given = model(name), pairs()
+    found = uw.circuit(lm, given, edges(name), [3, 20], draws=2, choose=3)
+    table, rows = edge_table(lm), slice(0, len(given))
+    assert [*found["sender"].values] == [*table.senders]
+    assert [*found["receiver"].values] == [*table.receivers]
+    base = base_of(lm, given, rows, table.sent)
+    values = donor(lm, given, table.sent, "source").values(rows)
+
+    def metric(kept: np.ndarray) -> float:
+        final = kept_edges(base, values, table, torch.from_numpy(kept))
+        return float(metric_of(lm, given, "logit_diff", rows)(final).detach().sum())
+
+    score = -edges(name)["effect"].mean("pair").values
+    none, full = metric(np.zeros_like(table.joins)), metric(table.joins)
+    np.testing.assert_allclose(found["score"].sel(order="eap"), score, atol=1e-15)
+    for by, value in (("absolute", np.abs(score)), ("signed", score)):
+        ranked = np.argsort(-np.where(table.joins, value, -np.inf), axis=None)
+        for size in found["size"].values.tolist():
+            kept = np.zeros(table.joins.size, dtype=bool)
+            kept[ranked[:size]] = True
+            kept = kept.reshape(table.joins.shape)
+            got = found.data.isel(order=0).sel(by=by, size=size)
+            assert float(got["faithfulness"]) == pytest.approx((metric(kept) - none) / (full - none), abs=1e-10)
+            left = (metric(table.joins & ~kept) - none) / (full - none)
+            assert float(got["complement"]) == pytest.approx(left, abs=1e-10)
+    count = int(table.joins.sum())
+    for name_ in ("faithfulness", "random"):
+        assert found[name_].sel(size=[0, count]).values == pytest.approx(
+            np.broadcast_to([0, 1], (*found[name_].shape[:-1], 2))
+        )
+    f, part = found["faithfulness"].values, found["size"].values / count
+    np.testing.assert_allclose(found["area"], np.trapezoid(f, part), atol=1e-12)
+    for attrs in (found["area"].attrs, found["distance"].attrs):
+        assert attrs["axis"] == "edges, each counting the same"
+    assert found["smallest"].attrs["units"] == "edges"
+    assert not {"gate", "minimality"} & {*found.data}
+
+
+@pytest.mark.promise("executed")
+@pytest.mark.parametrize("name", ["gpt2", "neox parallel"])
+def test_a_circuit_of_all_edges_out_of_some_nodes_is_that_of_these_nodes(name: str) -> None:
+    """Embeddings are kept: an edge from them is first. What traces find of nodes is what edges must."""
+    lm, given, whole = model(name), pairs(), edges(name)
+    every = [str(node) for node in lm.parts if node.kind in ("head", "mlp")]
+    for kept in (["L0H0", "MLP0", "L1H1"], ["MLP1"], every[1:]):
+        first = [sender in ("embed", *kept) for sender in whole["sender"].values]
+        score = xr.where(xr.DataArray(first, dims="sender"), -1.0, -0.1) * xr.ones_like(whole["effect"])
+        score = (
+            score.where(whole["effect"].notnull()).transpose(*whole["effect"].dims).assign_attrs(whole["effect"].attrs)
+        )
+        size = int(score.isel(pair=0).values[first].size - np.isnan(score.isel(pair=0).values[first]).sum())
+        order = uw.Result(whole.data.assign(effect=score))
+        found = uw.circuit(lm, given, order, [size], "source", "signed", draws=0, choose=1)
+        got = found.data.isel(order=0, by=0)
+        base, empty = (float(got[name].sum()) for name in ("base", "empty"))
+        want = (_known(lm, given, {"": kept}).sum() - empty) / (base - empty)
+        assert float(got["faithfulness"].sel(size=size)) == pytest.approx(want, abs=1e-9)
+
+
+@pytest.mark.promise("planted")
+def test_a_planted_chain_is_four_edges() -> None:
+    lm, given = chain()
+    whole = uw.paths(lm, given, "all", "all", method="eap")
+    found = uw.circuit(lm, given, whole, [3, 4, 8], draws=2, gates=True, choose=4, enough=0.9)
+    own = {("embed", "L0H2.v"), ("L0H2", "L1H4.v"), ("L1H4", "L2H1.v"), ("L2H1", "logits")}
+    for by in ("absolute", "signed"):
+        one = found.data.sel(order="eap", by=by)
+        assert {*cells(one["rank"])[:4]} == own
+        assert one["faithfulness"].sel(size=[3, 4, 8]).values == pytest.approx([0, 1, 1], abs=0.05)
+        assert one["complement"].sel(size=[3, 4]).values == pytest.approx([0, 0], abs=0.05)
+    assert (found["smallest"] == 4).all()
+    assert {*found.data.attrs["gates"].split(", ")} == {" → ".join(edge) for edge in own}
+    for sender, receiver in own:
+        assert float(found["minimality"].sel(sender=sender, receiver=receiver)) == pytest.approx(1, abs=0.05)
+
+
+def test_a_circuit_of_edges_says_so(tmp_path: Path) -> None:
+    lm, given, whole = model("gpt2"), pairs(), edges("gpt2", "eap-ig")
+    found = uw.circuit(lm, given, {"scores": whole}, [5], draws=1, enough=0.5)
+    found.save(tmp_path)
+    again = uw.read(tmp_path)
+    xr.testing.assert_identical(again.data, found.data)
+    assert "of 46 edges" in words(again)
+    listed = listings(again)
+    assert listed[0].columns[1].name == "edges enough"
+    assert [row[0] for row in listed[1].rows] == again.data.attrs["chosen"].split(", ")
+    assert "edges kept" in str(again.figure().to_dict(validate=False))
+    assert len(again.table()) == 2 * 3
+    with pytest.raises(ResultError, match="is one of edges"):
+        uw.Circuit.of_result(found)
+    named = uw.circuit(lm, given, whole, [2], draws=0, gates=False, nodes=NODES)
+    assert named["rank"].dims == ("order", "by", "node")
+    for wrong, more in {
+        "edges carry every position": {"roles": ["a"]}, "edges are kept by their order": {"given": ["L0H0"]},
+        "is no order of edges": {"order": ["L0H0"], "nodes": "edges"},
+        "of other receivers": {"order": uw.Result(whole.data.isel(receiver=slice(1, None)))},
+        "of each role": {"order": uw.paths(lm, given, "all", "all", method="eap", at=["a", "end"])},
+    }.items():  # fmt: skip
+        with pytest.raises((NodeError, NumericError, ResultError), match=wrong):
+            uw.circuit(lm, given, **{"order": whole, **more})
+
+
 # Statistics, by hand.
 
 
@@ -372,6 +496,14 @@ def test_orders_are_read_from_every_result_that_has_a_number_a_node() -> None:
     np.testing.assert_array_equal(orders(paths)[0].helps, -paths["effect"].isel(receiver=0).mean("pair"))
     with pytest.raises(ResultError, match="several receivers"):
         orders(uw.paths(lm, given, "heads", ["L1H0.v", "logits"]))
+    every = uw.paths(lm, given, "all", "all", method="eap")
+    (summed,) = orders(every)
+    nodes = uw.effects(lm, given, summed.nodes, "all", "atp")["effect"].mean("pair").sel(node=[*summed.nodes])
+    np.testing.assert_allclose(summed.helps, -nodes, atol=1e-13)
+    np.testing.assert_allclose(summed.size, abs(nodes), atol=1e-13)
+    for some in (every.data.isel(receiver=slice(2, None)), uw.paths(lm, given, "heads", "all", "frozen").data):
+        with pytest.raises(ResultError, match="several receivers"):
+            orders(uw.Result(some))
     with pytest.raises(ResultError, match="each position"):
         orders(uw.effects(lm, given, "heads", at="each", method="atp"))
     with pytest.raises(ResultError, match="no number that says how much a node helps"):

@@ -9,6 +9,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import T5Config
 
@@ -322,6 +323,15 @@ def test_the_workbench_from_a_shell(folder, monkeypatch, capsys, tmp_path) -> No
     assert run(monkeypatch, "diff", tmp_path / "lens", tmp_path / "lens") == 0
     assert run(monkeypatch, "diff", tmp_path / "lens", tmp_path / "diff") == 1
     refused(capsys, "two methods")
+
+
+def test_a_circuit_of_a_task_from_a_shell(monkeypatch, capsys, tmp_path) -> None:
+    """Of the bundled model; its pairs judge, others rank."""
+    task = ("--task", "ioi", "-n", 2, "--rank", 2, "--nodes", "heads", "--sizes", 4, "--draws", 1, "--no-gates")
+    assert run(monkeypatch, "circuit", "default", *task, "--out", tmp_path / "ioi") == 0
+    assert "what is kept of the metric" in capsys.readouterr().out
+    judged = uw.read(tmp_path / "ioi")
+    assert judged["faithfulness"].sel(order="relp", size=[0, 32]).values == pytest.approx(np.array([[0, 1]] * 2))
 
 
 def test_a_result_opens_in_the_browser(folder, monkeypatch, tmp_path) -> None:

@@ -20,6 +20,7 @@ from unwrite.cli.options import Common
 from unwrite.errors import NodeError, NumericError, TokensError
 from unwrite.model.load import view
 from unwrite.model.view import Model
+from unwrite.orders import orders
 from unwrite.report.views import listings, words
 from unwrite.stats import masks
 
@@ -395,6 +396,20 @@ def test_a_word_is_said_of_its_interval_alone() -> None:
     assert masks.word(0.8, 1.0, 0, 0.0, 0.5) == "nothing found"
     assert masks.word(np.nan, np.nan, 3, 0.0, 0.5) == "undecided"
     assert masks.word(0.8, 1.0, 3, 0.0, np.nan) == "found"
+
+
+def test_a_mask_is_an_order_of_nodes() -> None:
+    (order,) = orders(asked("both", penalty=(4.0, 0.3)))
+    assert order.nodes[int(order.size.argmax())] == MOVER
+    assert order.helps.max() > 0.5 > np.sort(order.helps)[-2]
+    named = asked("both", at=["word", "end"], penalty=(4.0, 0.3))
+    (order,) = orders(named)
+    assert (order.roles, order.helps.shape) == (("word", "end"), (4, 2))
+    assert order.helps[order.nodes.index(MOVER)].argmax() == 1
+    found = uw.circuit(by_hand(), scenes("both", 12), named, [1], nodes="heads", roles=["word", "end"], draws=0)
+    assert found.data.attrs["chosen"].split(", ")[0] == f"{MOVER} at end"
+    # What is learned of all pairs has none to halve.
+    assert np.isnan(uw.overlap(named, named)["ceiling_a"]).all()
 
 
 # --- as it is shown ---------------------------------------------------------------------------------------------------

@@ -64,6 +64,8 @@ class Circuit:
         the fewest that were enough). Raises ResultError where the result does not hold them.
         """
         require_result("found", found, "circuit")
+        if "sender" in found.data:
+            raise ResultError("this circuit is one of edges", expected="one of nodes", fix="ask uw.circuit for nodes=")
         names = [str(name) for name in found.data["order"].values]
         one_of("order", order := names[0] if order is None else order, names)
         one_of("by", by, [str(name) for name in found.data["by"].values])

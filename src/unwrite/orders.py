@@ -36,7 +36,8 @@ class Order:
     """Nodes with a number each: `helps` is larger the more a node helps, `size` the more it does either way.
 
     Both are [node], or [node, role] where `roles` are named. `model` is the hash of the weights that the numbers are
-    of, "" where nobody said. Nodes that are `listed` have places and no numbers: what comes first helps most.
+    of, "" where nobody said. Nodes that are `listed` have places and no numbers: what comes first helps most. `over` is
+    the axis that numbers are means over, "" where there is none.
     """
 
     name: str
@@ -46,18 +47,19 @@ class Order:
     roles: tuple[str, ...] = ()
     model: str = ""
     listed: bool = False
+    over: str = ""
 
 
-def orders(given: Any) -> tuple[Order, ...]:
+def orders(given: Any, edges: bool = False) -> tuple[Order, ...]:
     """The orders that `given` names: one of a result with one number a node, one of each reading or estimator.
 
-    Raises ResultError for a result with more, or no, numbers of each node, and for what is none of these; NodeError for
-    a list with a name that is none, or twice the same.
+    Of `edges`, nodes are senders and roles are receivers. Raises ResultError for a result with more, or no, numbers of
+    each node, and for what is none of these; NodeError for a list with a name that is none, or twice the same.
     """
     if isinstance(given, Mapping):
-        found = tuple(one for name, part in given.items() for one in _called(str(name), part))
+        found = tuple(one for name, part in given.items() for one in _called(str(name), part, edges))
     else:
-        found = tuple(_each(given))
+        found = tuple(_each(given, edges))
     if not found:
         raise ResultError("no order was given", got=shown(given), expected=_EXPECTED)
     names = [one.name for one in found]
@@ -66,14 +68,27 @@ def orders(given: Any) -> tuple[Order, ...]:
     return found
 
 
-def _called(name: str, given: Any) -> Iterator[Order]:
-    found = tuple(_each(given))
+def of_edges(given: Any) -> bool:
+    """Is every order that of all edges of a model, as `uw.paths` finds it?"""
+    every = [*given.values()] if isinstance(given, Mapping) else [given]
+    return bool(every) and all(isinstance(one, Result) and _all_edges(one) for one in every)
+
+
+def _all_edges(result: Result) -> bool:
+    settings = result.provenance["settings"]
+    return result.method == "paths" and settings["senders"] == settings["receivers"] == ["all"]
+
+
+def _called(name: str, given: Any, edges: bool) -> Iterator[Order]:
+    found = tuple(_each(given, edges))
     for one in found:
         yield replace(one, name=name if len(found) == 1 else f"{name} {one.name}")
 
 
-def _each(given: Any) -> Iterator[Order]:
-    if isinstance(given, Result):
+def _each(given: Any, edges: bool) -> Iterator[Order]:
+    if edges:
+        yield _of_edges(given)
+    elif isinstance(given, Result):
         yield from _of_result(given)
     elif hasattr(given, "ranked"):  # a circuit by its scores, or a list
         yield replace(listed(given.ranked), model=given.weights)
@@ -101,6 +116,11 @@ def _of_result(result: Result) -> Iterator[Order]:
     elif method == "compare":
         for name in map(str, data["estimator"].values):
             yield _order(result, name, -_sign(settings) * data[name], data[name])
+    elif method == "mask":
+        gains = (
+            data["mean_gain"].sel(penalty=data.attrs["best"], drop=True) if "role" in data.dims else data["best_gain"]
+        )
+        yield _order(result, method, gains, gains)
     elif method in ("effects", "paths"):
         signed = data["signed"] if "signed" in data else data["effect"]
         name = str(settings.get("method", "paths"))
@@ -108,8 +128,28 @@ def _of_result(result: Result) -> Iterator[Order]:
     else:
         raise ResultError(
             f"a {method} has no number that says how much a node helps", got=f"a result of uw.{method}",
-            expected="a result of uw.effects, compare, paths or dla, or a list of names",
+            expected="a result of uw.effects, compare, paths, mask or dla, or a list of names",
         )  # fmt: skip
+
+
+def _of_edges(given: Any) -> Order:
+    if not isinstance(given, Result) or given.method != "paths":
+        raise ResultError(
+            "this is no order of edges", got=shown(given), expected='uw.paths(lm, pairs, "all", "all", method="eap-ig")'
+        )
+    part, settings = given.data["effect"], given.provenance["settings"]
+    if "role" in part.dims:
+        raise ResultError(
+            "these paths have a number of each role",
+            got=", ".join(map(str, part["role"].values)),
+            expected="one of each edge",
+            fix='ask for at="all"',
+        )
+    mean = part.mean("pair").transpose("sender", "receiver")
+    nodes, receivers = (tuple(map(str, mean[axis].values)) for axis in mean.dims)
+    weights = str(given.provenance["model"].get("weights", ""))
+    name = str(settings.get("method", "paths"))
+    return Order(name, nodes, -_sign(settings) * mean.values, np.abs(mean.values), receivers, weights, over="pair")
 
 
 def _sign(settings: Mapping[str, Any]) -> int:
@@ -118,23 +158,18 @@ def _sign(settings: Mapping[str, Any]) -> int:
 
 def _order(result: Result, name: str, helps: xr.DataArray, size: xr.DataArray) -> Order:
     """Means over pairs; the size is that of the mean, as circuit benchmarks have it, and not the mean of sizes."""
+    over = next((axis for axis in _MEAN if axis in helps.dims), "")
     helps, size = _one_number(result, helps), abs(_one_number(result, size))
     roles = tuple(map(str, helps["role"].values)) if "role" in helps.dims else ()
     weights = str(result.provenance["model"].get("weights", ""))
     nodes = tuple(map(str, helps["node"].values))
-    return Order(name, nodes, helps.values, size.values, roles, weights)
+    return Order(name, nodes, helps.values, size.values, roles, weights, over=over)
 
 
 def _one_number(result: Result, part: xr.DataArray) -> xr.DataArray:
     """Of each node, and role where there are some: the mean over pairs or prompts, NaN where none has any."""
     if "sender" in part.dims:
-        if part.sizes["receiver"] != 1:
-            some = str(part["receiver"].values[0])
-            raise ResultError(
-                "paths to several receivers are several numbers of each sender", got=f"{part.sizes['receiver']}",
-                fix=f"choose one: uw.Result(found.data.sel(receiver=[{some!r}]))",
-            )  # fmt: skip
-        part = part.isel(receiver=0, drop=True).rename(sender="node")
+        part = _one_receiver(result, part).rename(sender="node")
     if "position" in part.dims:
         raise ResultError(
             f"this {result.method} has a number of each position", expected="one of each node", fix='ask for at="all"'
@@ -145,16 +180,55 @@ def _one_number(result: Result, part: xr.DataArray) -> xr.DataArray:
     return part.transpose("node", ...)
 
 
+def _one_receiver(result: Result, part: xr.DataArray) -> xr.DataArray:
+    """Of one receiver what it is; of slopes of all of them their sum, which is the slope of all that is written (AtP).
+
+    Edges that are executed do not add up.
+    """
+    if part.sizes["receiver"] == 1:
+        return part.isel(receiver=0, drop=True)
+    settings, every = result.provenance["settings"], result.data.attrs.get("readers")
+    if (
+        settings.get("method", "exact") != "exact"
+        and settings["receivers"] == ["all"]
+        and part.sizes["receiver"] == every
+    ):
+        return part.sum("receiver", min_count=1)
+    some = str(part["receiver"].values[0])
+    raise ResultError(
+        "paths to several receivers are several numbers of each sender", got=f"{part.sizes['receiver']}",
+        expected='one receiver, or "all" by slopes (eap, eap-ig), whose sum is that of the node',
+        fix=f"choose one: uw.Result(found.data.sel(receiver=[{some!r}]))",
+    )  # fmt: skip
+
+
 @dataclass(frozen=True, eq=False)
 class Cells:
     """What a circuit is chosen from: every node, or nodes at roles where `may` says so; as numbers, in write order.
 
-    A set says what is kept, [node, place]: places are the roles, and the last one is everywhere else.
+    A set says what is kept, [node, place]: places are the roles, and the last one is everywhere else. Of `edges`, nodes
+    are senders, roles and places receivers.
     """
 
     nodes: tuple[str, ...]
     roles: tuple[str, ...]
     may: Bool[np.ndarray, "node role"]
+    edges: bool = False
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Those of a number for each cell."""
+        return ("sender", "receiver") if self.edges else ("node", "role") if self.roles else ("node",)
+
+    @property
+    def unit(self) -> str:
+        """What cells are."""
+        return "edges" if self.edges else "nodes"
+
+    def called(self, cell: int) -> str:
+        """A cell in words."""
+        node, place = self.places[cell]
+        return (" → " if self.edges else " at ").join([self.nodes[node], *self.roles[place : place + 1]])
 
     @cached_property
     def places(self) -> Int[np.ndarray, "cell 2"]:
@@ -170,7 +244,7 @@ class Cells:
 
     def without(self, cells: Sequence[int]) -> Set:
         """The set that keeps everything but these."""
-        made = np.ones((len(self.nodes), len(self.roles) + 1), dtype=bool)
+        made = np.ones((len(self.nodes), len(self.roles) + (not self.edges)), dtype=bool)
         node, place = self.places[list(cells)].T
         made[node, place] = False
         return made
@@ -193,8 +267,10 @@ class Cells:
         """
         if order.roles and (not self.roles or {*self.roles} - {*order.roles}):
             raise ResultError(
-                f"the order {order.name} is of other roles", got=", ".join(order.roles),
-                expected=", ".join(self.roles) or "numbers of every position", fix=f"ask for roles={[*order.roles]}",
+                f"the order {order.name} is of other {'receivers' if self.edges else 'roles'}",
+                got=", ".join(order.roles[:9]),
+                expected="all receivers" if self.edges else ", ".join(self.roles) or "numbers of every position",
+                fix="give all that uw.paths found" if self.edges else f"ask for roles={[*order.roles]}",
             )  # fmt: skip
         strange = [name for name in order.nodes if name not in self.nodes]
         if strange and (order.listed or len(strange) == len(order.nodes)):

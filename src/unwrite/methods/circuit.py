@@ -1,8 +1,9 @@
-"""How much of a behaviour does a set of nodes keep, when everything else is set to another run's values?
+"""How much of a behaviour does a set of nodes, or edges, keep, when everything else is set to another run's values?
 
 faithfulness f(C) = (m(C) − m(∅)) / (m(M) − m(∅)), m(C) the mean metric of runs in which all nodes outside C are
-replaced (MIB: Mueller et al. 2025, arXiv 2504.13151); completeness and minimality after Wang et al. 2022 (arXiv
-2211.00593). Every number is of executed runs. (facts: systems on real models, §3.2)
+replaced, or all edges outside C carry what is written in the other run (MIB: Mueller et al. 2025, arXiv 2504.13151);
+completeness and minimality after Wang et al. 2022 (arXiv 2211.00593). Every number is of executed runs. (facts: systems
+on real models, §3.2)
 """
 
 from __future__ import annotations
@@ -18,25 +19,23 @@ import xarray as xr
 from jaxtyping import Float
 
 from unwrite.circuits import BY
-from unwrite.errors import NodeError, NumericError, ResultError, TokensError, number, one_of, several, shown, whole
+from unwrite.errors import NodeError, NumericError, ResultError, number, one_of, several, shown, whole
 from unwrite.model.load import provenance, weights_hash
 from unwrite.model.view import Model
 from unwrite.nodes import names_of, nearest
-from unwrite.orders import Cells, Growing, cells_at, halves, orders, sizes_of
-from unwrite.prompts.pairs import Pairs
-from unwrite.prompts.positions import asked_roles
+from unwrite.orders import Cells, Growing, cells_at, halves, of_edges, orders, sizes_of
 from unwrite.result import Result, build, quantity
 from unwrite.run.answer.metrics import Custom, known, name_of, unit_of_base, unless_own
 from unwrite.run.edit.slots import slots
 from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.stream import Listener, admit_pairs, batch_size
-from unwrite.run.source.values import donor
-from unwrite.run.tally.kept import FEW, Executed, Replacing
+from unwrite.run.tally.kept import FEW, Cutting, Executed, Replacing, cutting, replacing
 from unwrite.stats.curves import Shares, areas, between, falls_again
 from unwrite.stats.jackknife import ratio
 from unwrite.stats.rates import said
 
 NODES = ("heads", "mlp_out")
+EDGES = "edges"
 # A node without which less than so much is kept is a gate; one without which more is kept of a few pairs is none.
 GATE, _CLEAR = 0.1, 0.5
 _MOST = 5000
@@ -52,50 +51,70 @@ _SAYS = {
     "completeness": "f(C∖K) − f(M∖K), K a random half of the circuit that is chosen",
     "gate": "f of everything but the node, which is replaced",
 }
+# The same of edges, where it reads otherwise.
+_OF_EDGES = {
+    "faithfulness": "(m(C) − m(∅)) / (m(M) − m(∅)), C the first edges; all others carry the other run's writes",
+    "complement": "f of everything but C, which carries the other run's writes",
+    "random": "f of as many edges in an order of chance",
+    "area": "CPR: ∫ f over the part of edges that is kept, by trapezoids",
+    "distance": "CMD: ∫ |1 − f| over the part of edges that is kept, by trapezoids",
+    "minimality": "f(C) − f(C without the edge), C the circuit that is chosen",
+    "gate": "f of everything but the edge",
+}
+# So many names stand in an attribute, which a file holds up to 64 KiB of.
+_NAMED = 1000
 
 
 @torch.no_grad()
 def circuit(
     lm: Model, pairs: Any, order: Any, sizes: Iterable[int] | None = None, replace: str | Model = "source",
     by: str | Iterable[str] = BY, given: Iterable[str] = (), roles: Mapping[str, Any] | Sequence[str] | None = None,
-    draws: int = 10, *, nodes: str | Iterable[str] = NODES, metric: str | Custom = "logit_diff", enough: float = 0.85,
-    choose: int | None = None, gates: bool = True, seed: int = 0, bos: int | bool | None = None,
-    batch: int | None = None, checkpoint: Job | str | Path | None = None, listener: Listener | None = None,
+    draws: int = 10, *, nodes: str | Iterable[str] | None = None, metric: str | Custom = "logit_diff",
+    enough: float = 0.85, choose: int | None = None, gates: bool | None = None, seed: int = 0,
+    bos: int | bool | None = None, batch: int | None = None, checkpoint: Job | str | Path | None = None,
+    listener: Listener | None = None,
 ) -> Result:  # fmt: skip
-    """How much of a metric the first nodes of an order keep when all others are replaced: executed, with controls.
+    """How much of a metric the first nodes, or edges, of an order keep when all others are replaced: executed.
 
-    `f(C) = (m(C) − m(∅)) / (m(M) − m(∅))`, of means over pairs; embeddings are the base prompt's in every run.
+    `f(C) = (m(C) − m(∅)) / (m(M) − m(∅))`, of means over pairs; embeddings are the base prompt's in every run. Where
+    every order is `uw.paths(lm, pairs, "all", "all", …)` and no `nodes` are named, the circuit is one of edges: what is
+    kept reads live, all else what is written in the other run, embeddings too (Hanna et al. 2024, arXiv 2403.17806).
 
     Arguments: `pairs` and `bos` as in `uw.effects`, better not those that made the order; `order` a result of
-    `uw.effects`, `compare`, `paths` (one receiver) or `dla` (an order of each reading), a list of names, a
-    `uw.Circuit`, or {name: one of these}; `sizes` how many nodes are kept, by default MIB's parts of all, none and all
-    always beside them; `replace` where other nodes' values come from, as `source` of `uw.effects`; `by` "absolute" (by
-    size) and "signed" (what helps most first, opponents last); `given` nodes that every set begins with; `roles` names
-    of tokens: a cell is then a node at one of them, of all nodes or of those in {role: names}, and everything at other
-    tokens is replaced; `draws` random orders, and random parts of the chosen circuit; `nodes` what is replaced where it
-    is not kept; `metric` as in `uw.effects` but "fldd"; `enough` the faithfulness that `smallest` asks for; `choose`
-    the size of the first order's circuit that is looked into, by default its smallest; `gates` whether runs without
-    each single node are executed; `seed` of draws; `checkpoint` as in `uw.scan`.
+    `uw.effects`, `compare`, `paths` (one receiver, or all by slopes, which add up), `mask` or `dla` (an order of each
+    reading), a list of names, a `uw.Circuit`, or {name: one of these}; `sizes` how many nodes are kept, by default
+    MIB's parts of all, none and all always beside them; `replace` where other nodes' values come from, as `source` of
+    `uw.effects`; `by` "absolute" (by size) and "signed" (what helps most first, opponents last); `given` nodes that
+    every set begins with; `roles` names of tokens: a cell is then a node at one of them, of all nodes or of those in
+    {role: names}, and everything at other tokens is replaced; `draws` random orders, and random parts of the chosen
+    circuit; `nodes` what is replaced where it is not kept, by default heads and MLPs; `metric` as in `uw.effects` but
+    "fldd"; `enough` the faithfulness that `smallest` asks for; `choose` the size of the first order's circuit that is
+    looked into, by default its smallest; `gates` whether runs without each single node are executed, by default not of
+    edges, which then have no `minimality` either; `seed` of draws; `checkpoint` as in `uw.scan`.
     Returns a Result with `faithfulness` and `complement` (f of everything but C) [order, by, size], `random[draw,
     size]`, `area` (CPR) and `distance` (CMD) [order, by], each with `_low` and `_high` (95 %, jackknife over templates
     or pairs; NaN for fewer than three); `random_area[draw]`; `smallest[order, by]`, the fewest nodes that are enough,
     by bisection between executed sizes; of the chosen circuit `minimality[node]` (f(C) − f(C without it)) and
     `completeness[draw]` (f(C∖K) − f(M∖K), K a random half); `gate[node]` (f of everything but it; of `gate_pairs`
     pairs); `rank` and `score`; `base`, `empty` and `solved[pair]`. Attributes say in words what is chosen, what gates
-    there are, what is assumed, and whether the pairs are solved.
-    Raises NodeError for a node that is not there; NumericError for sizes beyond the nodes and a metric that does not
-    change when all are replaced; ResultError for an order of another model; TokensError for prompts that do not differ.
+    there are, what is assumed, and whether the pairs are solved. Of edges [sender, receiver] stands for [node].
+    Raises ModelError for edges of a model that they do not make up; NodeError for a node that is not there;
+    NumericError for sizes beyond the nodes and a metric that does not change when all are replaced; ResultError for an
+    order of another model; TokensError for prompts that do not differ.
 
     Example: `uw.circuit(lm, test, uw.effects(lm, train, ["heads", "mlp_out"], at="all", method="relp"))`
     """
     scored = known(metric, pairs := admit_pairs(lm, pairs, bos, sees=True))
-    runs = _replacing(lm, pairs, nodes, roles, replace, scored)
+    nodes = (EDGES if of_edges(order) else NODES) if nodes is None else nodes
+    edges = isinstance(nodes, str) and nodes == EDGES
+    runs = cutting(lm, pairs, roles, replace, scored) if edges else replacing(lm, pairs, nodes, roles, replace, scored)
+    gates = not edges if gates is None else gates
     growing = _growing(runs, order, sizes, by, given, roles)
     _require_numbers(growing, draws, enough, choose, seed, gates)
     cells = growing.cells
     settings = {
         "order": growing.names, "sizes": [*growing.sizes], "replace": runs.donor.name, "by": [*growing.by],
-        "given": [cells.nodes[cells.places[i, 0]] for i in growing.given], "roles": [*cells.roles], "draws": draws,
+        "given": [cells.nodes[cells.places[i, 0]] for i in growing.given], "roles": [*runs.roles], "draws": draws,
         "nodes": nodes if isinstance(nodes, str) else [*nodes], "metric": name_of(metric), "enough": enough,
         "choose": choose, "gates": gates, "seed": seed, "batch": batch,
     }  # fmt: skip
@@ -108,46 +127,37 @@ def circuit(
         return job.signed(build("circuit", data, settings, provenance(lm), {"": read}))
 
 
-def _replacing(lm: Model, pairs: Pairs, nodes: Any, roles: Any, replace: Any, metric: str | Custom) -> Replacing:
-    """In which runs of which pairs what is replaced."""
-    if name_of(metric) == "fldd":
-        raise NumericError("fldd is a part of a difference itself", got="fldd", fix="use metric='logit_diff'")
-    if isinstance(replace, str) and replace == "source":
-        pairs.require_differences()
-    if not pairs.aligned:
-        raise TokensError(
-            "every position of a run is replaced by that of another", got="unequal numbers of tokens",
-            expected="base and source prompts of equal numbers",
-        )  # fmt: skip
-    found = slots(lm, nodes if isinstance(nodes, str) else names_of("nodes", nodes))
-    named = () if roles is None else asked_roles([*roles] if isinstance(roles, Mapping) else roles, [*pairs.roles])
-    if roles is not None and not named:
-        raise NumericError("roles are names of tokens", got=shown(roles), expected=", ".join(pairs.roles))
-    rows = np.stack([pairs.roles[role] for role in named], 1) if named else np.zeros((len(pairs), 0), dtype=np.int64)
-    return Replacing(lm, pairs, found, named, rows, metric, donor(lm, pairs, found, replace))
-
-
-def _growing(runs: Replacing, order: Any, sizes: Any, by: Any, given: Any, roles: Any) -> Growing:
+def _growing(runs: Replacing | Cutting, order: Any, sizes: Any, by: Any, given: Any, roles: Any) -> Growing:
     """Which sets are kept."""
     signs = tuple(several("by is a list of signs", [by] if isinstance(by, str) else by, " or ".join(BY), NumericError))
     for sign in signs:
         one_of("by", sign, BY)
     if not signs or len({*signs}) < len(signs):
         raise NumericError("by names each sign once", got=shown(by), expected=" or ".join(BY))
-    names = tuple(name for slot in runs.slots for name in slot.names)
-    cells = cells_at(names, runs.roles, roles if isinstance(roles, Mapping) else None)
-    asked, weights = orders(order), weights_hash(runs.lm)
+    edges, only = isinstance(runs, Cutting), roles if isinstance(roles, Mapping) else None
+    cells = (
+        Cells((*runs.table.senders,), (*runs.table.receivers,), runs.table.joins, edges=True)
+        if edges
+        else cells_at(runs.names, runs.roles, only)
+    )
+    asked, weights = orders(order, edges), weights_hash(runs.lm)
     if wrong := next((one for one in asked if one.model not in ("", weights)), None):
         raise ResultError(f"the order {wrong.name} is of another model", fix="make the order with this model")
-    named = names_of("given", given)
-    first = [name for slot in slots(runs.lm, named) for name in slot.names] if named else []
-    if strange := [name for name in first if name not in names]:
-        raise NodeError(
-            f"{strange[0]} is given, and none of the nodes that are replaced", fix=nearest(strange[0], names)
-        )
-    kept = tuple(cells.of(first))
+    kept = _given(runs, cells, names_of("given", given))
     most = max(len(cells.ranked(one, sign, kept)) for one in asked for sign in signs)
     return Growing(cells, asked, signs, kept, sizes_of(sizes, asked, len(cells), most))
+
+
+def _given(runs: Replacing | Cutting, cells: Cells, named: Sequence[str]) -> tuple[int, ...]:
+    """The cells that every set begins with."""
+    if cells.edges and named:
+        raise NodeError("edges are kept by their order alone", got=f"given {named[0]}", fix="leave given out")
+    first = [name for slot in slots(runs.lm, named) for name in slot.names] if named else []
+    if strange := [name for name in first if name not in cells.nodes]:
+        raise NodeError(
+            f"{strange[0]} is given, and none of the nodes that are replaced", fix=nearest(strange[0], cells.nodes)
+        )
+    return tuple(cells.of(first))
 
 
 def _require_numbers(growing: Growing, draws: Any, enough: Any, choose: Any, seed: Any, gates: Any) -> None:
@@ -156,9 +166,9 @@ def _require_numbers(growing: Growing, draws: Any, enough: Any, choose: Any, see
     number("enough is a faithfulness", enough, "above 0, below 1", lambda value: 0 < value < 1)
     if gates and len(growing.cells) > _MOST:
         got = f"{len(growing.cells):,}, each left out by itself"
-        raise NumericError("these are many nodes to find gates among", got=got, fix="say gates=False")
+        raise NumericError(f"these are many {growing.cells.unit} to find gates among", got=got, fix="say gates=False")
     if choose is not None:
-        whole("choose is a number of nodes", choose, 1, len(growing.ranked[0][0]))
+        whole(f"choose is a number of {growing.cells.unit}", choose, 1, len(growing.ranked[0][0]))
 
 
 class _Stages:
@@ -182,7 +192,8 @@ class _Stages:
         base, empty = self.runs.about["base"], self.runs.value(self.runs.asked.nothing)
         if not abs((base - empty).sum()) > _NONE * (np.abs(base) + np.abs(empty)).sum():
             raise NumericError(
-                "the metric is the same when all nodes are replaced", got=f"{base.mean():.3g} and {empty.mean():.3g}",
+                f"the metric is the same when all {self.growing.cells.unit} are replaced",
+                got=f"{base.mean():.3g} and {empty.mean():.3g}",
                 fix="ask about pairs on which the model answers otherwise, or replace otherwise",
             )  # fmt: skip
 
@@ -210,14 +221,15 @@ class _Stages:
         """What each node of the circuit, and random halves of it, are worth; and gates again, of all pairs."""
         cells, chosen, runs = self.growing.cells, self.chosen, self.runs
         parts = halves(chosen, self.settings["draws"], self.settings["seed"])
-        fewer = [cells.kept([other for other in chosen if other != cell]) for cell in chosen]
+        alone = chosen if self.settings["gates"] or not cells.edges else []
+        fewer = [cells.kept([other for other in chosen if other != cell]) for cell in alone]
         inside = [cells.kept([cell for cell in chosen if cell not in half]) for half in parts]
         outside = [cells.without(half) for half in parts]
         self.few = runs.shares(self._one_out, few=True).whole
         self.doubted: list[int] = np.flatnonzero(self.few < _CLEAR).tolist()
         sure = [self._one_out[i] for i in self.doubted]
         runs.execute([cells.kept(chosen), *fewer, *inside, *outside, *sure], "inside")
-        self.minimality = runs.shares([cells.kept(chosen)]) - runs.shares(fewer)
+        self.minimality = runs.shares([cells.kept(chosen)]) - runs.shares(fewer) if alone else None
         self.completeness = runs.shares(inside) - runs.shares(outside)
         self.gate = runs.shares(sure)
 
@@ -235,43 +247,48 @@ class _Stages:
 def _dataset(growing: Growing, found: _Stages, settings: Mapping[str, Any]) -> xr.Dataset:
     """Everything that was found, named."""
     cells, about, pairs = growing.cells, found.runs.about, found.runs.asked.pairs
-    at = ("node", "role") if cells.roles else ("node",)
+    at = cells.axes
     curve, part = ("order", "by", "size"), np.array(growing.sizes) / len(cells)
     variables: dict[str, Any] = {}
+    says = _SAYS | (_OF_EDGES if cells.edges else {})
     for name, axes, shares in (
         ("faithfulness", curve, found.faithfulness), ("complement", curve, found.complement),
         ("completeness", ("draw",), found.completeness),
-        ("minimality", at, _spread(cells, found.chosen, found.minimality)),
+        ("minimality", at, None if found.minimality is None else _spread(cells, found.chosen, found.minimality)),
         *zip(("area", "distance"), (curve[:2],) * 2, areas(part, found.faithfulness), strict=True),
     ):  # fmt: skip
-        if name != "completeness" or found.completeness.whole.size:
-            variables |= _with_interval(name, axes, shares)
+        if shares is not None and shares.whole.size:
+            variables |= _with_interval(name, axes, shares, says)
     if found.random is not None:
-        variables |= _with_interval("random", ("draw", "size"), found.random)
-        variables["random_area"] = quantity(("draw",), areas(part, found.random)[0].whole, "1", _SAYS["area"])
-    variables["smallest"] = quantity(curve[:2], found.smallest, "nodes", f"the fewest with f ≥ {settings['enough']:g}")
+        variables |= _with_interval("random", ("draw", "size"), found.random, says)
+        variables["random_area"] = quantity(("draw",), areas(part, found.random)[0].whole, "1", says["area"])
+    variables["smallest"] = quantity(
+        curve[:2], found.smallest, cells.unit, f"the fewest with f ≥ {settings['enough']:g}"
+    )
     for name in ("area", "distance"):
         variables[name].attrs |= {
-            "axis": "nodes, each counting the same", "grid": " ".join(map(str, growing.sizes)),
+            "axis": f"{cells.unit}, each counting the same", "grid": " ".join(map(str, growing.sizes)),
             "sign": " ".join(growing.by), "ablation": settings["replace"], "given": " ".join(settings["given"]),
         }  # fmt: skip
-    variables |= _gates(cells, found, at) if settings["gates"] else {}
+    variables |= _gates(cells, found, says) if settings["gates"] else {}
     rank = np.full((*growing.axes[:2], len(cells)), np.nan)
     for o, b in np.ndindex(*rank.shape[:2]):
         rank[o, b, growing.ranked[o][b]] = np.arange(len(growing.ranked[o][b]))
     score = np.stack([cells.helps(one) for one in growing.orders])
     variables["rank"] = quantity((*curve[:2], *at), cells.spread(rank), "1", "place in the order, the first is 0")
-    variables["score"] = quantity(("order", *at), cells.spread(score), "of the order", "how much a node helps")
+    variables["score"] = quantity(
+        ("order", *at), cells.spread(score), "of the order", f"how much {cells.unit[:-1]}s help"
+    )
     unit = unit_of_base(found.runs.asked.metric)
     variables["base"] = quantity(("pair",), about["base"], unit, "m(M), the metric of the base run")
     variables["empty"] = quantity(
-        ("pair",), found.runs.value(found.runs.asked.nothing), unit, "m(∅), all nodes replaced"
+        ("pair",), found.runs.value(found.runs.asked.nothing), unit, f"m(∅), all {cells.unit} replaced"
     )
     solved = about["solved"] > 0
     variables["solved"] = quantity(("pair",), solved, "1", "does the answer beat all choices in the base run?")
     axes = {
         "order": growing.names, "by": [*growing.by], "size": [*growing.sizes], "draw": np.arange(settings["draws"]),
-        "node": [*cells.nodes], "role": [*cells.roles], "pair": np.arange(len(pairs)),
+        at[0]: [*cells.nodes], at[-1] if cells.roles else "role": [*cells.roles], "pair": np.arange(len(pairs)),
     }  # fmt: skip
     used = {axis for one in variables.values() for axis in one.dims}
     data = xr.Dataset(variables, {name: names for name, names in axes.items() if name in used})
@@ -281,10 +298,10 @@ def _dataset(growing: Growing, found: _Stages, settings: Mapping[str, Any]) -> x
     )  # fmt: skip
 
 
-def _with_interval(name: str, axes: tuple[str, ...], shares: Shares) -> dict[str, xr.Variable]:
+def _with_interval(name: str, axes: tuple[str, ...], shares: Shares, says: Mapping[str, str]) -> dict[str, xr.Variable]:
     parts = {name: shares.whole, **dict(zip((f"{name}_low", f"{name}_high"), shares.interval, strict=True))}
     ends = "its 95 % interval, jackknife over templates, or pairs"
-    return {key: quantity(axes, part, "1", _SAYS[name] if key == name else ends) for key, part in parts.items()}
+    return {key: quantity(axes, part, "1", says[name] if key == name else ends) for key, part in parts.items()}
 
 
 def _spread(cells: Cells, own: Sequence[int], shares: Shares) -> Shares:
@@ -298,9 +315,9 @@ def _spread(cells: Cells, own: Sequence[int], shares: Shares) -> Shares:
     return Shares(whole(shares.whole), whole(shares.without))
 
 
-def _gates(cells: Cells, found: _Stages, at: tuple[str, ...]) -> dict[str, Any]:
+def _gates(cells: Cells, found: _Stages, says: Mapping[str, str]) -> dict[str, Any]:
     """Of a few pairs, but of all where little is kept without a node."""
-    made = _with_interval("gate", at, _spread(cells, found.doubted, found.gate))
+    at, made = cells.axes, _with_interval("gate", cells.axes, _spread(cells, found.doubted, found.gate), says)
     value, pairs = found.few.copy(), np.full(len(cells), float(min(FEW, len(found.runs.about["base"]))))
     value[found.doubted], pairs[found.doubted] = found.gate.whole, len(found.runs.about["base"])
     made["gate"].values = cells.spread(value)
@@ -310,17 +327,19 @@ def _gates(cells: Cells, found: _Stages, at: tuple[str, ...]) -> dict[str, Any]:
 def _words(growing: Growing, found: _Stages, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What is chosen, which gates there are, and what is assumed."""
     cells, enough = growing.cells, settings["enough"]
-    called = [" at ".join([cells.nodes[n], *cells.roles[p : p + 1]]) for n, p in cells.places.tolist()]
     gates = [
-        called[i] for i, f in zip(found.doubted, found.gate.whole, strict=True) if f < GATE and i not in growing.given
-    ]
-    notes = [f"{name} decides everything: pass it as given" for name in gates]
+        cells.called(i) for i, f in zip(found.doubted, found.gate.whole, strict=True)
+        if f < GATE and i not in growing.given
+    ]  # fmt: skip
+    do = "" if cells.edges else ": pass it as given"
+    notes = [f"{name} decides everything{do}" for name in gates[:_NAMED]]
     notes += [f"{falls} falls below {enough:g} again: smallest is its first crossing" for falls in found.falls()]
     base, empty = found.runs.about["base"], found.runs.value(found.runs.asked.nothing)
     _, low, high = ratio(base - empty, np.ones(len(base)), found.runs.asked.pairs.cluster)
     notes += ["m(M) − m(∅) is not told apart from 0: what is kept of it means little"] * bool(low <= 0 <= high)
     return {
-        "chosen": ", ".join(called[i] for i in found.chosen), "chosen_order": f"{growing.names[0]} {growing.by[0]}",
-        "gates": ", ".join(gates), "notes": "; ".join(notes),
+        "chosen": ", ".join([cells.called(i) for i in found.chosen[:_NAMED]] + ["…"] * (len(found.chosen) > _NAMED)),
+        "chosen_order": f"{growing.names[0]} {growing.by[0]}", "chosen_size": len(found.chosen), "of": len(cells),
+        "gates": ", ".join(gates[:_NAMED]), "notes": "; ".join(notes),
         "assumes": "smallest: faithfulness crosses once between the executed sizes around it (bisection)",
     }  # fmt: skip

@@ -125,8 +125,9 @@ def paths(
     once. `metric` and `source` as in `uw.effects`; `at`: senders are set at "all" positions at once, at the "last", at
     a role of the pairs ("S2"), or at several, each by itself; receivers read everywhere.
     Returns a Result with `effect[pair, sender, receiver]` (and role, where several are named) in units of the metric;
-    its `mean` over pairs with an interval, `base` and `solved` are those of `uw.effects`; the attribute `cost`. An edge
-    that does not exist, the receiver lying before the sender or beside it (in a parallel block), is NaN.
+    its `mean` over pairs with an interval, `base` and `solved` are those of `uw.effects`; the attributes `cost` and
+    `readers` (how many receivers). An edge that does not exist, the receiver lying before the sender or beside it (in a
+    parallel block), is NaN.
     Raises NodeError for a node that is not there or cannot be such an end, and where none of the edges asked for
     exists; NumericError for unknown settings; TokensError for pairs that this model cannot read.
 
@@ -304,4 +305,6 @@ def _dataset(request: _Request, whole: dict[str, np.ndarray], unit: str) -> xr.D
         "role": [*request.at],
     }  # fmt: skip
     data = xr.Dataset(variables, {name: coordinates[name] for name in request.cells})
-    return data.assign_attrs(solves=said(int(solved.sum()), len(solved), pairs.chance))
+    return data.assign_attrs(
+        solves=said(int(solved.sum()), len(solved), pairs.chance), readers=len(request.ends.receivers)
+    )

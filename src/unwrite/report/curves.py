@@ -11,6 +11,7 @@ import xarray as xr
 
 from unwrite.errors import ResultError
 from unwrite.nodes import parse_site
+from unwrite.report.kept import unit_of
 from unwrite.report.maps import framed
 from unwrite.report.paper import COLOURS, GREY, SAYS, harmless
 from unwrite.result import Result
@@ -26,9 +27,9 @@ def curve(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
     data = result.data
     if "faithfulness" not in data or writer is not None:
         raise ResultError(f"this {result.method} has no such curve", expected="a result of uw.circuit, and no writer")
-    names = [harmless(name) for name in data["order"].values]
+    names, unit = [harmless(name) for name in data["order"].values], unit_of(data)
     lines = list(_points(data))
-    x = alt.X("size:Q", title="nodes kept", scale=alt.Scale(type="symlog", constant=5))
+    x = alt.X("size:Q", title=f"{unit} kept", scale=alt.Scale(type="symlog", constant=5))
     y = alt.Y("f:Q", title="faithfulness")
     colour = alt.Color(
         "order:N",
@@ -42,10 +43,11 @@ def curve(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
     one = alt.Chart(alt.Data(values=[{"f": 1}])).mark_rule(color=GREY, strokeDash=[2, 3]).encode(y="f:Q")
     layers = [one, chance.encode(x=x, y=y, detail="draw:N"), band, drawn]
     chart = alt.layer(*layers).properties(width=360, height=240)
-    return framed(chart, result, data["faithfulness"], ["grey: nodes in an order of chance"], "faithfulness")
+    return framed(chart, result, data["faithfulness"], [f"grey: {unit} in an order of chance"], "faithfulness")
 
 
 def _points(data: xr.Dataset) -> Iterator[dict[str, Any]]:
+    unit = unit_of(data)
     for order in data["order"].values:
         for by in data["by"].values:
             one = data.sel(order=order, by=by)
@@ -53,7 +55,7 @@ def _points(data: xr.Dataset) -> Iterator[dict[str, Any]]:
                 f, low, high = (float(one[f"faithfulness{end}"][i]) for end in ("", "_low", "_high"))
                 if np.isfinite(f):
                     ends = {"low": low, "high": high} if np.isfinite(low) else {"low": f, "high": f}
-                    says = f"{order} {by}, {size} nodes: {f:.3f}"
+                    says = f"{order} {by}, {size} {unit}: {f:.3f}"
                     yield {
                         "order": harmless(order),
                         "by": harmless(by),

@@ -13,11 +13,7 @@ from unwrite.result import Result
 
 # Sizes that a table has room for.
 _SIZES = 8
-_NODES = (
-    Column("node", holds="word"),
-    Column("score", "{score}"),
-    Column("lost without it [95 %]", "{minimality}"),
-)
+_INSIDE = (Column("score", "{score}"), Column("lost without it [95 %]", "{minimality}"))
 BESIDE = (
     Column("node", holds="word"),
     Column("chosen by", holds="word"),
@@ -40,12 +36,17 @@ SHARED = (
 )
 
 
+def unit_of(data: xr.Dataset) -> str:
+    """What a circuit is made of."""
+    return "edges" if "sender" in data.dims else "nodes"
+
+
 def sentence(result: Result) -> str:
     """How few nodes are enough, what as many by chance keep, what decides alone."""
     data, settings = result.data, result.provenance["settings"]
     one = data.isel(order=0, by=0)
     name = str(data.attrs["chosen_order"])
-    kept = _kept(one, settings["enough"], data.sizes["node"] * data.sizes.get("role", 1))
+    kept = _kept(one, settings["enough"], int(data.attrs["of"]))
     area = f"area {_number(one['area'])}{_interval(one, 'area')}" if np.isfinite(one["area"]) else ""
     chance = f"random orders {float(data['random_area'].mean()):.2f}" if "random_area" in data and area else ""
     clusters = f"{data.attrs['clusters']} independent templates or pairs"
@@ -55,24 +56,27 @@ def sentence(result: Result) -> str:
     return f"{words}{notes} {data.attrs['solves']}"
 
 
-def _kept(one: xr.Dataset, enough: float, nodes: int) -> str:
+def _kept(one: xr.Dataset, enough: float, cells: int) -> str:
+    unit = unit_of(one)
     if np.isfinite(one["smallest"]):
-        return f"keeps {enough:.0%} with {int(one['smallest'])} of {nodes} nodes"
+        return f"keeps {enough:.0%} with {int(one['smallest'])} of {cells} {unit}"
     f = one["faithfulness"].values
     last = int(np.flatnonzero(np.isfinite(f))[-1])
-    return f"keeps {f[last]:.0%} with all {int(one['size'][last])} nodes that it has"
+    return f"keeps {f[last]:.0%} with all {int(one['size'][last])} {unit} that it has"
 
 
 def curves(result: Result) -> Iterator[Line | Listing]:
     """Every order by each sign, its curve, and the circuit that was looked into."""
     data = result.data
+    unit = unit_of(data)
     shown = [size for size in data["size"].values.tolist() if size > 0][:_SIZES]
     header = (
-        Column("order", holds="word"), Column("nodes enough", "{smallest}"), Column("area [95 %]", "{area}"),
-        Column("distance", "{distance}"), *(Column(f"{size} nodes", "{faithfulness}") for size in shown),
+        Column("order", holds="word"), Column(f"{unit} enough", "{smallest}"), Column("area [95 %]", "{area}"),
+        Column("distance", "{distance}"), *(Column(f"{size} {unit}", "{faithfulness}") for size in shown),
     )  # fmt: skip
     yield Listing("what is kept of the metric", header, list(_orders(data, shown)), data, None)
-    yield Listing(f"the circuit: {data.attrs['chosen_order']}", _NODES, list(_inside(data)), data)
+    columns = (Column(unit[:-1], holds="word"), *_INSIDE[: 1 + ("minimality" in data)])
+    yield Listing(f"the circuit: {data.attrs['chosen_order']}", columns, list(_inside(data)), data)
     yield Line(f"{data.attrs['clusters']} independent templates or pairs; {int(data.attrs['cost']):,} runs", "dim")
 
 
@@ -91,16 +95,17 @@ def _orders(data: xr.Dataset, shown: list[int]) -> Iterator[tuple[str, ...]]:
 
 
 def _inside(data: xr.Dataset) -> Iterator[tuple[str, ...]]:
-    """The nodes of the circuit, the first ones first."""
+    """The nodes or edges of the circuit, the first ones first."""
     one = data.isel(order=0, by=0)
-    rank, less = one["rank"].transpose("node", ...), one["minimality"].transpose("node", ...)
-    places = np.argwhere(np.isfinite(less.values))
+    rank = one["rank"].transpose(*(axis for axis in ("node", "role", "sender", "receiver") if axis in one["rank"].dims))
+    joint = " at " if "node" in rank.dims else " → "
+    places = np.argwhere(rank.values < data.attrs["chosen_size"])
     for at in sorted(map(tuple, places.tolist()), key=lambda at: rank.values[at]):
-        where = dict(zip(rank.dims, at, strict=True))
-        cell = one.isel(where)
-        name = " at ".join(str(cell[axis].item()) for axis in rank.dims)
-        lost = f"{float(cell['minimality']):+.3f}{_interval(cell, 'minimality')}"
-        yield name, f"{float(cell['score']):+.3f}", lost
+        cell = one.isel(dict(zip(rank.dims, at, strict=True)))
+        words = joint.join(str(cell[axis].item()) for axis in rank.dims), f"{float(cell['score']):+.3f}"
+        if "minimality" in data:
+            words += (f"{float(cell['minimality']):+.3f}{_interval(cell, 'minimality')}",)
+        yield words
 
 
 def _number(value: Any) -> str:

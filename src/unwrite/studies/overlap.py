@@ -68,11 +68,11 @@ class _Side:
 def overlap(a: Any, b: Any, top: Any = 0.02, *, seed: int = 0) -> Result:
     """Which of their largest nodes two results share, stage by stage where several are given of each; needs no torch.
 
-    Arguments: `a` and `b` results with one number for each node (`uw.effects` or `uw.paths` at="all", …), of which the
-    part `top` with the largest size of the mean is compared (several parts: each by itself), two lists or mappings of
-    such results, stage by stage, or two circuits as they are; `seed` of the halves that ceilings are made of.
+    Arguments: `a` and `b` results with one number for each node (`uw.effects` or `uw.paths` at="all", `uw.mask`, …), of
+    which the part `top` with the largest size of the mean is compared (several parts: each by itself), two lists or
+    mappings of such results, stage by stage, or two circuits as they are; `seed` of the halves of ceilings.
     Returns a Result with `shared`, `union`, `jaccard`, `expected`, `p`, `ceiling_a`, `ceiling_b` [top, stage] (a stage
-    "all" at the end where there are several; ceilings are NaN where a result has no pairs to halve), `spearman[stage]`
+    "all" at the end where there are several; ceilings are NaN where there are no pairs to halve), `spearman[stage]`
     of the sizes of all nodes, and in words `both`, `only_a`, `only_b`.
     Raises ResultError for results of two models, of other nodes, with several numbers for each node, or unequal numbers
     of stages; NumericError for a part that is none.
@@ -215,8 +215,7 @@ def _ceiling(side: _Side, k: int, seed: int) -> float:
 
 
 def _halved(side: _Side, seed: int) -> Iterator[tuple[_Side, _Side]]:
-    result = side.result
-    axis = "" if result is None else next((axis for axis in ("pair", "prompt") if axis in result.data.dims), "")
+    result, axis = side.result, "" if side.order is None else side.order.over
     if result is None or not axis or result.data.sizes[axis] < 2:
         return
     for split in range(_SPLITS):

@@ -10,12 +10,12 @@ A head's write is what it adds to the stream in its own run: behind a post-norm 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from unwrite.errors import ModelError, NumericError
@@ -58,9 +58,10 @@ def _other(lm: Model, layer: Layer) -> str | None:
 
 @torch.no_grad()
 def kept_edges(
-    base: Base, source: Values, table: Ends, kept: Bool[Tensor, "sender receiver"]
-) -> Float[Tensor, "pair d_model"]:
-    """The final stream at the read rows, all edges cut but those that are kept.
+    base: Base, source: Values, table: Ends, kept: Bool[Tensor, "sender receiver"],
+    pair: Int[Tensor, " run"] | None = None,
+) -> Float[Tensor, "run d_model"]:  # fmt: skip
+    """The final stream at the read rows, all edges cut but those that are kept; of all pairs, or of some.
 
     `table` is that of `edge_table`; `base` and `source` hold values of `table.sent`. Raises NumericError for a mask of
     another shape.
@@ -71,13 +72,41 @@ def kept_edges(
         )
     cut = (torch.from_numpy(table.joins).to(base.row.device) & ~kept.to(base.row.device)).T
     start = first_change(base, source)
+    every = torch.arange(len(base.row), device=base.row.device) if pair is None else pair
     if start is None or not cut.any():
-        return base.final
+        return base.final[every]
     start, end = base.begin(start), base.end(base.row)
-    calls, every = base.calls(start, end), torch.arange(len(base.row), device=base.row.device)
+    calls = base.calls(start, end)
     some = every.split(max(1, ROWS // ((end - start) * _branches(table, cut))))
     runs = [Runs(base, pair, [0] * len(pair), start, end, calls) for pair in some]
     return torch.cat([one.finals(_Circuit.begun(one, source, table, cut).step) for one in runs])
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """Runs of base prompts in which the edges outside of sets carry what is written in `source`; asked as `Outside` is.
+
+    Sets say what is kept, [set, sender, receiver].
+    """
+
+    base: Base
+    source: Values
+    table: Ends
+
+    def parts(
+        self, kept: Bool[Tensor, "set sender receiver"], asked: Bool[Tensor, "set pair"]
+    ) -> Iterator[tuple[Int[Tensor, " run"], Int[Tensor, " run"]]]:
+        """The runs that go up together, as sets and pairs: those of one set."""
+        for i in range(len(kept)):
+            pair = asked[i].nonzero()[:, 0]
+            if len(pair):
+                yield torch.full_like(pair, i), pair
+
+    def final(
+        self, kept: Bool[Tensor, "run sender receiver"], pair: Int[Tensor, " run"]
+    ) -> Float[Tensor, "run d_model"]:
+        """The final stream of runs that all keep the same edges, at the row that is read."""
+        return kept_edges(self.base, self.source, self.table, kept[0], pair)
 
 
 def _branches(table: Ends, cut: Bool[Tensor, "receiver sender"]) -> int:

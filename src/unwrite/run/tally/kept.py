@@ -1,24 +1,29 @@
 """What is a metric where everything outside of sets is replaced? Of every pair, each set executed once.
 
-Sets are [node, place] as `Outside` has them; all that are new at a time go up in one pass over the pairs.
+Sets are [node, place] as `Outside` has them, or [sender, receiver] as `Cut` does; all that are new at a time go up in
+one pass over the pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from unwrite.errors import NumericError, TokensError, shown
 from unwrite.model.view import Model
+from unwrite.nodes import names_of
 from unwrite.orders import Set
 from unwrite.prompts.pairs import Pairs
+from unwrite.prompts.positions import asked_roles
 from unwrite.run.answer.logits import normed
-from unwrite.run.answer.metrics import Custom, Metric, metric_of
-from unwrite.run.edit.slots import Slot
+from unwrite.run.answer.metrics import Custom, Metric, metric_of, name_of
+from unwrite.run.edit.slots import Slot, slots
 from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.finite import require_finite
 from unwrite.run.loop.job import Job
@@ -27,7 +32,9 @@ from unwrite.run.loop.rows import Rows
 from unwrite.run.loop.stream import Batch, Listener, Progress, stream
 from unwrite.run.replay.circuits import Outside
 from unwrite.run.replay.clean import base_of
-from unwrite.run.source.values import Donor
+from unwrite.run.replay.edge_circuits import Cut, edge_table
+from unwrite.run.replay.edges import Ends
+from unwrite.run.source.values import Donor, donor
 from unwrite.stats.curves import Shares, faithfulness
 
 # Of so many pairs, the first ones, a set is run that few are asked of.
@@ -47,15 +54,80 @@ class Replacing:
     donor: Donor
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Of the nodes."""
+        return tuple(name for slot in self.slots for name in slot.names)
+
+    @property
     def nothing(self) -> Set:
         """The set that keeps nothing."""
         return np.zeros((sum(len(slot.units) for slot in self.slots), self.rows.shape[1] + 1), dtype=bool)
+
+    def begun(self, rows: slice) -> Outside:
+        """Those runs of some pairs."""
+        roles = torch.from_numpy(self.rows[rows]).to(self.lm.device)
+        base = base_of(self.lm, self.pairs, rows, self.slots)
+        return Outside(base, self.donor.values(rows), self.slots, roles)
+
+
+@dataclass(frozen=True, eq=False)
+class Cutting:
+    """Runs of pairs in which edges of a `table` carry what is written in another run, and what is asked."""
+
+    lm: Model
+    pairs: Pairs
+    table: Ends
+    metric: str | Custom
+    donor: Donor
+    roles: tuple[str, ...] = ()
+
+    @property
+    def nothing(self) -> Set:
+        """The set that keeps nothing."""
+        return np.zeros(self.table.joins.shape, dtype=bool)
+
+    def begun(self, rows: slice) -> Cut:
+        """Those runs of some pairs."""
+        return Cut(base_of(self.lm, self.pairs, rows, self.table.sent), self.donor.values(rows), self.table)
+
+
+def replacing(lm: Model, pairs: Pairs, nodes: Any, roles: Any, replace: Any, metric: str | Custom) -> Replacing:
+    """In which runs of which pairs what is replaced. Raises as `uw.circuit` does."""
+    _require_another_run(pairs, replace, metric)
+    found = slots(lm, nodes if isinstance(nodes, str) else names_of("nodes", nodes))
+    named = () if roles is None else asked_roles([*roles] if isinstance(roles, Mapping) else roles, [*pairs.roles])
+    if roles is not None and not named:
+        raise NumericError("roles are names of tokens", got=shown(roles), expected=", ".join(pairs.roles))
+    rows = np.stack([pairs.roles[role] for role in named], 1) if named else np.zeros((len(pairs), 0), dtype=np.int64)
+    return Replacing(lm, pairs, found, named, rows, metric, donor(lm, pairs, found, replace))
+
+
+def cutting(lm: Model, pairs: Pairs, roles: Any, replace: Any, metric: str | Custom) -> Cutting:
+    """The same of edges."""
+    if roles is not None:
+        raise NumericError("edges carry every position", got=shown(roles), fix="leave roles out")
+    _require_another_run(pairs, replace, metric)
+    table = edge_table(lm)
+    return Cutting(lm, pairs, table, metric, donor(lm, pairs, table.sent, replace))
+
+
+def _require_another_run(pairs: Pairs, replace: Any, metric: str | Custom) -> None:
+    """A run that says something else, position by position, by a metric that has a difference."""
+    if name_of(metric) == "fldd":
+        raise NumericError("fldd is a part of a difference itself", got="fldd", fix="use metric='logit_diff'")
+    if isinstance(replace, str) and replace == "source":
+        pairs.require_differences()
+    if not pairs.aligned:
+        raise TokensError(
+            "every position of a run is replaced by that of another", got="unequal numbers of tokens",
+            expected="base and source prompts of equal numbers",
+        )  # fmt: skip
 
 
 class Executed:
     """Metrics of runs that keep sets, each set executed once, and all that are new at a time in one pass over pairs."""
 
-    def __init__(self, asked: Replacing, size: int, job: Job, listener: Listener | None):
+    def __init__(self, asked: Replacing | Cutting, size: int, job: Job, listener: Listener | None):
         self.asked, self.size, self.job, self.listener = asked, size, job, listener
         self._known: dict[bytes, Float[np.ndarray, " pair"]] = {}
         self._few: dict[bytes, Float[np.ndarray, " pair"]] = {}
@@ -102,7 +174,7 @@ class Executed:
 class _Begun:
     """What runs of some pairs begin from."""
 
-    outside: Outside
+    outside: Outside | Cut
     metric: Metric
     clean: Float[Tensor, " pair"]
     solved: Bool[Tensor, " pair"]
@@ -111,7 +183,7 @@ class _Begun:
 class _Last:
     """What runs of some pairs begin from, held until others are asked for: of few pairs all stages begin from one."""
 
-    def __init__(self, asked: Replacing):
+    def __init__(self, asked: Replacing | Cutting):
         self._asked = asked
         self._held: dict[tuple[int, int], _Begun] = {}
 
@@ -124,12 +196,11 @@ class _Last:
 
     def _begun(self, rows: slice) -> _Begun:
         asked = self._asked
-        base = base_of(asked.lm, asked.pairs, rows, asked.slots)
+        outside = asked.begun(rows)
+        base = outside.base
         metric = metric_of(asked.lm, asked.pairs, asked.metric, rows, base.final)
         clean = metric(base.final)
         require_finite(clean.isfinite(), "the metric of {pair} is not finite", pair=rows.start)
-        roles = torch.from_numpy(asked.rows[rows]).to(asked.lm.device)
-        outside = Outside(base, asked.donor.values(rows), asked.slots, roles)
         return _Begun(outside, metric, clean, metric.solved(normed(asked.lm, base.final)))
 
 
@@ -162,7 +233,7 @@ class _Tally:
             found = metric(outside.final(sets[one], pair), pair).double().cpu()
             finite = torch.ones(batch.real, dtype=torch.bool)
             finite[pair.cpu()[~found.isfinite()]] = False
-            require_finite(finite, "the metric of {pair} is not finite where nodes are replaced", pair=batch.first)
+            require_finite(finite, "the metric of {pair} is not finite where not all is kept", pair=batch.first)
             held["value"][pair.cpu(), one.cpu()] = found
             self._begun.keep(name, held, i + 1)
             part = float(held["value"].isfinite().sum()) / int(run.sum())
