@@ -15,6 +15,7 @@ from typing import Any
 import hypothesis
 import jaxtyping
 import pytest
+from beartype import BeartypeConf, beartype
 
 # Set before torch is loaded: xdist runs one worker for each core, and one thread gives the same sums everywhere.
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -24,6 +25,8 @@ hypothesis.settings.register_profile("unwrite", deadline=None, derandomize="CI" 
 hypothesis.settings.load_profile("unwrite")
 
 _jaxtyped = jaxtyping.jaxtyped
+# As Python itself says that a type is wrong.
+_WRONG_TYPE = BeartypeConf(violation_type=TypeError)
 
 
 def _checked(*, typechecker: Callable[..., Any]) -> Callable[[Any], Any]:
@@ -40,7 +43,7 @@ def _checked(*, typechecker: Callable[..., Any]) -> Callable[[Any], Any]:
             if dataclasses.is_dataclass(made):
                 made.__init__ = checked(made.__init__)
             return made
-        return _at_first(made, check) if _names_axes(made) else _always(made, typechecker(made))
+        return _at_first(made, check) if _names_axes(made) else _always(made, beartype(conf=_WRONG_TYPE)(made))
 
     return checked
 

@@ -29,7 +29,9 @@ from unwrite.prompts.texts import windows
 from unwrite.prompts.tokens import Tokens, from_ids
 from unwrite.report import page, terminal
 from unwrite.report.scanned import rows
+from unwrite.run.loop.trial import Taken
 from unwrite.run.tally.gram import GramTally
+from unwrite.studies import plan
 from unwrite.studies.audit import demonstration
 
 # `unwrite.studies.audit` as an attribute of the package is what an import statement would find, too.
@@ -111,6 +113,28 @@ def test_the_demonstration_needs_no_file_and_names_its_text() -> None:
     shown = lm.tokenizer.batch_decode(tokens.ids)
     assert shown[0].startswith('<|bos|>"""Base implementation of event loop.')
     assert len(set(tokens.cluster)) == 3
+
+
+@pytest.mark.parametrize(
+    ("budget", "n", "length"), [(10**4, 96, 48), (200, 24, 48), (100, 12, 48), (70, 12, 32), (50, 12, 24)]
+)
+def test_an_audit_is_as_large_as_its_budget_allows_and_its_prompts_shorter_before_it_is_refused(
+    monkeypatch: pytest.MonkeyPatch, budget: float, n: int, length: int
+) -> None:
+    """Each prompt of a scan takes a third of a second a token, and nothing else takes any time."""
+    names = ("survival", "verify", "dla", "dla found", "dla short")
+    monkeypatch.setattr(plan, "material", lambda lm, tokens: 60)
+    monkeypatch.setattr(
+        plan,
+        "stages",
+        lambda lm, tokens, _: {name: Taken(0.0, 0.0) for name in names} | {"scan": Taken(0.0, tokens / 3)},
+    )
+    lm = uw.load("default")
+    found = plan.planned(lm, lambda count, long: demonstration(lm, count, long), 48, budget)
+    assert (found.n, found.length, found.writers) == (n, length, 60)
+    assert found.total == pytest.approx(n / 2 * length / 3)
+    with pytest.raises(NumericError, match="Expected: about 48 s for 12 prompts of 24 tokens"):
+        plan.planned(lm, lambda count, long: demonstration(lm, count, long), 48, 10)
 
 
 def test_doctor_measures_identities_memory_and_time() -> None:

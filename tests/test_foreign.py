@@ -180,6 +180,27 @@ def calls() -> dict[str, Call]:
             {"keep": "None Pairs", "penalty": "3 2**70 0.5 3.0 np.int64 np.float32", "held": "Pairs", "seeds": _COUNTS,
              "draws": _COUNTS, "lr": "0.5 np.float32"}, long=True,
         ),
+        "circuit": Call(
+            uw.circuit, {**asked, "order": ["L0H0"], "draws": 1},
+            {"order": "Result_of_effects", "sizes": f"None {_READ}", "replace": "Model", "roles": "None",
+             "draws": f"0 {_COUNTS}", "nodes": "None", "enough": "0.5 np.float32", "choose": "None",
+             "gates": "None True False"}, long=True,
+        ),
+        "Circuit": Call(
+            uw.Circuit, {"nodes": ("L0H0",)}, {"of": f"0 {_COUNTS}", **dict.fromkeys(("model", "weights"), _STRINGS)}
+        ),
+        "Circuit.looking": Call(
+            uw.Circuit(("L0H0",)).looking,
+            {"attention": uw.attention(lm(), IDS[:1], ["L0H0"]), "roles": {"end": [-1]}}, {"roles": ""},
+        ),
+        "Circuit.save": Call(uw.Circuit(("L0H0",)).save, {"path": "saved"}),
+        "overlap": Call(
+            uw.overlap, {"a": found("atp"), "b": found("exact"), "top": 0.5},
+            {**dict.fromkeys("ab", "Result_of_effects"), "top": "0.5 np.float32"},
+        ),
+        "beside": Call(
+            uw.beside, {"circuit": uw.Circuit(("L0H0",)), "dla": uw.dla(lm(), IDS[:2], 5, 9)}, {"survival": "None"}
+        ),
         "paths": Call(uw.paths, {**asked, "senders": ["L0H0"]}, {"mlps": "None"}),
         "bound": Call(
             uw.bound, {**asked, "guess": found("atp"), "verified": 0, "subsets": 8, "p": 0.5},
@@ -234,7 +255,8 @@ def calls() -> dict[str, Call]:
 
 NAMES = (
     "load", "planted", "text", "images", "pairs", "read", "scan", "verify", "survival", "dla", "adversarial",
-    "corpus_dla", "lens", "attention", "activations", "effects", "solves", "mask", "paths", "bound", "compare",
+    "corpus_dla", "lens", "attention", "activations", "effects", "solves", "mask", "circuit", "Circuit",
+    "Circuit.looking", "Circuit.save", "overlap", "beside", "paths", "bound", "compare",
     "agree", "diff", "audit", "reproduce", "doctor", "trace", "sae", "trace[]", "Edit", "Edit.set", "Edit.mean",
     "Edit.add", "Edit.scale", "Edit.project_out", "Job", "Rules", "Result", "Result[]", "Result.figure", "Result.grid",
     "Result.save", "Result.save_table", "Tokens", "Tokens.named", "Tokens.take", "Tokens.spread", "Tokens.check",

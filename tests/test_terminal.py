@@ -75,7 +75,7 @@ def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def run(lm: Model, tokens: Tokens, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """The exit code of `unwrite …` with a tiny model and its text, whatever the command line names."""
-    for module in (cli, COMMAND, options, shards):
+    for module in (options, shards):
         monkeypatch.setattr(module, "load_model", lambda *_: lm)
     for module in (COMMAND, shards):
         monkeypatch.setattr(module, "read_texts", lambda *_: tokens)
@@ -459,6 +459,6 @@ def test_an_interrupt_before_a_method_runs_ends_in_one_line(run, monkeypatch, ca
     def pressed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(COMMAND, "load_model", pressed)
+    monkeypatch.setattr(options, "load_model", pressed)
     assert run("audit", "m", "--text", "t") == 130
     assert capsys.readouterr().err == "stopped.\n"

@@ -24,6 +24,8 @@ from unwrite.studies.keep import PLAN
 
 # An audit of so many prompts, the most that fit; who wants more says -n.
 _SIZES = (12, 16, 24, 32, 48, 64, 96)
+# Where not even the fewest of full length fit.
+_SHORTER = (32, 24)
 
 
 @dataclass(frozen=True)
@@ -58,21 +60,22 @@ def kept(folder: str | Path | None, budget: float | None) -> Planned | None:
 
 def planned(lm: Model, read: Callable[[int, int], Any], length: int, budget: float) -> Planned:
     """The largest audit of prompts of `length` tokens that a budget of seconds allows, of texts that `read` gives: so
-    many prompts, so long.
+    many prompts, so long. Where none of that length fits, prompts are shorter.
 
     Raises NumericError where not even the smallest fits.
     """
-    writers = material(lm, next(iter(by_name(read(SEEN, length)).values())))
-    taken = stages(lm, length, writers)
-    fits = [plan for size in _SIZES if (plan := _plan(size, length, writers, taken, budget)).total <= budget]
-    if not fits:
-        least = _plan(_SIZES[0], length, writers, taken, budget).total
-        raise NumericError(
-            "the budget is too small for an audit", got=f"{budget:.0f} s",
-            expected=f"about {least:.0f} s for {_SIZES[0]} prompts of {length} tokens",
-            fix="allow more with --budget, or read shorter texts with --length",
-        )  # fmt: skip
-    return fits[-1]
+    lengths, least = [length, *(short for short in _SHORTER if short < length)], float("inf")
+    for tokens in lengths:
+        writers = material(lm, next(iter(by_name(read(SEEN, tokens)).values())))
+        taken = stages(lm, tokens, writers)
+        fits = [plan for size in _SIZES if (plan := _plan(size, tokens, writers, taken, budget)).total <= budget]
+        if fits:
+            return fits[-1]
+        least = _plan(_SIZES[0], tokens, writers, taken, budget).total
+    raise NumericError(
+        "the budget is too small for an audit", got=f"{budget:.0f} s",
+        expected=f"about {least:.0f} s for {_SIZES[0]} prompts of {lengths[-1]} tokens", fix="allow more with --budget",
+    )  # fmt: skip
 
 
 def _plan(n: int, length: int, writers: int, taken: Mapping[str, Taken], budget: float) -> Planned:
