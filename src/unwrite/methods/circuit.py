@@ -126,7 +126,7 @@ def circuit(
 
 def _runs(
     lm: Model, pairs: Pairs, order: Any, nodes: Any, roles: Any, replace: Any, metric: str | Custom
-) -> tuple[Any, Replacing | Cutting]:
+) -> tuple[str | Iterable[str], Replacing | Cutting]:
     """What circuits are of, and in which runs the rest is replaced."""
     nodes = (EDGES if of_edges(order) else NODES) if nodes is None else nodes
     if isinstance(nodes, str) and nodes == EDGES:
