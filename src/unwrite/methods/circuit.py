@@ -23,7 +23,8 @@ from unwrite.errors import NodeError, NumericError, ResultError, number, one_of,
 from unwrite.model.load import provenance, weights_hash
 from unwrite.model.view import Model
 from unwrite.nodes import names_of, nearest
-from unwrite.orders import Cells, Growing, cells_at, halves, of_edges, orders, sizes_of
+from unwrite.orders import Cells, Growing, halves, of_edges, orders, sizes_of
+from unwrite.prompts.pairs import Pairs
 from unwrite.result import Result, build, quantity
 from unwrite.run.answer.metrics import Custom, known, name_of, unit_of_base, unless_own
 from unwrite.run.edit.slots import slots
@@ -76,9 +77,9 @@ def circuit(
 ) -> Result:  # fmt: skip
     """How much of a metric the first nodes, or edges, of an order keep when all others are replaced: executed.
 
-    `f(C) = (m(C) − m(∅)) / (m(M) − m(∅))`, of means over pairs; embeddings are the base prompt's in every run. Where
-    every order is `uw.paths(lm, pairs, "all", "all", …)` and no `nodes` are named, the circuit is one of edges: what is
-    kept reads live, all else what is written in the other run, embeddings too (Hanna et al. 2024, arXiv 2403.17806).
+    `f(C) = (m(C) − m(∅)) / (m(M) − m(∅))`, of means over pairs; embeddings are the base prompt's in every run. If all
+    orders are `uw.paths(lm, pairs, "all", "all", …)`, and no `nodes` named, it is one of edges: all others, embeddings'
+    too, carry what is written in the other run (Hanna et al. 2024, arXiv 2403.17806).
 
     Arguments: `pairs` and `bos` as in `uw.effects`, better not those that made the order; `order` a result of
     `uw.effects`, `compare`, `paths` (one receiver, or all by slopes, which add up), `mask` or `dla` (an order of each
@@ -98,20 +99,16 @@ def circuit(
     `completeness[draw]` (f(C∖K) − f(M∖K), K a random half); `gate[node]` (f of everything but it; of `gate_pairs`
     pairs); `rank` and `score`; `base`, `empty` and `solved[pair]`. Attributes say in words what is chosen, what gates
     there are, what is assumed, and whether the pairs are solved. Of edges [sender, receiver] stands for [node].
-    Raises ModelError for edges of a model that they do not make up; NodeError for a node that is not there;
-    NumericError for sizes beyond the nodes and a metric that does not change when all are replaced; ResultError for an
-    order of another model; TokensError for prompts that do not differ.
+    Raises ModelError for edges that do not make up all that is read; NodeError for a node that is not there;
+    NumericError for impossible sizes and a metric that never changes; ResultError for an order of another model;
+    TokensError for prompts that do not differ.
 
     Example: `uw.circuit(lm, test, uw.effects(lm, train, ["heads", "mlp_out"], at="all", method="relp"))`
     """
-    scored = known(metric, pairs := admit_pairs(lm, pairs, bos, sees=True))
-    nodes = (EDGES if of_edges(order) else NODES) if nodes is None else nodes
-    edges = isinstance(nodes, str) and nodes == EDGES
-    runs = cutting(lm, pairs, roles, replace, scored) if edges else replacing(lm, pairs, nodes, roles, replace, scored)
-    gates = not edges if gates is None else gates
+    nodes, runs = _runs(lm, pairs := admit_pairs(lm, pairs, bos, sees=True), order, nodes, roles, replace, metric)
     growing = _growing(runs, order, sizes, by, given, roles)
+    cells, gates = growing.cells, not growing.cells.edges if gates is None else gates
     _require_numbers(growing, draws, enough, choose, seed, gates)
-    cells = growing.cells
     settings = {
         "order": growing.names, "sizes": [*growing.sizes], "replace": runs.donor.name, "by": [*growing.by],
         "given": [cells.nodes[cells.places[i, 0]] for i in growing.given], "roles": [*runs.roles], "draws": draws,
@@ -127,6 +124,16 @@ def circuit(
         return job.signed(build("circuit", data, settings, provenance(lm), {"": read}))
 
 
+def _runs(
+    lm: Model, pairs: Pairs, order: Any, nodes: Any, roles: Any, replace: Any, metric: str | Custom
+) -> tuple[str | Iterable[str], Replacing | Cutting]:
+    """What circuits are of, and in which runs the rest is replaced."""
+    nodes = (EDGES if of_edges(order) else NODES) if nodes is None else nodes
+    if isinstance(nodes, str) and nodes == EDGES:
+        return nodes, cutting(lm, pairs, roles, replace, known(metric, pairs))
+    return nodes, replacing(lm, pairs, nodes, roles, replace, known(metric, pairs))
+
+
 def _growing(runs: Replacing | Cutting, order: Any, sizes: Any, by: Any, given: Any, roles: Any) -> Growing:
     """Which sets are kept."""
     signs = tuple(several("by is a list of signs", [by] if isinstance(by, str) else by, " or ".join(BY), NumericError))
@@ -134,13 +141,8 @@ def _growing(runs: Replacing | Cutting, order: Any, sizes: Any, by: Any, given: 
         one_of("by", sign, BY)
     if not signs or len({*signs}) < len(signs):
         raise NumericError("by names each sign once", got=shown(by), expected=" or ".join(BY))
-    edges, only = isinstance(runs, Cutting), roles if isinstance(roles, Mapping) else None
-    cells = (
-        Cells((*runs.table.senders,), (*runs.table.receivers,), runs.table.joins, edges=True)
-        if edges
-        else cells_at(runs.names, runs.roles, only)
-    )
-    asked, weights = orders(order, edges), weights_hash(runs.lm)
+    cells = runs.cells(roles if isinstance(roles, Mapping) else None)
+    asked, weights = orders(order, cells.edges), weights_hash(runs.lm)
     if wrong := next((one for one in asked if one.model not in ("", weights)), None):
         raise ResultError(f"the order {wrong.name} is of another model", fix="make the order with this model")
     kept = _given(runs, cells, names_of("given", given))

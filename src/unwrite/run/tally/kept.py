@@ -18,7 +18,7 @@ from torch import Tensor
 from unwrite.errors import NumericError, TokensError, shown
 from unwrite.model.view import Model
 from unwrite.nodes import names_of
-from unwrite.orders import Set
+from unwrite.orders import Cells, Set, cells_at
 from unwrite.prompts.pairs import Pairs
 from unwrite.prompts.positions import asked_roles
 from unwrite.run.answer.logits import normed
@@ -53,10 +53,9 @@ class Replacing:
     metric: str | Custom
     donor: Donor
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of the nodes."""
-        return tuple(name for slot in self.slots for name in slot.names)
+    def cells(self, only: Mapping[str, Any] | None) -> Cells:
+        """What sets are chosen from: nodes, at roles where there are some; of roles only those nodes that are named."""
+        return cells_at(tuple(name for slot in self.slots for name in slot.names), self.roles, only)
 
     @property
     def nothing(self) -> Set:
@@ -80,6 +79,10 @@ class Cutting:
     metric: str | Custom
     donor: Donor
     roles: tuple[str, ...] = ()
+
+    def cells(self, _: object) -> Cells:
+        """What sets are chosen from: edges."""
+        return Cells(tuple(self.table.senders), tuple(self.table.receivers), self.table.joins, edges=True)
 
     @property
     def nothing(self) -> Set:
