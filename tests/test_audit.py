@@ -116,7 +116,7 @@ def test_the_demonstration_needs_no_file_and_names_its_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("budget", "n", "length"), [(10**4, 96, 48), (200, 24, 48), (100, 12, 48), (70, 12, 32), (50, 12, 24)]
+    ("budget", "n", "length"), [(1e4, 96, 48), (200.0, 24, 48), (100.0, 12, 48), (70.0, 12, 32), (50.0, 12, 24)]
 )
 def test_an_audit_is_as_large_as_its_budget_allows_and_its_prompts_shorter_before_it_is_refused(
     monkeypatch: pytest.MonkeyPatch, budget: float, n: int, length: int
@@ -134,7 +134,7 @@ def test_an_audit_is_as_large_as_its_budget_allows_and_its_prompts_shorter_befor
     assert (found.n, found.length, found.writers) == (n, length, 60)
     assert found.total == pytest.approx(n / 2 * length / 3)
     with pytest.raises(NumericError, match="Expected: about 48 s for 12 prompts of 24 tokens"):
-        plan.planned(lm, lambda count, long: demonstration(lm, count, long), 48, 10)
+        plan.planned(lm, lambda count, long: demonstration(lm, count, long), 48, 10.0)
 
 
 def test_doctor_measures_identities_memory_and_time() -> None:

@@ -97,6 +97,7 @@ class Call:
 
 _PLACES, _COUNTS = "blank nonsense three str_subclass file no_such_path folder", "3 np.int64"
 _NUMBERS = "3 0 -1 2**70 0.5 3.0 np.int64 np.float32"
+_NONE_OF_ANY = "[] () set() empty_array"
 _ROLES = "None {} mapping_proxy Dataset BatchEncoding_of_nothing"
 _VALUES = f"{_NUMBERS} float_tensor nan_tensor tensor_with_a_gradient tensor_without_axes"
 _CALLED = "lambda class module raising HF_model tokenizer"
@@ -182,21 +183,24 @@ def calls() -> dict[str, Call]:
         ),
         "circuit": Call(
             uw.circuit, {**asked, "order": ["L0H0"], "draws": 1},
-            {"order": "Result_of_effects", "sizes": f"None {_READ}", "replace": "Model", "roles": "None",
+            {"order": "Result_of_effects", "sizes": "None range", "given": _NONE_OF_ANY,
+             "replace": "Model", "roles": "None",
              "draws": f"0 {_COUNTS}", "nodes": "None", "enough": "0.5 np.float32", "choose": "None",
              "gates": "None True False"}, long=True,
         ),
         "Circuit": Call(
-            uw.Circuit, {"nodes": ("L0H0",)}, {"of": f"0 {_COUNTS}", **dict.fromkeys(("model", "weights"), _STRINGS)}
+            uw.Circuit, {"nodes": ("L0H0",)},
+            {**dict.fromkeys(("nodes", "roles", "looks"), _NONE_OF_ANY), "scores": f"{_NONE_OF_ANY} [nan]",
+             "of": f"0 {_COUNTS}", **dict.fromkeys(("model", "weights"), _STRINGS)},
         ),
         "Circuit.looking": Call(
             uw.Circuit(("L0H0",)).looking,
-            {"attention": uw.attention(lm(), IDS[:1], ["L0H0"]), "roles": {"end": [-1]}}, {"roles": ""},
+            {"attention": uw.attention(lm(), IDS[:1], heads=["L0H0"]), "roles": {"end": [-1]}}, {"roles": ""},
         ),
         "Circuit.save": Call(uw.Circuit(("L0H0",)).save, {"path": "saved"}),
         "overlap": Call(
             uw.overlap, {"a": found("atp"), "b": found("exact"), "top": 0.5},
-            {**dict.fromkeys("ab", "Result_of_effects"), "top": "0.5 np.float32"},
+            {**dict.fromkeys("ab", "Result_of_effects"), "top": "0.5 np.float32", "seed": f"0 2**70 {_COUNTS}"},
         ),
         "beside": Call(
             uw.beside, {"circuit": uw.Circuit(("L0H0",)), "dla": uw.dla(lm(), IDS[:2], 5, 9)}, {"survival": "None"}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
 
-from unwrite.errors import NodeError, ResultError, one_of, shown, whole
+from unwrite.errors import NodeError, ResultError, one_of, require, several, shown, whole
 from unwrite.nodes import names_of, parse_site
 from unwrite.result import Result, build, quantity, read, require_result
 
@@ -46,11 +47,15 @@ class Circuit:
     def __post_init__(self) -> None:
         nodes = tuple(str(parse_site(name)) for name in names_of("nodes", self.nodes))
         object.__setattr__(self, "nodes", nodes)
-        for name, empty in (("roles", ""), ("scores", np.nan), ("looks", "")):
-            part = tuple(getattr(self, name)) or (empty,) * len(nodes)
-            if len(part) != len(nodes):
-                raise ResultError(f"a circuit has {name} of each node", got=len(part), expected=str(len(nodes)))
+        for name, empty, kind in (("roles", "", str), ("scores", np.nan, Real), ("looks", "", str)):
+            what = f"a circuit has {name} of each node"
+            part = tuple(several(what, getattr(self, name), str(len(nodes)), ResultError)) or (empty,) * len(nodes)
+            require(len(part) == len(nodes), ResultError, what, len(part), str(len(nodes)))
+            for one in part:
+                require(isinstance(one, kind), ResultError, what, one, "words" if kind is str else "numbers")
             object.__setattr__(self, name, part)
+        for name in ("model", "weights"):
+            require(isinstance(getattr(self, name), str), ResultError, f"{name} is a word", getattr(self, name), "text")
         if len(set(self.cells)) < len(nodes):
             twice = next(cell for cell in self.cells if self.cells.count(cell) > 1)
             raise NodeError("a circuit names every node once", got=" at ".join(filter(None, twice)))
@@ -157,13 +162,16 @@ class Circuit:
         """
         require_result("attention", attention, "attention")
         weight = attention["weight"].transpose("prompt", "head", "query", "key")
-        rows = {str(name): np.asarray(part) for name, part in roles.items()}
-        if "end" not in rows or any(len(part) != weight.sizes["prompt"] for part in rows.values()):
+        n, length = weight.sizes["prompt"], weight.sizes["key"]
+        if not isinstance(roles, Mapping):
+            raise ResultError("roles are rows by name", got=shown(roles), expected="those of pairs", fix="pairs.roles")
+        rows = {str(name): _rows(part, n, length) for name, part in roles.items()}
+        if "end" not in rows or any(part is None for part in rows.values()):
             raise ResultError(
-                "attention is of other prompts than the roles", got=f"{weight.sizes['prompt']} prompts",
+                "attention is of other prompts than the roles", got=f"{n} prompts",
                 fix="give uw.attention(lm, pairs.base) and pairs.roles",
             )  # fmt: skip
-        heads, prompt = [str(name) for name in weight["head"].values], np.arange(weight.sizes["prompt"])
+        heads, prompt = [str(name) for name in weight["head"].values], np.arange(n)
         said = {}
         for head in set(heads) & set(self.nodes):
             one = weight.values[:, heads.index(head)]
@@ -190,3 +198,13 @@ class Circuit:
     def figure(self) -> alt.TopLevelMixin:
         """Its nodes by layer, upwards: who helps, who works against, what each head looks at where that is known."""
         return self.result().figure("circuit")
+
+
+def _rows(part: Any, n: int, length: int) -> np.ndarray | None:
+    """A row of each of n prompts of so many tokens; None where these are none."""
+    try:
+        found = np.asarray(part)
+    except Exception:  # noqa: BLE001 - whatever a stranger's own array raises means the same
+        return None
+    fits = found.dtype.kind in "iu" and found.shape == (n,)
+    return found if fits and ((found >= -length) & (found < length)).all() else None

@@ -19,7 +19,7 @@ import xarray as xr
 from jaxtyping import Float
 
 from unwrite.circuits import BY
-from unwrite.errors import NodeError, NumericError, ResultError, number, one_of, several, shown, whole
+from unwrite.errors import NodeError, NumericError, ResultError, number, one_of, require, several, shown, whole
 from unwrite.model.load import provenance, weights_hash
 from unwrite.model.view import Model
 from unwrite.nodes import names_of, nearest
@@ -108,6 +108,7 @@ def circuit(
     nodes, runs = _runs(lm, pairs := admit_pairs(lm, pairs, bos, sees=True), order, nodes, roles, replace, metric)
     growing = _growing(runs, order, sizes, by, given, roles)
     cells, gates = growing.cells, not growing.cells.edges if gates is None else gates
+    size = batch_size(lm, pairs.base, batch, held=4)
     _require_numbers(growing, draws, enough, choose, seed, gates)
     settings = {
         "order": growing.names, "sizes": [*growing.sizes], "replace": runs.donor.name, "by": [*growing.by],
@@ -119,7 +120,7 @@ def circuit(
     with opened(unless_own(checkpoint, metric), listener) as job:
         if done := job.begin("circuit", lm, {"": read["hash"], "order": ranks, **runs.donor.read_by}, settings):
             return done
-        executed = Executed(runs, batch_size(lm, pairs.base, batch, held=4), job, listener)
+        executed = Executed(runs, size, job, listener)
         data = _dataset(growing, _Stages(growing, executed, settings), settings)
         return job.signed(build("circuit", data, settings, provenance(lm), {"": read}))
 
@@ -165,6 +166,7 @@ def _given(runs: Replacing | Cutting, cells: Cells, named: Sequence[str]) -> tup
 def _require_numbers(growing: Growing, draws: Any, enough: Any, choose: Any, seed: Any, gates: Any) -> None:
     whole("draws is a number", draws, 0)
     whole("seed is a number", seed, 0)
+    require(isinstance(gates, bool), NumericError, "gates is a choice", gates, "True, False or None")
     number("enough is a faithfulness", enough, "above 0, below 1", lambda value: 0 < value < 1)
     if gates and len(growing.cells) > _MOST:
         got = f"{len(growing.cells):,}, each left out by itself"

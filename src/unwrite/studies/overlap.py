@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import xarray as xr
 from scipy.stats import hypergeom
 
 from unwrite.circuits import Circuit
-from unwrite.errors import NumericError, ResultError, number, several, shown
+from unwrite.errors import NumericError, ResultError, number, several, shown, whole
 from unwrite.nodes import parse_site
 from unwrite.orders import Order, orders
 from unwrite.result import Result, build, quantity
@@ -80,6 +81,7 @@ def overlap(a: Any, b: Any, top: Any = 0.02, *, seed: int = 0) -> Result:
     Example: `uw.overlap(uw.read("ioi"), uw.read("laundry"), top=[0.05, 0.1]).table()`
     """
     parts = _parts(top)
+    whole("seed is a number", seed, 0)
     stages = _stages(a, b)
     circuits = any(one.circuit is not None for pair in stages.values() for one in pair)
     if circuits:
@@ -104,9 +106,10 @@ def overlap(a: Any, b: Any, top: Any = 0.02, *, seed: int = 0) -> Result:
 
 
 def _parts(top: Any) -> tuple[float, ...]:
-    listed = several("top is a part of the nodes", [top] if np.ndim(top) == 0 else top, "such as 0.02", NumericError)
+    what = "top is a part of the nodes"
+    listed = [top] if isinstance(top, Real) else several(what, top, "such as 0.02", NumericError)
     for part in listed:
-        number("top is a part of the nodes", part, "above 0, below 1", lambda part: 0 < part < 1)
+        number(what, part, "above 0, below 1", lambda part: 0 < part < 1)
     if not listed or len(set(listed)) < len(listed):
         raise NumericError("top names each part once", got=shown(top), expected="such as [0.02, 0.05]")
     return tuple(map(float, listed))
