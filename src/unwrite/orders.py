@@ -6,6 +6,7 @@ readings of an attribution are parts of the metric, and are not. (facts: systems
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -332,6 +333,11 @@ class Growing:
     def ranked(self) -> list[list[list[int]]]:
         """The cells of each order by each sign, the first ones first."""
         return [[self.cells.ranked(one, by, self.given) for by in self.by] for one in self.orders]
+
+    @property
+    def digest(self) -> str:
+        """A hash of what may be kept, and in which orders."""
+        return hashlib.sha256(repr((self.cells.may.tolist(), self.ranked)).encode()).hexdigest()
 
     def sets(self, made: Callable[[Sequence[int]], Set]) -> list[Set | None]:
         """What is `made` of the first cells of each order, sign and size; None where an order knows fewer."""

@@ -8,7 +8,6 @@ on real models, §3.2)
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -107,8 +106,7 @@ def circuit(
     """
     nodes, runs = _runs(lm, pairs := admit_pairs(lm, pairs, bos, sees=True), order, nodes, roles, replace, metric)
     growing = _growing(runs, order, sizes, by, given, roles)
-    cells, gates = growing.cells, not growing.cells.edges if gates is None else gates
-    size = batch_size(lm, pairs.base, batch, held=4)
+    gates = not (cells := growing.cells).edges if gates is None else gates
     _require_numbers(growing, draws, enough, choose, seed, gates)
     settings = {
         "order": growing.names, "sizes": [*growing.sizes], "replace": runs.donor.name, "by": [*growing.by],
@@ -116,9 +114,9 @@ def circuit(
         "nodes": nodes if isinstance(nodes, str) else [*nodes], "metric": name_of(metric), "enough": enough,
         "choose": choose, "gates": gates, "seed": seed, "batch": batch,
     }  # fmt: skip
-    read, ranks = pairs.about(), hashlib.sha256(repr((cells.may.tolist(), growing.ranked)).encode()).hexdigest()
+    read, size = pairs.about(), batch_size(lm, pairs.base, batch, held=4)
     with opened(unless_own(checkpoint, metric), listener) as job:
-        if done := job.begin("circuit", lm, {"": read["hash"], "order": ranks, **runs.donor.read_by}, settings):
+        if done := job.begin("circuit", lm, {"": read["hash"], "rank": growing.digest, **runs.donor.read_by}, settings):
             return done
         executed = Executed(runs, size, job, listener)
         data = _dataset(growing, _Stages(growing, executed, settings), settings)
