@@ -106,7 +106,8 @@ def circuit(
     """
     nodes, runs = _runs(lm, pairs := admit_pairs(lm, pairs, bos, sees=True), order, nodes, roles, replace, metric)
     growing = _growing(runs, order, sizes, by, given, roles)
-    gates = not (cells := growing.cells).edges if gates is None else gates
+    cells = growing.cells
+    gates = not cells.edges if gates is None else gates
     _require_numbers(growing, draws, enough, choose, seed, gates)
     settings = {
         "order": growing.names, "sizes": [*growing.sizes], "replace": runs.donor.name, "by": [*growing.by],
@@ -118,8 +119,7 @@ def circuit(
     with opened(unless_own(checkpoint, metric), listener) as job:
         if done := job.begin("circuit", lm, {"": read["hash"], "rank": growing.digest, **runs.donor.read_by}, settings):
             return done
-        executed = Executed(runs, size, job, listener)
-        data = _dataset(growing, _Stages(growing, executed, settings), settings)
+        data = _dataset(growing, _Stages(growing, Executed(runs, size, job, listener), settings), settings)
         return job.signed(build("circuit", data, settings, provenance(lm), {"": read}))
 
 
