@@ -16,6 +16,7 @@ from unwrite.cli.doctor import doctor
 from unwrite.cli.look import attention, lens, opened
 from unwrite.cli.options import (
     COMMON,
+    ChangeName,
     Common,
     Json,
     Length,
@@ -25,6 +26,7 @@ from unwrite.cli.options import (
     Quiet,
     ShardOf,
     TaskName,
+    TaskSeed,
     TextPath,
     Total,
     listed,
@@ -191,9 +193,9 @@ def effects(
         typer.Option("--pairs", metavar="FILE", help="CSV or JSON lines: base, source, answer[, against, position]."),
     ] = None,
     task: TaskName = None,
-    change: Annotated[str | None, typer.Option("--change", help="What a task's source prompts have otherwise.")] = None,
+    change: ChangeName = None,
     n: Annotated[int, typer.Option("-n", min=1, help="Pairs of the task.")] = 32,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the task.")] = 0,
+    seed: TaskSeed = 0,
     nodes: Annotated[
         str, typer.Option("--nodes", help="heads, q, k, v, attn_out, mlp_out, …, or names: L0H1,MLP2.")
     ] = "heads",

@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from unwrite.cli.options import COMMON, Common, Json, ModelName, Out, Quiet, TaskName, listed, pairs_in, spread
+from unwrite.cli.options import (
+    COMMON,
+    ChangeName,
+    Common,
+    Json,
+    ModelName,
+    Out,
+    Quiet,
+    TaskName,
+    listed,
+    pairs_in,
+    spread,
+)
 from unwrite.cli.voice import Voice
 
 if TYPE_CHECKING:
@@ -26,7 +38,7 @@ def circuit(
         typer.Option("--pairs", metavar="FILE", help="CSV or JSON lines, as for effects; a half of them ranks."),
     ] = None,
     task: TaskName = None,
-    change: Annotated[str | None, typer.Option("--change", help="What a task's source prompts have otherwise.")] = None,
+    change: ChangeName = None,
     n: Annotated[int, typer.Option("-n", min=1, help="Pairs of the task that are judged by.")] = 10,
     rank: Annotated[int, typer.Option("--rank", min=1, help="Other pairs of the task, that make the orders.")] = 8,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the task, and of what is drawn.")] = 0,

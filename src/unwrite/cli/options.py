@@ -36,6 +36,8 @@ Budget = Annotated[
 TaskName = Annotated[
     str | None, typer.Option("--task", metavar="NAME", help="Pairs of a task, see `unwrite tasks`, instead of a file.")
 ]
+ChangeName = Annotated[str | None, typer.Option("--change", help="What a task's source prompts have otherwise.")]
+TaskSeed = Annotated[int, typer.Option("--seed", min=0, help="Of the task.")]
 Length = Annotated[
     int | None, typer.Option("--length", min=2, help="Tokens of a prompt, by default min(1024, context).")
 ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from unwrite.cli.options import COMMON, Common, ModelName, TaskName, listed, pairs_in, spread
+from unwrite.cli.options import COMMON, ChangeName, Common, ModelName, TaskName, TaskSeed, listed, pairs_in, spread
 
 if TYPE_CHECKING:
     from unwrite.prompts.tokens import Tokens
@@ -32,7 +32,7 @@ def solves(
     model: ModelName,
     task: Annotated[str, typer.Option("--task", metavar="NAME", help="A task, see `unwrite tasks`.")],
     n: Annotated[int, typer.Option("-n", min=1, help="Prompts.")] = 56,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the task.")] = 0,
+    seed: TaskSeed = 0,
     common: Common = COMMON,
 ) -> None:
     """Does the model do a task at all, by template: the gate before any effect."""
@@ -54,13 +54,13 @@ def mask(
         Path | None, typer.Option("--pairs", metavar="FILE", help="Pairs, as for effects; held out pair by pair.")
     ] = None,
     task: TaskName = None,
-    change: Annotated[str | None, typer.Option("--change", help="What a task's source prompts have otherwise.")] = None,
+    change: ChangeName = None,
     keep: Annotated[
         str | None,
         typer.Option("--keep", metavar="CHANGE", help="A change of the task that is to stay without effect."),
     ] = None,
     n: Annotated[int, typer.Option("-n", min=1, help="Pairs of the task.")] = 96,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the task.")] = 0,
+    seed: TaskSeed = 0,
     nodes: Annotated[str, typer.Option("--nodes", help="heads, q, mlp_out, …, or names: L0H1,MLP2.")] = "heads",
     at: Annotated[str, typer.Option("--at", help="A role, or several: S2,end; 'last', 'all', or 'each'.")] = "end",
     penalty: Annotated[str, typer.Option("--penalty", help="What a node costs, in logits.")] = "0.3,0.1,0.03",
