@@ -25,6 +25,7 @@ from unwrite.errors import NumericError, counted, one_of, require, seconds, seve
 from unwrite.model import readers
 from unwrite.model.fold import fold
 from unwrite.model.load import provenance
+from unwrite.model.onednn import fast
 from unwrite.model.view import Model
 from unwrite.nodes import Node, choose
 from unwrite.prompts.tokens import Tokens, array_of
@@ -149,11 +150,12 @@ def fitted(
     """
     few, now = tokens.spread(_SEEN), clock(lm)
     begun = now()
-    seen, look = looked_at(lm, few, skip)
     named = choose(writers, lm.parts) if writers is not None else None
-    chosen = _material(seen, named)
-    loudest = seen.loudest(CRITERIA.channels)
-    taken = look + per_prompt(_question(lm, few, skip, chosen, weigh, _require(controls, decoys), decoys, loudest))
+    with fast(lm.hf):
+        seen, look = looked_at(lm, few, skip)
+        chosen = _material(seen, named)
+        loudest = seen.loudest(CRITERIA.channels)
+        taken = look + per_prompt(_question(lm, few, skip, chosen, weigh, _require(controls, decoys), decoys, loudest))
     once = now() - begun
     n = len(tokens) if budget is None else min(len(tokens), int((budget - once) / taken))
     if n < 1:

@@ -26,6 +26,7 @@ from unwrite.model.gguf import configuration, from_gguf, gguf_file
 from unwrite.model.inside import class_of, require_decoder, row_of, text_config, unrun
 from unwrite.model.legacy import checkpoint, from_legacy, is_legacy, tokenizer_folder, tokenizer_name
 from unwrite.model.now import state
+from unwrite.model.onednn import fast
 from unwrite.model.options import require_numbers, require_options
 from unwrite.model.projections import plain_tensor, require_linear
 from unwrite.model.single import HALVES
@@ -120,7 +121,7 @@ def view(hf: PreTrainedModel, tokenizer: Any = None, convention: str = "paper", 
         lm = Model(hf, tokenizer, family, row or discovered(hf), convention, about)
         made = (layer.modules.get(name) for layer in lm.layers for name in ("out_proj", "value", "latent"))
         require_linear(lm, *(part for part in made if part is not None))
-        with evaluating(hf):
+        with evaluating(hf), fast(hf):
             certificate = certify(lm)
     except UnwriteError:
         raise

@@ -19,6 +19,7 @@ from unwrite.methods.scan import scan
 from unwrite.methods.survival import stand_ins
 from unwrite.model import readers
 from unwrite.model.fold import fold
+from unwrite.model.onednn import fast
 from unwrite.model.placed import decode
 from unwrite.model.view import Model
 from unwrite.nodes import Node, choose
@@ -105,12 +106,14 @@ def stages(lm: Model, length: int, writers: int | Iterable[object] | None = None
     short = max(1, min(length, TRIED))
     scale = length / short
     ids = trial_ids(lm, 2 * max(1, TRIED // short), short)
-    with torch.no_grad():
-        one = _pass(lm, ids[: len(ids) // 2], now)
+    with fast(lm.hf):
+        with torch.no_grad():
+            one = _pass(lm, ids[: len(ids) // 2], now)
+        survived = _survival(lm, from_ids(ids[:2]), scale, chosen, now)
     scanned = _tried(lambda tell: scan(lm, ids, batch=len(ids) // 2, listener=tell), len(ids) // 2, now)
     return {
         "scan": Taken(scanned.once, scale * scanned.each),
-        "survival": _survival(lm, from_ids(ids[:2]), scale, chosen, now),
+        "survival": survived,
         "verify": _verify(lm, length, chosen, one),
         "dla": _dla(lm, length, length, one),
         "dla found": _dla(lm, length, 1, one),

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -27,6 +27,7 @@ from unwrite import result as results
 from unwrite.errors import ModelError, ResultError, function, number, require, several
 from unwrite.model.identity import identity
 from unwrite.model.load import weights_hash
+from unwrite.model.onednn import fast
 from unwrite.model.view import Model
 from unwrite.result import Result
 from unwrite.run.loop import checkpoint
@@ -89,6 +90,8 @@ class Job:
     _began: float = field(init=False, default_factory=time.monotonic)
     # In earlier starts of the same run, and elsewhere.
     _before: Spent = field(init=False, default=Spent())
+    # What holds for all passes of the run.
+    _passes: ExitStack = field(init=False, default_factory=ExitStack)
 
     def __post_init__(self) -> None:
         self.folder = None if self.folder is None else files.possible(self.folder)
@@ -120,6 +123,7 @@ class Job:
                     for other in [path] if self.peers is None else path.parent.glob(f"{path.name.split('.')[0]}.*.npz"):
                         checkpoint.remove(other)
         finally:
+            self._passes.close()
             self._stages, self._open, self.key, self._asked, self._now = [], False, "", {}, ""
             self.checked = False
             if self._lock is not None:
@@ -161,6 +165,7 @@ class Job:
         if self.key:
             return None
         self.key = self._now
+        self._passes.enter_context(fast(lm.hf))
         if (self.shard[1] > 1 or self.of) and not in_parts:
             raise ModelError(f"{method} cannot be done in parts", expected="a scan, or survival")
         return None if self.folder is None else self._found(Path(self.folder))
