@@ -43,7 +43,7 @@ print(kills)
 
 
 def kills(setup: str, work: str, soon: float) -> int:
-    """How often a process had to be killed that does `work` after `setup`, at first after `soon` seconds, later each time."""
+    """How often a process had to be killed that does `work` after `setup`: at first `soon` seconds on, then later."""
     tests = str(Path(__file__).parent)
     script = KILLED.format(tests=tests, setup=setup, work=indent(work, 8 * " "), soon=soon)
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
