@@ -30,7 +30,7 @@ def _stages(lm: Model, n: int, length: int, writers: int | None) -> dict[str, in
     tokens = from_ids(torch.zeros(min(n, 4096), length, dtype=torch.long))
     return {
         "scan": _scan(lm, n, tokens), "survival": _survival(lm, n, length, writers or len(lm.parts)),
-        "verify": _verify(lm, n, tokens), "dla": _clean(lm, length) + _going_up(lm, length),
+        "verify": _verify(lm, n, tokens), "dla": _dla(lm, tokens),
     }  # fmt: skip
 
 
@@ -63,6 +63,11 @@ def _scan(lm: Model, n: int, tokens: Tokens) -> int:
     return pairs * (4 * (2 * RATIO.reach + 2) + 2 * 256) + 2 * batch * length * _factors(lm) + positions
 
 
+def _inner(lm: Model) -> int:
+    """Width of an MLP's activation."""
+    return getattr(lm.config, "intermediate_size", None) or 4 * lm.d_model
+
+
 def _clean(lm: Model, rows: int) -> int:
     """A recorded run with the stream at every location, and the writes of another prompt."""
     return rows * (4 * _factors(lm) + 2 * len(lm.states) * lm.d_model * _width(lm))
@@ -70,8 +75,21 @@ def _clean(lm: Model, rows: int) -> int:
 
 def _going_up(lm: Model, length: int) -> int:
     """Runs that go through a block together, the change of each, and what is compared."""
-    inner = getattr(lm.config, "intermediate_size", None) or 4 * lm.d_model
-    return at_once(length, lm.device) * length * (10 * lm.d_model + 3 * inner) * _width(lm)
+    return at_once(length, lm.device) * length * (10 * lm.d_model + 3 * _inner(lm)) * _width(lm)
+
+
+def _dla(lm: Model, tokens: Tokens) -> int:
+    """A recorded run of a batch, slopes at every state under four rules, and the last of their graphs, or what goes up.
+
+    A norm leaves three tensors in a graph, an MLP as many of its own width, and attention of queries, keys and values.
+    """
+    rows, width = batch_size(lm, tokens, held=4) * tokens.length, _width(lm)
+    layer = lm.layers[-1]
+    norms = 2 + sum(norm is not None for norm in (layer.post_attention_norm, layer.post_mlp_norm))
+    inside = norms * lm.d_model + _inner(lm) + (lm.n_heads + lm.kv_heads) * lm.head_dim
+    graph = 3 * rows * len(lm.layers) * inside * width
+    slopes = 3 * rows * len(lm.states) * lm.d_model * width
+    return _clean(lm, rows) + slopes + max(graph, _going_up(lm, tokens.length))
 
 
 def _survival(lm: Model, n: int, length: int, writers: int) -> int:
