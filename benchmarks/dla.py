@@ -23,6 +23,7 @@ from flops import Shape, build, executed
 
 import unwrite as uw
 from unwrite.model.fold import fold
+from unwrite.model.onednn import fast
 from unwrite.model.view import Model
 from unwrite.run.replay.clean import clean
 from unwrite.run.replay.edited import added
@@ -42,9 +43,9 @@ def ids_of(lm: Model, prompts: int, length: int) -> torch.Tensor:
 
 
 def per_row(lm: Model, length: int) -> float:
-    """Seconds of one row through one block, in passes of the decoder."""
+    """Seconds of one row through one block, in passes of the decoder, their products made as in a method."""
     ids = ids_of(lm, ROWS // length, length)
-    with torch.no_grad():
+    with torch.no_grad(), fast(lm.hf):
         times = [seconds(lambda: lm.decoder(input_ids=ids, use_cache=False)) for _ in range(4)]
     return statistics.median(times[1:]) / ids.numel() / len(lm.layers)
 
@@ -65,7 +66,8 @@ def measured(lm: Model, s: Shape, rounds: int) -> None:
     alone = statistics.median(seconds(lambda: uw.dla(lm, ids, 0, 1, total=False)) for _ in range(rounds))
     both = 2 if s.prompts > 1 else 1
     ideal = per_row(lm, s.length) * executed(s).calls * both / 2 * s.prompts * s.length
-    before = both * one_by_one(lm, ids)
+    with fast(lm.hf):
+        before = both * one_by_one(lm, ids)
     print(
         f"{s.prompts:>7} × {s.length:<6}{taken:>9.2f}{alone:>15.2f}{ideal:>9.2f}{taken / ideal:>12.2f}{before:>10.1f}"
         f"{before / taken:>10.1f}",

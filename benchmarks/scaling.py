@@ -27,6 +27,7 @@ from scipy import stats
 import unwrite as uw
 from unwrite.model.capture import run
 from unwrite.model.fold import fold
+from unwrite.model.onednn import fast
 from unwrite.run.tally.gram import ON_DEVICE
 from unwrite.stats.mergeable import RATIO, Histogram
 
@@ -65,7 +66,8 @@ def rates(device: str, dtype: str) -> dict[str, Hardware]:
 
     def product(kind: torch.dtype, on: str = device, n: int = 1024) -> float:
         a, b = (torch.randn(n, n).to(on, kind) for _ in range(2))
-        return best(2 * n**3, lambda: a @ b, on)
+        with fast():
+            return best(2 * n**3, lambda: torch.nn.functional.linear(a, b), on)
 
     x, y = (torch.randn(2**22, device=device) for _ in range(2))
     square, tiny = torch.randn(512, 512, dtype=torch.float64), Shape(layers=8, d=16, inner=16, length=8)

@@ -22,9 +22,9 @@ SMALLEST = 2**17
 _OWN = (Tensor, nn.Parameter)
 
 
-def fast(hf: nn.Module) -> AbstractContextManager[object]:
-    """Inside the `with`, oneDNN makes what passes of this model multiply by large matrices of weights."""
-    able = there() and any(_large(weight) for weight in hf.parameters())
+def fast(hf: nn.Module | None = None) -> AbstractContextManager[object]:
+    """Inside the `with`, oneDNN makes what passes of this model, or of any, multiply by large matrices of weights."""
+    able = there() and (hf is None or any(_large(weight) for weight in hf.parameters()))
     return OneDNN() if able else nullcontext()
 
 
