@@ -156,6 +156,31 @@ def test_shares_are_the_literal_sums_with_their_standard_errors(case: Case) -> N
     assert result["n_clusters"] == len(set(case.cluster))
 
 
+@case
+def test_where_writes_are_largest_is_said_once_for_a_prompt(case: Case) -> None:
+    result, these = run(case), counted(case)
+    for writer, o in these.writes.items():
+        here, length = result.data.sel(writer=writer), np.linalg.norm(o, axis=-1)
+        of_prompt = sorted((length[these.prompt == p].max() for p in np.unique(these.prompt)), reverse=True)
+        assert here["largest_norm"].values == pytest.approx(of_prompt[:3], rel=1e-5, abs=1e-6)
+        found = list(zip(here["largest_prompt"].values, here["largest_position"].values, strict=True))
+        assert len({prompt for prompt, _ in found}) == 3
+        for (prompt, place), norm, says in zip(
+            found, here["largest_norm"].values, here["largest_text"].values, strict=True
+        ):
+            at = (these.prompt == prompt) & (these.place == place)
+            assert length[at] == pytest.approx(norm, rel=1e-5, abs=1e-6)
+            assert says.endswith(f"[{tokens().ids[prompt, place]}]")  # ids, where there is no tokenizer
+
+
+def test_fewer_prompts_have_fewer_places() -> None:
+    case = CASES[1]
+    here = uw.scan(model(case), tokens().ids[:2, :1].repeat(4, 1), skip=1).data.isel(writer=0)
+    assert (here["largest_prompt"].values >= 0).tolist() == [True, True, False]
+    assert np.isnan(here["largest_norm"].values).tolist() == [False, False, True]
+    assert here["largest_text"].values[2] == ""
+
+
 def _both(here: xr.Dataset, name: str, **place: str) -> tuple[float, float]:
     return float(here[name].sel(place)), float(here[f"{name}_se"].sel(place))
 

@@ -22,17 +22,21 @@ from unwrite.model.load import provenance
 from unwrite.model.view import Model
 from unwrite.nodes import Node, choose
 from unwrite.prompts.given import by_name
+from unwrite.prompts.tokens import Tokens, spelled
 from unwrite.result import QUANTILES, Result, build, quantity
 from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.stream import Listener, admit, admit_floor, batch_size, stream
 from unwrite.run.tally.gram import GramTally
 from unwrite.run.tally.written import MATERIAL
+from unwrite.stats.mergeable import MOST
 
 # A candidate eraser's share is below −ERASES with a false discovery rate of FDR over all pairs that can read.
 ERASES = 0.02
 FDR = 0.05
 # A level has changed if the 95 % interval of its energy-weighted change lies beyond this.
 CHANGES = 0.1
+# Where a write is largest is said with so many tokens before it.
+_BEFORE = 8
 
 
 def scan(
@@ -65,7 +69,8 @@ def scan(
     `level_share_se`, `change_share`, `change_share_se`; `moved`, the energy that later nodes moved along the write,
     relative to that of the final stream; `eraser`, candidate erasers (named, strongest first, in `opposed_by`);
     `material`; `in_words`; `n_positions`, `n_below_floor`, `n_beyond_grid`; `skipped_share` and
-    `skipped_norm`, level shares and root mean square of ‖o_w‖ at the skipped positions.
+    `skipped_norm`, level shares and root mean square of ‖o_w‖ at the skipped positions; `largest_norm`, `_prompt`,
+    `_position` and `_text`, where ‖o_w‖ is largest, at most once in a prompt.
     Raises TokensError, NodeError, NumericError (an activation that is not finite, a named writer that never writes).
 
     Example: `uw.scan(lm, uw.text("book.txt", lm.tokenizer)).table()`
@@ -92,7 +97,8 @@ def scan(
 
 
 def _found(tally: GramTally, writers: tuple[Node, ...]) -> xr.Dataset:
-    data = xr.Dataset({**_quantiles(tally), **_shares(tally), **_counts(tally)}, _coordinates(tally.lm, writers))
+    parts = {**_quantiles(tally), **_shares(tally), **_counts(tally), **_largest(tally)}
+    data = xr.Dataset(parts, _coordinates(tally.lm, writers))
     return _judge(data.assign_attrs(n_prompts=len(tally.tokens)), tally.lm, writers)
 
 
@@ -160,6 +166,31 @@ def _counts(tally: GramTally) -> dict[str, xr.Variable]:
         "n_below_floor": quantity(("writer",), left_out.astype(np.int64), "1", "‖o_w‖ below floor · largest ‖x‖"),
         "n_beyond_grid": quantity(("writer",), beyond.astype(np.int64), "1", "ratios beyond ±100, reported as ±inf"),
     }
+
+
+def _largest(tally: GramTally) -> dict[str, xr.Variable]:
+    """Where in the text each write is largest, in words too."""
+    found, tokens = tally.largest.total(), tally.tokens
+    short = ((0, 0), (0, MOST - len(found.size)))  # where there are fewer prompts
+    prompt, place = (np.pad(part.T.cpu().numpy(), short, constant_values=-1) for part in (found.prompt, found.place))
+    norm = np.pad(found.size.sqrt().T.cpu().numpy(), short)
+    axes = ("writer", "largest")
+    says = [_says(tally.lm, tokens, *one) for one in zip(prompt.ravel().tolist(), place.ravel().tolist(), strict=True)]
+    return {
+        "largest_norm": quantity(axes, np.where(place < 0, np.nan, norm), "activation", "‖o_w‖, one of a prompt"),
+        "largest_prompt": quantity(axes, prompt, "1", "index of the prompt; −1: none"),
+        "largest_position": quantity(axes, place, "1", "position in it; −1: none"),
+        "largest_text": (axes, np.array(says, dtype=object).reshape(place.shape)),
+    }
+
+
+def _says(lm: Model, tokens: Tokens, prompt: int, place: int) -> str:
+    """The token at a place, behind some before it."""
+    if place < 0:
+        return ""
+    ids = tokens.ids[prompt]
+    before = spelled(ids[max(0, place - _BEFORE) : place], lm.tokenizer) if place else ""
+    return f"{before}[{spelled(ids[place : place + 1], lm.tokenizer)}]"
 
 
 def _judge(data: xr.Dataset, lm: Model, writers: tuple[Node, ...]) -> xr.Dataset:

@@ -179,12 +179,19 @@
 
   const where = (name) => {
     const whole = $(`of-${name}`);
+    const places = (data.writers[name].where ?? []).map(([size, says]) => {
+      const begin = says.lastIndexOf("[");
+      const token = html("b", {}, says.slice(begin + 1, -1));
+      return html("li", {}, size === null ? "" : `×${said(size / 100)} `, html("q", {}, says.slice(0, begin), token));
+    });
+    const note = html("p", { class: "quiet" }, "Where it is largest, in times its median norm, at most once in a prompt; the last token is where it is written:");
+    const largest = [note, html("ol", { class: "places" }, ...places)];
     if (whole) {
       const link = html("a", { href: `#${whole.id}` }, whole.querySelector("summary").textContent);
       link.addEventListener("click", () => (whole.open = true));
-      return [html("p", {}, "Verified closely, alone and so without q: ", link), whole.querySelector(".strips").cloneNode(true)];
+      return [...largest, html("p", {}, "Verified closely, alone and so without q: ", link), whole.querySelector(".strips").cloneNode(true)];
     }
-    return [html("p", { class: "quiet" }, `Token by token only where a writer was verified: unwrite verify MODEL ${name} --text …`)];
+    return [...largest, html("p", { class: "quiet" }, `Token by token: unwrite verify MODEL ${name} --text …`)];
   };
 
   // The table: rows that were folded come out, and are turned over.

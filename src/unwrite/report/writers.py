@@ -96,7 +96,8 @@ def drawn(result: Result) -> dict[str, Any]:
     asked = result.data if "direct" in result.data and "total" in result.data else None
     of: dict[str, dict[str, Any]] = {str(name): {} for name in data["node"].values}
     left = audited.removed(result) if "removed" in result.data.dims else None
-    for part in (_levels(data), _shares(data), _kept(left) if left is not None else (), _given(asked)):
+    where = _largest(data) if "largest_norm" in data else ()  # which results of older versions have not
+    for part in (_levels(data), _shares(data), where, _kept(left) if left is not None else (), _given(asked)):
         for name, numbers in part:
             of[name] |= numbers
     return {
@@ -127,6 +128,17 @@ def _shares(data: xr.Dataset) -> _Numbers:
     for name, share, error, against in zip(data["writer"].values, *parts, strict=True):
         order = np.array([i for i in np.argsort(share, kind="stable") if against[i]], dtype=int)
         yield str(name), {"acts": _actors(order, share, share - 2 * error, share + 2 * error), "caused": False}
+
+
+def _largest(data: xr.Dataset) -> _Numbers:
+    """Where in the text each write is largest: how many times its median norm, and the token with some before it."""
+    axes = ("writer", "largest")
+    norms, says = (data[f"largest_{name}"].transpose(*axes).values for name in ("norm", "text"))
+    medians = data["norm"].sel(quantile=0.5).values
+    with np.errstate(divide="ignore", invalid="ignore"):
+        times = hundredths(norms / medians[:, None], _BORDER**2)
+    for name, one, texts_ in zip(data["writer"].values, times, says, strict=True):
+        yield str(name), {"where": [[size, str(text)] for size, text in zip(one, texts_, strict=True) if text]}
 
 
 def _kept(left: xr.Dataset) -> _Numbers:

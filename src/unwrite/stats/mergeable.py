@@ -21,6 +21,8 @@ from torch import Tensor
 # A float32 keeps 23 bits of mantissa; with 17 dropped, every octave of |x| + offset has 2^6 equal bins.
 _DROPPED_BITS = 17
 _STASH_ROWS = 256
+# So many of the largest are kept.
+MOST = 3
 
 
 @dataclass(frozen=True)
@@ -299,3 +301,39 @@ class ClusterSums:
             spread = np.where(resolved, parts.sum(0), 0.0)
             correction = done.n / (done.n - 1) if done.n > 1 else math.nan
             return share, np.sqrt(correction * spread) / x
+
+
+@dataclass(frozen=True)
+class Largest:
+    """Where the largest values of each column were met, at most one of each prompt, the largest first.
+
+    Of equal ones the first; −1 where there was none.
+    """
+
+    size: Float[Tensor, "most column"]
+    prompt: Int[Tensor, "most column"]
+    place: Int[Tensor, "most column"]
+
+    @staticmethod
+    def of(prompt: int, size: Float[Tensor, " column"], place: Int[Tensor, " column"]) -> Largest:
+        """Of one prompt."""
+        return Largest(size[None], torch.where(place < 0, -1, prompt)[None], place[None])
+
+    def __add__(self, other: Largest) -> Largest:
+        """Of two ranges of prompts, `self` first."""
+        both = [torch.cat(parts) for parts in zip(self._parts, other._parts, strict=True)]
+        order = both[0].argsort(dim=0, descending=True, stable=True)[:MOST]
+        return Largest(*(part.take_along_dim(order, 0) for part in both))
+
+    @property
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.size, self.prompt, self.place
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name."""
+        return dict(zip(("size", "prompt", "place"), self._parts, strict=True))
+
+    @staticmethod
+    def of_tensors(named: Mapping[str, Tensor]) -> Largest:
+        """What `tensors` was made of."""
+        return Largest(named["size"], named["prompt"], named["place"])

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from filelock import FileLock
 
 from unwrite import files
 from unwrite import result as results
@@ -81,7 +80,6 @@ class Job:
     checked: bool = field(init=False, default=False)
     _now: str = field(init=False, default="")
     _stages: list[Stage] = field(init=False, default_factory=list)
-    _lock: FileLock | None = field(init=False, default=None)
     _open: bool = field(init=False, default=False)
     _came: list[int] = field(init=False, default_factory=list)
     # Who wants to know how far a step is: which part of its batch is done, that in words, and is the run to stop?
@@ -90,8 +88,8 @@ class Job:
     _began: float = field(init=False, default_factory=time.monotonic)
     # In earlier starts of the same run, and elsewhere.
     _before: Spent = field(init=False, default=Spent())
-    # What holds for all passes of the run.
-    _passes: ExitStack = field(init=False, default_factory=ExitStack)
+    # Until its end: its lock, and what makes the products of all passes.
+    _held: ExitStack = field(init=False, default_factory=ExitStack)
 
     def __post_init__(self) -> None:
         self.folder = None if self.folder is None else files.possible(self.folder)
@@ -106,7 +104,7 @@ class Job:
     def __enter__(self) -> Job:
         if self.folder is not None:
             place = Path(self.folder)
-            self._lock = checkpoint.locked(self._named(place, _LOCK))
+            self._held.callback(checkpoint.unlocked, checkpoint.locked(self._named(place, _LOCK)))
             # What a process that was killed had not written to its end; nobody else works on these.
             for rest in place.glob(f"{self._named(place, '.*.npz').name}.*"):
                 rest.unlink()
@@ -123,11 +121,9 @@ class Job:
                     for other in [path] if self.peers is None else path.parent.glob(f"{path.name.split('.')[0]}.*.npz"):
                         checkpoint.remove(other)
         finally:
-            self._passes.close()
             self._stages, self._open, self.key, self._asked, self._now = [], False, "", {}, ""
             self.checked = False
-            if self._lock is not None:
-                checkpoint.unlocked(self._lock)
+            self._held.close()
         return kind is _PartDone
 
     def _left(self) -> list[Path]:
@@ -165,7 +161,7 @@ class Job:
         if self.key:
             return None
         self.key = self._now
-        self._passes.enter_context(fast(lm.hf))
+        self._held.enter_context(fast(lm.hf))
         if (self.shard[1] > 1 or self.of) and not in_parts:
             raise ModelError(f"{method} cannot be done in parts", expected="a scan, or survival")
         return None if self.folder is None else self._found(Path(self.folder))

@@ -25,13 +25,13 @@ from unwrite.prompts.tokens import Tokens
 from unwrite.run.loop.ledger import Ledger
 from unwrite.run.loop.stream import Batch, forward
 from unwrite.run.tally.position_part import Positions
-from unwrite.stats.mergeable import LENGTH, RATIO, ClusterSums, Histogram, Tree
+from unwrite.stats.mergeable import LENGTH, RATIO, ClusterSums, Histogram, Largest, Tree
 
 # What a chunk's vectors and products take: what a processor's cache holds; an accelerator wants more at a time.
 _CHUNK_BYTES, ON_DEVICE = 2**25, 32
 # Where writers are at most one in so many nodes, products of pairs without a writer are not computed.
 FEW = 4
-_KEPT = ("ratios", "dilution", "sizes", "sums", "skipped", "stream_energy")
+_KEPT = ("ratios", "dilution", "sizes", "sums", "skipped", "stream_energy", "largest")
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,7 @@ class GramTally:
         self.dilution = Histogram(width, RATIO, counted, lm.device)
         self.sizes = Histogram(2 * width, LENGTH, counted, lm.device)
         self.sums = Tree[ClusterSums](add, ClusterSums.tensors, ClusterSums.of_tensors, lm.device)
+        self.largest = Tree[Largest](add, Largest.tensors, Largest.of_tensors, lm.device)
         self.skipped, self.stream_energy = (Tree[Tensor](add, device=lm.device) for _ in range(2))
         self.kept = Ledger({**{name: vars(self)[name] for name in _KEPT}, "positions": self.positions.kept})
 
@@ -113,6 +114,8 @@ class GramTally:
         shape = (len(self.lm.parts), len(self.plan.writers))
         per_prompt = torch.zeros(len(batch.ids), *shape, dtype=torch.float64, device=self.lm.device)
         skipped, energy = torch.zeros_like(per_prompt[0]), per_prompt.new_zeros(())
+        most = torch.zeros(len(batch.ids), shape[1], dtype=self.lm.compute_dtype, device=self.lm.device)
+        at = torch.full_like(most, -1, dtype=torch.long)
         counted = batch.beyond(self.skip)
         for part, writes in forward(self.lm, batch, self.folded):
             self.positions.add(writes, counted[part])
@@ -121,10 +124,13 @@ class GramTally:
                 self._count(products)
                 energy += products.stream[:, -1].sum(dtype=torch.float64)
                 self._sum(products, prompt, place, per_prompt[part])
+                _keep_largest(products.energy, prompt, place, most[part], at[part])
             for prompt, place in _chunks(batch.counted[part] & ~counted[part], self._chunk_rows()):
                 dot = self._products(writes, prompt, place, batch, part.start).dot
                 skipped += dot[:, : len(skipped)].sum(0).double()
         self.sums.add(batch.index, reduce(add, self._prompts(batch, per_prompt)))
+        found = enumerate(zip(most[: batch.real], at[: batch.real], strict=True), batch.first)
+        self.largest.add(batch.index, reduce(add, (Largest.of(prompt, *one) for prompt, one in found)))
         self.skipped.add(batch.index, skipped)
         self.stream_energy.add(batch.index, energy)
         self.positions.close(batch.index)
@@ -169,6 +175,17 @@ class GramTally:
         columns = torch.arange(len(self.plan.writers), device=per_prompt.device)
         for cluster, sums in zip(self.tokens.cluster[batch.first :], per_prompt[: batch.real], strict=False):
             yield ClusterSums.of(int(cluster), self.plan.complete(sums), sums[self.plan.writers, columns])
+
+
+def _keep_largest(energy: Float[Tensor, "row writer"], prompt: Tensor, place: Tensor, most: Tensor, at: Tensor) -> None:
+    """Raise `most` [prompt, writer] to what was met at some rows, and say `at` which places."""
+    for one in prompt.unique().tolist():
+        rows = (prompt == one).nonzero()[:, 0]
+        first = energy[rows].argmax(0)
+        value = energy[rows].take_along_dim(first[None], 0)[0]
+        larger = value > most[one]
+        most[one] = torch.where(larger, value, most[one])
+        at[one] = torch.where(larger, place[rows][first].to(at.device), at[one])
 
 
 def gram_matrix(nodes: Float[Tensor, "node row d_model"]) -> Float[Tensor, "row node node"]:
