@@ -36,7 +36,7 @@ FDR = 0.05
 # A level has changed if the 95 % interval of its energy-weighted change lies beyond this.
 CHANGES = 0.1
 # Where a write is largest is said with so many tokens before it.
-_BEFORE = 8
+_BEFORE = 5
 
 
 def scan(

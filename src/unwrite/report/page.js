@@ -27,10 +27,15 @@
 
   // Numbers come in hundredths.
   const whole = (x) => (Array.isArray(x) ? x.map(whole) : x === null ? null : x / 100);
+  // A band's ends come as how far they are from its middle.
+  const ends = ([below, middle, above]) => {
+    const end = (by, sign) => middle.map((value, k) => (value === null || by[k] === null ? null : value + sign * by[k]));
+    return [end(below, -1), middle, end(above, 1)];
+  };
   const numbers = (name) => {
     const { from, begin, level, kept, ordinary, acts, caused, given } = data.writers[name];
     const own = acts && { nodes: acts.nodes.map((i) => data.nodes[i]), rows: whole(acts.rows), more: acts.more, sum: whole(acts.sum) };
-    const parts = { level, kept, ordinary, given };
+    const parts = { level: level && ends(level), kept: kept && ends(kept), ordinary, given };
     for (const [key, part] of Object.entries(parts)) if (part) parts[key] = whole(part);
     return { from, begin, caused, acts: own, ...parts };
   };

@@ -119,7 +119,7 @@ def _levels(data: xr.Dataset) -> _Numbers:
     level = hundredths(data["level"].sel(quantile=[0.25, 0.5, 0.75]).transpose("writer", "quantile", "location").values)
     for name, after, one in zip(data["writer"].values, data["right_after"].values, level, strict=True):
         begin = places.get(str(after), 0)
-        yield str(name), {"from": begin, "level": [row[begin:] for row in one]}
+        yield str(name), {"from": begin, "level": _about([row[begin:] for row in one])}
 
 
 def _shares(data: xr.Dataset) -> _Numbers:
@@ -155,7 +155,7 @@ def _kept(left: xr.Dataset) -> _Numbers:
             str(name),
             {
                 "begin": begin,
-                "kept": [row[begin:] for row in kept[i]],
+                "kept": _about([row[begin:] for row in kept[i]]),
                 "ordinary": ordinary[i],
                 "acts": _actors(order, *(part[i] for part in acts)),
                 "caused": True,
@@ -184,6 +184,14 @@ def _given(data: xr.Dataset | None) -> _Numbers:
     cells = np.stack([data[name].transpose("node", "prompt").values for name in (*believed.READINGS, "total")], 1)
     for name, one in zip(data["node"].values, hundredths(cells, _BORDER**2), strict=True):
         yield str(name), {"given": one}
+
+
+def _about(band: list[list[Any]]) -> list[list[Any]]:
+    """Low, middle and high as how far the ends are from the middle, which takes fewer digits: low is below it."""
+    low, middle, high = band
+    below = [None if a is None or m is None else m - a for a, m in zip(low, middle, strict=True)]
+    above = [None if b is None or m is None else b - m for b, m in zip(high, middle, strict=True)]
+    return [below, middle, above]
 
 
 def hundredths(values: Any, border: float = _BORDER) -> Any:
