@@ -27,8 +27,13 @@
 
   // Numbers come in hundredths.
   const whole = (x) => (Array.isArray(x) ? x.map(whole) : x === null ? null : x / 100);
-  // A band's ends come as how far they are from its middle.
-  const ends = ([below, middle, above]) => {
+  // A band comes in steps along it, its ends as how far they are from its middle.
+  const summed = (row) => {
+    let last = 0;
+    return row.map((step) => (step === null ? null : (last += step)));
+  };
+  const ends = (band) => {
+    const [below, middle, above] = band.map(summed);
     const end = (by, sign) => middle.map((value, k) => (value === null || by[k] === null ? null : value + sign * by[k]));
     return [end(below, -1), middle, end(above, 1)];
   };

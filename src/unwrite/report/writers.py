@@ -187,11 +187,20 @@ def _given(data: xr.Dataset | None) -> _Numbers:
 
 
 def _about(band: list[list[Any]]) -> list[list[Any]]:
-    """Low, middle and high as how far the ends are from the middle, which takes fewer digits: low is below it."""
+    """Low, middle and high by their steps, the ends as how far they are from the middle, which takes fewer digits."""
     low, middle, high = band
     below = [None if a is None or m is None else m - a for a, m in zip(low, middle, strict=True)]
     above = [None if b is None or m is None else b - m for b, m in zip(high, middle, strict=True)]
-    return [below, middle, above]
+    return [_steps(row) for row in (below, middle, above)]
+
+
+def _steps(row: list[Any]) -> list[Any]:
+    """By how much each is more than the last that is there, which takes fewer digits still."""
+    last, found = 0, []
+    for value in row:
+        found.append(None if value is None else value - last)
+        last = last if value is None else value
+    return found
 
 
 def hundredths(values: Any, border: float = _BORDER) -> Any:
