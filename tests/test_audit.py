@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 import tiny
 import unwrite as uw
 from test_report import OWN, Page
-from unwrite.errors import NumericError, TokensError
+from unwrite.errors import NumericError, TokensError, plain
 from unwrite.model.load import view
 from unwrite.model.planted import planted
 from unwrite.model.view import Model
@@ -289,9 +289,11 @@ def may_be_missing(data: xr.Dataset, lm: Model, name: str) -> xr.DataArray:
     if name.startswith(("strip_", "level_at", "survival_at")):  # the first position is not counted
         axis = "position" if name.startswith("strip_") else "place"
         return xr.DataArray(np.arange(data.sizes[axis]) == 0, dims=axis)
+    if name == "attended_share":  # of nodes that look nowhere, of other prompts, and of rows with fewer keys
+        return (data["attended_token"] == "").drop_vars("writer")
     if name in RATIOS:
         return (data["n_positions"] == 0).drop_vars("writer")
-    if name in SHARES:
+    if name in SHARES or name == "largest_norm":
         return silent
     if name in OF_READERS:
         able = [[is_reader(lm, node, e, name != "read_generic") for e in map(parse_node, lm.nodes)] for node in nodes]
@@ -310,6 +312,26 @@ def is_reader(lm: Model, writer: Node, node: Node, mlps_only: bool) -> bool:
         return node.layer > writer.layer and not mlps_only
     beside = node.layer == writer.layer and writer.kind in ("head", "bias") and not lm.parallel
     return node.kind == "mlp" and (node.layer > writer.layer or beside)
+
+
+def test_heads_say_from_where_they_bring_most_where_they_write_most(audited) -> None:
+    result, lm, tokens = audited
+    data, (first, _) = result.data, tokens.halves()
+    looked = set()
+    for node in map(str, data["writer"].values):
+        one = data.sel(writer=node)
+        assert bool(one["attended_text"] != "") == (parse_node(node).kind == "head")
+        if not one["attended_text"].item():
+            continue
+        rank = one["largest_text"].values.tolist().index(one["attended_text"].item())
+        prompt, place = (int(one[f"largest_{axis}"][rank]) for axis in ("prompt", "position"))
+        brought = uw.attention(lm, first.take([prompt]), "value", [node])["weight"][0, 0, place].values[: place + 1]
+        order = np.argsort(-brought, kind="stable")[:3]
+        assert one["attended_share"].values[: len(order)] == pytest.approx(brought[order] / brought.sum())
+        words = [lm.tokenizer.decode([int(first.ids[prompt, key])]) for key in order]
+        assert one["attended_token"].values[: len(order)].tolist() == [plain(word) for word in words]
+        looked.add(prompt)
+    assert 1 <= len(looked) <= 8
 
 
 def holes(result: uw.Result, lm: Model) -> list[str]:

@@ -10,6 +10,7 @@ writes at all is a part of the answer. Whoever wants shares divides by the sum o
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from unwrite.model.fold import fold, value_constant
 from unwrite.model.load import provenance
 from unwrite.model.values import of_biases, values_of
 from unwrite.model.view import Layer, Model
-from unwrite.nodes import Node, choose
+from unwrite.nodes import Node, choose, parse_node
 from unwrite.prompts.tokens import Tokens, words_of
 from unwrite.result import Result, build, quantity
 from unwrite.run.loop.checkpoint import Arrays
@@ -37,6 +38,8 @@ from unwrite.run.replay.clean import Clean, clean
 
 _SAYS = {"pattern": ("1", "A[q, k]"), "value": ("activation", "A[q, k] · ‖v_k W_O‖")}
 WEIGHS = tuple(_SAYS)
+# Of so many prompts, and of each head the tokens from which it brings most.
+_PROMPTS, _SOURCES = 8, 3
 
 
 def attention(
@@ -148,3 +151,35 @@ def _dataset(lm: Model, tokens: Tokens, weigh: str, heads: tuple[Node, ...], wei
     axes = {"prompt": np.arange(len(tokens)), "head": [*map(str, heads)], "query": place, "key": place}
     without = " ".join(f"L{layer.index}" for layer in lm.layers if not layer.attends)
     return xr.Dataset(variables, axes).assign_attrs(without_pattern=without)
+
+
+def at_largest(lm: Model, tokens: Tokens, scanned: xr.Dataset) -> dict[str, xr.Variable]:
+    """From which tokens heads bring most where they write most: by writer what they read there, tokens, and shares.
+
+    `scanned` says where that is; of the few prompts in which many heads do. No head of another prompt has a word.
+    """
+    names = list(map(str, scanned["writer"].values))
+    prompt, place = (scanned[f"largest_{axis}"].values for axis in ("prompt", "position"))
+    text, token = np.full(len(names), "", dtype=object), np.full((len(names), _SOURCES), "", dtype=object)
+    share = np.full((len(names), _SOURCES), np.nan)
+    heads = [i for i, node in enumerate(map(parse_node, names)) if node.kind == "head"]
+    met = prompt[heads]
+    for one, _ in Counter(met[met >= 0].tolist()).most_common(_PROMPTS):
+        asked = [i for i in heads if not text[i] and one in prompt[i]]
+        if not asked:
+            continue
+        found = attention(lm, tokens.take([one]), "value", [names[i] for i in asked]).data
+        words = found["read"].values[0]
+        for i, weight in zip(asked, found["weight"].values[0], strict=True):
+            rank = int((prompt[i] == one).argmax())
+            row = weight[place[i, rank]] / max(np.nansum(weight[place[i, rank]]), np.finfo(float).tiny)
+            best = np.argsort(-np.nan_to_num(row), kind="stable")[:_SOURCES]
+            text[i] = str(scanned["largest_text"].values[i, rank])
+            token[i, : len(best)], share[i, : len(best)] = words[best], row[best]
+    says = "A[q, k] · ‖v_k W_O‖ / Σ over k, at one of the places where it writes most"
+    axes = ("writer", "attended")
+    return {
+        "attended_text": xr.Variable("writer", text),
+        "attended_token": xr.Variable(axes, token),
+        "attended_share": quantity(axes, share, "1", says),
+    }

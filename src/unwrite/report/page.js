@@ -187,15 +187,22 @@
     return [html("table", { class: "gives" }, html("thead", {}, head), html("tbody", {}, ...rows)), html("p", { class: "quiet" }, note)];
   };
 
+  const quoted = (says) => {
+    const begin = says.lastIndexOf("[");
+    return html("q", {}, says.slice(0, begin), html("b", {}, says.slice(begin + 1, -1)));
+  };
   const where = (name) => {
     const whole = $(`of-${name}`);
-    const places = (data.writers[name].where ?? []).map(([size, says]) => {
-      const begin = says.lastIndexOf("[");
-      const token = html("b", {}, says.slice(begin + 1, -1));
-      return html("li", {}, size === null ? "" : `×${said(size / 100)} `, html("q", {}, says.slice(0, begin), token));
-    });
+    const places = (data.writers[name].where ?? []).map(([size, says]) =>
+      html("li", {}, size === null ? "" : `×${said(size / 100)} `, quoted(says)),
+    );
     const note = html("p", { class: "quiet" }, "Where it is largest, in times its median norm, at most once in a prompt; the last token is where it is written:");
     const largest = [note, html("ol", { class: "places" }, ...places)];
+    if (data.writers[name].looks) {
+      const [says, met] = data.writers[name].looks;
+      const from = met.flatMap(([token, share]) => [html("q", {}, token), ` ${share} %, `]);
+      largest.push(html("p", { class: "looks" }, "At ", quoted(says), " it brings from ", ...from, "by pattern × ‖v W_O‖"));
+    }
     if (whole) {
       const link = html("a", { href: `#${whole.id}` }, whole.querySelector("summary").textContent);
       link.addEventListener("click", () => (whole.open = true));

@@ -97,7 +97,8 @@ def drawn(result: Result) -> dict[str, Any]:
     of: dict[str, dict[str, Any]] = {str(name): {} for name in data["node"].values}
     left = audited.removed(result) if "removed" in result.data.dims else None
     where = _largest(data) if "largest_norm" in data else ()  # which results of older versions have not
-    for part in (_levels(data), _shares(data), where, _kept(left) if left is not None else (), _given(asked)):
+    looks = _looks(data) if "attended_text" in data else ()
+    for part in (_levels(data), _shares(data), where, looks, _kept(left) if left is not None else (), _given(asked)):
         for name, numbers in part:
             of[name] |= numbers
     return {
@@ -139,6 +140,17 @@ def _largest(data: xr.Dataset) -> _Numbers:
         times = hundredths(norms / medians[:, None], _BORDER**2)
     for name, one, texts_ in zip(data["writer"].values, times, says, strict=True):
         yield str(name), {"where": [[size, str(text)] for size, text in zip(one, texts_, strict=True) if text]}
+
+
+def _looks(data: xr.Dataset) -> _Numbers:
+    """From which tokens heads bring most at one of these places, and which share of it."""
+    axes = ("writer", "attended")
+    names, texts_ = (data[name].values for name in ("writer", "attended_text"))
+    tokens, shares = (data[f"attended_{name}"].transpose(*axes).values for name in ("token", "share"))
+    for name, text, words, share in zip(names, texts_, tokens, hundredths(shares), strict=True):
+        if text:
+            met = [[str(word), part] for word, part in zip(words, share, strict=True) if part]
+            yield str(name), {"looks": [str(text), met]}
 
 
 def _kept(left: xr.Dataset) -> _Numbers:

@@ -19,6 +19,7 @@ from unwrite import result as results
 from unwrite.axes import bare
 from unwrite.errors import ModelError, function, whole
 from unwrite.methods.adversarial import adversarial
+from unwrite.methods.attention import at_largest
 from unwrite.methods.corpus import corpus_dla
 from unwrite.methods.dla import dla
 from unwrite.methods.scan import scan
@@ -123,6 +124,8 @@ def _audit(lm: Model, texts: dict[str, Tokens], prompts: Tokens | None, most: in
     believed = parts.finish(dla(lm, asked, at="position", texts=others, checkpoint=job, listener=parts))
     left = _beside(removed.data)
     merged = _merged(scanned, proofs, search, believed, kinds).merge(left)
+    if all(lm.applies(one) and lm.proved(one) for one in ("opened", "values")):
+        merged = merged.assign(at_largest(lm, held_out, _first(scanned)))
     merged = merged.assign(verified_because=("verified", np.array([*chosen.values()], dtype=object)))
     if erasers := proofs[worst].data.attrs["erasers"].split():
         corpus = parts.finish(corpus_dla(lm, judge_by, worst, erasers, checkpoint=job, listener=parts))
@@ -133,9 +136,14 @@ def _audit(lm: Model, texts: dict[str, Tokens], prompts: Tokens | None, most: in
     return _judged(Result(merged), scanned, judge_by, asked)
 
 
+def _first(scanned: Result) -> xr.Dataset:
+    """Of several texts the first."""
+    return scanned.data.isel(text=0) if "text" in scanned.data.dims else scanned.data
+
+
 def _removed(lm: Model, scanned: Result, tokens: Tokens, parts: Parts, job: Job) -> Result:
     """What survives of every write that a scan found material and that some later node could read."""
-    first = scanned.data.isel(text=0) if "text" in scanned.data.dims else scanned.data
+    first = _first(scanned)
     able = _answered(lm, first["writer"].values)
     if not able.any():
         raise ModelError(
