@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from functools import partial, wraps
@@ -316,3 +317,6 @@ def main() -> None:
     except Exception as error:
         event(type(error).__name__, str(error), 1)
         raise
+    finally:
+        # Python looks for rings among all that is there before it ends, for seconds; the system takes it back anyway.
+        gc.freeze()
