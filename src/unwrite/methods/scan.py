@@ -180,7 +180,7 @@ def _largest(tally: GramTally) -> dict[str, xr.Variable]:
         "largest_norm": quantity(axes, np.where(place < 0, np.nan, norm), "activation", "‖o_w‖, one of a prompt"),
         "largest_prompt": quantity(axes, prompt, "1", "index of the prompt; −1: none"),
         "largest_position": quantity(axes, place, "1", "position in it; −1: none"),
-        "largest_text": (axes, np.array(says, dtype=object).reshape(place.shape)),
+        "largest_text": xr.Variable(axes, np.array(says, dtype=object).reshape(place.shape)),
     }
 
 

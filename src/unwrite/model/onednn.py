@@ -103,8 +103,8 @@ class _Linear(Function):
         return back, None, slopes[0].flatten(0, -2).sum(0) if of_bias else None
 
     @staticmethod
-    def jvp(ctx: Any, along: Tensor | None, _: Tensor | None, of_bias: Tensor | None) -> Tensor:
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         """Along tangents of the input and the bias, where they have some."""
-        (weight,) = ctx.saved_tensors
+        (weight,), (along, _, of_bias) = ctx.saved_tensors, tangents
         made = weight.new_zeros(ctx.shape) if along is None else functional.linear(along, weight)
         return made if of_bias is None else made + of_bias
