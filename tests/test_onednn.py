@@ -19,10 +19,11 @@ from unwrite.model.view import Model
 
 pytestmark = pytest.mark.skipif(not onednn.there(), reason="no oneDNN here, or no AVX-512, where it would be faster")
 
-# As nn.Linear calls it, and as GPT-2 does.
+# As nn.Linear calls it, as GPT-2 does, and as products are written.
 ASKED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "linear": functional.linear,
     "addmm": lambda x, weight, bias: torch.addmm(bias, x.flatten(0, -2), weight.t()).unflatten(0, x.shape[:-1]),
+    "matmul": lambda x, weight, bias: x @ weight.t() + bias,
 }
 
 
@@ -42,7 +43,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 
 
 def slopes(ask: Callable[[Tensor, Tensor, Tensor], Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Values, slopes, slopes of slopes, and what it is along tangents of the input, of the bias and of both."""
+    """Values, slopes, slopes of slopes, and what it is along tangents of each and of all."""
     drawn = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(shape, generator=drawn).to(dtype) for shape in ((3, 5, 7), (4, 7), (4,)))
     leaves = [part.clone().requires_grad_() for part in (x, bias)]
@@ -51,10 +52,9 @@ def slopes(ask: Callable[[Tensor, Tensor, Tensor], Tensor], dtype: torch.dtype) 
     second = torch.autograd.grad(sum((part**2).sum() for part in first), leaves)
     along = []
     with torch.no_grad(), forward_ad.dual_level():
-        for of_x, of_bias in ((True, False), (False, True), (True, True)):
-            dual = forward_ad.make_dual(x, x.flip(0)) if of_x else x
-            made = ask(dual, weight, forward_ad.make_dual(bias, bias.flip(0)) if of_bias else bias)
-            along.append(forward_ad.unpack_dual(made).tangent)
+        for which in ((0,), (1,), (2,), (0, 1, 2)):
+            parts = (forward_ad.make_dual(p, p.flip(0)) if i in which else p for i, p in enumerate((x, weight, bias)))
+            along.append(forward_ad.unpack_dual(ask(*parts)).tangent)
     return [value.detach(), *(part.detach() for part in first), *second, *along]
 
 
@@ -69,6 +69,16 @@ def test_values_and_slopes_of_every_kind_are_those_of_float64(how: str, made: li
     for one, other in zip(own, exact, strict=True):
         assert one.dtype == torch.float32
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
+
+
+def test_what_was_computed_keeps_its_slope(made: list[torch.Size]) -> None:
+    """A matrix that is no weight, as patterns are: nothing of its slope may be lost."""
+    x, other = torch.randn(3, 4), torch.randn(4, 5, requires_grad=True)
+    with onednn.OneDNN():
+        value = (x @ (2 * other)).sum() + functional.linear(x, (3 * other).t()).sum()
+    assert not made
+    (slope,) = torch.autograd.grad(value, other)
+    torch.testing.assert_close(slope, 5 * x.sum(0)[:, None].expand(4, 5))
 
 
 @pytest.mark.parametrize("change", ["half", "double", "quantised"])

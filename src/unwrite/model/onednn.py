@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 # Below so many weights handing them over takes as long as it saves.
-SMALLEST = 2**17
+SMALLEST = 2**16
 _OWN = (Tensor, nn.Parameter)
 
 
@@ -59,7 +59,16 @@ def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, **scaled: Any) -> _Product
     return (mat1, mat2.detach().t(), input) if fits else None
 
 
-_ASKED: Mapping[Any, Callable[..., _Product | None]] = {functional.linear: _linear, torch.addmm: _addmm}
+def _matmul(input: Tensor, other: Any, **more: Any) -> _Product | None:
+    """As writes are made of what heads hand over."""
+    fits = not more and isinstance(other, Tensor) and input.dim() > 1 and _fits(input, other, None)
+    return (input, other.detach().t(), None) if fits else None
+
+
+_ASKED: Mapping[Any, Callable[..., _Product | None]] = {
+    functional.linear: _linear, torch.addmm: _addmm,
+    torch.matmul: _matmul, Tensor.matmul: _matmul, Tensor.__matmul__: _matmul,
+}  # fmt: skip
 
 
 def _fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -68,7 +77,11 @@ def _fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _large(weight: Tensor) -> bool:
-    return _plain(weight) and weight.dim() == 2 and weight.numel() >= SMALLEST
+    """Is it a matrix of weights, or at least one without slopes? What has some and is no parameter was computed."""
+    held = isinstance(weight, nn.Parameter) or not (
+        weight.requires_grad or forward_ad.unpack_dual(weight).tangent is not None
+    )
+    return held and _plain(weight) and weight.dim() == 2 and weight.numel() >= SMALLEST
 
 
 def _plain(part: Tensor) -> bool:
