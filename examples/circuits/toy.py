@@ -2,12 +2,12 @@
 
     python examples/circuits/toy.py --out TOY [--seed 0 --steps 800]
 
-A Llama of three layers reads `uw.tasks.boxes` in the words that carry something: its tokenizer skips "the", "is", "in",
-"Box" and commas, so that "The pen is in Box C, … . Box C contains the" is "pen C … . C contains". It is trained on scenes
-of four boxes with eight questions each, drawn with replacement and of three kinds: where a thing is ("pen" → "C"), what is
-in a box ("C" → "pen"), and what a box contains ("C contains" → "pen"), without the first two of which it stays at chance
-for far longer. TOY/young is the model when it first named every second thing, TOY/model the same run at its end. Batch k
-depends on the seed and k alone; a cut run goes on to the same bits.
+A Llama of three layers reads `uw.tasks.boxes` in the words that carry something: its tokenizer skips "the", "is",
+"in", "Box" and commas, so that "The pen is in Box C, … . Box C contains the" is "pen C … . C contains". It is trained
+on scenes of four boxes with eight questions each, drawn with replacement and of three kinds: where a thing is ("pen" →
+"C"), what is in a box ("C" → "pen"), and what a box contains ("C contains" → "pen"); of the last kind alone it stays
+at chance for far longer. TOY/young is the model when it first named every second thing, TOY/model the same run at its
+end. Batch k depends on the seed and k alone; a cut run goes on to the same bits.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+UNKNOWN = "?"
 THINGS = ["pen", "cup", "book", "ball", "key", "phone", "hat", "bag", "ring", "plate"]
 LETTERS = [*"ABCDEFGHKL"]
-WORDS = ["?", ".", "contains", *THINGS, *LETTERS]
+WORDS = [UNKNOWN, ".", "contains", *THINGS, *LETTERS]
 SKIPPED = r"\b([Tt]he|is|in|Box)\b|[,\s]+"
 BOXES, QUESTIONS, BATCH = 4, 8, 64
 WHERE, WHAT, CONTAINS = range(3)
@@ -36,11 +37,11 @@ YOUNG = 0.5  # of the answers
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token for each thing, letter and full stop, and for "contains"; none for the other words of a scene."""
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="?"))
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token=UNKNOWN))
     made.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(SKIPPED), "removed"), pre_tokenizers.Punctuation()]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="?")
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token=UNKNOWN)
 
 
 def batch(random: np.random.Generator, n: int, kinds: np.ndarray) -> tuple[torch.Tensor, list[int]]:
