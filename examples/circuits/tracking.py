@@ -70,29 +70,33 @@ def unanswerable(lm: Any, n: int, seed: int) -> uw.Pairs:
 def found_groups(lm: Any, pairs: uw.Pairs) -> dict[str, list[dict[str, Any]]]:
     """The heads of each group with the part of the logit difference that they take away along their path.
 
-    Of as many as were tried; `prob` is the part of the answer's probability, which is the paper's score.
+    `prob` is the part of the answer's probability, which is the paper's score.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for group, role in GROUPS.items():
         after, side = WRITES_TO.get(group, ("", ""))
-        receivers = "logits" if not after else "+".join(f"{one['head']}.{side}" for one in found[after])
-        tried = heads_before(lm, max((layer(one["head"]) for one in found[after]), default=0)) if after else heads(lm)
-        found[group] = chosen(lm, pairs, tried, receivers, role) if receivers and tried else []
+        receivers = "+".join(f"{one['head']}.{side}" for one in found[after]) if after else "logits"
+        senders = tried(lm, found, group)
+        found[group] = chosen(lm, pairs, senders, receivers, role) if senders else []
         if group == "B":  # a head of both is kept in B
             both = {one["head"] for one in found["B"]}
             found["A"] = [one for one in found["A"] if one["head"] not in both]
     return found
 
 
-def chosen(lm: Any, pairs: uw.Pairs, tried: Sequence[str], receivers: str, role: str) -> list[dict[str, Any]]:
-    """Those that take away enough, beyond doubt; of the others too, how many were tried."""
-    lines, prob = (along(lm, pairs, tried, receivers, role, metric) for metric in ("logit_diff", "prob"))
+def tried(lm: Any, found: Mapping[str, Sequence[Any]], group: str) -> list[str]:
+    """The heads that may belong to a group: all, or those of layers before the heads that they are to write to."""
+    if group not in WRITES_TO:
+        return heads(lm)
+    end = max((layer(one["head"]) for one in found[WRITES_TO[group][0]]), default=0)
+    return [head for head in heads(lm) if layer(head) < end]
+
+
+def chosen(lm: Any, pairs: uw.Pairs, senders: Sequence[str], receivers: str, role: str) -> list[dict[str, Any]]:
+    """Those that take away enough, beyond doubt."""
+    lines, prob = (along(lm, pairs, senders, receivers, role, metric) for metric in ("logit_diff", "prob"))
     of = {one["head"]: one["mean"] for one in prob}
-    return [
-        one | {"prob": of[one["head"]], "tried": len(lines)}
-        for one in lines
-        if one["mean"] < -LEAST and one["high"] < 0
-    ]
+    return [one | {"prob": of[one["head"]]} for one in lines if one["mean"] < -LEAST and one["high"] < 0]
 
 
 def along(
@@ -120,11 +124,6 @@ def heads(lm: Any) -> list[str]:
 def layer(head: str) -> int:
     """In which it lies."""
     return int(head[1:].partition("H")[0])
-
-
-def heads_before(lm: Any, end: int) -> list[str]:
-    """Those of earlier layers, which alone can write to it."""
-    return [head for head in heads(lm) if layer(head) < end]
 
 
 def cells(found: Mapping[str, Sequence[Any]], groups: Iterable[str]) -> dict[str, list[str]]:
@@ -271,6 +270,7 @@ def found_in(lm: Any) -> dict[str, Any]:
     named = {"A to D": cells(groups, "ABCD"), "all groups": every, "pruned": pruned(lm, pruned_on, every)}
     return {
         "solves": uw.solves(lm, judged_by).data.attrs["solves"], "groups": groups,
+        "tried": {group: len(tried(lm, groups, group)) for group in GROUPS},
         "looks": {group: looks(lm, judged_by, groups[group], role) for group, role in GROUPS.items()},
         "circuits": {name: evaluated(lm, judged_by, groups, own) for name, own in named.items() if own},
         "scenes": [str(part.about()["hash"]) for part in (chosen_of, pruned_on, judged_by)],
