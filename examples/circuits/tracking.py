@@ -58,8 +58,9 @@ def unanswerable(lm: Any, n: int, seed: int) -> uw.Pairs:
         source[i, pairs.source_roles["query"][i]] = random.choice([one for one in letters if one not in seen])
         other[i] = random.choice(rows[i])
     return uw.pairs(
-        torch.from_numpy(pairs.base.ids), torch.from_numpy(source), pairs.answer.tolist(), pairs.against.tolist(),
-        choices=pairs.choices, roles={role: pairs.roles[role].tolist() for role in ("query", "label", "object")},
+        torch.from_numpy(pairs.base.ids), torch.from_numpy(source), pairs.answer.tolist(),
+        np.asarray(pairs.against).tolist(), choices=pairs.choices,
+        roles={role: pairs.roles[role].tolist() for role in ("query", "label", "object")},
         source_roles={"label": other.tolist()},
     )  # fmt: skip
 
@@ -253,7 +254,7 @@ def same(pairs: uw.Pairs) -> uw.Pairs:
     """Both prompts are the base prompt."""
     ids, roles = torch.from_numpy(pairs.base.ids), {role: rows.tolist() for role, rows in pairs.roles.items()}
     return uw.pairs(
-        ids, ids, pairs.answer.tolist(), pairs.against.tolist(), roles=roles, choices=pairs.choices
+        ids, ids, pairs.answer.tolist(), np.asarray(pairs.against).tolist(), roles=roles, choices=pairs.choices
     )  # fmt: skip
 
 
