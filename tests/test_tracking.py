@@ -217,7 +217,8 @@ def test_a_path_is_three_runs_with_plain_hooks(group: str) -> None:
 
 
 @pytest.mark.promise("executed")
-def test_what_a_circuit_keeps_is_what_plain_hooks_find() -> None:
+def test_what_a_circuit_keeps_is_what_plain_hooks_find(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "DRAWS", 3)
     lm, pairs, own = by_hand(), asked(40, 1), tracking.cells(groups(), "ABCD")
     means = {at: part.mean(0, keepdim=True) for at, part in plain(lm, torch.from_numpy(pairs.source.ids))[1].items()}
     found = tracking.evaluated(lm, pairs, groups(), own)
