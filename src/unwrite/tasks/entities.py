@@ -88,9 +88,9 @@ def boxes(
 
     Each of the `k` places is asked about as often; the templates are these places. Roles: "object" and "label" (of the
     box that is asked about), "object2", "label2", … (of the others, in their order), "query", "end". Arguments as in
-    `uw.tasks.ioi`; `change` "query", "objects", "labels", "letter", "position"; `k` from 2 to 12; `form` "object first" (as in
-    the paper: no string can be matched) or "box first"; `words` of the kinds "thing" and "letter". `against` is the
-    object that base prompts must name instead.
+    `uw.tasks.ioi`; `change` "query", "objects", "labels", "letter", "position"; `k` from 2 to 12; `form` "object first"
+    (as in the paper: no string can be matched) or "box first"; `words` of the kinds "thing" and "letter". `against` is
+    the object that base prompts must name instead.
     Raises as `uw.tasks.ioi` does. Source: Prakash et al. 2024, arXiv 2402.14811.
 
     Example: `uw.tasks.boxes(50, lm.tokenizer, change="position", k=5)`
