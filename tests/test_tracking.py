@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import re
 import sys
 from collections.abc import Mapping
 from functools import cache
@@ -329,3 +330,30 @@ def test_a_cut_run_goes_on_to_the_same_bits(monkeypatch: pytest.MonkeyPatch, tmp
     assert uw.solves(young, tracking.scenes(young, 4, 0, "query")).data.sizes["pair"] == 4
     with pytest.raises(SystemExit, match="other settings"):
         toy.train(argparse.Namespace(**{**vars(cut), "steps": 9}))
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_says_what_was_kept() -> None:
+    tracked = importlib.import_module("tracked")
+    found = tracked.kept("entity-tracking")
+    own = found["found"]["model"]
+    groups = tracked.groups(found, "model")
+    for group, part in own["groups"].items():
+        heads = [groups.loc[group, "head"]] if len(part) < 2 else groups.loc[group, "head"].tolist()
+        assert heads == ([one["head"] for one in part] or ["none"])
+    kept = own["circuits"]["all groups"]["kept"]
+    assert tracked.circuits(found).loc[("model", "all groups"), "right"].startswith(f"{kept:.2f} [")
+    assert {*tracked.across(found).index} >= {
+        "nothing",
+        "all",
+        *(group for group, part in own["groups"].items() if part),
+    }
+    for by in ("roles", "groups"):
+        table = tracked.carried(found, by)
+        assert {*table.index.get_level_values("other")} == {*tracking.CARRIED}
+    assert tracked.share(0.5, 4) == "0.50 [0.15, 0.85]"  # Wilson 1927, by hand
+    assert found["weights"]["model"] != found["weights"]["young"]
+    pages = Path(__file__).parents[1] / "docs" / "entity-tracking.md"
+    assert set(re.findall(r"tracked\.(\w+)\(", pages.read_text("utf-8"))) <= {*vars(tracked)}

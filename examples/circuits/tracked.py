@@ -104,8 +104,8 @@ def carried(found: dict[str, Any], by: str) -> pd.DataFrame:
             rate, low, high = rates["chosen"]
             lines.append({
                 by.removesuffix("s"): place, "other": what, "match": f"{rate:.2f} [{low:.2f}, {high:.2f}]",
-                "heads": ", ".join(best["chosen"]) if rate > 0 else "", "penalty": best["penalty"],
-                "all of them": f"{rates['all'][0]:.2f}",
+                "heads": ", ".join(best["chosen"]), "penalty": best["penalty"],
+                "all of them": f"{rates['all'][0]:.2f}", "the others": f"{rates['complement'][0]:.2f}",
                 "random, to the most": "no other set" if rates["random"][0] is None
                 else f"{rates['random'][0]:.2f}, to {best['random_most']:.2f}",
                 "stable": f"{best['stable']:.2f}",
