@@ -10,6 +10,8 @@ from typing import Any
 import pandas as pd
 from scipy.stats import binomtest
 
+# What is patched, as a table says it.
+SETS = {"nothing": "none", "chosen": "chosen", "the others": "complement", "all": "all"}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -123,3 +125,16 @@ def across(found: dict[str, Any]) -> pd.DataFrame:
         lines[name] |= {"every head, everywhere": share(one["every head everywhere"], n)}
         lines[f"{name}, random of the same layers"] = {group: spread(part) for group, part in one["random"].items()}
     return pd.DataFrame(lines).fillna("")
+
+
+def path(found: dict[str, Any], by: str, place: str, what: str) -> pd.DataFrame:
+    """One of these masks at every penalty: what it chooses, what that does, and what all the others do."""
+    lines = {
+        one["penalty"]: {
+            "heads": ", ".join(one["chosen"]),
+            **{f"match, {name}": f"{one['rates'][key][0]:.2f}" for name, key in SETS.items()},
+            **{f"logits, {name}": f"{one['logits'][key]:+.1f}" for name, key in SETS.items()},
+        }
+        for one in found["carried"][by][place][what]
+    }
+    return pd.DataFrame(lines).T.rename_axis("penalty")

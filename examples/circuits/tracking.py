@@ -304,16 +304,16 @@ def measured(place: Path) -> dict[str, Any]:
         for group, part in own.items()
         for role, named in part.items()
     }
-    circuits = {name: part["circuits"]["all groups"]["heads"] for name, part in found.items()}
+    circuits = {name: cells(part["groups"], GROUPS) for name, part in found.items()}
     prompts, every = same(scenes(lm, JUDGED_BY, 20, "position")), own | {"all": circuits["model"]}
+    moved = {"young's, in the model": (lm, circuits["young"]), "the model's, in young": (young, circuits["model"])}
     record = json.loads((place / "run.json").read_text("utf-8"))
     return {
         "run": {name: record[name] for name in ("settings", "torch", "step", "young", "seconds", "solved")},
         "weights": {name: one.provenance["model"]["weights"] for name, one in
                     (("young", uw.solves(young, prompts)), ("model", uw.solves(lm, prompts)))},
         "versions": uw.solves(lm, prompts).provenance["versions"], "found": found,
-        "moved": {"young's, in the model": right(lm, judged_by, circuits["young"]),
-                  "the model's, in young": right(young, judged_by, circuits["model"])},
+        "moved": {name: right(one, judged_by, part) for name, (one, part) in moved.items() if part},
         "carried": {"roles": roles, "groups": by_group},
         "across": {"young with the model's values": across(young, lm, prompts, every),
                    "model with young's values": across(lm, young, prompts, every)},
