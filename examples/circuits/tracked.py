@@ -127,6 +127,16 @@ def across(found: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(lines).fillna("")
 
 
+def slopes(found: dict[str, Any]) -> pd.DataFrame:
+    """What each head of a group does to the difference of logits: as its slope at no change has it → executed."""
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for group, changes in found["slopes"].items():
+        for what, each in changes.items():
+            for head, (guess, executed) in each.items():
+                lines.setdefault((group, head), {})[what] = f"{guess:+.2f} → {executed:+.2f}"
+    return pd.DataFrame(lines).T.rename_axis(["group", "head"])
+
+
 def path(found: dict[str, Any], by: str, place: str, what: str) -> pd.DataFrame:
     """One of these masks at every penalty: what it chooses, what that does, and what all the others do."""
     lines = {

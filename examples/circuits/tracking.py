@@ -236,6 +236,13 @@ def carried(lm: Any, nodes: Sequence[str], role: str, change: str) -> list[dict[
     return masks.paths(change, uw.mask(lm, learned, nodes, role, penalty=PENALTIES, held=held, steps=STEPS))
 
 
+def slopes(lm: Any, nodes: Sequence[str], role: str, change: str) -> dict[str, list[float]]:
+    """What each head by itself does to ℓ[answer] − ℓ[against]: guessed by the slope that a gain begins on, executed."""
+    pairs = scenes(lm, LEARNED_FROM, 10, change)
+    both = [uw.effects(lm, pairs, nodes, [role], method).data["mean"].isel(role=0) for method in ("atp", "exact")]
+    return {head: [float(one.sel(node=head)) for one in both] for head in nodes}
+
+
 def across(lm: Any, other: Any, pairs: uw.Pairs, own: Mapping[str, Cells]) -> dict[str, Any]:
     """Right answers of a model whose heads have another model's values for the same prompts, set by set."""
     found = circuit(lm, pairs, own["all"], other, 0, choose=1)
@@ -304,6 +311,11 @@ def measured(place: Path) -> dict[str, Any]:
         for group, part in own.items()
         for role, named in part.items()
     }
+    flat = {
+        group: {what: slopes(lm, named, role, change) for what, change in CARRIED.items()}
+        for group, part in own.items()
+        for role, named in part.items()
+    }
     circuits = {name: cells(part["groups"], GROUPS) for name, part in found.items()}
     prompts, every = same(scenes(lm, JUDGED_BY, 20, "position")), own | {"all": circuits["model"]}
     moved = {"young's, in the model": (lm, circuits["young"]), "the model's, in young": (young, circuits["model"])}
@@ -314,7 +326,7 @@ def measured(place: Path) -> dict[str, Any]:
                     (("young", uw.solves(young, prompts)), ("model", uw.solves(lm, prompts)))},
         "versions": uw.solves(lm, prompts).provenance["versions"], "found": found,
         "moved": {name: right(one, judged_by, part) for name, (one, part) in moved.items() if part},
-        "carried": {"roles": roles, "groups": by_group},
+        "carried": {"roles": roles, "groups": by_group}, "slopes": flat,
         "across": {"young with the model's values": across(young, lm, prompts, every),
                    "model with young's values": across(lm, young, prompts, every)},
     }  # fmt: skip
