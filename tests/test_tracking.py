@@ -280,6 +280,21 @@ def test_the_other_model_lends_what_a_model_has_lost() -> None:
     assert {group: found["sets"][group] == 1 for group in PLANTED} == {"A": True, "B": True, "C": False, "D": False}
 
 
+@pytest.mark.promise("planted")
+def test_effects_by_role_are_an_order_whose_circuit_is_the_planted_one() -> None:
+    """All but D, which writes the same in every prompt; without any of the three next to nothing is kept."""
+    lm, roles = by_hand(), [*tracking.ROLES]
+    ranked, judged = (tracking.scenes(lm, 16, seed, "position") for seed in (2, 3))
+    order = uw.effects(lm, ranked, "heads", roles)
+    found = uw.circuit(lm, judged, order, [1, 2, 3], "source", roles=roles, nodes="heads", draws=2, gates=False)
+    for by in ("absolute", "signed"):
+        circuit = uw.Circuit.of_result(found, by=by)
+        assert {*circuit.cells} == {("L3H0", "end"), ("L2H0", "end"), ("L1H0", "query")}
+        kept = found["faithfulness"].sel(order="exact", by=by)
+        assert float(kept.sel(size=3)) == pytest.approx(1, abs=1e-7)  # a planted head looks elsewhere by about e⁻²⁰
+        assert (kept.sel(size=[1, 2]) < 0.5).all()
+
+
 # --- the toy ----------------------------------------------------------------------------------------------------------
 
 
