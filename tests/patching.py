@@ -27,6 +27,7 @@ METRICS: dict[str, Callable[[Tensor, Tensor, int, int | None], Tensor]] = {
     "logit_diff": lambda y, _, a, b: y[:, a] - (0 if b is None else y[:, b]),
     "log_prob": lambda y, _, a, b: y[:, a] - y.exp().sum(-1).log(),
     "prob": lambda y, _, a, b: y[:, a].exp() / y.exp().sum(-1),
+    "top": lambda y, _, a, b: (y > torch.cat([y[:, :a], y[:, a + 1 :]], 1).amax(1)[:, None])[:, a].to(y),
     "kl": lambda y, y0, a, b: (y0.softmax(-1) * (y0.log_softmax(-1) - y.log_softmax(-1))).sum(-1),
     "entropy": lambda y, *_: -(y.softmax(-1) * y.log_softmax(-1)).sum(-1),
 }

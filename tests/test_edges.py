@@ -215,6 +215,7 @@ def test_all_names_every_node_and_all_that_each_reads_once() -> None:
         "kl": ({"method": "eap", "metric": "kl"}, NumericError, "kl has no slope at the base run"),
         "kl in a step": ({"method": "eap-ig", "metric": "kl", "steps": 1}, NumericError, "kl has no slope"),
         "match": ({"method": "eap-ig", "metric": "match"}, NumericError, "what counts answers has no slope"),
+        "top": ({"method": "eap", "metric": "top"}, NumericError, "nothing of top: what counts answers has no slope"),
         "receivers": ({"method": "eap", "receivers": ["L1H0.q", "L7H0"]}, NodeError, "no site L7H0"),
         "nothing reads": ({"method": "eap", "senders": "L2H0", "receivers": "L1H0.q"}, NodeError, "no such edge"),
     }.values(),

@@ -202,6 +202,28 @@ def test_every_place_is_right_as_often(name: str) -> None:
     assert len({*places.values()}) == 1
 
 
+def test_boxes_can_differ_in_the_letter_that_is_asked_for_or_in_its_place_alone() -> None:
+    """What must then be said is found in the base prompt, by the letter or by the place of the source prompt."""
+    for change in ("letter", "position"):
+        pairs = made("boxes", 12, change=change, k=4)
+        for i in range(len(pairs)):
+            base, source = (re.split(r", |\. ", text(part, i)) for part in (pairs.base, pairs.source))
+            letter, asked = source[-1].split()[1], base[-1].split()[1]
+            places = [next(j for j, part in enumerate(one[:-1]) if f"Box {one[-1].split()[1]}" in part)
+                      for one in (base, source)]  # fmt: skip
+            against = tokenizer().decode([int(np.asarray(pairs.against)[i])]).strip()
+            things, others = ({part.split()[1] for part in one[:-1]} for one in (base, source))
+            assert not things & others
+            if change == "letter":
+                assert letter != asked
+                assert places[0] == places[1]
+                assert against in next(part for part in base if f"in Box {letter}" in part)
+            else:
+                assert not {part[-1] for part in base[:-1]} & {part[-1] for part in source[:-1]}
+                assert places[0] != places[1]
+                assert against in base[places[1]]
+
+
 def test_options_make_other_prompts() -> None:
     assert text(made("boxes", 1, form="box first", k=2).base, 0).startswith("Box ")
     assert made("boxes", 4, k=5).choices.shape == (4, 5)

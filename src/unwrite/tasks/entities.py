@@ -42,6 +42,11 @@ def _labels(scene: Scene, _: Draw) -> tuple[Mapping[str, str], str]:
     return {"label": scene.words["label2"], "label2": scene.words["label"]}, f" {scene.words['object2']}"
 
 
+def _letter(scene: Scene, draw: Draw) -> tuple[Mapping[str, str], str]:
+    swapped, _ = _labels(scene, draw)
+    return {**swapped, **_objects(scene, draw)[0], "query": scene.words["label2"]}, f" {scene.words['object2']}"
+
+
 def _position(scene: Scene, draw: Draw) -> tuple[Mapping[str, str], str]:
     slots = [slot for slot in scene.words if slot.startswith("label")]
     words = draw.some("letter", len(slots), [scene.words[slot] for slot in slots])
@@ -58,6 +63,11 @@ def _task(k: int, form: str) -> Task:
             "query": Change("another box is asked about", ("query",), _query),
             "objects": Change("other objects in the same boxes", objects, _objects),
             "labels": Change("two boxes change their letters", ("label", "label2"), _labels),
+            "letter": Change(
+                "other objects, two boxes change their letters, and the same place is asked about by its new letter: "
+                "which letter, alone",
+                (*objects, "label", "label2", "query"), _letter,
+            ),
             "position": Change(
                 "other objects and letters, and another place is asked about: which place, alone",
                 (*objects, *labels, "query"), _position,
@@ -78,9 +88,9 @@ def boxes(
 
     Each of the `k` places is asked about as often; the templates are these places. Roles: "object" and "label" (of the
     box that is asked about), "object2", "label2", … (of the others, in their order), "query", "end". Arguments as in
-    `uw.tasks.ioi`; `change` "query", "objects", "labels", "position"; `k` from 2 to 12; `form` "object first" (as in
-    the paper: no string can be matched) or "box first"; `words` of the kinds "thing" and "letter". `against` is the
-    object that base prompts must name instead.
+    `uw.tasks.ioi`; `change` "query", "objects", "labels", "letter", "position"; `k` from 2 to 12; `form` "object first"
+    (as in the paper: no string can be matched) or "box first"; `words` of the kinds "thing" and "letter". `against` is
+    the object that base prompts must name instead.
     Raises as `uw.tasks.ioi` does. Source: Prakash et al. 2024, arXiv 2402.14811.
 
     Example: `uw.tasks.boxes(50, lm.tokenizer, change="position", k=5)`

@@ -3,6 +3,7 @@
 logit_diff  ℓ[answer] − ℓ[against], or ℓ[answer] alone; linear in logits, hence the default
 log_prob    ℓ[answer] − logsumexp ℓ             prob  softmax(ℓ)[answer]
 kl          Σ p (log p − log p'), p of the clean base run; it has no sign, and no slope at the base run itself
+top         1 where ℓ[answer] is the largest of the vocabulary, else 0: its mean is the accuracy
 match       1 where ℓ[against] is the largest of the vocabulary, else 0: its mean is the interchange accuracy
 restricted  logsumexp of ℓ over the choices − ℓ[answer]: the loss where nothing but a choice can be said
 fldd        100 · (1 − mean logit_diff patched / mean logit_diff of base runs), means over all pairs, of which each
@@ -28,7 +29,9 @@ from unwrite.prompts.pairs import Pairs
 from unwrite.run.answer.logits import normed as final_normed
 from unwrite.run.answer.logits import unembedding
 
-METRICS = ("logit_diff", "log_prob", "prob", "kl", "match", "restricted", "fldd")
+METRICS = ("logit_diff", "log_prob", "prob", "kl", "top", "match", "restricted", "fldd")
+# These count, and so have no slope.
+_COUNTS = ("top", "match")
 _LINEAR = ("logit_diff", "fldd")
 Custom = Callable[[Float[Tensor, "pair vocabulary"]], Float[Tensor, " pair"]]
 P = TypeVar("P")
@@ -67,8 +70,9 @@ class Metric:
         logits = self.logits(normed)
         if callable(self.name):
             return _numbers(_asked(self.name, logits), logits)
-        if self.name == "match" and self.against is not None:
-            return (logits.argmax(-1) == self.against[pair]).to(logits)
+        if self.name in _COUNTS:
+            asked = self.answer if self.name == "top" or self.against is None else self.against
+            return (logits.argmax(-1) == asked[pair]).to(logits)
         log_p = logits.log_softmax(-1)
         if self.name == "kl":
             clean = self._reference()[pair]
@@ -161,8 +165,8 @@ def require_slope(metric: Any, method: str, at_base: bool) -> None:
             f"{method} says 0 for every node and edge: kl has no slope at the base run, which it is measured against",
             fix="use method='exact', or what integrates from the source, or another metric",
         )
-    if isinstance(metric, str) and metric == "match":
-        what = f"{method} says nothing of match: what counts answers has no slope"
+    if isinstance(metric, str) and metric in _COUNTS:
+        what = f"{method} says nothing of {metric}: what counts answers has no slope"
         raise NumericError(what, fix="use method='exact', or another metric")
 
 
