@@ -43,28 +43,40 @@ def circuit(
     rank: Annotated[int, typer.Option("--rank", min=1, help="Other pairs of the task, that make the orders.")] = 8,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the task, and of what is drawn.")] = 0,
     order: Annotated[
-        str, typer.Option("--order", help="Estimators: relp, atp, direct, net, ig, exact; or names: =L2H3,MLP4.")
+        str,
+        typer.Option(
+            "--order",
+            help="Estimators: relp, atp, direct, net, ig, exact; of all edges: eap, eap-ig; names: =L2H3,MLP4.",
+        ),
     ] = "relp",
     nodes: Annotated[
-        str, typer.Option("--nodes", help="What is replaced where it is not kept: heads, mlp_out, or names.")
-    ] = "heads,mlp_out",
+        str | None,
+        typer.Option(
+            "--nodes", help="What is replaced where it is not kept: heads, mlp_out, or names; edges of eap's."
+        ),
+    ] = None,
     sizes: Annotated[str | None, typer.Option("--sizes", help="How many are kept, such as 10,20,40.")] = None,
     by: Annotated[str, typer.Option("--by", help="absolute, signed, or both.")] = "absolute,signed",
     given: Annotated[str | None, typer.Option("--given", help="Nodes that every circuit has, such as MLP0.")] = None,
     at: Annotated[str | None, typer.Option("--roles", help="By position: tokens of the task, such as S2,end.")] = None,
     source: Annotated[str, typer.Option("--replace", help="By the source prompt, mean, zero or resample.")] = "source",
     draws: Annotated[int, typer.Option("--draws", min=0, help="Random orders beside.")] = 10,
-    gates: Annotated[bool, typer.Option("--gates/--no-gates", help="Runs without each single node.")] = True,
+    gates: Annotated[
+        bool | None, typer.Option("--gates/--no-gates", help="Runs without each single node; by default not of edges.")
+    ] = None,
     metric: Annotated[
         str, typer.Option("--metric", help="logit_diff, log_prob, prob, kl, match or restricted.")
     ] = "logit_diff",
     common: Common = COMMON,
 ) -> None:
-    """How much of a behaviour do the first nodes of an order keep, when everything else is replaced? Executed."""
+    """How much of a behaviour do the first nodes, or edges, of an order keep, all else replaced? Executed."""
+    from unwrite.methods.circuit import EDGES, NODES
     from unwrite.methods.circuit import circuit as run
     from unwrite.methods.effects import effects
+    from unwrite.methods.paths import SLOPES, paths
 
-    lm, asked, roles = common.load(model), listed(nodes) or [], listed(at)
+    lm, named, roles = common.load(model), EDGES if nodes == EDGES else listed(nodes), listed(at)
+    asked = list(NODES) if named in (None, EDGES) else named
     judged, ranking = _both(lm, pairs, task, change, (n, rank), seed, common.bos)
     counts = None if sizes is None else [_number(size) for size in sizes.split(",")]
 
@@ -74,9 +86,14 @@ def circuit(
             made["listed"] = listed(order[1:]) or []
         else:
             for name in order.split(","):
-                made[name] = effects(lm, ranking, asked, roles or "all", name, metric, listener=listener)
+                if name in SLOPES:
+                    made[name] = paths(
+                        lm, ranking, "all", "all", None, metric, method=name, at=roles or "all", listener=listener
+                    )
+                else:
+                    made[name] = effects(lm, ranking, asked, roles or "all", name, metric, listener=listener)
         return run(
-            lm, judged, made, counts, source, by.split(","), listed(given) or (), roles, draws, nodes=asked,
+            lm, judged, made, counts, source, by.split(","), listed(given) or (), roles, draws, nodes=named,
             metric=metric, gates=gates, seed=seed, checkpoint=job, listener=listener,
         )  # fmt: skip
 
