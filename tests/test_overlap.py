@@ -17,7 +17,7 @@ from executed import weights
 from test_architecture import _python
 from unwrite.errors import NumericError, ResultError
 from unwrite.model.load import view
-from unwrite.report.views import words
+from unwrite.report.views import listings, words
 from unwrite.result import Result, build, quantity
 
 N = 40
@@ -168,6 +168,53 @@ def test_beside_its_nodes_stand_readings_what_was_executed_and_what_survives() -
         uw.beside(circuit, uw.dla(lm, prompts, 5, 9, total=False))
     with pytest.raises(ResultError, match="none of the circuit's nodes"):
         uw.beside(uw.Circuit(("L1.attn_out",)), dla)
+
+
+def test_a_part_is_what_a_head_attends_to_and_which_way_it_writes_about_it() -> None:
+    """Attention is put there by hand, on tokens that are the answer, the alternative, or neither."""
+    lm = view(weights("gpt2", 1, num_hidden_layers=2, num_attention_heads=2))
+    ids = torch.randint(3, 50, (6, 6), generator=torch.Generator().manual_seed(5))
+    ids[:, 1], ids[:, 2] = 10, 20
+    other = ids.clone()
+    other[:, 2] += 1
+    where = {"IO": [1] * 6, "S": [2] * 6, "place": [3] * 6}
+    pairs = uw.pairs(ids, other, ids[:, 1].tolist(), ids[:, 2].tolist(), roles=where)
+    dla = uw.dla(lm, pairs.base, pairs.answer, pairs.against, total=False)
+    effects = uw.effects(lm, pairs, ["heads", "mlp_out"], at="all")
+    heads = [str(node) for node in lm.parts if node.kind == "head"]
+    mean, spread = dla["direct"].mean("prompt").to_series(), dla["direct"].std("prompt", ddof=1).to_series()
+    sure = abs(mean) > 2.5705818 * spread / 6**0.5
+    assert sure[heads].any()  # of the signs some are decided, and some are not
+    assert not sure[heads].all()
+    circuit, whole = uw.Circuit(tuple(heads)), uw.attention(lm, pairs.base)
+    for role, to in (("IO", "answer"), ("S", "against"), ("place", "")):
+        for weight in (0.9, 0.2):
+            looked = whole.data["weight"] * 0
+            looked[:, :, -1, where[role][0]] = weight
+            found = uw.beside(
+                circuit, dla, effects=effects, attention=uw.Result(whole.data.assign(weight=looked)), pairs=pairs
+            )
+            for head in heads:
+                one = found.data.sel(node=head)
+                size = abs(mean[head]) >= 0.01 * abs(float(dla["logit_diff"].mean()))
+                named = {
+                    ("answer", True): "mover", ("answer", False): "negative mover", ("against", True): "suppressor",
+                    ("against", False): "mover of the alternative",
+                }.get((to, mean[head] > 0), "")  # fmt: skip
+                assert one["part"].item() == (named if size and sure[head] and weight == 0.9 else "")
+                assert one["looks"].item() == f"{role} .{round(100 * weight)}"
+                assert one["executed"].item() == pytest.approx(
+                    -float(effects["effect"].sel(node=head).mean()), abs=1e-12
+                )
+                assert one["executed_low"] <= one["executed"] <= one["executed_high"]
+    assert "By what they attend to and write: no head" in words(found)
+    assert {column.name for column in next(iter(listings(found))).columns} >= {"part", "executed [95 %]"}
+    with pytest.raises(ResultError, match="roles and answers are those of pairs"):
+        uw.beside(circuit, dla, effects=effects, attention=whole)
+    with pytest.raises(ResultError, match="of other prompts"):
+        uw.beside(circuit, dla, effects=effects, attention=whole, pairs=pairs.take(range(5)))
+    with pytest.raises(ResultError, match="not executed"):
+        uw.beside(circuit, dla, effects=uw.effects(lm, pairs, at="all", method="atp"))
 
 
 def test_a_real_model_has_a_gate_and_tasks_share_heads(real: Path) -> None:
