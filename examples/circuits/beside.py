@@ -3,8 +3,8 @@
     python examples/circuits/beside.py MODEL --name NAME
 
 MODEL is a folder or a hub name (HuggingFaceTB/SmolLM2-135M-Instruct). What was found is kept as
-`results/NAME-beside.json` beside this file, from which docs/circuits.md is made. The circuit is RelP's of 8 pairs (those
-of measure.py), looked into on 24 others.
+`results/NAME-beside.json` beside this file, from which docs/circuits.md is made. The circuit is RelP's of 8 pairs
+(those of measure.py), looked into on 24 others.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def kept(name: str) -> dict[str, Any]:
 
 
 def kept_nodes(found: dict[str, Any], direct_alone: bool = False) -> pd.DataFrame:
-    """The circuit's nodes, or those that direct attribution alone would have chosen: what each helps, with intervals."""
+    """What each node helps, with intervals: the circuit's, or those that direct attribution alone would have chosen."""
     lines = {}
     for one in found["nodes"]:
         if (one["chosen_by"] == "direct alone") == direct_alone:

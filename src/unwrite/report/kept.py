@@ -179,9 +179,9 @@ def opposing(result: Result) -> str:
     data = result.data
     word, alone = data["word"].values, data["chosen_by"].values == "direct alone"
     against = ", ".join(map(str, data["node"].values[(word == "opponent") & ~alone])) or "none"
-    help_ = int((word[alone] == "helps").sum())
+    help_, own = (int((word[some] == "helps").sum()) for some in (alone, ~alone))
     return (
-        f"Of {int((~alone).sum())} nodes {int((word[~alone] == 'helps').sum())} help, opponents: {against}.{_parts(data)} "
+        f"Of {int((~alone).sum())} nodes {own} help, opponents: {against}.{_parts(data)} "
         f"Direct attribution alone would have chosen {int(alone.sum())} others, of which {help_} help when executed "
         f"({data.attrs['of']}, {data.sizes['node']} intervals)."
     )
