@@ -71,6 +71,10 @@ def beside(
     _require(circuit, {"dla": dla, "survival": survival, "effects": effects, "attention": attention})
     if "total" not in dla.data and effects is None:
         raise ResultError("this dla has no executed totals", fix="ask for uw.dla(…, total=True), or pass effects")
+    if pairs is not None and not isinstance(pairs, Pairs):
+        raise ResultError("roles and answers are those of pairs", got=shown(pairs), expected="a uw.Pairs")
+    if (pairs is None) != (attention is None):
+        raise ResultError("attention and pairs say a part together", got="one of them", fix="pass both, or neither")
     if effects is not None and (effects.provenance["settings"]["method"] != "exact" or "mean" not in effects.data):
         raise ResultError("these effects were not executed, or are of several places", fix='method="exact", at="all"')
     nodes = [str(name) for name in dla.data["node"].values]
@@ -85,19 +89,21 @@ def beside(
     variables |= {} if effects is None else _executed(effects, rows)
     variables["word"] = _word(variables, "total" if effects is None else "executed")
     variables |= _chosen(circuit, rows, by_direct)
-    variables |= {} if attention is None else _parts(attention, pairs, dla, rows)
+    if attention is not None and pairs is not None:
+        variables |= _parts(attention, pairs, dla, rows)
     variables |= {} if survival is None else _survived(survival, rows)
     data = xr.Dataset(variables, {"node": rows}).assign_attrs(row_axes="node", of=f"{dla.data.sizes['prompt']} prompts")
     settings = {"replace": dla.provenance["settings"]["replace"], "circuit": [*circuit.nodes]}
     return build("beside", data, settings, dla.provenance["model"], dla.provenance["tokens"])
 
 
-def _require(circuit: Circuit, given: dict[str, Any]) -> None:
+def _require(circuit: Circuit, given: dict[str, Result | None]) -> None:
     """Results of these methods, of one model."""
     for name, one in given.items():
         if one is None and name != "dla":
             continue
         require_result(name, one, name)
+        assert one is not None  # noqa: S101 (as it was required)
         if circuit.weights not in ("", one.provenance["model"]["weights"]):
             raise ResultError(f"the {name} is of another model than the circuit", fix="ask the circuit's model")
 
@@ -154,10 +160,8 @@ def _chosen(circuit: Circuit, rows: list[str], by_direct: list[str]) -> dict[str
     return {"chosen_by": ("node", by), "score": quantity(("node",), scores, "of the order", says)}
 
 
-def _parts(attention: Result, pairs: Any, dla: Result, rows: list[str]) -> dict[str, Any]:
+def _parts(attention: Result, pairs: Pairs, dla: Result, rows: list[str]) -> dict[str, Any]:
     """What each head attends to, and its part where that is the answer or the alternative."""
-    if not isinstance(pairs, Pairs):
-        raise ResultError("roles and answers are those of pairs", got=shown(pairs), fix="pass pairs beside attention")
     if {pairs.base.hash} != {one.provenance["tokens"][""]["hash"] for one in (dla, attention)}:
         raise ResultError("dla, attention and pairs are of other prompts", fix="ask of pairs.base")
     found, prompt = attended(attention, pairs.roles), np.arange(len(pairs))
