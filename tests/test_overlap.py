@@ -233,3 +233,16 @@ def test_a_real_model_has_a_gate_and_tasks_share_heads(real: Path) -> None:
     others = [uw.effects(lm, pairs, at="all", method="relp") for pairs in (ranking, judged, agreement)]
     same, other = (uw.overlap(others[0], one, 0.05)["jaccard"].item() for one in others[1:])
     assert same > 0.5 > 0.2 > other
+
+
+def test_in_a_real_model_the_largest_head_suppresses_and_movers_have_an_opponent(real: Path) -> None:
+    """SmolLM2 (docs/circuits.md): words alone, since weights are quantised."""
+    lm = uw.load(real / "smollm2-135m", dtype="float32")
+    pairs = uw.tasks.ioi(24, lm.tokenizer, seed=1, bos=False)
+    heads = ["L23H3", "L24H4", "L23H0", "L20H0"]
+    dla = uw.dla(lm, pairs.base, pairs.answer, pairs.against, total=False)
+    effects, attention = uw.effects(lm, pairs, heads, at="all"), uw.attention(lm, pairs.base, heads=heads)
+    found = uw.beside(uw.Circuit(tuple(heads)), dla, effects=effects, attention=attention, pairs=pairs)
+    one = found.data.sel(node=heads)
+    assert [*one["part"].values] == ["suppressor", "negative mover", "mover", ""]
+    assert [*one["word"].values] == ["helps", "opponent", "helps", "helps"]

@@ -109,14 +109,33 @@ def overlaps(lm: Any) -> list[dict[str, Any]]:
         "docstring": tasks.docstring(8, lm.tokenizer, 0, bos=False),
         "agreement": tasks.agreement(8, lm.tokenizer, 0, bos=False),
     }
-    own = uw.effects(lm, tasks.ioi(8, lm.tokenizer, 0, bos=False), at="all", method="relp")
+    own = tasks.ioi(8, lm.tokenizer, 0, bos=False)
+    two = apart(lm)
+    both = {name: (own, pairs) for name, pairs in made.items()} | {"ioi, halves with other templates and names": two}
     lines = []
-    for name, pairs in made.items():
-        found = uw.overlap(own, uw.effects(lm, pairs, at="all", method="relp"), TOP).data.isel(stage=0)
+    for name, each in both.items():
+        found = uw.overlap(*(uw.effects(lm, pairs, at="all", method="relp") for pairs in each), TOP).data.isel(stage=0)
         numbers = ("shared", "union", "jaccard", "expected", "p", "ceiling_a", "ceiling_b")
         lines.append({"task": name, **{part: found[part].values.tolist() for part in numbers}})
         lines[-1] |= {"both": str(found["both"].values[0]), "spearman": found["spearman"].item()}
     return lines
+
+
+def apart(lm: Any) -> tuple[uw.Pairs, uw.Pairs]:
+    """Two sets of 8 pairs of ioi that share neither a template nor a name that is asked about."""
+    pairs = uw.tasks.ioi(280, lm.tokenizer, 6, bos=False)
+    names = sorted({*pairs.answer.tolist(), *pairs.against.tolist()})
+    first, label = {*names[::2]}, [int(str(one)[1:]) < 4 for one in pairs.template]
+    sides = [
+        [
+            i
+            for i, early in enumerate(label)
+            if early == side and (pairs.answer[i] in first, pairs.against[i] in first) == (side,) * 2
+        ]
+        for side in (True, False)
+    ]
+    one, other = (pairs.take(side[:8]) for side in sides)
+    return one, other
 
 
 def kept(name: str) -> dict[str, Any]:
