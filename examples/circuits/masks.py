@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,11 @@ def boxed(model: str, first: int) -> dict[str, Any]:
     for change in BOXES:
         pairs = uw.tasks.boxes(120, lm.tokenizer, change=change, k=3, form="box first")
         solved = uw.solves(lm, pairs)
-        pairs = pairs.take(solved["solved"].values)
-        # Templates are the three places: pairs are held out, since no place is to be left out.
+        # Labels are the three places. None is to be held out, and pairs of one place count by themselves.
+        pairs = replace(pairs.take(solved["solved"].values), template=None)
         found = uw.mask(lm, pairs, heads, "end", steps=STEPS, penalty=(0.3, 0.1), seeds=2, held="pair")
         lines += paths(change, found)
-        places = {
-            str(one): rate for one, rate in zip(solved["label"].values, solved["accuracy"].values.tolist(), strict=True)
-        }
+        places = {str(place): float(rate) for place, rate in solved["accuracy"].to_series().items()}
         about |= {change: {"right": places, "used": len(pairs), "found": found.data.attrs["found"]}}
     record = found.provenance
     return {
