@@ -246,3 +246,23 @@ def test_in_a_real_model_the_largest_head_suppresses_and_movers_have_an_opponent
     one = found.data.sel(node=heads)
     assert [*one["part"].values] == ["suppressor", "negative mover", "mover", ""]
     assert [*one["word"].values] == ["helps", "opponent", "helps", "helps"]
+
+
+@pytest.mark.slow
+def test_in_a_real_model_few_edges_are_enough_and_one_decides(real: Path) -> None:
+    """SmolLM2 (docs/circuits.md); inequalities alone, since weights are quantised."""
+    lm = uw.load(real / "smollm2-135m", dtype="float32")
+    rank, judge = (uw.tasks.ioi(n, lm.tokenizer, seed, bos=False) for n, seed in ((4, 0), (3, 1)))
+    orders_ = {name: uw.paths(lm, rank, "all", "all", method=name) for name in ("eap-ig", "eap")}
+    mean = orders_["eap-ig"]["mean"]
+    assert mean.sel(sender="embed", receiver="MLP0") == mean.min()
+    found = uw.circuit(lm, judge, orders_, [100, 3000], by="absolute", draws=1, enough=0.2, choose=1)
+    few, many = found["faithfulness"].sel(order="eap-ig", by="absolute", size=[100, 3000]).values
+    assert 0.2 < few < 0.8 < many < 1.2
+    assert abs(found["random"].sel(size=3000)).max() < 0.1
+    without = orders_["eap-ig"].data["effect"].copy()
+    without.loc[{"sender": "embed", "receiver": "MLP0"}] = 0.0  # last by size
+    other = uw.circuit(
+        lm, judge, uw.Result(orders_["eap-ig"].data.assign(effect=without)), [3000], by="absolute", draws=0, choose=1
+    )
+    assert abs(other["faithfulness"].sel(size=3000).item()) < 0.1
