@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import unwrite as uw
 from executed import exact, weights
 from patching import contrasts
+from test_resume import same
 from unwrite.errors import NodeError, NumericError, ResultError, TokensError
 from unwrite.model import planted
 from unwrite.model.load import view
@@ -24,6 +25,9 @@ from unwrite.orders import halves, orders
 from unwrite.prompts.pairs import Pairs
 from unwrite.report.views import listings, words
 from unwrite.run.answer.metrics import metric_of
+from unwrite.run.loop import stream
+from unwrite.run.loop.job import Stage
+from unwrite.run.replay import edge_circuits
 from unwrite.run.replay.clean import base_of
 from unwrite.run.replay.edge_circuits import edge_table, kept_edges
 from unwrite.run.source.values import donor
@@ -376,6 +380,34 @@ def test_a_circuit_of_edges_says_so(tmp_path: Path) -> None:
     }.items():  # fmt: skip
         with pytest.raises((NodeError, NumericError, ResultError), match=wrong):
             uw.circuit(lm, given, **{"order": whole, **more})
+
+
+@pytest.mark.promise("resumed")
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
+def test_a_circuit_of_edges_that_was_stopped_goes_on_to_the_same_bits(
+    part: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of its curves, of its bisection, of what is inside: at most one run is made again."""
+    lm, given, whole = model("gpt2"), pairs(), edges("gpt2")
+    ask = partial(uw.circuit, lm, given, whole, [20], draws=2, by="signed", enough=0.5, choose=6, batch=2)
+    ran, stop = [0], [0]
+
+    def counted(*asked: Any) -> torch.Tensor:
+        ran[0] += 1
+        if ran[0] == stop[0]:
+            raise KeyboardInterrupt
+        return kept_edges(*asked)
+
+    monkeypatch.setattr(edge_circuits, "kept_edges", counted)
+    monkeypatch.setattr(Stage, "due", property(lambda self: True))
+    monkeypatch.setattr(stream, "_BETWEEN", 0.0)
+    want, every = ask(), ran[0]
+    ran[0], stop[0] = 0, int(part * every)
+    with pytest.raises(KeyboardInterrupt):
+        ask(checkpoint=tmp_path)
+    found = ask(checkpoint=tmp_path)
+    assert every - 1 <= ran[0] <= every + 1
+    assert same(found, want)
 
 
 # Statistics, by hand.

@@ -334,6 +334,24 @@ def test_a_circuit_of_a_task_from_a_shell(monkeypatch, capsys, tmp_path) -> None
     assert judged["faithfulness"].sel(order="relp", size=[0, 32]).values == pytest.approx(np.array([[0, 1]] * 2))
 
 
+def test_a_circuit_of_edges_from_a_shell(monkeypatch, capsys, tmp_path) -> None:
+    """Orders of all edges make one of edges; beside one of nodes, or with nodes named, one of nodes."""
+    task = ("--task", "ioi", "-n", 2, "--rank", 2, "--sizes", 8, "--draws", 1, "--by", "absolute")
+    assert run(monkeypatch, "circuit", "default", *task, "--order", "eap,eap-ig", "--out", tmp_path / "edges") == 0
+    assert "edges enough" in capsys.readouterr().out
+    found = uw.read(tmp_path / "edges")
+    assert [*found["order"].values] == ["eap", "eap-ig"]
+    assert found["rank"].dims[-2:] == ("sender", "receiver")
+    assert found["faithfulness"].isel(size=[0, -1]).values == pytest.approx(np.array([[[0, 1]]] * 2))
+    for name, asked in {"mixed": ("--order", "relp,eap"), "named": ("--order", "eap", "--nodes", "heads")}.items():
+        assert run(monkeypatch, "circuit", "default", *task, *asked, "--no-gates", "--out", tmp_path / name) == 0
+        assert uw.read(tmp_path / name)["rank"].dims[-1] == "node"
+    capsys.readouterr()
+    for wrong in (("--order", "relp", "--nodes", "edges"), ("--order", "eap", "--given", "MLP0")):
+        assert run(monkeypatch, "circuit", "default", *task, *wrong) == 1
+    refused(capsys, "kept by their order")
+
+
 def test_a_result_opens_in_the_browser(folder, monkeypatch, tmp_path) -> None:
     seen: list[str] = []
     monkeypatch.setattr("typer.launch", lambda address: seen.append(address) or 0)

@@ -203,7 +203,8 @@ def calls() -> dict[str, Call]:
             {**dict.fromkeys("ab", "Result_of_effects"), "top": "0.5 np.float32", "seed": f"0 2**70 {_COUNTS}"},
         ),
         "beside": Call(
-            uw.beside, {"circuit": uw.Circuit(("L0H0",)), "dla": uw.dla(lm(), IDS[:2], 5, 9)}, {"survival": "None"}
+            uw.beside, {"circuit": uw.Circuit(("L0H0",)), "dla": uw.dla(lm(), IDS[:2], 5, 9)},
+            {"survival": "None", "effects": "None", "attention": "None", "pairs": "None"},
         ),
         "paths": Call(uw.paths, {**asked, "senders": ["L0H0"]}, {"mlps": "None"}),
         "bound": Call(

@@ -17,7 +17,7 @@ from executed import weights
 from test_architecture import _python
 from unwrite.errors import NumericError, ResultError
 from unwrite.model.load import view
-from unwrite.report.views import words
+from unwrite.report.views import listings, words
 from unwrite.result import Result, build, quantity
 
 N = 40
@@ -170,6 +170,53 @@ def test_beside_its_nodes_stand_readings_what_was_executed_and_what_survives() -
         uw.beside(uw.Circuit(("L1.attn_out",)), dla)
 
 
+def test_a_part_is_what_a_head_attends_to_and_which_way_it_writes_about_it() -> None:
+    """Attention is put there by hand, on tokens that are the answer, the alternative, or neither."""
+    lm = view(weights("gpt2", 1, num_hidden_layers=2, num_attention_heads=2))
+    ids = torch.randint(3, 50, (6, 6), generator=torch.Generator().manual_seed(5))
+    ids[:, 1], ids[:, 2] = 10, 20
+    other = ids.clone()
+    other[:, 2] += 1
+    where = {"IO": [1] * 6, "S": [2] * 6, "place": [3] * 6}
+    pairs = uw.pairs(ids, other, ids[:, 1].tolist(), ids[:, 2].tolist(), roles=where)
+    dla = uw.dla(lm, pairs.base, pairs.answer, pairs.against, total=False)
+    effects = uw.effects(lm, pairs, ["heads", "mlp_out"], at="all")
+    heads = [str(node) for node in lm.parts if node.kind == "head"]
+    each = {head: dla["direct"].sel(node=head).values for head in heads}
+    mean = {head: float(part.mean()) for head, part in each.items()}
+    sure = {head: abs(mean[head]) > 2.5705818 * float(part.std(ddof=1)) / 6**0.5 for head, part in each.items()}
+    assert {*sure.values()} == {True, False}  # of the signs some are decided, and some are not
+    circuit, whole = uw.Circuit(tuple(heads)), uw.attention(lm, pairs.base)
+    for role, to in (("IO", "answer"), ("S", "against"), ("place", "")):
+        for weight in (0.9, 0.2):
+            looked = whole.data["weight"] * 0
+            looked[:, :, -1, where[role][0]] = weight
+            found = uw.beside(
+                circuit, dla, effects=effects, attention=uw.Result(whole.data.assign(weight=looked)), pairs=pairs
+            )
+            for head in heads:
+                one = found.data.sel(node=head)
+                size = abs(mean[head]) >= 0.01 * abs(float(dla["logit_diff"].mean()))
+                named = {
+                    ("answer", True): "mover", ("answer", False): "negative mover", ("against", True): "suppressor",
+                    ("against", False): "mover of the alternative",
+                }.get((to, mean[head] > 0), "")  # fmt: skip
+                assert one["part"].item() == (named if size and sure[head] and weight == 0.9 else "")
+                assert one["looks"].item() == f"{role} .{round(100 * weight)}"
+                assert one["executed"].item() == pytest.approx(
+                    -float(effects["effect"].sel(node=head).mean()), abs=1e-12
+                )
+                assert one["executed_low"] <= one["executed"] <= one["executed_high"]
+    assert "By what they attend to and write: no head" in words(found)
+    assert {column.name for column in next(iter(listings(found))).columns} >= {"part", "executed [95 %]"}
+    with pytest.raises(ResultError, match="say a part together"):
+        uw.beside(circuit, dla, effects=effects, attention=whole)
+    with pytest.raises(ResultError, match="of other prompts"):
+        uw.beside(circuit, dla, effects=effects, attention=whole, pairs=pairs.take(range(5)))
+    with pytest.raises(ResultError, match="not executed"):
+        uw.beside(circuit, dla, effects=uw.effects(lm, pairs, at="all", method="atp"))
+
+
 def test_a_real_model_has_a_gate_and_tasks_share_heads(real: Path) -> None:
     """SmolLM2 (docs/circuits.md); inequalities alone, since weights are quantised."""
     lm = uw.load(real / "smollm2-135m", dtype="float32")
@@ -186,3 +233,36 @@ def test_a_real_model_has_a_gate_and_tasks_share_heads(real: Path) -> None:
     others = [uw.effects(lm, pairs, at="all", method="relp") for pairs in (ranking, judged, agreement)]
     same, other = (uw.overlap(others[0], one, 0.05)["jaccard"].item() for one in others[1:])
     assert same > 0.5 > 0.2 > other
+
+
+def test_in_a_real_model_the_largest_head_suppresses_and_movers_have_an_opponent(real: Path) -> None:
+    """SmolLM2 (docs/circuits.md): words alone, since weights are quantised."""
+    lm = uw.load(real / "smollm2-135m", dtype="float32")
+    pairs = uw.tasks.ioi(24, lm.tokenizer, seed=1, bos=False)
+    heads = ["L23H3", "L24H4", "L23H0", "L20H0"]
+    dla = uw.dla(lm, pairs.base, pairs.answer, pairs.against, total=False)
+    effects, attention = uw.effects(lm, pairs, heads, at="all"), uw.attention(lm, pairs.base, heads=heads)
+    found = uw.beside(uw.Circuit(tuple(heads)), dla, effects=effects, attention=attention, pairs=pairs)
+    one = found.data.sel(node=heads)
+    assert [*one["part"].values] == ["suppressor", "negative mover", "mover", ""]
+    assert [*one["word"].values] == ["helps", "opponent", "helps", "helps"]
+
+
+@pytest.mark.slow
+def test_in_a_real_model_few_edges_are_enough_and_one_decides(real: Path) -> None:
+    """SmolLM2 (docs/circuits.md); inequalities alone, since weights are quantised."""
+    lm = uw.load(real / "smollm2-135m", dtype="float32")
+    rank, judge = (uw.tasks.ioi(n, lm.tokenizer, seed, bos=False) for n, seed in ((4, 0), (3, 1)))
+    orders_ = {name: uw.paths(lm, rank, "all", "all", method=name) for name in ("eap-ig", "eap")}
+    mean = orders_["eap-ig"]["mean"]
+    assert mean.sel(sender="embed", receiver="MLP0") == mean.min()
+    found = uw.circuit(lm, judge, orders_, [100, 3000], by="absolute", draws=1, enough=0.2, choose=1)
+    few, many = found["faithfulness"].sel(order="eap-ig", by="absolute", size=[100, 3000]).values
+    assert 0.2 < few < 0.8 < many < 1.2
+    assert abs(found["random"].sel(size=3000)).max() < 0.1
+    without = orders_["eap-ig"].data["effect"].copy()
+    without.loc[{"sender": "embed", "receiver": "MLP0"}] = 0.0  # last by size
+    other = uw.circuit(
+        lm, judge, uw.Result(orders_["eap-ig"].data.assign(effect=without)), [3000], by="absolute", draws=0, choose=1
+    )
+    assert abs(other["faithfulness"].sel(size=3000).item()) < 0.1

@@ -160,24 +160,8 @@ class Circuit:
         Arguments: `attention` what `uw.attention` found on the base prompts of pairs, `roles` those of the pairs. A
         weight is the mean over prompts. Raises ResultError for another result, and for other prompts than the roles'.
         """
-        require_result("attention", attention, "attention")
-        weight = attention["weight"].transpose("prompt", "head", "query", "key")
-        n, length = weight.sizes["prompt"], weight.sizes["key"]
-        if not isinstance(roles, Mapping):
-            raise ResultError("roles are rows by name", got=shown(roles), expected="those of pairs", fix="pairs.roles")
-        rows = {str(name): _rows(part, n, length) for name, part in roles.items()}
-        if "end" not in rows or any(part is None for part in rows.values()):
-            raise ResultError(
-                "attention is of other prompts than the roles", got=f"{n} prompts",
-                fix="give uw.attention(lm, pairs.base) and pairs.roles",
-            )  # fmt: skip
-        heads, prompt = [str(name) for name in weight["head"].values], np.arange(n)
-        said = {}
-        for head in set(heads) & set(self.nodes):
-            one = weight.values[:, heads.index(head)]
-            means = {name: float(one[prompt, rows["end"], part].mean()) for name, part in rows.items()}
-            most = max(means, key=means.__getitem__)
-            said[head] = f"{most} {means[most]:.2f}".replace(" 0.", " .")
+        found = attended(attention, roles)
+        said = {head: in_words(*most(one)) for head, one in found.items()}
         return replace(self, looks=tuple(said.get(node, "") for node in self.nodes))
 
     def result(self) -> Result:
@@ -198,6 +182,40 @@ class Circuit:
     def figure(self) -> alt.TopLevelMixin:
         """Its nodes by layer, upwards: who helps, who works against, what each head looks at where that is known."""
         return self.result().figure("circuit")
+
+
+def attended(attention: Result, roles: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """What each head of `uw.attention` gives the tokens of each role from the row "end", as means over prompts.
+
+    Raises ResultError for another result, and for other prompts than the roles'.
+    """
+    require_result("attention", attention, "attention")
+    weight = attention["weight"].transpose("prompt", "head", "query", "key")
+    n, length = weight.sizes["prompt"], weight.sizes["key"]
+    if not isinstance(roles, Mapping):
+        raise ResultError("roles are rows by name", got=shown(roles), expected="those of pairs", fix="pairs.roles")
+    rows = {str(name): _rows(part, n, length) for name, part in roles.items()}
+    if "end" not in rows or any(part is None for part in rows.values()):
+        raise ResultError(
+            "attention is of other prompts than the roles", got=f"{n} prompts",
+            fix="give uw.attention(lm, pairs.base) and pairs.roles",
+        )  # fmt: skip
+    prompt = np.arange(n)
+    return {
+        str(head): {name: float(one[prompt, rows["end"], part].mean()) for name, part in rows.items()}
+        for head, one in zip(weight["head"].values, weight.values.swapaxes(0, 1), strict=True)
+    }
+
+
+def most(weights: Mapping[str, float]) -> tuple[str, float]:
+    """The role that gets most, and how much that is."""
+    name = max(weights, key=weights.__getitem__)
+    return name, weights[name]
+
+
+def in_words(role: str, weight: float) -> str:
+    """What a head attends to: "S2 .78"."""
+    return f"{role} {weight:.2f}".replace(" 0.", " .")
 
 
 def _rows(part: Any, n: int, length: int) -> np.ndarray | None:

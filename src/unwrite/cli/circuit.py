@@ -30,6 +30,21 @@ if TYPE_CHECKING:
     from unwrite.run.loop.stream import Listener
 
 
+_Order = Annotated[
+    str,
+    typer.Option(
+        "--order", help="Estimators: relp, atp, direct, net, ig, exact; of all edges: eap, eap-ig; names: =L2H3,MLP4."
+    ),
+]
+_Nodes = Annotated[
+    str | None,
+    typer.Option("--nodes", help="What is replaced where it is not kept: heads, mlp_out, or names; edges of eap's."),
+]
+_Gates = Annotated[
+    bool | None, typer.Option("--gates/--no-gates", help="Runs without each single node; by default not of edges.")
+]
+
+
 @spread
 def circuit(
     model: ModelName,
@@ -42,45 +57,54 @@ def circuit(
     n: Annotated[int, typer.Option("-n", min=1, help="Pairs of the task that are judged by.")] = 10,
     rank: Annotated[int, typer.Option("--rank", min=1, help="Other pairs of the task, that make the orders.")] = 8,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the task, and of what is drawn.")] = 0,
-    order: Annotated[
-        str, typer.Option("--order", help="Estimators: relp, atp, direct, net, ig, exact; or names: =L2H3,MLP4.")
-    ] = "relp",
-    nodes: Annotated[
-        str, typer.Option("--nodes", help="What is replaced where it is not kept: heads, mlp_out, or names.")
-    ] = "heads,mlp_out",
+    order: _Order = "relp",
+    nodes: _Nodes = None,
     sizes: Annotated[str | None, typer.Option("--sizes", help="How many are kept, such as 10,20,40.")] = None,
     by: Annotated[str, typer.Option("--by", help="absolute, signed, or both.")] = "absolute,signed",
     given: Annotated[str | None, typer.Option("--given", help="Nodes that every circuit has, such as MLP0.")] = None,
     at: Annotated[str | None, typer.Option("--roles", help="By position: tokens of the task, such as S2,end.")] = None,
     source: Annotated[str, typer.Option("--replace", help="By the source prompt, mean, zero or resample.")] = "source",
     draws: Annotated[int, typer.Option("--draws", min=0, help="Random orders beside.")] = 10,
-    gates: Annotated[bool, typer.Option("--gates/--no-gates", help="Runs without each single node.")] = True,
+    gates: _Gates = None,
     metric: Annotated[
         str, typer.Option("--metric", help="logit_diff, log_prob, prob, kl, match or restricted.")
     ] = "logit_diff",
     common: Common = COMMON,
 ) -> None:
-    """How much of a behaviour do the first nodes of an order keep, when everything else is replaced? Executed."""
+    """How much of a behaviour do the first nodes, or edges, of an order keep, all else replaced? Executed."""
+    from unwrite.methods.circuit import EDGES
     from unwrite.methods.circuit import circuit as run
-    from unwrite.methods.effects import effects
 
-    lm, asked, roles = common.load(model), listed(nodes) or [], listed(at)
+    lm, named, roles = common.load(model), EDGES if nodes == EDGES else listed(nodes), listed(at)
     judged, ranking = _both(lm, pairs, task, change, (n, rank), seed, common.bos)
     counts = None if sizes is None else [_number(size) for size in sizes.split(",")]
 
     def method(_: object, listener: Listener, job: Job) -> Result:
-        made: dict[str, object] = {}
-        if order.startswith("="):
-            made["listed"] = listed(order[1:]) or []
-        else:
-            for name in order.split(","):
-                made[name] = effects(lm, ranking, asked, roles or "all", name, metric, listener=listener)
+        made = _orders(lm, ranking, order, None if named == EDGES else named, roles or "all", metric, listener)
         return run(
-            lm, judged, made, counts, source, by.split(","), listed(given) or (), roles, draws, nodes=asked,
+            lm, judged, made, counts, source, by.split(","), listed(given) or (), roles, draws, nodes=named,
             metric=metric, gates=gates, seed=seed, checkpoint=job, listener=listener,
         )  # fmt: skip
 
     common.produce(lm, lambda _: judged.base, method)
+
+
+def _orders(
+    lm: Model, ranking: Pairs, order: str, nodes: list[str] | None, at: list[str] | str, metric: str, listener: Listener
+) -> dict[str, object]:
+    """A list of names, or a result for each estimator: of nodes, or of all edges."""
+    from unwrite.methods.circuit import NODES
+    from unwrite.methods.effects import effects
+    from unwrite.methods.paths import SLOPES, paths
+
+    if order.startswith("="):
+        return {"listed": listed(order[1:]) or []}
+    return {
+        name: paths(lm, ranking, "all", "all", None, metric, method=name, at=at, listener=listener)
+        if name in SLOPES
+        else effects(lm, ranking, nodes or NODES, at, name, metric, listener=listener)
+        for name in order.split(",")
+    }
 
 
 def _both(

@@ -62,7 +62,8 @@ _EQUATIONS = {
     "eap-ig": "⟨Δ, 1/m Σ_{k=1…m} ∂metric/∂x in a run on e_source + k/m (e_base − e_source)⟩, e the embeddings, x and "
     "Δ as in eap",
 }
-METHODS = ("exact", "eap", "eap-ig")
+SLOPES = ("eap", "eap-ig")
+METHODS = ("exact", *SLOPES)
 
 
 @dataclass(frozen=True, eq=False)

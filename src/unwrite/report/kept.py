@@ -14,16 +14,20 @@ from unwrite.result import Result
 # Sizes that a table has room for.
 _SIZES = 8
 _INSIDE = (Column("score", "{score}"), Column("lost without it [95 %]", "{minimality}"))
-BESIDE = (
-    Column("node", holds="word"),
-    Column("chosen by", holds="word"),
-    Column("direct", "{direct}"),
-    Column("net", "{net}"),
-    Column("total [95 %]", "{total}"),
-    Column("is", "{word}", holds="word"),
-    Column("left at the end", "{survival}"),
-    Column("verdict", holds="word"),
-)
+# Of what a variable holds, where a result has it; the first ones always.
+_BESIDE = {
+    "node": Column("node", holds="word"),
+    "chosen_by": Column("chosen by", holds="word"),
+    "direct": Column("direct", "{direct}"),
+    "net": Column("net", "{net}"),
+    "total": Column("total [95 %]", "{total}"),
+    "executed": Column("executed [95 %]", "{executed}"),
+    "word": Column("is", "{word}", holds="word"),
+    "looks": Column("looks at", "{looks}", holds="word"),
+    "part": Column("part", "{part}", holds="word"),
+    "survival": Column("left at the end", "{survival}"),
+    "verdict": Column("verdict", holds="word"),
+}
 SHARED = (
     Column("top", holds="word"),
     Column("stage", holds="word"),
@@ -152,28 +156,44 @@ def listed(result: Result) -> str:
     return f"{result.data.sizes['node']} nodes: {nodes}{f' and {more} more' if more > 0 else ''}"
 
 
-def beside(data: xr.Dataset) -> list[tuple[str, ...]]:
-    """One line for each node: readings, what was executed, what survives of its write."""
-    lines = []
-    for i in range(data.sizes["node"]):
-        one = data.isel(node=i)
-        left = f"{_number(one['survival'])}{_interval(one, 'survival')}" if "survival" in one else "–"
-        numbers = [f"{float(one[name]):+.2f}" if name in one else "–" for name in ("direct", "net")]
-        total = f"{float(one['total']):+.2f}{_interval(one, 'total')}"
-        words = (str(one["node"].item()), str(one["chosen_by"].item()))
-        verdict = str(one["verdict"].item()) if "verdict" in one else ""
-        lines.append((*words, *numbers, total, str(one["word"].item()), left, verdict))
-    return lines
+def beside(result: Result) -> Iterator[Listing]:
+    """One line for each node: readings, what was executed, what it is for, what survives of its write."""
+    data = result.data
+    names = [name for name in _BESIDE if name in data or name == "node"]
+    rows = [tuple(_cell(data.isel(node=i), name) for name in names) for i in range(data.sizes["node"])]
+    yield Listing("", tuple(_BESIDE[name] for name in names), rows, data)
+
+
+def _cell(one: xr.Dataset, name: str) -> str:
+    value = one[name].item()
+    if isinstance(value, str):
+        return value
+    if name == "survival":
+        return f"{_number(value)}{_interval(one, name)}"
+    signed = f"{value:+.2f}" if np.isfinite(value) else "–"
+    return f"{signed}{_interval(one, name)}" if f"{name}_low" in one else signed
 
 
 def opposing(result: Result) -> str:
-    """Who works against the answer, and what the nodes do that direct attribution alone would have chosen."""
+    """Who works against the answer, what heads are for, what the nodes do that direct alone would have chosen."""
     data = result.data
     word, alone = data["word"].values, data["chosen_by"].values == "direct alone"
     against = ", ".join(map(str, data["node"].values[(word == "opponent") & ~alone])) or "none"
-    help_ = int((word[alone] == "helps").sum())
+    help_, own = (int((word[some] == "helps").sum()) for some in (alone, ~alone))
     return (
-        f"Of {int((~alone).sum())} nodes {int((word[~alone] == 'helps').sum())} help, opponents: {against}. Direct "
-        f"attribution alone would have chosen {int(alone.sum())} others, of which {help_} help when executed "
-        f"({data.attrs['of']})."
+        f"Of {int((~alone).sum())} nodes {own} help, opponents: {against}.{_parts(data)} "
+        f"Direct attribution alone would have chosen {int(alone.sum())} others, of which {help_} help when executed "
+        f"({data.attrs['of']}, {data.sizes['node']} intervals)."
     )
+
+
+def _parts(data: xr.Dataset) -> str:
+    """Heads by what they are for, where somebody asked."""
+    if "part" not in data:
+        return ""
+    by: dict[str, list[str]] = {}
+    for node, part in zip(data["node"].values, data["part"].values, strict=True):
+        by.setdefault(str(part), []).append(str(node))
+    by.pop("", None)
+    words = "; ".join(f"{part}: {', '.join(nodes)}" for part, nodes in by.items()) or "no head is known to have one"
+    return f" By what they attend to and write: {words}."

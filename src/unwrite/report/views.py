@@ -199,9 +199,7 @@ VIEWS: dict[str, MethodView] = {
     "compare": _EFFECTS,
     "circuit": MethodView(kept.sentence, kept.curves, picture="curve", of=("faithfulness",)),
     "Circuit": MethodView(kept.listed, picture="circuit", of=("score",)),
-    "beside": MethodView(
-        kept.opposing, _one(kept.BESIDE, kept.beside), picture="bars", of=("direct", "total"),
-    ),
+    "beside": MethodView(kept.opposing, kept.beside, picture="bars", of=("direct", "total")),
     "overlap": MethodView(
         kept.sharing, lambda result: iter([Listing("", kept.SHARED, kept.shared(result), result.data, None)]),
         picture="bars", of=("jaccard", "expected"),

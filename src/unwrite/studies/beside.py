@@ -1,7 +1,8 @@
 """What do attribution and erasure say of a circuit's nodes, and which would direct attribution have chosen instead?
 
 Beside each node its direct, net and further readings, the executed truth, and what survives of its write. An opponent
-is a node whose executed total is below 0: the answer is better off without it. (facts: systems on real models, §4)
+is a node whose executed effect is below 0: the answer is better off without it. A size alone does not say what a head
+is for: its part is what it attends to and which way it writes about that. (facts: systems on real models, §2.1, §4)
 """
 
 from __future__ import annotations
@@ -11,40 +12,71 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from unwrite.circuits import Circuit
+from unwrite.circuits import Circuit, attended, in_words, most
 from unwrite.errors import ResultError, shown
 from unwrite.nodes import MLPS, PROJECTED, parse_node
 from unwrite.orders import READINGS
+from unwrite.prompts.pairs import Pairs
 from unwrite.result import Result, build, quantity, require_result
 from unwrite.stats.jackknife import ratio
 
 HELPS, OPPONENT, UNDECIDED = "helps", "opponent", "undecided"
-_WORDS = f"{HELPS}: the 95 % interval of total lies above 0; {OPPONENT}: below 0; {UNDECIDED}: anything else"
+_WORDS = f"{HELPS}: the 95 % interval of {{}} lies above 0; {OPPONENT}: below 0; {UNDECIDED}: anything else"
+# A head attends to a role with so much of its weight, and writes about it by so much of the logit difference, at least.
+LOOKS, WRITES = 0.25, 0.01
+# By whether what is attended to is the answer or the alternative, and by the sign of what is written, as direct says.
+PARTS = {
+    ("answer", 1): "mover",
+    ("answer", -1): "negative mover",
+    ("against", 1): "suppressor",
+    ("against", -1): "mover of the alternative",
+}
+_PARTS = (
+    "what a head attends to from the read row (a role whose token is the answer, or the alternative; at least "
+    f"{LOOKS:g}) and which way it writes about it (the 95 % interval of direct on one side of 0, its mean at least "
+    f"{WRITES:g} of the logit difference): " + "; ".join(
+        f"{word}: {to}, {'for' if sign > 0 else 'against'} the answer" for (to, sign), word in PARTS.items()
+    )
+)  # fmt: skip
 
 
-def beside(circuit: Circuit, dla: Result, survival: Result | None = None) -> Result:
+def beside(
+    circuit: Circuit,
+    dla: Result,
+    survival: Result | None = None,
+    *,
+    effects: Result | None = None,
+    attention: Result | None = None,
+    pairs: Pairs | None = None,
+) -> Result:
     """The nodes of a circuit, and as many that `direct` alone would have chosen, with what was executed of each.
 
     Arguments: `circuit`; `dla` what `uw.dla` found in the same model, whose prompts count as independent; `survival`
-    what `uw.survival` found, of all or of some of the nodes.
+    what `uw.survival` found, of all or of some of the nodes; `effects` what `uw.effects(…, method="exact")` found with
+    the circuit's own kind of replacement, which then has the word; `attention` of the base prompts of `pairs`, whose
+    roles and answers say what a head attends to; the dla is of these prompts too.
     Returns a Result by node, the circuit's own first: `chosen_by` ("both", "circuit", "direct alone"), `score`, the
     readings as means over prompts, `total` (executed) with `total_low` and `total_high` (95 %, jackknife over prompts,
-    NaN for fewer than three), `word` (helps, opponent, undecided), and `survival` at the end of the stream with
-    `survival_low`, `survival_high` and `verdict` ("" where nobody asked).
-    Raises ResultError for results of another model, and for a dla without executed totals.
+    NaN for fewer than three), `executed` (what is lost by the replacement of `effects`) with its interval, `word`
+    (helps, opponent, undecided: of `executed`, or else of `total`), `looks` ("S2 .78"), `part` (mover, negative mover,
+    suppressor, mover of the alternative; "" of others), and `survival` at the end of the stream with `survival_low`,
+    `survival_high` and `verdict` ("" where nobody asked).
+    Raises ResultError for results of another model or of other prompts, for effects that were not executed, and where
+    neither those nor totals are there.
 
     Example: `uw.beside(circuit, uw.dla(lm, prompts, " Mary", " John"), uw.survival(lm, tokens)).table()`
     """
     if not isinstance(circuit, Circuit):
         raise ResultError("this is no circuit", got=shown(circuit), expected="a uw.Circuit")
-    require_result("dla", dla, "dla")
-    if survival is not None:
-        require_result("survival", survival, "survival")
-    for one in (dla, survival):
-        if one is not None and circuit.weights not in ("", one.provenance["model"]["weights"]):
-            raise ResultError(f"the {one.method} is of another model than the circuit", fix="ask the circuit's model")
-    if "total" not in dla.data:
-        raise ResultError("this dla has no executed totals", fix="ask for uw.dla(…, total=True)")
+    _require(circuit, {"dla": dla, "survival": survival, "effects": effects, "attention": attention})
+    if "total" not in dla.data and effects is None:
+        raise ResultError("this dla has no executed totals", fix="ask for uw.dla(…, total=True), or pass effects")
+    if pairs is not None and not isinstance(pairs, Pairs):
+        raise ResultError("roles and answers are those of pairs", got=shown(pairs), expected="a uw.Pairs")
+    if (pairs is None) != (attention is None):
+        raise ResultError("attention and pairs say a part together", got="one of them", fix="pass both, or neither")
+    if effects is not None and (effects.provenance["settings"]["method"] != "exact" or "mean" not in effects.data):
+        raise ResultError("these effects were not executed, or are of several places", fix='method="exact", at="all"')
     nodes = [str(name) for name in dla.data["node"].values]
     own = [name for name in circuit.ranked if name in nodes]
     if not own:
@@ -53,37 +85,106 @@ def beside(circuit: Circuit, dla: Result, survival: Result | None = None) -> Res
     able = [name for name in nodes if parse_node(name).kind in (*PROJECTED, *MLPS)]
     by_direct = sorted(able, key=lambda name: -abs(direct[nodes.index(name)]))[: len(own)]
     rows = [*own, *(name for name in by_direct if name not in own)]
-    return _result(circuit, dla, survival, rows, by_direct)
+    variables = _readings(dla, rows)
+    variables |= {} if effects is None else _executed(effects, rows)
+    variables["word"] = _word(variables, "total" if effects is None else "executed")
+    variables |= _chosen(circuit, rows, by_direct)
+    if attention is not None and pairs is not None:
+        variables |= _parts(attention, pairs, dla, rows)
+    variables |= {} if survival is None else _survived(survival, rows)
+    data = xr.Dataset(variables, {"node": rows}).assign_attrs(row_axes="node", of=f"{dla.data.sizes['prompt']} prompts")
+    settings = {"replace": dla.provenance["settings"]["replace"], "circuit": [*circuit.nodes]}
+    return build("beside", data, settings, dla.provenance["model"], dla.provenance["tokens"])
+
+
+def _require(circuit: Circuit, given: dict[str, Result | None]) -> None:
+    """Results of these methods, of one model."""
+    for name, one in given.items():
+        if one is None and name != "dla":
+            continue
+        require_result(name, one, name)
+        assert one is not None  # noqa: S101 (as it was required)
+        if circuit.weights not in ("", one.provenance["model"]["weights"]):
+            raise ResultError(f"the {name} is of another model than the circuit", fix="ask the circuit's model")
+
+
+def _at(result: Result, rows: list[str]) -> list[int]:
+    return [[str(name) for name in result.data["node"].values].index(name) for name in rows]
 
 
 def _means(dla: Result, name: str) -> np.ndarray:
     return dla.data[name].transpose("prompt", "node").mean("prompt").values
 
 
-def _result(circuit: Circuit, dla: Result, survival: Result | None, rows: list[str], by_direct: list[str]) -> Result:
-    at = [[str(name) for name in dla.data["node"].values].index(name) for name in rows]
-    total = dla.data["total"].transpose("prompt", "node").values[:, at]
-    mean, low, high = ratio(total, np.ones(len(total)), np.arange(len(total)))
-    variables: dict[str, Any] = {
+def _readings(dla: Result, rows: list[str]) -> dict[str, Any]:
+    """Means over prompts, that of the executed total with its interval."""
+    at = _at(dla, rows)
+    made: dict[str, Any] = {
         name: quantity(("node",), _means(dla, name)[at], "logit", f"mean over prompts of {dla.data[name].equation}")
         for name in READINGS if name in dla.data and name != "total"
     }  # fmt: skip
-    ends = "its 95 % interval, jackknife over prompts"
-    variables["total"] = quantity(("node",), mean, "logit", f"mean over prompts of {dla.data['total'].equation}")
-    variables |= {
-        f"total_{end}": quantity(("node",), part, "logit", ends) for end, part in (("low", low), ("high", high))
-    }
+    if "total" not in dla.data:
+        return made
+    total = dla.data["total"].transpose("prompt", "node").values[:, at]
+    mean, low, high = ratio(total, np.ones(len(total)), np.arange(len(total)))
+    made["total"] = quantity(("node",), mean, "logit", f"mean over prompts of {dla.data['total'].equation}")
+    return made | _ends("total", low, high, "its 95 % interval, jackknife over prompts")
+
+
+def _ends(name: str, low: np.ndarray, high: np.ndarray, says: str) -> dict[str, Any]:
+    return {f"{name}_{end}": quantity(("node",), part, "logit", says) for end, part in (("low", low), ("high", high))}
+
+
+def _executed(effects: Result, rows: list[str]) -> dict[str, Any]:
+    """What is lost by a replacement: effects turned round; NaN of nodes that were not asked about."""
+    mean, low, high = (-effects.data[name].reindex(node=rows).values for name in ("mean", "mean_low", "mean_high"))
+    source = effects.provenance["settings"]["source"]
+    says = f"what the metric loses, as a mean over pairs, when the node is set to its value of {source}"
+    ends = "its 95 % interval, jackknife over templates or pairs"
+    return {"executed": quantity(("node",), mean, "logit", says)} | _ends("executed", high, low, ends)
+
+
+def _word(variables: dict[str, Any], of: str) -> xr.Variable:
+    low, high = (variables[f"{of}_{end}"].values for end in ("low", "high"))
     word = np.where(low > 0, HELPS, np.where(high < 0, OPPONENT, UNDECIDED)).astype(object)
-    variables["word"] = quantity(("node",), word, "1", _WORDS)
+    return quantity(("node",), word, "1", _WORDS.format(of))
+
+
+def _chosen(circuit: Circuit, rows: list[str], by_direct: list[str]) -> dict[str, Any]:
+    """By whom, and what the circuit's own order says of it."""
     inside = {name: "both" if name in by_direct else "circuit" for name in circuit.ranked}
-    variables["chosen_by"] = ("node", np.array([inside.get(name, "direct alone") for name in rows], dtype=object))
+    by = np.array([inside.get(name, "direct alone") for name in rows], dtype=object)
     score = dict(zip(circuit.nodes, circuit.scores, strict=True))
     scores = np.array([score.get(name, np.nan) for name in rows])
-    variables["score"] = quantity(("node",), scores, "of the order", "how much the node helps, as the circuit has it")
-    variables |= {} if survival is None else _survived(survival, rows)
-    data = xr.Dataset(variables, {"node": rows}).assign_attrs(row_axes="node", of=f"{len(total)} prompts")
-    settings = {"replace": dla.provenance["settings"]["replace"], "circuit": [*circuit.nodes]}
-    return build("beside", data, settings, dla.provenance["model"], dla.provenance["tokens"])
+    says = "how much the node helps, as the circuit has it"
+    return {"chosen_by": ("node", by), "score": quantity(("node",), scores, "of the order", says)}
+
+
+def _parts(attention: Result, pairs: Pairs, dla: Result, rows: list[str]) -> dict[str, Any]:
+    """What each head attends to, and its part where that is the answer or the alternative."""
+    if {pairs.base.hash} != {one.provenance["tokens"][""]["hash"] for one in (dla, attention)}:
+        raise ResultError("dla, attention and pairs are of other prompts", fix="ask of pairs.base")
+    found, prompt = attended(attention, pairs.roles), np.arange(len(pairs))
+    tokens = {role: pairs.base.ids[prompt, row] for role, row in pairs.roles.items()}
+    direct = dla.data["direct"].transpose("prompt", "node").values[:, _at(dla, rows)]
+    mean, low, high = ratio(direct, np.ones(len(direct)), prompt)
+    size = WRITES * abs(float(dla.data["logit_diff"].mean()))
+    sign = np.where(np.abs(mean) < size, 0, np.where(low > 0, 1, np.where(high < 0, -1, 0)))
+    looks, part = [""] * len(rows), [""] * len(rows)
+    for i, name in enumerate(rows):
+        if name in found:
+            role, weight = most(found[name])
+            looks[i] = in_words(role, weight)
+            part[i] = PARTS.get((_token(tokens[role], pairs), int(sign[i])), "") if weight >= LOOKS else ""
+    says = {"looks": "the role that a head attends to most from the read row, and its mean weight", "part": _PARTS}
+    return {key: quantity(("node",), np.array(one, dtype=object), "1", says[key])
+            for key, one in (("looks", looks), ("part", part))}  # fmt: skip
+
+
+def _token(tokens: np.ndarray, pairs: Pairs) -> str:
+    """Is the token of a role the answer, or the alternative, of every pair?"""
+    asked = {"answer": pairs.answer, "against": pairs.against}
+    return next((name for name, one in asked.items() if one is not None and (tokens == one).all()), "")
 
 
 def _survived(survival: Result, rows: list[str]) -> dict[str, Any]:

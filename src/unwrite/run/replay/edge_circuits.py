@@ -11,6 +11,7 @@ A head's write is what it adds to the stream in its own run: behind a post-norm 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -115,6 +116,10 @@ def _branches(table: Ends, cut: Bool[Tensor, "receiver sender"]) -> int:
     return max(len(cut[layers == layer].unique(dim=0)) for layer in layers.unique())
 
 
+class _Enough(Exception):
+    """A block has made all that is asked of it."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Circuit:
     """Runs in which receivers read streams of their own; `changes` are u_live − u_source of the senders so far."""
@@ -166,9 +171,8 @@ class _Circuit:
             return []
         streams, which = torch.stack([*sites.values()]).unique(dim=0, return_inverse=True)
         branch = (x - self.gone(streams, 3 * index).to(x.dtype)).flatten(0, 1)
-        at, found = torch.arange(len(x), device=x.device).repeat(len(streams)), {}
-        with visiting(self.table.lm, {slot: partial(_keep, found, slot) for slot in slots}):
-            self.runs.block(index, branch, at)
+        at = torch.arange(len(x), device=x.device).repeat(len(streams))
+        found = self.received(index, slots, branch, at)
         of, settings = dict(zip(sites, which.tolist(), strict=True)), []
         for slot in slots:
             rows = self.runs.rows_of(slot, found[slot], len(at))[:, :, slot.units].unflatten(0, (-1, len(x)))
@@ -178,6 +182,22 @@ class _Circuit:
             values = own.permute(1, 2, 0, 3)
             settings.append(Setting(slot, there.expand(len(x), 1, -1), lambda values=values: values))
         return settings
+
+    def received(
+        self, index: int, slots: Sequence[Slot], x: Float[Tensor, "_ row d_model"], at: Int[Tensor, " _"]
+    ) -> dict[Slot, Tensor]:
+        """What slots are where a block reads these streams. What lies behind the last of them is not run."""
+        found: dict[Slot, Tensor] = {}
+
+        def keep(slot: Slot, tensor: Tensor) -> Tensor:
+            _keep(found, slot, tensor)
+            if len(found) == len(slots):
+                raise _Enough
+            return tensor
+
+        with suppress(_Enough), visiting(self.table.lm, {slot: partial(keep, slot) for slot in slots}):
+            self.runs.block(index, x, at)
+        return found
 
     def through_mlp(
         self, slot: Slot, held: Slot | None, x: Tensor, found: Mapping[Slot, Tensor]
