@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 # Below so many weights handing them over takes as long as it saves.
 SMALLEST = 2**16
+_SINGLE = torch.float32
 _OWN = (Tensor, nn.Parameter)
 
 
@@ -86,7 +87,7 @@ def _large(weight: Tensor) -> bool:
 
 def _plain(part: Tensor) -> bool:
     """Is it an ordinary tensor of float32, and here? Codes and parts of tensors are other types."""
-    here = part.dtype == torch.float32 and part.device.type == "cpu" and part.layout == torch.strided
+    here = part.dtype == _SINGLE and part.device.type == "cpu" and part.layout == torch.strided
     return type(part) in _OWN and here
 
 
