@@ -114,7 +114,7 @@ class SurvivalTally:
 
     def _measured(self, batch: Batch) -> Arrays:
         of = Measuring(self._asked, batch)
-        name, writers = f"prompts {batch.first} to {batch.first + batch.real}", len(self._asked.writers)
+        name, prompts = f"prompts {batch.first} to {batch.first + batch.real}", len(self._asked.tokens)
         name += f", part {batch.share[0]}" if batch.share[1] > 1 else ""
         held = {
             path.removeprefix(f"{name}/"): part for path, part in self._begun.items() if path.startswith(f"{name}/")
@@ -122,7 +122,8 @@ class SurvivalTally:
         for done, total in of.all(held):
             self._begun.clear()
             self._begun |= {f"{name}/{key}": part for key, part in of.found(done).items()}
-            self._job.tick(self.kept, done / total, f"{done * writers // total}/{writers} writers")
+            reached = batch.first + batch.real * done / total
+            self._job.tick(self.kept, done / total, f"{reached:.1f}/{prompts} prompts")
         self._begun.clear()
         batch.require_sums((of.y[..., -1, :][of.own], of.x, of.share, of.acts), "what a run without a write leaves")
         return of.found()
