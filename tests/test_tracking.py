@@ -182,6 +182,24 @@ def asked(n: int = 24, seed: int = 0) -> uw.Pairs:
     return tracking.unanswerable(by_hand(), n, seed)
 
 
+def test_what_is_knocked_out_is_a_mask_of_attention() -> None:
+    lm = by_hand()
+    pairs = tracking.scenes(lm, 24, 0, "position")
+    found = tracking.knocked(lm, pairs)
+    ids, n = torch.from_numpy(pairs.base.ids), np.arange(24)
+    for query, key in (("end", "object"), ("query", "label"), ("end", "label")):
+        mask = torch.zeros(24, 1, ids.shape[1], ids.shape[1], dtype=torch.float64)
+        mask.masked_fill_(torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1), -torch.inf)
+        mask[n, 0, pairs.roles[query], pairs.roles[key]] = -torch.inf
+        logits = lm.hf(ids, attention_mask=mask).logits[n, pairs.row]
+        assert found[f"{query} → {key}"][0] == np.mean(logits.argmax(-1).numpy() == pairs.answer)
+    # C looks in the second layer, A in the last.
+    assert found["end → object"][:4] == [found["end → object"][0]] * 4
+    assert found["end → object"][0] < 0.5
+    assert found["query → label"][1] < 0.5
+    assert found["query → label"][2:] == found["end → random"][2:] == [1.0] * 3
+
+
 def test_source_prompts_ask_for_a_letter_that_is_in_neither() -> None:
     lm, pairs = by_hand(), asked()
     for i, (base, source) in enumerate(zip(pairs.base.ids, pairs.source.ids, strict=True)):

@@ -148,3 +148,14 @@ def path(found: dict[str, Any], by: str, place: str, what: str) -> pd.DataFrame:
         for one in found["carried"][by][place][what]
     }
     return pd.DataFrame(lines).T.rename_axis("penalty")
+
+
+def knocked(found: dict[str, Any]) -> pd.DataFrame:
+    """Right answers where no head of a layer or a later one looks from one token at another."""
+    lines = {}
+    for model, own in found["knocked"].items():
+        for name, parts in own.items():
+            n = found["across"]["young with the model's values"]["pairs"]
+            lines[model, name] = [share(part, n) for part in parts]
+    width = max(map(len, lines.values()))
+    return pd.DataFrame(lines, index=[*(f"from layer {at} on" for at in range(width - 1)), "nowhere"]).T

@@ -15,6 +15,7 @@ import argparse
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ ROLES = ("end", "query", "label")
 # What source prompts have otherwise, and by that what a set of heads carries.
 CARRIED = {"object": "objects", "letter": "letter", "position": "position"}
 PENALTIES, STEPS = (1.0, 0.3, 0.1, 0.03, 0.01), 60
+# From which token at which heads are kept from looking; "random": the letter of another box.
+KNOCKED = (("end", "label"), ("end", "object"), ("end", "query"), ("query", "label"), ("label", "object"),
+           ("end", "random"), ("query", "random"))  # fmt: skip
 CHOSEN_OF, JUDGED_BY, LEARNED_FROM, HELD, DRAWS = 200, 300, 100, 200, 12
 # A head of a group takes away more than so much of the right answer's probability, or of right answers.
 LEAST, MINIMAL = 0.02, 0.01
@@ -257,6 +261,40 @@ def across(lm: Any, other: Any, pairs: uw.Pairs, own: Mapping[str, Cells]) -> di
     }  # fmt: skip
 
 
+def knocked(lm: Any, pairs: uw.Pairs) -> dict[str, list[float]]:
+    """Right answers where no head of a layer or a later one looks from one token at another, by the first such layer.
+
+    "random": at the label of another box.
+    """
+    labels = np.stack([pairs.roles[role] for role in pairs.roles if role.startswith("label")], 1)
+    own, draw = pairs.roles["label"], np.random.default_rng(0)
+    other = np.array([draw.choice(row[row != mine]) for row, mine in zip(labels, own, strict=True)])
+    places = {name: pairs.roles[name] for name in ("end", "query", "label", "object")} | {"random": other}
+    return {
+        f"{query} → {key}": [
+            answered(lm, pairs, dict.fromkeys(range(first, len(lm.layers)), places[query]), places[key])
+            for first in range(len(lm.layers) + 1)
+        ]
+        for query, key in KNOCKED
+    }  # fmt: skip
+
+
+def answered(lm: Any, pairs: uw.Pairs, query: Mapping[int, np.ndarray], key: np.ndarray) -> float:
+    """Part of the answers that are right where layers do not look from these rows at those; patterns still sum to 1."""
+    prompt = np.arange(len(pairs))
+
+    def cut(rows: np.ndarray, pattern: torch.Tensor) -> torch.Tensor:
+        made = pattern.clone()
+        made[prompt, rows, key] = 0.0
+        made[prompt, rows] /= made[prompt, rows].sum(-1, keepdim=True)
+        return made
+
+    edits = [uw.Edit.set(f"L{at}.pattern", partial(cut, rows)) for at, rows in query.items()]
+    with torch.no_grad(), uw.trace(lm, edits=edits):  # all scenes are equally long
+        logits = lm.hf(input_ids=torch.from_numpy(pairs.base.ids)).logits
+    return float((logits[prompt, pairs.row].argmax(-1).numpy() == np.asarray(pairs.answer)).mean())
+
+
 def same(pairs: uw.Pairs) -> uw.Pairs:
     """Both prompts are the base prompt."""
     ids, roles = torch.from_numpy(pairs.base.ids), {role: rows.tolist() for role, rows in pairs.roles.items()}
@@ -327,6 +365,7 @@ def measured(place: Path) -> dict[str, Any]:
         "versions": uw.solves(lm, prompts).provenance["versions"], "found": found,
         "moved": {name: right(one, judged_by, part) for name, (one, part) in moved.items() if part},
         "carried": {"roles": roles, "groups": by_group}, "slopes": flat,
+        "knocked": {name: knocked(one, prompts) for name, one in (("young", young), ("model", lm))},
         "across": {"young with the model's values": across(young, lm, prompts, every),
                    "model with young's values": across(lm, young, prompts, every)},
     }  # fmt: skip

@@ -185,7 +185,7 @@ def _keep_largest(energy: Float[Tensor, "row writer"], prompt: Tensor, place: Te
         value = energy[rows].take_along_dim(first[None], 0)[0]
         larger = value > most[one]
         most[one] = torch.where(larger, value, most[one])
-        at[one] = torch.where(larger, place[rows][first].to(at.device), at[one])
+        at[one] = torch.where(larger, place[rows].to(at.device)[first], at[one])
 
 
 def gram_matrix(nodes: Float[Tensor, "node row d_model"]) -> Float[Tensor, "row node node"]:
