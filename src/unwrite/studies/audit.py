@@ -155,10 +155,10 @@ def _removed(lm: Model, scanned: Result, tokens: Tokens, parts: Parts, job: Job)
     writes = material if material.any() else able & (first["n_positions"].values > 0)
     writers = [str(writer) for writer in first["writer"].values[writes]]
     few = tokens.spread(REMOVED_FROM)
-    return parts.finish(survival(lm, few, writers, **beside(len(writers)), checkpoint=job, listener=parts))
+    return parts.finish(survival(lm, few, writers, **controls_of(len(writers)), checkpoint=job, listener=parts))
 
 
-def beside(writers: int) -> dict[str, Any]:
+def controls_of(writers: int) -> dict[str, Any]:
     """What stands in for each of so many writes: ordinary ones alone, against which a verdict is measured, and of many
     writers, whose stand-ins are judged together, one fewer than `uw.survival` would take."""
     controls = CONTROLLED[:1]

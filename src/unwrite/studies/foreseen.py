@@ -30,7 +30,7 @@ from unwrite.run.replay.removed import behind
 from unwrite.run.tally.foretold import looked_at, per_prompt
 from unwrite.run.tally.survives import ALONE, Removals
 from unwrite.run.tally.without import READ_ROTATIONS, ROTATIONS
-from unwrite.studies.audit import ASKED, FOUND, MOST, REMOVED_FROM, SHORT, beside, demonstration
+from unwrite.studies.audit import ASKED, FOUND, MOST, REMOVED_FROM, SHORT, controls_of, demonstration
 
 # Tokens of one trial, and of the shortest pass that is timed, whose cost is that of a call.
 TRIED, FEW = 128, 8
@@ -86,7 +86,7 @@ def of_audit(taken: Mapping[str, Taken], n: int, writers: int) -> dict[str, floa
     half = n / 2
     few, asked = min(half, REMOVED_FROM), min(ASKED, half)
     # One run for the write itself and one for each stand-in, of which an audit makes fewer.
-    runs = 1 + beside(writers)["decoys"], 1 + sum(stand_ins(writers).values())
+    runs = 1 + controls_of(writers)["decoys"], 1 + sum(stand_ins(writers).values())
     return {
         "scan": taken["scan"].seconds(half),
         f"survival of {writers}": taken["survival"].once + few * taken["survival"].each * runs[0] / runs[1],
