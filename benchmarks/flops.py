@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import unwrite as uw
+from unwrite.model.onednn import there
 from unwrite.run.tally.gram import FEW
 from unwrite.run.tally.survives import ALONE
 from unwrite.stats.mergeable import RATIO
@@ -329,6 +330,14 @@ RUNS: dict[str, Callable[[Any, Shape], object]] = {
 }
 
 
+def _linear(input: torch.Tensor, weight: torch.Tensor, *rest: Any, out_val: torch.Tensor, **named: Any) -> int:
+    return 2 * out_val.numel() * weight.shape[1]
+
+
+# Torch's own, and of what it has none: the product that oneDNN makes.
+FORMULAS = {**flop_registry, **({torch.ops.mkldnn._linear_pointwise: _linear} if there() else {})}
+
+
 class Counter(TorchDispatchMode):
     """What FlopCounterMode adds up, by torch's formulas; its tracker of modules does not stand `autograd.grad`."""
 
@@ -336,9 +345,7 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.mkldnn._linear_pointwise.default:  # of which torch has no formula
-            self.total += 2 * out.numel() * args[1].shape[1]
-        elif formula := flop_registry.get(func._overloadpacket):
+        if formula := FORMULAS.get(func._overloadpacket):
             self.total += formula(*args, **(kwargs or {}), out_val=out)
         return out
 

@@ -9,12 +9,11 @@ MODEL is a folder or a hub name (HuggingFaceTB/SmolLM2-135M-Instruct). What was 
 
 from __future__ import annotations
 
-import argparse
 import json
 from typing import Any
 
 import pandas as pd
-from measure import NODES, RESULTS, said
+from measure import NODES, about, keep, said
 
 import unwrite as uw
 
@@ -34,18 +33,11 @@ def measured(model: str) -> dict[str, Any]:
     dla = uw.dla(lm, judged.base, judged.answer, judged.against)
     effects = uw.effects(lm, judged, NODES, at="all", method="exact")
     table = uw.beside(circuit, dla, effects=effects, attention=uw.attention(lm, judged.base), pairs=judged)
-    about = found.provenance["model"]
     lines = table.table()[[*WORDS, *NUMBERS, *ENDS]]
     return {
-        "model": {name: about[name] for name in ("family", "layers", "heads", "d_model", "weights")},
-        "certificate": lm.certificate.explain(), "versions": found.provenance["versions"], "pairs": len(judged),
+        **about(lm, found), "pairs": len(judged),
         "solves": found.data.attrs["solves"], "size": SIZE, "nodes": json.loads(lines.to_json(orient="records")),
     }  # fmt: skip
-
-
-def kept(name: str) -> dict[str, Any]:
-    """What was found of a model."""
-    return json.loads((RESULTS / f"{name}-beside.json").read_text("utf-8"))
 
 
 def kept_nodes(found: dict[str, Any], direct_alone: bool = False) -> pd.DataFrame:
@@ -64,15 +56,5 @@ def kept_nodes(found: dict[str, Any], direct_alone: bool = False) -> pd.DataFram
     return pd.DataFrame(lines).T
 
 
-def main() -> None:
-    """Measure a model and keep what was found."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("--name", required=True)
-    asked = parser.parse_args()
-    text = json.dumps(measured(asked.model), indent=1)
-    (RESULTS / f"{asked.name}-beside.json").write_text(text + "\n", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    keep(__doc__, measured, "beside")

@@ -9,13 +9,11 @@ orders, 10 others judge them.
 
 from __future__ import annotations
 
-import argparse
-import json
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from measure import NODES, RESULTS, curves, said
+from measure import NODES, about, curves, keep, said
 from scipy.stats import spearmanr
 
 import unwrite as uw
@@ -37,10 +35,8 @@ def measured(model: str) -> dict[str, Any]:
         effects = uw.effects(lm, ranking, ["embed", *NODES], at="all", method=name)
         orders[f"{name} of senders"] = of_senders(guessed["eap-ig"], effects)
     found = uw.circuit(lm, judged, orders, SIZES, draws=3)
-    about = found.provenance["model"]
     return {
-        "model": {name: about[name] for name in ("family", "layers", "heads", "d_model", "weights")},
-        "certificate": lm.certificate.explain(), "versions": found.provenance["versions"],
+        **about(lm, found),
         "metric": [found["base"].mean().item(), found["empty"].mean().item()], "clusters": found.data.attrs["clusters"],
         "edges": int(found.data.attrs["of"]), "curves": curves(found, SIZES), "notes": found.data.attrs["notes"],
         "executed": executed(lm, ranking, guessed),
@@ -76,11 +72,6 @@ def executed(lm: Any, pairs: Any, guessed: dict[str, uw.Result]) -> dict[str, An
     return {"receivers": receivers, "edges": int(there.sum()), "pairs": len(pairs), "agree": agree, "top": lines}
 
 
-def kept(name: str) -> dict[str, Any]:
-    """What was found of a model."""
-    return json.loads((RESULTS / f"{name}-edges.json").read_text("utf-8"))
-
-
 def kept_executed(found: dict[str, Any]) -> pd.DataFrame:
     """The largest edges by EAP-IG: the guesses beside what was executed, with 95 % intervals."""
     lines = {}
@@ -90,15 +81,5 @@ def kept_executed(found: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(lines).T
 
 
-def main() -> None:
-    """Measure a model and keep what was found."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("--name", required=True)
-    asked = parser.parse_args()
-    text = json.dumps(measured(asked.model), indent=1)
-    (RESULTS / f"{asked.name}-edges.json").write_text(text + "\n", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    keep(__doc__, measured, "edges")

@@ -11,16 +11,14 @@ from which docs/masks.md is made.
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from measure import model_of, write
 
 import unwrite as uw
 
-RESULTS = Path(__file__).parent / "results"
 # What source prompts have otherwise: other names in other places, and other names in the same places.
 CHANGES = ("names+order", "names")
 PAIRS, STEPS = 96, 45
@@ -32,25 +30,20 @@ BOXES = ("query", "objects")
 def measured(model: str, first: int) -> dict[str, Any]:
     """A path over penalties for each change, judged on templates that were not learned from."""
     lm = uw.load(model, dtype="float32")
-    heads = [node for node in lm.nodes if "H" in node and int(node[1:].partition("H")[0]) >= first]
+    heads = heads_from(lm, first)
     lines, about = [], {}
     for change in CHANGES:
         pairs = uw.tasks.ioi(PAIRS, lm.tokenizer, change=change, bos=False)
         found = uw.mask(lm, pairs, heads, "end", steps=STEPS)
         lines += paths(change, found)
         about |= {change: {"solves": found.data.attrs["solves"], "found": found.data.attrs["found"]}}
-    record = found.provenance
-    return {
-        "model": {name: record["model"][name] for name in ("family", "layers", "heads", "d_model", "weights")},
-        "versions": record["versions"], "nodes": len(heads), "learned_from": int(found.data.attrs["learned_from"]),
-        "held": found.data.sizes["pair"], "about": about, "paths": lines,
-    }  # fmt: skip
+    return told(found, heads, about, lines)
 
 
 def boxed(model: str, first: int) -> dict[str, Any]:
     """The same of three boxes, named before what is in them, on pairs whose base prompt the model gets right."""
     lm = uw.load(model, dtype="float32")
-    heads = [node for node in lm.nodes if "H" in node and int(node[1:].partition("H")[0]) >= first]
+    heads = heads_from(lm, first)
     lines, about = [], {}
     for change in BOXES:
         pairs = uw.tasks.boxes(120, lm.tokenizer, change=change, k=3, form="box first")
@@ -61,10 +54,18 @@ def boxed(model: str, first: int) -> dict[str, Any]:
         lines += paths(change, found)
         places = {str(place): float(rate) for place, rate in solved["accuracy"].to_series().items()}
         about |= {change: {"right": places, "used": len(pairs), "found": found.data.attrs["found"]}}
-    record = found.provenance
+    return told(found, heads, about, lines)
+
+
+def heads_from(lm: Any, first: int) -> list[str]:
+    """Those of this layer and of later ones."""
+    return [node for node in lm.nodes if "H" in node and int(node[1:].partition("H")[0]) >= first]
+
+
+def told(found: uw.Result, heads: list[str], about: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """All that is kept of a model; `found` is one of its masks."""
     return {
-        "model": {name: record["model"][name] for name in ("family", "layers", "heads", "d_model", "weights")},
-        "versions": record["versions"], "nodes": len(heads), "learned_from": int(found.data.attrs["learned_from"]),
+        **model_of(found), "nodes": len(heads), "learned_from": int(found.data.attrs["learned_from"]),
         "held": found.data.sizes["pair"], "about": about, "paths": lines,
     }  # fmt: skip
 
@@ -82,11 +83,6 @@ def paths(change: str, found: uw.Result) -> list[dict[str, Any]]:
             "random_most": one["random_match"].max().item(), "stable": one["stable"].item(),
         })  # fmt: skip
     return lines
-
-
-def kept(name: str, what: str = "masks") -> dict[str, Any]:
-    """What was found of a model."""
-    return json.loads((RESULTS / f"{name}-{what}.json").read_text("utf-8"))
 
 
 def kept_paths(found: dict[str, Any]) -> pd.DataFrame:
@@ -114,10 +110,8 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--task", choices=("ioi", "boxes"), default="ioi")
     asked = parser.parse_args()
-    RESULTS.mkdir(exist_ok=True)
     found, what = (measured, "masks") if asked.task == "ioi" else (boxed, "boxes")
-    text = json.dumps(found(asked.model, asked.first), indent=1)
-    (RESULTS / f"{asked.name}-{what}.json").write_text(text + "\n", encoding="utf-8")
+    write(found(asked.model, asked.first), asked.name, what)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,8 @@ def measured(model: str) -> dict[str, Any]:
     free = uw.circuit(lm, judged, orders, SIZES, draws=3)
     gates = [*filter(None, free.data.attrs["gates"].split(", "))]
     held = uw.circuit(lm, judged, orders, SIZES, given=gates, draws=3, gates=False) if gates else free
-    about = free.provenance["model"]
     return {
-        "model": {name: about[name] for name in ("family", "layers", "heads", "d_model", "weights")},
-        "certificate": lm.certificate.explain(), "versions": free.provenance["versions"],
+        **about(lm, free),
         "gates": {name: free["gate"].sel(node=name).item() for name in gates}, "solves": free.data.attrs["solves"],
         "metric": [free["base"].mean().item(), free["empty"].mean().item()], "clusters": free.data.attrs["clusters"],
         "free": curves(free), "held": curves(held), "overlap": overlaps(lm),
@@ -138,9 +137,41 @@ def apart(lm: Any) -> tuple[uw.Pairs, uw.Pairs]:
     return one, other
 
 
-def kept(name: str) -> dict[str, Any]:
-    """What was found of a model."""
-    return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+def about(lm: Any, found: uw.Result) -> dict[str, Any]:
+    """Which model it was, how exact, and by what it was read."""
+    own = model_of(found)
+    return {"model": own["model"], "certificate": lm.certificate.explain(), "versions": own["versions"]}
+
+
+def model_of(found: uw.Result) -> dict[str, Any]:
+    """Which model a result is of, and by what it was read."""
+    record = found.provenance
+    model = {name: record["model"][name] for name in ("family", "layers", "heads", "d_model", "weights")}
+    return {"model": model, "versions": record["versions"]}
+
+
+def keep(doc: str, measured: Callable[[str], dict[str, Any]], what: str = "") -> None:
+    """Measure the model that the command line names, and keep `what` was found of it."""
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument("model")
+    parser.add_argument("--name", required=True)
+    asked = parser.parse_args()
+    write(measured(asked.model), asked.name, what)
+
+
+def write(found: dict[str, Any], name: str, what: str = "") -> None:
+    """Keep `what` was found of a model."""
+    RESULTS.mkdir(exist_ok=True)
+    _file(name, what).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def kept(name: str, what: str = "") -> dict[str, Any]:
+    """`what` was found of a model."""
+    return json.loads(_file(name, what).read_text("utf-8"))
+
+
+def _file(name: str, what: str) -> Path:
+    return RESULTS / f"{'-'.join(filter(None, (name, what)))}.json"
 
 
 def kept_curves(found: dict[str, Any], which: str, sizes: tuple[int, ...] = SIZES) -> pd.DataFrame:
@@ -187,16 +218,5 @@ def kept_overlaps(found: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(lines, index=[*names, "ranks of all"]).T
 
 
-def main() -> None:
-    """Measure a model and keep what was found."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("--name", required=True)
-    asked = parser.parse_args()
-    RESULTS.mkdir(exist_ok=True)
-    text = json.dumps(measured(asked.model), indent=1)
-    (RESULTS / f"{asked.name}.json").write_text(text + "\n", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    keep(__doc__, measured)

@@ -11,15 +11,13 @@ half of the lists: these share no template and no item.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from measure import RESULTS
+from measure import about, keep
 from scipy.stats import binomtest
 
 import unwrite as uw
@@ -43,11 +41,7 @@ def measured(model: str) -> dict[str, Any]:
             pairs = uw.tasks.laundry(2 * PAIRS, lm.tokenizer, half, k=k, words={"item": items}, bos=False)
             pairs = pairs.take([label in templates for label in pairs.template])
             lines += [{"items": k, "half": half, **one} for one in overridden(lm, pairs, k)]
-    about = uw.attention(lm, pairs.base.take([0]), heads=[HEAD]).provenance
-    return {
-        "model": {name: about["model"][name] for name in ("family", "layers", "heads", "d_model", "weights")},
-        "certificate": lm.certificate.explain(), "versions": about["versions"], "lines": lines,
-    }  # fmt: skip
+    return about(lm, uw.attention(lm, pairs.base.take([0]), heads=[HEAD])) | {"lines": lines}
 
 
 def overridden(lm: Any, pairs: Any, k: int) -> list[dict[str, Any]]:
@@ -103,11 +97,6 @@ def edit(head: str, rows: np.ndarray | None, end: torch.Tensor, length: int) -> 
     return uw.Edit.set(f"{head}.pattern", weight, at=end)
 
 
-def kept(name: str) -> dict[str, Any]:
-    """What was found of a model."""
-    return json.loads((RESULTS / f"{name}-reuse.json").read_text("utf-8"))
-
-
 def kept_repairs(found: dict[str, Any]) -> pd.DataFrame:
     """Rates by number of items and half, with how many lists each override repairs and breaks."""
     lines: dict[str, dict[str, str]] = {}
@@ -131,15 +120,5 @@ def _others(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**one, "override": "best of 8 other heads", "p": min(1.0, len(OTHERS) * one["p"])} for one in best]
 
 
-def main() -> None:
-    """Measure a model and keep what was found."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("--name", required=True)
-    asked = parser.parse_args()
-    text = json.dumps(measured(asked.model), indent=1)
-    (RESULTS / f"{asked.name}-reuse.json").write_text(text + "\n", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    keep(__doc__, measured, "reuse")

@@ -22,11 +22,11 @@ from typing import Any
 import masks
 import numpy as np
 import torch
+from measure import write
 from toy import BOXES, LETTERS, THINGS
 
 import unwrite as uw
 
-RESULTS = Path(__file__).parent / "results"
 # Groups by what their heads write to, and the token at which they do: from "contains" back to where the letter stood
 # first. "K" and "V" are not of the paper, in which objects are fetched from where they stand.
 GROUPS = {"A": "end", "B": "end", "C": "query", "D": "label", "K": "label", "V": "label"}
@@ -377,9 +377,7 @@ def main() -> None:
     parser.add_argument("toy", type=Path)
     parser.add_argument("--name", required=True)
     asked = parser.parse_args()
-    RESULTS.mkdir(exist_ok=True)
-    text = json.dumps(rounded(measured(asked.toy)), indent=1)
-    (RESULTS / f"{asked.name}.json").write_text(text + "\n", encoding="utf-8")
+    write(rounded(measured(asked.toy)), asked.name)
 
 
 def rounded(part: Any) -> Any:
