@@ -479,6 +479,7 @@ def test_a_share_worked_by_hand() -> None:
 
 
 @given(st.lists(st.floats(0.1, 10), min_size=2, max_size=40), st.floats(-3, 3))
+@example([1.0, 1.21875], 5.7687801799979055e-158)
 def test_an_error_of_rounding_alone_is_none_and_a_small_one_stays(x: list[float], share: float) -> None:
     energy = torch.tensor(x, dtype=torch.float64)[:, None]
     near = share * energy[:, None] + 1e-3 * energy[:, None] * (torch.arange(len(x)) % 2)[:, None, None]

@@ -297,7 +297,8 @@ class ClusterSums:
             share = np.where(x > 0, y / x, np.nan)
             parts = np.stack([yy, -2 * share * xy, share**2 * xx])
             # The root of what rounding leaves of three sums that cancel would be 1e-8, on one machine or another.
-            resolved = parts.sum(0) > done.n * np.finfo(float).eps * np.abs(parts).sum(0)
+            least = np.finfo(float).smallest_subnormal * (1 + xx)  # Squares of less than 1e-154 lose their digits.
+            resolved = parts.sum(0) > done.n * (np.finfo(float).eps * np.abs(parts).sum(0) + least)
             spread = np.where(resolved, parts.sum(0), 0.0)
             correction = done.n / (done.n - 1) if done.n > 1 else math.nan
             return share, np.sqrt(correction * spread) / x
