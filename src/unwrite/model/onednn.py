@@ -44,7 +44,9 @@ class OneDNN(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         asked = _ASKED.get(func)
         found = None if asked is None else asked(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {})) if found is None else _Linear.apply(*found)
+        if found is None:
+            return func(*args, **(kwargs or {}))
+        return _Linear.apply(*found) if _sloped(*found) else _product(*found)
 
 
 _Product = tuple[Tensor, Tensor, Tensor | None]
@@ -89,6 +91,13 @@ def _plain(part: Tensor) -> bool:
     """Is it an ordinary tensor of float32, and here? Codes and parts of tensors are other types."""
     here = part.dtype == _SINGLE and part.device.type == "cpu" and part.layout == torch.strided
     return type(part) in _OWN and here
+
+
+def _sloped(input: Tensor, _: Tensor, bias: Tensor | None) -> bool:
+    """Are slopes followed here, of either kind? Where none are, following them would cost more than what it follows."""
+    given = (input,) if bias is None else (input, bias)
+    backward = torch.is_grad_enabled() and any(part.requires_grad for part in given)
+    return backward or any(forward_ad.unpack_dual(part).tangent is not None for part in given)
 
 
 def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
