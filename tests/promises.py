@@ -57,7 +57,7 @@ PROMISES: dict[str, Promise] = {
     ),
     "estimates": Promise(
         "An estimate stands beside the executed truth, and says how well it predicts it in this very model",
-        "`run/tally/trust.py`, `methods/agree.py` and `methods/bound.py` measure it with intervals; "
+        "`stats/trust.py`, `methods/agree.py` and `methods/bound.py` measure it with intervals; "
         "`studies/compare.py` puts estimators side by side.",
     ),
     "account": Promise(

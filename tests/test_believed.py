@@ -14,8 +14,7 @@ import unwrite as uw
 from unwrite.model.load import view
 from unwrite.report import believed, terminal
 from unwrite.result import Result
-from unwrite.run.tally import trust
-from unwrite.stats import jackknife
+from unwrite.stats import jackknife, trust
 
 NAN = float("nan")
 AXES = ("reading", "group", "form", "replacement")

@@ -37,7 +37,7 @@ from unwrite.run.loop import stream
 from unwrite.run.replay import removed
 from unwrite.run.tally import totals
 from unwrite.run.tally.account import PARTS, READINGS
-from unwrite.run.tally.fate import FATES, fates, input_blind
+from unwrite.stats.fate import FATES, fates, input_blind
 
 LENGTHS = np.array([6, 4, 7])
 POSITION, ROWS = [-1, 2, 4], [5, 2, 4]

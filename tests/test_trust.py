@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from unwrite.run.tally.trust import FORMS, trust
 from unwrite.stats.bootstrap import moments
 from unwrite.stats.jackknife import interval
 from unwrite.stats.ranks import MATERIAL, by_size, same_sign
+from unwrite.stats.trust import FORMS, trust
 
 PROMPTS, NODES = 14, 5
 ALONE, PAIRS = np.arange(PROMPTS), np.arange(PROMPTS) // 2

@@ -36,10 +36,10 @@ from unwrite.run.loop.stream import Batch, Listener, admit, batch_size, stream
 from unwrite.run.replay.clean import clean
 from unwrite.run.source.writes import REPLACEMENTS, Pool, Replaced
 from unwrite.run.tally.account import PARTS, READINGS, Asked, readings
-from unwrite.run.tally.fate import fates, input_blind
 from unwrite.run.tally.invariance import QUARTILES, REPLACED, invariance
 from unwrite.run.tally.totals import totals
-from unwrite.run.tally.trust import FORMS, trust
+from unwrite.stats.fate import fates, input_blind
+from unwrite.stats.trust import FORMS, trust
 
 AT = ("all", "position")
 # Whatever is asked for, trust is measured for these.
