@@ -144,11 +144,12 @@ Values = Mapping[Slot, Float[Tensor, "pair position _unit _d"]]
 
 
 @contextmanager
-def visiting(lm: Model, visits: Mapping[Slot, Visit]) -> Iterator[None]:
+def visiting(lm: Model, visits: Mapping[Slot, Visit], shown: dict[int, Tensor] | None = None) -> Iterator[None]:
     """Inside the `with`, what is used at a slot is what its visit makes of the tensor that was there.
 
     Slots of states between blocks are not visited. Keys and values of query heads come as each head's own copy. A
-    visit sees and gives tensors on the model's own device, wherever a layer computes.
+    visit sees and gives tensors on the model's own device, wherever a layer computes. Where patterns are to be `shown`,
+    attention is computed openly and leaves them there by layer.
     """
     visits = {slot: partial(_at_home, lm.device, visit) for slot, visit in visits.items()}
     attended = {slot: visit for slot, visit in visits.items() if isinstance(slot.at, Inner)}
@@ -157,7 +158,8 @@ def visiting(lm: Model, visits: Mapping[Slot, Visit]) -> Iterator[None]:
             if isinstance(slot.at, Point):
                 stack.enter_context(hooked([visited(slot.at, visit)]))
         if attended:
-            stack.enter_context(around_attention(lm, partial(_attend, attended), eager=False))
+            around = partial(_attend, attended, shown)
+            stack.enter_context(around_attention(lm, around, eager=shown is not None))
         yield
 
 
@@ -168,6 +170,7 @@ def _at_home(device: torch.device, visit: Visit, tensor: Tensor) -> Tensor:
 
 def _attend(
     visits: Mapping[Slot, Callable[[Tensor], Tensor]],
+    shown: dict[int, Tensor] | None,
     layer: int,
     attend: Attend,
     query: Tensor,
@@ -183,7 +186,10 @@ def _attend(
         copies = {kind: per_query_head(shared, query) for kind, shared in copies.items()}
         for slot in asked:
             copies[slot.kind] = visits[slot](copies[slot.kind])
-    return attend(seen["q"], copies["k"], copies["v"])
+    out, pattern = attend(seen["q"], copies["k"], copies["v"])
+    if shown is not None and pattern is not None:
+        shown[layer] = pattern.detach()
+    return out, pattern
 
 
 @contextmanager

@@ -14,14 +14,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from unwrite.model.fold import Folded, centre
 from unwrite.model.view import Model
 from unwrite.model.writes import Writes, write_of
 from unwrite.nodes import PROJECTED, Node
+from unwrite.prompts.tokens import Tokens
+from unwrite.run.loop.stream import Batch
 from unwrite.run.source.rotations import rotation
 
 _Write = Float[Tensor, "prompt position d_model"]
@@ -59,6 +62,18 @@ class Others:
             if node.kind not in PROJECTED:
                 found += times[i][:, None, None] * self._writes.vectors[node]
         return found
+
+
+def others_of(tokens: Tokens, skip: int, batch: Batch) -> Int[Tensor, "prompt position"]:
+    """Another prompt for each of a batch: the next one; where that is shorter, its tokens once more."""
+    rows = []
+    for i in range(len(batch.ids)):
+        donor = (batch.first + min(i, batch.real - 1) + 1) % len(tokens)
+        length = int(tokens.lengths[donor])
+        at = np.arange(batch.ids.shape[1])
+        again = skip + (at - length) % max(length - skip, 1)
+        rows.append(tokens.ids[donor][np.where(at < length, at, again)])
+    return torch.from_numpy(np.stack(rows))
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unwrite.errors import NumericError
@@ -32,7 +32,7 @@ from unwrite.run.loop.rows import Rows
 from unwrite.run.loop.stream import Batch
 from unwrite.run.replay.clean import clean
 from unwrite.run.replay.removed import Changed, alone, at_once, changed, in_order
-from unwrite.run.source.standins import Others, Stead, stand_in
+from unwrite.run.source.standins import Others, Stead, others_of, stand_in
 from unwrite.stats.verdicts import Sums, by_document
 
 # Stand-ins of each kind for a writer that is asked about alone.
@@ -146,7 +146,9 @@ class Measuring:
         self.run = clean(lm, batch.ids, asked.folded)
         # Of one prompt the clean run has called its blocks just so.
         self.calls = self.run.calls if len(batch.ids) == 1 else alone(lm, batch.ids)
-        self.other = Others(lm, asked.folded, writes_of(lm, _others(asked, batch), asked.folded), self.kept)
+        self.other = Others(
+            lm, asked.folded, writes_of(lm, others_of(asked.tokens, asked.skip, batch), asked.folded), self.kept
+        )
         self.state = {state: i for i, state in enumerate(lm.states)}
         self.at = {node: i for i, node in enumerate(lm.parts)}
         self.sinks = self._sinks()
@@ -313,15 +315,3 @@ def _summed(products: Float[Tensor, "*run position"]) -> Float[Tensor, "*run"]:
 def _both(products: Float[Tensor, "run position ... d"]) -> Float[Tensor, "run ..."]:
     """Summed up over positions, which are many and far apart in memory, and then exactly."""
     return _summed(products.sum(1))
-
-
-def _others(asked: Removals, batch: Batch) -> Int[Tensor, "prompt position"]:
-    """Another prompt for each of a batch: the next one; where that is shorter, its tokens once more."""
-    tokens, rows = asked.tokens, []
-    for i in range(len(batch.ids)):
-        donor = (batch.first + min(i, batch.real - 1) + 1) % len(tokens)
-        length = int(tokens.lengths[donor])
-        at = np.arange(batch.ids.shape[1])
-        again = asked.skip + (at - length) % max(length - asked.skip, 1)
-        rows.append(tokens.ids[donor][np.where(at < length, at, again)])
-    return torch.from_numpy(np.stack(rows))
