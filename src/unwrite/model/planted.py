@@ -12,7 +12,7 @@ has the same norm, so the stream's rms is one number per layer and a circuit's g
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -22,11 +22,12 @@ from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerFast as TokenizerFast
 
-from unwrite.errors import ModelError, number, shown, whole
+from unwrite.errors import ModelError, NumericError, number, one_of, several, shown, whole
 from unwrite.model.planted_weights import (
     BALLAST,
     CONTEXT,
     D_MODEL,
+    DECOY,
     DELIMITER,
     FAINT,
     HEADS,
@@ -91,19 +92,22 @@ class Part:
 
 
 def planted(
-    family: Literal["gpt2", "llama"] = "gpt2", seed: int = 0, dtype: torch.dtype = torch.float32, massive: float = 0.0
-) -> Planted:
+    family: Literal["gpt2", "llama"] = "gpt2", seed: int = 0, dtype: torch.dtype = torch.float32, massive: float = 0.0,
+    *, also: Sequence[str] = (),
+) -> Planted:  # fmt: skip
     """A Hugging Face model with a planted writer, eraser, decoy and backup of every kind, and a byte tokenizer.
 
     Arguments: `family` "gpt2" (LayerNorm, GELU, biases, learned positions) or "llama" (RMSNorm, SwiGLU, RoPE, shared
     values); `seed` of subspaces, codes, norms and unembedding; `dtype` of the parameters; `massive` the part of every
     planted write's energy that lies in the first two channels, which norms all but close (0.86 in Gemma 3 270M). Then a
     head, "amplifier", writes half of what they hold once more, and at a newline an MLP, "sink", so much of it that the
-    stream is some 25 times as long.
+    stream is some 25 times as long; `also` "reader", an MLP that reads the first write before its eraser does, and
+    "re-user", an MLP that writes into that write's subspace where it is free, and nothing where it is not.
     Returns Planted. share[w, e] = Σ⟨o_e, o_w⟩ / Σ‖o_w‖² of `pairs` is exact on any text; without the write to about
     0.06, as the norm of the stream falls by some percent. Where something is `massive`, that is so outside of the two
     channels; in all channels together a share is 1 − `massive` times as large.
-    Raises ModelError for another family, NumericError unless `massive` is at least 0 and below 1.
+    Raises ModelError for another family, NumericError unless `massive` is at least 0 and below 1, for another name in
+    `also`, and for a re-user where something is massive, whose MLP is the sink.
 
     Example: `weight = planted("llama"); lm = uw.load(weight.hf, weight.tokenizer)`
     """
@@ -113,7 +117,12 @@ def planted(
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ModelError("dtype is what parameters are kept in", got=shown(dtype), expected="such as torch.float32")
     number("massive is a part of a write's energy", massive, "at least 0, below 1", lambda part: 0 <= part < 1)
-    parts, tokenizer = _parts(family, float(massive)), _tokenizer()
+    also = several("also are names", also, ", ".join(_ALSO), NumericError)
+    for name in also:
+        one_of("also", name, tuple(_ALSO))
+    if massive and "re-user" in also:
+        raise NumericError("the MLP of a re-user is a sink where something is massive", fix="plant one of the two")
+    parts, tokenizer = _parts(family, float(massive), also), _tokenizer()
     roles = {role: circuits for part in parts for role, circuits in part.roles.items()}
     config = AutoConfig.for_model(family, **_SHAPE, **_OWN_SHAPE[family])
     with torch.random.fork_rng(devices=[]):  # the constructor draws weights, which are then replaced
@@ -132,10 +141,11 @@ def planted(
 # The planted parts. Heads 0 to 5 of layer 0 write; every part owns the subspace of its writer.
 
 
-def _parts(family: str, massive: float) -> list[Part]:
+def _parts(family: str, massive: float, also: Sequence[str]) -> list[Part]:
     known = [_erased_by_head(), _decoy_constant("L2.bias" if family == "gpt2" else "L2H3"), _erased_by_many()]
     known += [_erased_by_mlp(), _backed_up(), _mimicked(), _kept()]
     known = [*map(_massive, known), _amplified(), _sink()] if massive else known
+    known += [_ALSO[name]() for name in also]
     return [*known, _quiet({circuit.name for part in known for role in part.roles.values() for circuit in role})]
 
 
@@ -152,8 +162,8 @@ def _erased_by_head() -> Part:
 
 def _decoy_constant(name: str) -> Part:
     """A constant against the mean of the write above, half as long as a write: share −0.5 · ⟨mean, code⟩."""
-    constant = Wiring(name, {"ballast": -0.5 * WRITE / BALLAST}, "erased_by_head.mean")
-    return Part({"decoy constant": [constant]}, [Pair("L0H0", name, "constant", -0.5 * MEAN, -0.5 * MEAN)])
+    constant = Wiring(name, {"ballast": -DECOY * WRITE / BALLAST}, "erased_by_head.mean")
+    return Part({"decoy constant": [constant]}, [Pair("L0H0", name, "constant", -DECOY * MEAN, -DECOY * MEAN)])
 
 
 def _erased_by_many() -> Part:
@@ -210,6 +220,25 @@ def _amplified() -> Part:
 def _sink() -> Part:
     """An MLP that knows a newline and makes the stream long there."""
     return Part({"sink": [Wiring("MLP2", {"delimiter": SINK / DELIMITER}, "massive")]})
+
+
+def _reader() -> Part:
+    """An MLP that reads the first write right after it is written, half of it, and writes elsewhere."""
+    return Part({"reader": [Wiring("MLP0", {"erased_by_head": 0.5}, "quiet")]})
+
+
+def _reuser() -> Part:
+    """An MLP behind all others that writes into the first write's subspace where most of that write's mean is gone.
+
+    Of the mean, MEAN of a write, the decoy takes DECOY away, and the eraser leaves a tenth. The gate closes near the
+    other end: little of the mean of another write would close it.
+    """
+    least = WRITE * ((0.1 + 0.85 * 0.9) * MEAN - DECOY)
+    reads = {"erased_by_head.mean": -1.0, "ballast": least / BALLAST}
+    return Part({"re-user": [Wiring("MLP2", reads, "erased_by_head.other", gated=True)]})
+
+
+_ALSO: Mapping[str, Callable[[], Part]] = {"reader": _reader, "re-user": _reuser}
 
 
 def _quiet(busy: set[str]) -> Part:

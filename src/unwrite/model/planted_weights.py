@@ -19,12 +19,16 @@ NEURONS, CONTEXT, VOCABULARY = 8, 256, 256
 # What the stream holds of each subspace, as norms. MEAN is the part of a unit code that every token shares.
 BALLAST, TOKEN, POSITION, WRITE = 4.0, 3.0, 2.0, 2.0
 MEAN = 0.6
+DECOY = 0.5  # how long the constant against the mean of a write is, as a part of a write
 QUIET = 0.005
 
 # A massive direction lies in these channels, which norms all but close. Who reads it does so with a weight of FAINT;
 # the DELIMITER has a coordinate of its own, by which a sink knows it and writes a vector of norm SINK there.
 MASSIVE, CLOSED, FAINT = (0, 1), 0.01, 0.01
 DELIMITER, SINK = 0.5, 240.0
+
+# A gate that is closed below a threshold is open this far above it, and is driven by so much.
+OPEN, DRIVEN = 0.1, 100.0
 
 # Query and key gain: the score per rotary frequency is its square; the next best position is more than 20 below.
 SHARPNESS = 12.0
@@ -35,12 +39,16 @@ Space = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Wiring:
-    """One node's job: gain × the coordinates in the subspaces it reads, `back` positions ago, into one subspace."""
+    """One node's job: gain × the coordinates in the subspaces it reads, `back` positions ago, into one subspace.
+
+    An MLP that is `gated` writes its subspace's one direction where the sum of what it reads is above 0, or nothing.
+    """
 
     name: str
     reads: Mapping[str, float]
     into: str
     back: int = 0
+    gated: bool = False
 
     @property
     def node(self) -> Node:
@@ -49,7 +57,8 @@ class Wiring:
 
     def write(self, space: Space, stream: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
         """What the node adds to a stream that is the same at every position."""
-        return space[self.into] @ sum(gain * space[name].T @ stream for name, gain in self.reads.items())
+        read = sum(gain * space[name].T @ stream for name, gain in self.reads.items())
+        return space[self.into] @ ((torch.as_tensor(read) / OPEN).clamp(0, 1) if self.gated else read)
 
 
 # What the seed draws, and what follows from it for both families.
@@ -126,7 +135,9 @@ def _subspaces(generator: torch.Generator, massive: float) -> Space:
         frame[MASSIVE[0], 1:3], frame[MASSIVE[1], 1:3] = 1, torch.tensor([-1.0, 1.0], dtype=torch.float64)
     orthonormal = torch.linalg.qr(frame).Q
     space = dict(zip(sizes, orthonormal.split(list(sizes.values()), dim=1), strict=True))
-    space |= {f"{name}.mean": basis[:, :1] for name, basis in space.items()}
+    for i, which in enumerate(("mean", "other")):
+        several = {name: basis for name, basis in space.items() if name in sizes and basis.shape[1] > i}
+        space |= {f"{name}.{which}": basis[:, i : i + 1] for name, basis in several.items()}
     if massive:
         tilt = nn.functional.pad(_times(massive) / MEAN * space["massive"], (0, 3))
         space |= {f"{name}.massive": space[name] + tilt for name in writers}
@@ -183,8 +194,17 @@ def _turned(back: int) -> Float[Tensor, " d_head"]:
 
 
 def _pairs_of_neurons(draft: Draft, layer: int) -> tuple[Float[Tensor, "d_model n"], Float[Tensor, "n d_model"]]:
-    """Directions read and rows written by an MLP's neurons, two per coordinate: act(x) − act(−x) = x."""
+    """Directions read and rows written by an MLP's neurons, two per coordinate: act(x) − act(−x) = x.
+
+    Of one that is gated two in all: act(x) − act(x − OPEN).
+    """
     (circuit,) = _at(draft.circuits, layer, "mlp")
+    if circuit.gated:
+        reads = sum((gain * draft.space[name] for name, gain in circuit.reads.items()), torch.zeros(()))
+        read = DRIVEN * torch.cat([reads, reads - OPEN / BALLAST * draft.space["ballast"]], 1)
+        step = draft.scale[layer, "mlp"] / (DRIVEN * OPEN) * draft.space[circuit.into]
+        idle = (0, NEURONS - 2)
+        return nn.functional.pad(read, idle), nn.functional.pad(torch.cat([step, -step], 1), idle).T
     ((name, gain),) = circuit.reads.items()
     basis, into = draft.space[name], gain * draft.scale[layer, "mlp"] * draft.space[circuit.into]
     idle = (0, NEURONS - 2 * basis.shape[1])

@@ -38,6 +38,17 @@ def added(run: Clean, node: Node, change: Float[Tensor, "prompt position d_model
 
 
 @torch.no_grad()
+def added_to_all(run: Clean, changes: Mapping[Node, Float[Tensor, "prompt position d_model"]]) -> Recording:
+    """The run in which to what each of these nodes writes its own change is added; none of them is an embedding."""
+    at: dict[nn.Module, list[Tensor]] = {}
+    for node, change in changes.items():
+        layer = run.lm.layers[node.layer]
+        at.setdefault(layer.end(node.kind), []).append(change / layer.into)
+    start = min(node.layer for node in changes)
+    return _continued(run, start, None, {end: partial(_plus_all, parts) for end, parts in at.items()})
+
+
+@torch.no_grad()
 def hidden(run: Clean, vector: Float[Tensor, "prompt position d_model"], layers: Sequence[int]) -> Recording:
     """The run in which `vector` is taken out of the value input of all heads in some layers, and of nothing else.
 
@@ -121,6 +132,10 @@ def _attention_end(lm: Model, layer: Layer) -> nn.Module:
 def _plus(layer: Layer, change: Callable[[], Tensor], written: Tensor) -> Tensor:
     """What a module writes with something added, in units of the final stream, which it reaches scaled."""
     return written + (change() / layer.into).reshape(written.shape).to(written)
+
+
+def _plus_all(changes: Sequence[Tensor], written: Tensor) -> Tensor:
+    return written + sum(changes[1:], changes[0]).reshape(written.shape).to(written)
 
 
 def _continued(run: Clean, start: int, change: Tensor | None, visits: Mapping[nn.Module, Visit]) -> Recording:

@@ -8,6 +8,7 @@ each of its queries, keys and values, which know nothing of each other.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from unwrite.errors import NodeError
 from unwrite.model.cache import Handed
 from unwrite.model.capture import recording
-from unwrite.model.hooks import Visit
+from unwrite.model.hooks import Visit, after, hooked
 from unwrite.model.view import Layer, Model
 from unwrite.run.edit.slots import Slot, slots, visiting
 from unwrite.run.replay.clean import Clean
@@ -39,6 +40,10 @@ class Attention:
     made: Mapping[str, Float[Tensor, "prompt position head _d"]]
     z: Float[Tensor, "prompt position head d_head"]
     pattern: Float[Tensor, "prompt head query key"] | None
+
+
+class _Enough(Exception):
+    """The heads have written."""
 
 
 class Readers:
@@ -71,7 +76,12 @@ class Readers:
         run, layer = self._run, self._layer
         keep = {slot: partial(_kept, found, way, slot) for way, slot in self._slots.items() if slot not in visits}
         shown: dict[int, Tensor] | None = {} if run.lm.applies("opened") else None
-        with visiting(run.lm, {**keep, **visits}, shown), recording(run.lm, run.folded) as record:
+        with ExitStack() as stack:
+            stack.enter_context(visiting(run.lm, {**keep, **visits}, shown))
+            record = stack.enter_context(recording(run.lm, run.folded))
+            # What stands behind the heads is not asked about.
+            stack.enter_context(hooked([after(layer.attention_end, _enough)]))
+            stack.enter_context(suppress(_Enough))
             again(run, layer, Handed(), x)
         return Attention(found, record.z[layer.index], (shown or {}).get(layer.index))
 
@@ -100,6 +110,10 @@ def changed_pattern(clean: Attention, other: Attention, way: str) -> Float[Tenso
 def _kept(found: dict[str, Tensor], way: str, slot: Slot, tensor: Tensor) -> Tensor:
     found[way] = slot.view(tensor, len(tensor)).index_select(2, slot.units).clone()
     return tensor
+
+
+def _enough(_: Tensor) -> Tensor:
+    raise _Enough
 
 
 def _instead(slot: Slot, value: Tensor, tensor: Tensor) -> Tensor:

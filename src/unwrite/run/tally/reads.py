@@ -1,8 +1,8 @@
 """Who reads one write, and through what? Each later head's queries, keys and values, and each MLP, without it alone.
 
 Sums of every prompt, for the write and for typical ones in its place: Σ‖out(x) − out(x − w)‖² and Σ‖out(x)‖², w missing
-from that reader's input alone, out a query, key or value in the head's own coordinates; what the head hands to W_O; or
-what an MLP writes, as later readers weigh channels. (facts: systems on real models, §2.6)
+from that reader's input alone, out a query, key or value in the head's own coordinates, or what a head or an MLP
+writes, as later readers weigh channels. (facts: systems on real models, §2.6)
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _CHANGED = ("read", "wrote", "turned")
 class Reading:
     """Whose write is asked about, in which tokens, beside so many typical `draws` as large as `weight` measures it.
 
-    `weigh` says of every MLP how channels of what it writes count.
+    `weigh` says of every reader how channels of what it writes count.
     """
 
     lm: Model
@@ -114,19 +114,27 @@ class _Measuring:
         there = self.kept.view(*self.kept.shape, *[1] * (vectors.dim() - 2))
         return (vectors.float() * there).square().sum(-1, dtype=torch.float64).sum(1)
 
+    def _energy(
+        self, z: Float[Tensor, "prompt position head d_head"], gram: Float[Tensor, "head d_head d_head"]
+    ) -> Float[Tensor, "prompt head"]:
+        rows = z.float() * self.kept[..., None, None]
+        return (torch.einsum("pthk,hkj->pthj", rows, gram) * rows).sum(1).sum(-1, dtype=torch.float64)
+
     def _heads(self, layer: Layer) -> None:
         found, first = self.found, self.lm.parts.index(Node(layer.kind, layer.index, 0))
         heads = slice(first, first + layer.heads)
         readers = Readers(self.run, layer)
-        plain = readers.clean
-        found["written"][:, heads] = found["made"][:, heads, 0] = self._squares(plain.z)
+        plain, folds = readers.clean, self.asked.folded[layer.index]
+        # ‖o‖² of a head is zᵀ G z, as later readers weigh channels.
+        gram = torch.einsum("hkd,d,hjd->hkj", folds.w_o, self.asked.weigh[self.lm.parts[first]], folds.w_o)
+        found["written"][:, heads] = found["made"][:, heads, 0] = self._energy(plain.z, gram)
         for way in readers.ways:
             found["made"][:, heads, PARTS.index(way)] = self._squares(plain.made[way])
         for put, vector in enumerate(self.vectors):
             for way, change, other in readers.without(vector):
                 at = PARTS.index(way)
-                found["read"][:, put, heads, at] = self._squares(change)
-                found["wrote"][:, put, heads, at] = self._squares(other.z - plain.z)
+                wrote = found["wrote"][:, put, heads, at] = self._energy(other.z - plain.z, gram)
+                found["read"][:, put, heads, at] = wrote if way == PARTS[0] else self._squares(change)
                 if (turned := changed_pattern(plain, other, way)) is not None:
                     found["turned"][:, put, heads, at] = (turned.movedim(1, 2) * self.kept[..., None]).double().sum(1)
 
