@@ -87,6 +87,7 @@ METHODS: dict[str, Method] = {
     "lens": lambda lm, **kept: uw.lens(lm, IDS, top=2, **kept),
     "attention": lambda lm, **kept: uw.attention(lm, IDS, "value", **kept),
     "compare": lambda lm, **kept: uw.compare(lm, PAIRS, there(lm, *HEADS), methods=("atp", "exact"), **kept),
+    "readers": lambda lm, **kept: uw.readers(lm, FOUR, there(lm, "L0H0")[0], **kept),
     "audit": lambda lm, **kept: uw.audit(lm, IDS, IDS[:2], most=1, **kept),
     "reproduce": lambda lm, **kept: uw.reproduce(weights=lm, tokens=IDS, **kept),
 }
@@ -102,7 +103,7 @@ VARIANTS: dict[str, Method] = {
     "effects net": lambda lm, **kept: uw.effects(lm, PAIRS, method="net", **kept),
 }
 # Made of the others.
-COMBINED = ("audit", "reproduce", "compare")
+COMBINED = ("audit", "reproduce", "compare", "readers")
 # What each asks of a model's shape beside two layers of two heads: `reproduce` names heads of the paper's model.
 SHAPES: dict[str, dict[str, int]] = {
     "reproduce": {"num_hidden_layers": 4, "num_attention_heads": 8, "hidden_size": 32}

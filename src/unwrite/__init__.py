@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from unwrite.studies.diff import diff as diff
     from unwrite.studies.doctor import doctor as doctor
     from unwrite.studies.overlap import overlap as overlap
+    from unwrite.studies.readers import readers as readers
     from unwrite.studies.reproduce import reproduce as reproduce
 
 # Public name -> the module that has it; imported on first use, so that `import unwrite` loads neither torch nor xarray.
@@ -79,6 +80,7 @@ _PUBLIC = {
     "paths": "unwrite.methods.paths",
     "planted": "unwrite.model.planted",
     "read": "unwrite.result",
+    "readers": "unwrite.studies.readers",
     "reproduce": "unwrite.studies.reproduce",
     "sae": "unwrite.run.edit.sae",
     "scan": "unwrite.methods.scan",

@@ -21,7 +21,7 @@ class Asked:
 
     documents: int = field(default=5, metadata={"why": "documents are independent: fewer give no interval"})
     size: float = field(default=0.1, metadata={"why": "a reader whose write changes by less than a tenth is none"})
-    times: float = field(default=1.25, metadata={"why": "and by surely more, a quarter more at least, than typically"})
+    times: float = field(default=1.5, metadata={"why": "and surely by half as much again as without a typical write"})
     use: float = field(default=0.02, metadata={"why": "what fills the space has this part of the write's energy"})
     q: float = field(default=0.2, metadata={"why": "of five that are named one may be so by chance"})
 

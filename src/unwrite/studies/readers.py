@@ -157,7 +157,7 @@ def _reads_at(lm: Model, node: Node) -> Location | None:
     return layer.reads if node.kind in PROJECTED or lm.parallel else Location("mid", node.layer)
 
 
-def _phase(place: Location, written: Sequence[int]) -> str:
+def _phase(place: Location, written: Sequence[tuple[int, int]]) -> str:
     before = sum(order <= place.order for order in written)
     return PHASES[0] if not before else PHASES[2] if before == len(written) else PHASES[1]
 
@@ -182,7 +182,7 @@ def _edges(lm: Model, pairs: Pairs, writer: Node, metric: str | Custom, each: di
         says = "mean over pairs" if not end else "95 % interval, jackknife over templates or pairs"
         found[f"effect{end}"] = quantity(("reader",), part[:-3], "of the metric", f"direct edge, {says}")
         for name, i in (("total", -3), ("through", -2), ("rest", -1)):
-            found[f"{name}{end}"] = quantity((), part[i], "of the metric", f"{name} effect, {says}")
+            found[f"{name}{end}"] = quantity((), np.asarray(part[i]), "of the metric", f"{name} effect, {says}")
     return found | {"reader": xr.Variable(("reader",), names)}
 
 

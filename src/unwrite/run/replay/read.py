@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unwrite.errors import NodeError
+from unwrite.errors import ModelError, NodeError
 from unwrite.model.cache import Handed
 from unwrite.model.capture import recording
 from unwrite.model.hooks import Visit, after, hooked
@@ -27,6 +27,7 @@ from unwrite.run.replay.edited import again
 
 # Through what a head reads; "all" is every way at once, and the only one of an MLP or a mixer.
 PARTS = ("all", "q", "k", "v")
+_TINY = 1e-30
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,12 +48,22 @@ class _Enough(Exception):
 
 
 class Readers:
-    """The heads of one layer, which read one way at a time."""
+    """The heads of one layer, which read one way at a time, of a clean run with patterns.
+
+    Raises ModelError where the layer, run by itself, does not hand over what it did in the whole run.
+    """
 
     def __init__(self, run: Clean, layer: Layer):
         self._run, self._layer = run, layer
         self._slots = read_through(run.lm, layer)
         self.clean = self._attended(None, {})
+        whole = run.record.z[layer.index]
+        limit = run.lm.certificate.allowed("opened")
+        if not (error := float((self.clean.z - whole).norm() / whole.norm().clamp_min(_TINY))) <= limit:
+            raise ModelError(
+                f"the heads of layer {layer.index} do not do by themselves what they do in a whole run",
+                got=f"relative error {error:.1e}", expected=f"at most {limit:.0e}", fix="report this family",
+            )  # fmt: skip
 
     @property
     def ways(self) -> tuple[str, ...]:

@@ -91,7 +91,7 @@ class _Measuring:
     def __init__(self, asked: Reading, batch: Batch):
         self.asked, self.lm = asked, asked.lm
         self.kept = batch.beyond(asked.skip).to(self.lm.device)
-        self.run = clean(self.lm, batch.ids, asked.folded)
+        self.run = clean(self.lm, batch.ids, asked.folded, with_patterns=True)
         self.vectors = asked.puts(self.run, batch)
         each, nodes, ways = len(batch.ids), len(self.lm.parts), len(PARTS)
         exact = {"dtype": torch.float64, "device": self.lm.device}
@@ -112,13 +112,14 @@ class _Measuring:
     def _squares(self, vectors: Float[Tensor, "prompt position ... d"]) -> Float[Tensor, "prompt ..."]:
         """Σ over the rows that count, and over the last axis."""
         there = self.kept.view(*self.kept.shape, *[1] * (vectors.dim() - 2))
-        return (vectors.float() * there).square().sum(-1, dtype=torch.float64).sum(1)
+        return (vectors.to(self.lm.compute_dtype) * there).square().sum(-1, dtype=torch.float64).sum(1)
 
     def _energy(
         self, z: Float[Tensor, "prompt position head d_head"], gram: Float[Tensor, "head d_head d_head"]
     ) -> Float[Tensor, "prompt head"]:
-        rows = z.float() * self.kept[..., None, None]
-        return (torch.einsum("pthk,hkj->pthj", rows, gram) * rows).sum(1).sum(-1, dtype=torch.float64)
+        rows = z.to(self.lm.compute_dtype) * self.kept[..., None, None]
+        energy = (torch.einsum("pthk,hkj->pthj", rows, gram) * rows).sum(1).sum(-1, dtype=torch.float64)
+        return energy.clamp_min(0)  # rounding leaves of nothing less than nothing
 
     def _heads(self, layer: Layer) -> None:
         found, first = self.found, self.lm.parts.index(Node(layer.kind, layer.index, 0))
