@@ -62,7 +62,7 @@ PROMISES: dict[str, Promise] = {
     ),
     "account": Promise(
         "Between what an attribution says and what really happens, nothing is left unexplained",
-        "`run/tally/totals.py` splits the executed total into direct, erased, filled in and norm, which add up to "
+        "`run/account/totals.py` splits the executed total into direct, erased, filled in and norm, which add up to "
         "rounding.",
     ),
     "statistics": Promise(

@@ -30,6 +30,7 @@ ROOMS = {
     "run/replay": {*MODEL, "run/edit"},
     "run/answer": {*MODEL, "run/loop", "run/edit"},
     "run/backward": {*MODEL, "run/loop", "run/edit", "run/source", "run/replay", "run/answer"},
+    "run/account": {*MODEL, "run/loop", "run/edit", "run/source", "run/replay", "run/answer", "run/backward"},
 }
 RUN = {*MODEL, *SETS, *ROOMS, "run/tally"}
 STUDIES = {*RUN, "methods", "tasks", "report"}

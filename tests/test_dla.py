@@ -31,12 +31,12 @@ from unwrite.nodes import parse_node
 from unwrite.prompts.tokens import Tokens, from_ids
 from unwrite.report.views import words
 from unwrite.result import Result
+from unwrite.run.account import totals
+from unwrite.run.account.readings import PARTS, READINGS
 from unwrite.run.backward.rules import RULES
 from unwrite.run.backward.slopes import cotangents
 from unwrite.run.loop import stream
 from unwrite.run.replay import removed
-from unwrite.run.tally import totals
-from unwrite.run.tally.account import PARTS, READINGS
 from unwrite.stats.fate import FATES, fates, input_blind
 
 LENGTHS = np.array([6, 4, 7])

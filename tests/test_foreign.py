@@ -142,7 +142,7 @@ def calls() -> dict[str, Call]:
     named = {"source": _STRINGS, "digest": _STRINGS, "notes": "()", "images": "None"}
     return {
         "load": Call(uw.load, {"source": lm().hf}, {**loaded, "trust_remote_code": "True False", "dtype": "None"}),
-        "planted": Call(uw.planted, {}, {"dtype": "dtype", "massive": "0 0.5 np.float32"}),
+        "planted": Call(uw.planted, {}, {"dtype": "dtype", "massive": "0 0.5 np.float32", "also": _NONE_OF_ANY}),
         "text": Call(
             uw.text, {"source": "nonsense " * 20, "tokenizer": tokenizer, "length": 8},
             {"source": "nonsense str_subclass long_string a_long_name", "tokenizer": "tokenizer",
@@ -217,6 +217,10 @@ def calls() -> dict[str, Call]:
             uw.diff, {"a": found("atp"), "b": found("exact")},
             {**dict.fromkeys("ab", "Result_of_effects"), **dict.fromkeys(("tokens", "pairs", "bos", "batch"), "None")},
         ),
+        "readers": Call(
+            uw.readers, {"lm": lm(), "prompts": IDS[:2], "writer": "L0H0"},
+            {"prompts": f"{TAKES['prompts']} {_READ} Pairs", "metric": "None"}, long=True,
+        ),
         "audit": Call(uw.audit, {**text, "most": 1}, {"prompts": f"None {TAKES['prompts']}"}, long=True),
         "reproduce": Call(
             uw.reproduce, {"weights": lm("reproduce"), "tokens": IDS},
@@ -262,8 +266,8 @@ NAMES = (
     "load", "planted", "text", "images", "pairs", "read", "scan", "verify", "survival", "dla", "adversarial",
     "corpus_dla", "lens", "attention", "activations", "effects", "solves", "mask", "circuit", "Circuit",
     "Circuit.looking", "Circuit.save", "overlap", "beside", "paths", "bound", "compare",
-    "agree", "diff", "audit", "reproduce", "doctor", "trace", "sae", "trace[]", "Edit", "Edit.set", "Edit.mean",
-    "Edit.add", "Edit.scale", "Edit.project_out", "Job", "Rules", "Result", "Result[]", "Result.figure", "Result.grid",
+    "agree", "diff", "readers", "audit", "reproduce", "doctor", "trace", "sae", "trace[]", "Edit", "Edit.set",
+    "Edit.mean", "Edit.add", "Edit.scale", "Edit.project_out", "Job", "Rules", "Result", "Result[]", "Result.figure", "Result.grid",
     "Result.save", "Result.save_table", "Tokens", "Tokens.named", "Tokens.take", "Tokens.spread", "Tokens.check",
     "Pairs", "Pairs.check", "Pairs.rows", "Pairs.take", "Pairs.split", "Pairs.words", "Pairs.each",
 )  # fmt: skip

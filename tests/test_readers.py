@@ -19,7 +19,7 @@ from unwrite.model.readers import weights
 from unwrite.nodes import parse_node
 from unwrite.report.views import listings, words
 from unwrite.run.tally import reads
-from unwrite.stats.reading import ASKED, read, reused
+from unwrite.stats.reading import ENOUGH, read, reused
 
 IDS = torch.randint(3, 50, (6, 7), generator=torch.Generator().manual_seed(0))
 ALSO = [(), ("reader",), ("re-user",), ("reader", "re-user")]
@@ -229,7 +229,7 @@ def test_rules_by_hand() -> None:
     found = read(change, np.ones((6, 2)))
     np.testing.assert_allclose(found.found.value, [0.5, 0.05])
     np.testing.assert_allclose(found.typical, [0.1, 0.01])
-    assert found.surely.tolist() == [bool(found.q[0] <= ASKED.q), False]
+    assert found.surely.tolist() == [bool(found.q[0] <= ENOUGH.q), False]
     # (1 + none of 8 decoys) / 8 · 2 writers / 1 = 0.25: so few draws cannot say it.
     assert found.q[0] == pytest.approx(0.25)
     use, held = np.full((6, 2), 0.5), np.zeros((6, 13, 2))

@@ -122,7 +122,7 @@ def test_a_model_is_untouched_by_what_is_raised_in_the_middle(method: str, famil
     [
         ("dla", "torch.autograd.grad"),
         ("dla", "unwrite.methods.dla.readings"),
-        ("dla", "unwrite.run.tally.totals.changed"),
+        ("dla", "unwrite.run.account.totals.changed"),
         ("effects", "unwrite.run.edit.slots.Slot.put"),
         ("effects", "unwrite.run.answer.metrics.Metric.of"),
         ("effects atp*", "torch.autograd.grad"),

@@ -36,7 +36,7 @@ from unwrite.cli.options import (
     spread,
 )  # fmt: skip
 from unwrite.cli.patch import bound, diff, paths
-from unwrite.cli.survival import survival
+from unwrite.cli.survival import readers, survival
 from unwrite.cli.tasks import mask, solves, tasks
 from unwrite.cli.voice import Voice, event, fail
 from unwrite.errors import Stopped, UnwriteError
@@ -289,6 +289,7 @@ def show(
 
 _command(doctor)
 _command(survival)
+_command(readers)
 _command(solves)
 _command(circuit)
 _command(overlap)

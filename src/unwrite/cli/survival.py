@@ -1,12 +1,34 @@
-"""`unwrite survival`: what survives of every write?"""
+"""`unwrite survival` and `readers`: what survives of every write; who reads one, and who uses its space?"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unwrite.cli.options import COMMON, Common, Length, ModelName, ShardOf, TextPath, seconds_of, spread
+from unwrite.cli.options import (
+    COMMON,
+    ChangeName,
+    Common,
+    Length,
+    ModelName,
+    ShardOf,
+    TaskName,
+    TaskSeed,
+    TextPath,
+    listed,
+    pairs_in,
+    read_text,
+    seconds_of,
+    spread,
+)
+
+if TYPE_CHECKING:
+    from unwrite.prompts.tokens import Tokens
+    from unwrite.result import Result
+    from unwrite.run.loop.job import Job
+    from unwrite.run.loop.stream import Listener
 
 # So many prompts a budget chooses from.
 _MOST = 1000
@@ -44,3 +66,38 @@ def survival(
     n = n or (8 if allowed is None else _MOST)
     asked = Shard(model, text, n, length, writers, 1, **common.loading, **settings)
     start(asked, common, shard, allowed)
+
+
+@spread
+def readers(
+    model: ModelName,
+    writer: Annotated[str, typer.Argument(metavar="WRITER", help="A node, such as L20H0.")],
+    text: TextPath = [],  # noqa: B006 - typer copies it
+    pairs: Annotated[
+        Path | None, typer.Option("--pairs", metavar="FILE", help="Pairs instead, as for effects.")
+    ] = None,
+    task: TaskName = None,
+    change: ChangeName = None,
+    seed: TaskSeed = 0,
+    metric: Annotated[str | None, typer.Option("--metric", help="Of pairs: logit_diff, log_prob, prob or kl.")] = None,
+    erasers: Annotated[
+        str | None, typer.Option("--erasers", help="Nodes; by default those that surely take the write away.")
+    ] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="Prompts, or pairs of a task.")] = 16,
+    length: Length = 32,
+    common: Common = COMMON,
+) -> None:
+    """Who reads one write and through what, who erases it and when, and what uses its space afterwards? Executed."""
+    from unwrite.studies.readers import readers as run
+
+    lm = common.load(model)
+    asked = None if text and pairs is None and task is None else pairs_in(lm, pairs, task, change, n, seed, common.bos)
+
+    def method(tokens: Tokens, listener: Listener, job: Job) -> Result:
+        given = tokens if asked is None else asked
+        return run(lm, given, writer, metric, erasers=listed(erasers), checkpoint=job, listener=listener)
+
+    def read(job: Job) -> Tokens:
+        return read_text(lm, text, n, length, common.bos, job) if asked is None else asked.base
+
+    common.produce(lm, read, method)

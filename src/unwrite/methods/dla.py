@@ -27,6 +27,9 @@ from unwrite.prompts.answers import answers
 from unwrite.prompts.positions import rows_at
 from unwrite.prompts.tokens import Tokens, read_rows, spelled
 from unwrite.result import Result, build, quantity
+from unwrite.run.account.invariance import QUARTILES, REPLACED, invariance
+from unwrite.run.account.readings import PARTS, READINGS, Asked, readings
+from unwrite.run.account.totals import totals
 from unwrite.run.answer.logits import Question, top_two
 from unwrite.run.loop.finite import require_finite
 from unwrite.run.loop.job import Job, opened
@@ -35,9 +38,6 @@ from unwrite.run.loop.rows import Rows
 from unwrite.run.loop.stream import Batch, Listener, admit, batch_size, stream
 from unwrite.run.replay.clean import clean
 from unwrite.run.source.writes import REPLACEMENTS, Pool, Replaced
-from unwrite.run.tally.account import PARTS, READINGS, Asked, readings
-from unwrite.run.tally.invariance import QUARTILES, REPLACED, invariance
-from unwrite.run.tally.totals import totals
 from unwrite.stats.fate import fates, input_blind
 from unwrite.stats.trust import FORMS, trust
 

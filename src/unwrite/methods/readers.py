@@ -28,8 +28,8 @@ from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.stream import Listener, batch_size, fitting, stream
 from unwrite.run.replay.read import PARTS
-from unwrite.run.tally.reads import Reading, ReadingTally
-from unwrite.run.tally.space import Space, SpaceTally
+from unwrite.run.tally.reads import Asking, ReadingTally
+from unwrite.run.tally.space import Freed, SpaceTally
 from unwrite.stats.reading import read, reused
 from unwrite.stats.verdicts import Interval, by_document, estimate, left_out, ratio
 
@@ -72,22 +72,22 @@ def reused_by(
         settings = {"writer": str(writer), "erasers": [*map(str, erasers)], "skip": skip, "batch": batch}
         if done := job.begin("readers (reused)", lm, {"": tokens.hash}, settings):
             return done
-        asked = Space(_reading(lm, tokens, writer, skip), tuple(erasers))
+        asked = Freed(_reading(lm, tokens, writer, skip), tuple(erasers))
         tally, size = SpaceTally(asked, job), batch_size(lm, tokens, batch, held=4, whole_only=True)
         stream(lm, tokens, tally, size, f"space of {writer}", listener, job)
         data = _used(asked, tally.whole())
         return job.signed(build("readers (reused)", data, settings, provenance(lm), {"": tokens.about()}))
 
 
-def _reading(lm: Model, tokens: Tokens, writer: Node, skip: int) -> Reading:
+def _reading(lm: Model, tokens: Tokens, writer: Node, skip: int) -> Asking:
     later = [node for node in lm.parts if lm.can_read(node, writer)]
     weigh = fitting(partial(weighing.weights, lm, [writer, *later]), "finding who reads the stream")
     own, *others = weigh.to(lm.device, lm.compute_dtype)
-    return Reading(lm, fold(lm), tokens, skip, writer, own, dict(zip(later, others, strict=True)), DRAWS)
+    return Asking(lm, fold(lm), tokens, skip, writer, own, dict(zip(later, others, strict=True)), DRAWS)
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Places:
     """The readers that are asked about: a node and a way, as rows and columns of [node, way]."""
 
     node: np.ndarray
@@ -100,14 +100,14 @@ class _Asked:
         return whole
 
 
-def _read(asked: Reading, whole: Arrays) -> xr.Dataset:
+def _read(asked: Asking, whole: Arrays) -> xr.Dataset:
     """Everything that was found about readers, named."""
     of = {name: by_document(part, asked.tokens.cluster) for name, part in whole.items()}
     shape = (len(asked.lm.parts), len(PARTS))
     # Heads are judged by each way of reading, what has only one by that.
     several = (of["made"][..., 1:].sum(0) > 0).any(-1)
     able = (of["made"].sum(0) > 0) & ~(several[:, None] & (np.arange(len(PARTS)) == 0))
-    at = _Asked(*np.nonzero(able))
+    at = _Places(*np.nonzero(able))
     found = read(of["wrote"][..., at.node, at.way], of["written"][:, at.node])
     axes = ("node", "way")
     made = {
@@ -139,7 +139,7 @@ def _size(change: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return np.sqrt(ratio(change.sum(0), np.broadcast_to(whole.sum(0), change.shape[1:])))
 
 
-def _used(asked: Space, whole: Arrays) -> xr.Dataset:
+def _used(asked: Freed, whole: Arrays) -> xr.Dataset:
     """Everything that was found about the space, named."""
     of = {name: by_document(part, asked.of.tokens.cluster) for name, part in whole.items()}
     lm, elsewhere = asked.of.lm, (of["use"] - of["held"])[:, 1:].mean(1)

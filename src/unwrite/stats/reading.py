@@ -16,7 +16,7 @@ from unwrite.stats.verdicts import Interval, estimate, from_others, left_out, ra
 
 
 @dataclass(frozen=True)
-class Asked:
+class Enough:
     """What is asked for before it is said that something is read, or used again."""
 
     documents: int = field(default=5, metadata={"why": "documents are independent: fewer give no interval"})
@@ -26,7 +26,7 @@ class Asked:
     q: float = field(default=0.2, metadata={"why": "of five that are named one may be so by chance"})
 
 
-ASKED = Asked()
+ENOUGH = Enough()
 _NONE = -1e9
 
 
@@ -41,7 +41,7 @@ class StandsOut:
 
 
 def read(
-    change: Float[np.ndarray, "document put asked"], whole: Float[np.ndarray, "document asked"], rules: Asked = ASKED
+    change: Float[np.ndarray, "document put asked"], whole: Float[np.ndarray, "document asked"], rules: Enough = ENOUGH
 ) -> StandsOut:
     """√(Σ‖change‖² / Σ‖whole‖²), `put` being the write itself and then typical ones: who surely reads it?"""
     sets = np.sqrt(ratio(left_out(change), left_out(whole)[:, None]))
@@ -63,7 +63,7 @@ def reused(
     held: Float[np.ndarray, "document put asked"],
     energy: Float[np.ndarray, " document"],
     elsewhere: Float[np.ndarray, "document asked"],
-    rules: Asked = ASKED,
+    rules: Enough = ENOUGH,
 ) -> StandsOut:
     """By how much more is written into the space because it was freed: who surely uses it again?
 

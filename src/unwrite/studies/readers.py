@@ -27,11 +27,11 @@ from unwrite.nodes import MLPS, PROJECTED, Location, Node, choose, parse_node
 from unwrite.prompts.pairs import Pairs
 from unwrite.prompts.tokens import Tokens
 from unwrite.result import Result, build, quantity
-from unwrite.run.answer.metrics import Custom
+from unwrite.run.answer.metrics import Custom, known, name_of, unless_own
 from unwrite.run.loop.job import Job, opened
-from unwrite.run.loop.stream import Listener, admit, admit_pairs
+from unwrite.run.loop.stream import Listener, admit, admit_pairs, batch_size
 from unwrite.stats.jackknife import ratio
-from unwrite.stats.reading import ASKED
+from unwrite.stats.reading import ENOUGH
 
 # A node erases if it surely takes away at least this part of the write, by what it writes because the write is there.
 ERASES = 0.02
@@ -78,19 +78,16 @@ def readers(
     Raises NodeError for an unknown writer or an eraser that cannot read it; NumericError for a metric without pairs;
     TokensError as `uw.scan` and `uw.pairs`. Example: `uw.readers(lm, tokens, "L20H0").table()`
     """
-    pairs = admit_pairs(lm, prompts, bos, sees=True) if isinstance(prompts, Pairs) else None
-    if pairs is None and metric is not None:
-        raise NumericError("a metric is asked of pairs", got=f"metric={shown(metric)} of text", fix="pass uw.pairs")
-    tokens = admit(lm, prompts, None, skip, bos, sees=True) if pairs is None else _base(pairs)
-    node = choose([parse_node(writer)], lm.parts)[0]
+    tokens, pairs = _given(lm, prompts, skip, bos, metric)
+    node, size = choose([parse_node(writer)], lm.parts)[0], batch_size(lm, tokens, batch)
     named = None if erasers is None else _able(lm, choose(erasers, lm.parts), node)
-    asked = {"writer": str(node), "skip": skip, "batch": batch, "metric": None if pairs is None else str(metric)}
-    settings = {**asked, "erasers": named and [*map(str, named)]}
-    with opened(checkpoint, listener) as job:
-        read = {"": tokens.hash if pairs is None else pairs.about()["hash"]}
-        if done := job.begin("readers", lm, read, settings):
+    asked = {"writer": str(node), "skip": skip, "batch": None if batch is None else size}
+    settings = {**asked, "metric": metric and name_of(metric), "erasers": named and [*map(str, named)]}
+    about = tokens.about() if pairs is None else pairs.about()
+    with opened(unless_own(checkpoint, metric or ""), listener) as job:
+        if done := job.begin("readers", lm, {"": about["hash"]}, settings):
             return done
-        each: dict[str, Any] = {"skip": skip, "batch": batch, "checkpoint": job, "listener": listener}
+        each: dict[str, Any] = {"skip": skip, "batch": asked["batch"], "checkpoint": job, "listener": listener}
         survived = survival(lm, tokens, [node], **each).data.isel(writer=0, drop=True)
         chosen = _erasing(lm, node, survived) if named is None else named
         found = read_by(lm, tokens, node, **each).data
@@ -105,10 +102,16 @@ def readers(
         )
 
 
-def _base(pairs: Pairs) -> Tokens:
-    """The base prompts, those of one template being one document."""
+def _given(lm: Model, prompts: Any, skip: int, bos: Any, metric: Any) -> tuple[Tokens, Pairs | None]:
+    """What is read: text, or the base prompts of pairs, those of one template being one document."""
+    if not isinstance(prompts, Pairs):
+        if metric is not None:
+            raise NumericError("a metric is asked of pairs", got=f"metric={shown(metric)} of text", fix="pass uw.pairs")
+        return admit(lm, prompts, None, skip, bos, sees=True), None
+    pairs = admit_pairs(lm, prompts, bos, sees=True)
+    known(metric or "logit_diff", pairs)
     order = np.argsort(pairs.cluster, kind="stable")
-    return replace(pairs.base.take(order), cluster=pairs.cluster[order])
+    return admit(lm, replace(pairs.base.take(order), cluster=pairs.cluster[order]), None, skip, None, sees=True), pairs
 
 
 def _able(lm: Model, erasers: tuple[Node, ...], writer: Node) -> tuple[Node, ...]:
@@ -188,7 +191,7 @@ def _edges(lm: Model, pairs: Pairs, writer: Node, metric: str | Custom, each: di
 
 def _said(data: xr.Dataset, erasers: Sequence[Node], heads: bool) -> xr.Dataset:
     """What could be shown of each of the three steps."""
-    few = data.attrs["documents"] < ASKED.documents
+    few = data.attrs["documents"] < ENOUGH.documents
     shown: dict[str, bool] = {"read": bool(data["reads"].any()), "erased": data.attrs["verdict"] in LESS}
     shown |= {"reused": bool(data["reuses"].any())} if heads else {}
     words = {step: SHOWN if yes else UNDECIDED if few else NOT_SHOWN for step, yes in shown.items()}

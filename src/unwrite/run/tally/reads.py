@@ -34,7 +34,7 @@ _CHANGED = ("read", "wrote", "turned")
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class Asking:
     """Whose write is asked about, in which tokens, beside so many typical `draws` as large as `weight` measures it.
 
     `weigh` says of every reader how channels of what it writes count.
@@ -72,7 +72,7 @@ class Reading:
 class ReadingTally:
     """Sums of every prompt, filled in batch by batch."""
 
-    def __init__(self, asked: Reading, job: Job):
+    def __init__(self, asked: Asking, job: Job):
         self._asked, self._job = asked, job
         self._rows = Rows(self._measured)
         self.kept, self.step, self.whole = self._rows.kept, self._rows.step, self._rows.whole
@@ -88,7 +88,7 @@ class ReadingTally:
 class _Measuring:
     """One batch of prompts, one clean run of it, and every reader with something missing from its input."""
 
-    def __init__(self, asked: Reading, batch: Batch):
+    def __init__(self, asked: Asking, batch: Batch):
         self.asked, self.lm = asked, asked.lm
         self.kept = batch.beyond(asked.skip).to(self.lm.device)
         self.run = clean(self.lm, batch.ids, asked.folded, with_patterns=True)

@@ -23,24 +23,24 @@ from unwrite.run.loop.rows import Rows
 from unwrite.run.loop.stream import Batch
 from unwrite.run.replay.clean import Clean, clean
 from unwrite.run.replay.edited import added_to_all
-from unwrite.run.tally.reads import Reading
+from unwrite.run.tally.reads import Asking
 
 # Typical writes that are held out beside the write itself.
 DRAWS = 8
 
 
 @dataclass(frozen=True, eq=False)
-class Space:
+class Freed:
     """Whose space is asked about, and who erases the write."""
 
-    of: Reading
+    of: Asking
     erasers: tuple[Node, ...]
 
 
 class SpaceTally:
     """Sums of every prompt, filled in batch by batch."""
 
-    def __init__(self, asked: Space, job: Job):
+    def __init__(self, asked: Freed, job: Job):
         self._asked, self._job = asked, job
         self._spans = spans(asked.of)
         self._rows = Rows(self._measured)
@@ -54,7 +54,7 @@ class SpaceTally:
         return {name: part.cpu().numpy() for name, part in of.found.items()}
 
 
-def spans(asked: Reading) -> Float[Tensor, "head d_model rank"]:
+def spans(asked: Asking) -> Float[Tensor, "head d_model rank"]:
     """Orthonormal bases of what each head of the writer's layer can write, channels weighed; the writer's own first."""
     folds, root = asked.folded[asked.writer.layer], asked.weight.sqrt()
     order = [asked.writer.head, *(head for head in range(len(folds.w_o)) if head != asked.writer.head)]
@@ -64,7 +64,7 @@ def spans(asked: Reading) -> Float[Tensor, "head d_model rank"]:
 class _Measuring:
     """One batch of prompts, one clean run of it, and the runs in which erasers are held out."""
 
-    def __init__(self, asked: Space, bases: Float[Tensor, "head d_model rank"], batch: Batch):
+    def __init__(self, asked: Freed, bases: Float[Tensor, "head d_model rank"], batch: Batch):
         of = asked.of
         self.asked, self.lm, self.bases, self.root = asked, of.lm, bases, of.weight.sqrt()
         self.kept = batch.beyond(of.skip).to(self.lm.device)

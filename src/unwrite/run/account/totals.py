@@ -20,10 +20,10 @@ from unwrite.model.cache import Past
 from unwrite.model.capture import Recording
 from unwrite.model.continued import Calls
 from unwrite.model.view import Model
+from unwrite.run.account.readings import Asked, Direct
 from unwrite.run.answer.logits import measure
 from unwrite.run.replay.removed import Changed, alone, at_once, begins, changed, in_order
 from unwrite.run.source.writes import Replaced
-from unwrite.run.tally.account import Asked, Direct
 
 # Told after every block how many chunks of runs are done, and which part of all the work.
 Tick = Callable[[int, float], object]

@@ -22,11 +22,11 @@ from unwrite.model.cache import Handed
 from unwrite.model.capture import Recording, recording
 from unwrite.model.continued import Calls, block_from
 from unwrite.nodes import PROJECTED
+from unwrite.run.account.readings import Asked, Direct
 from unwrite.run.loop.finite import not_finite
 from unwrite.run.replay.clean import clean
 from unwrite.run.replay.removed import alone
 from unwrite.run.source.writes import Pool
-from unwrite.run.tally.account import Asked, Direct
 
 REPLACED = ("query", "context")
 QUARTILES = (0.25, 0.5, 0.75)
