@@ -84,6 +84,12 @@ def row(data: xr.Dataset) -> tuple[str, ...]:
     )
 
 
+def stories(result: Result) -> list[str]:
+    """Of every verified writer who read it, who erased it and who used its space."""
+    data = result.data
+    return [str(story) for story in data["verified_story"].values] if "verified_story" in data else []
+
+
 def search(result: Result) -> str:
     """How often the search found a misleading prompt, and how often it would for a random direction."""
     data = result.data[["found_rate"]].rename({"found_rate": "rate", "found_text": "text"})

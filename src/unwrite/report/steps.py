@@ -10,7 +10,7 @@ import xarray as xr
 from unwrite.report.columns import Column, Line, Listing
 from unwrite.result import Result
 
-_NAMED = 3
+_NAMED, _HALF = 3, 0.5
 READ = (
     Column("reader", holds="word"),
     Column("what it writes changes by", "{wrote} {interval}"),
@@ -19,7 +19,7 @@ READ = (
     Column("itself", "{read}"),
     Column("pattern", "{turned}"),
     Column("of the write is there", "{left}"),
-    Column("erasers", holds="word"),
+    Column("of its erasure is done", "{gone}"),
 )
 ERASED = (Column("node", holds="word"), Column("acts on it", "{acts} {interval}"))
 USED = (
@@ -46,7 +46,11 @@ def parts(result: Result) -> Iterator[Line | Listing]:
 
 def sentence(result: Result) -> str:
     """The three steps of one write, effect and interval first, and what could not be shown."""
-    data = result.data
+    return told(result.data)
+
+
+def told(data: xr.Dataset) -> str:
+    """The same of what is no result yet."""
     steps = [_read(data), _erased(data), _reused(data)]
     where = f"{data.attrs['writer']}, {data.attrs['documents']} documents: "
     return where + "; ".join(steps) + "."
@@ -58,8 +62,9 @@ def _read(data: xr.Dataset) -> str:
         return f"of {data.attrs['asked']} readers none reads it surely more than typical writes"
     named = ", ".join(f"{_name(data, *at)} {_interval(data, 'wrote', at)}" for at in surely[:_NAMED])
     more = f" and {len(surely) - _NAMED} more" if len(surely) > _NAMED else ""
-    phases = [str(data["phase"].values[node]) for node, _ in surely]
-    before = f"; {phases.count('before')} of {len(surely)} before anything erases it" if any(phases) else ""
+    gone = np.array([float(data["gone"].values[node]) for node, _ in surely])
+    early = int((gone < _HALF).sum())
+    before = f"; {early} of {len(surely)} before half of its erasure" if np.isfinite(gone).all() else ""
     return f"read by {named}{more} (of {data.attrs['asked']} asked; part of what they write that changes){before}"
 
 
@@ -109,7 +114,8 @@ def _reader(data: xr.Dataset, node: int, way: int) -> tuple[str, ...]:
     )
     left, pattern = float(data["left"].values[node]), "" if np.isnan(turned) else f"{turned:.2f}"
     numbers = _interval(data, "wrote", at), f"{typical:.2f}", f"{q:.2f}", f"{itself:.2f}", pattern, f"{left:.2f}"
-    return _name(data, node, way), *numbers, str(data["phase"].values[node])
+    gone = float(data["gone"].values[node])
+    return _name(data, node, way), *numbers, "" if np.isnan(gone) else f"{gone:.2f}"
 
 
 def _actor(data: xr.Dataset, i: int) -> tuple[str, ...]:

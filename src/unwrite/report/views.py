@@ -124,6 +124,7 @@ def _audit(result: Result) -> _Parts:
     yield Listing(title, survived.HEADER, survived.rows(left), left)
     title = "writers verified, by runs without them"
     yield Listing(title, audited.HEADER, [*map(audited.row, proofs)], proofs[0], None)
+    yield from map(Line, audited.stories(result))
     yield from _attribution(result.data)
     yield Line(audited.search(result))
     yield Line("")

@@ -31,11 +31,13 @@ from unwrite.prompts.given import by_name
 from unwrite.prompts.texts import windows
 from unwrite.prompts.tokens import Tokens
 from unwrite.report import audited
+from unwrite.report.steps import told as told_steps
 from unwrite.report.verdict import of_audit
 from unwrite.result import Result
 from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.stream import Listener, admit
 from unwrite.studies.keep import Parts, keep
+from unwrite.studies.readers import steps
 
 # Writes are taken out of so many prompts, of as many documents as there are: how far a survival varies over documents
 # is soon known, and every prompt costs a run of each.
@@ -72,8 +74,9 @@ def audit(
     never taken out: without it the stream is empty.
     Returns the scan's Result with `uw.survival`'s variables of every material writer on the axis `removed`
     (`removed_…`), for each of the `verified` writers what `uw.verify` returns (`verdict`, `survival`, `erased`, …; what
-    has a scan's name is called `verified_…`) and `verified_because`, `uw.dla`'s variables by `prompt`,
-    `uw.adversarial`'s by `hit` (`found_…`), `uw.corpus_dla`'s by `path`; the paragraph is its attribute `verdict`.
+    has a scan's name is called `verified_…`), `verified_because` and, of `uw.readers`, `verified_story`; `uw.dla`'s
+    variables by `prompt`, `uw.adversarial`'s by `hit` (`found_…`), `uw.corpus_dla`'s by `path`; the paragraph is its
+    attribute `verdict`.
     Raises what these raise; TokensError for fewer than four independent prompts; ResultError where `out` cannot be
     written (found before anything runs); Stopped, a KeyboardInterrupt, after it saved in `out` what an interrupt found
     finished: the scan as the folder's result, other parts beside it.
@@ -116,6 +119,7 @@ def _audit(lm: Model, texts: dict[str, Tokens], prompts: Tokens | None, most: in
     removed = _removed(lm, scanned, judge_by, parts, job)
     chosen = _chosen(lm, removed.data, most)
     proofs = {writer: parts.finish(verify(lm, judge_by, writer, checkpoint=job, listener=parts)) for writer in chosen}
+    stories = {writer: _story(lm, removed.data, judge_by, writer, parts, job) for writer in chosen}
     worst = min(proofs, key=lambda writer: _gap(proofs[writer]))
     held_out = choose_by[next(iter(choose_by))]
     search = parts.finish(adversarial(lm, judge_by, worst, held_out, checkpoint=job, listener=parts))
@@ -126,7 +130,10 @@ def _audit(lm: Model, texts: dict[str, Tokens], prompts: Tokens | None, most: in
     merged = _merged(scanned, proofs, search, believed, kinds).merge(left)
     if all(lm.applies(one) and lm.proved(one) for one in ("opened", "values")):
         merged = merged.assign(at_largest(lm, held_out, _first(scanned)))
-    merged = merged.assign(verified_because=("verified", np.array([*chosen.values()], dtype=object)))
+    merged = merged.assign(
+        verified_because=("verified", np.array([*chosen.values()], dtype=object)),
+        verified_story=("verified", np.array([*stories.values()], dtype=object)),
+    )
     if erasers := proofs[worst].data.attrs["erasers"].split():
         corpus = parts.finish(corpus_dla(lm, judge_by, worst, erasers, checkpoint=job, listener=parts))
         merged = merged.merge(_renamed(corpus.data, "corpus"))
@@ -156,6 +163,13 @@ def _removed(lm: Model, scanned: Result, tokens: Tokens, parts: Parts, job: Job)
     writers = [str(writer) for writer in first["writer"].values[writes]]
     few = tokens.spread(REMOVED_FROM)
     return parts.finish(survival(lm, few, writers, **controls_of(len(writers)), checkpoint=job, listener=parts))
+
+
+def _story(lm: Model, removed: xr.Dataset, tokens: Tokens, writer: str, parts: Parts, job: Job) -> str:
+    """Who reads a write, who erases it and who uses its space, in the prompts in which all were taken out."""
+    own = removed.sel(writer=writer, drop=True)
+    each: dict[str, Any] = {"checkpoint": job, "listener": parts}
+    return told_steps(steps(lm, tokens.spread(REMOVED_FROM), parse_node(writer), own, **each))
 
 
 def controls_of(writers: int) -> dict[str, Any]:

@@ -35,7 +35,6 @@ from unwrite.stats.reading import ENOUGH
 
 # A node erases if it surely takes away at least this part of the write, by what it writes because the write is there.
 ERASES = 0.02
-PHASES = ("before", "between", "after")
 # Verdicts of a write of which surely less is left than of ordinary ones.
 LESS = ("erased", "reduced", "filled in")
 SHOWN, NOT_SHOWN, UNDECIDED = "shown", "not shown", "undecided: too few documents"
@@ -69,7 +68,7 @@ def readers(
     interval, beside `typical_wrote`, the median of typical writes in its place; `read` the same of the query, key or
     value itself, `turned` what of the pattern goes elsewhere; `read_q` and `reads`: surely more than a typical write.
     Erasing: `survival[location]` and `end` as in `uw.survival`, `acts[node]`, `erases`; `left[node]`, what of the write
-    is there where a node reads; `phase[node]`, whether it reads before the erasers, between or after them. Using again
+    is there where a node reads, `gone[node]`, which part of what the erasers take away is gone there. Using again
     (of heads): `use[node]`, what a later node writes into the writer's space but along the write, in units of the
     write's energy, `freed` how much of that only because the erasers made room, with interval, beside `freed_typical`
     and `freed_elsewhere`; `reuses`. With pairs `effect[node, way]`, the executed direct edge to each reader, its mean
@@ -89,17 +88,21 @@ def readers(
             return done
         each: dict[str, Any] = {"skip": skip, "batch": asked["batch"], "checkpoint": job, "listener": listener}
         survived = survival(lm, tokens, [node], **each).data.isel(writer=0, drop=True)
-        chosen = _erasing(lm, node, survived) if named is None else named
-        found = read_by(lm, tokens, node, **each).data
-        data = _together(lm, node, survived, found, chosen)
-        if node.kind in PROJECTED:
-            data = data.assign(reused_by(lm, tokens, node, chosen, **each).data.data_vars)
+        data = steps(lm, tokens, node, survived, named, **each)
         if pairs is not None:
             data = data.assign(_edges(lm, pairs, node, metric or "logit_diff", each))
-        about = tokens.about() if pairs is None else pairs.about()
-        return job.signed(
-            build("readers", _said(data, chosen, node.kind in PROJECTED), settings, provenance(lm), {"": about})
-        )
+        return job.signed(build("readers", data, settings, provenance(lm), {"": about}))
+
+
+def steps(
+    lm: Model, tokens: Tokens, writer: Node, survived: xr.Dataset, erasers: tuple[Node, ...] | None = None, **each: Any
+) -> xr.Dataset:
+    """All of this that needs no pairs, beside what `uw.survival` found of the writer in the same tokens."""
+    chosen = _erasing(lm, survived) if erasers is None else erasers
+    data = _together(lm, writer, survived, read_by(lm, tokens, writer, **each).data, chosen)
+    if writer.kind in PROJECTED:
+        data = data.assign(reused_by(lm, tokens, writer, chosen, **each).data.data_vars)
+    return _said(data, chosen, writer.kind in PROJECTED)
 
 
 def _given(lm: Model, prompts: Any, skip: int, bos: Any, metric: Any) -> tuple[Tokens, Pairs | None]:
@@ -121,7 +124,7 @@ def _able(lm: Model, erasers: tuple[Node, ...], writer: Node) -> tuple[Node, ...
     return erasers
 
 
-def _erasing(lm: Model, writer: Node, survived: xr.Dataset) -> tuple[Node, ...]:
+def _erasing(lm: Model, survived: xr.Dataset) -> tuple[Node, ...]:
     """Nodes that surely write against the write because it is there."""
     acts, high, erased = (survived[name].values for name in ("acts", "acts_high", "erased"))
     surely = (acts <= -ERASES) & (high < 0) & (erased <= -ERASES)
@@ -136,15 +139,16 @@ def _together(lm: Model, writer: Node, survived: xr.Dataset, found: xr.Dataset, 
     held = np.where(
         [i is not None for i in at], survived["survival"].isel(weigh=0).values[[i or 0 for i in at]], np.nan
     )
-    written = [lm.after(node).order for node in erasers]
-    phase = ["" if i is None or not written else _phase(lm.states[i], written) for i in at]
+    gone = [np.nan if i is None else _gone(lm, lm.states[i], survived["acts"].values, erasers) for i in at]
     return (
         found.assign(
             survived[[*_OF_SURVIVAL]].data_vars,
         )
         .assign(
             left=quantity(("node",), held, "1", "survival where the node reads the stream"),
-            phase=("node", np.array(phase, dtype=object)),
+            gone=quantity(
+                ("node",), np.array(gone), "1", "part of what erasers take away that is gone where the node reads"
+            ),
             erases=quantity(
                 ("node",), np.isin(lm.parts, erasers) if erasers else np.zeros(len(at), bool), "", "an eraser"
             ),
@@ -160,9 +164,11 @@ def _reads_at(lm: Model, node: Node) -> Location | None:
     return layer.reads if node.kind in PROJECTED or lm.parallel else Location("mid", node.layer)
 
 
-def _phase(place: Location, written: Sequence[tuple[int, int]]) -> str:
-    before = sum(order <= place.order for order in written)
-    return PHASES[0] if not before else PHASES[2] if before == len(written) else PHASES[1]
+def _gone(lm: Model, place: Location, acts: np.ndarray, erasers: Sequence[Node]) -> float:
+    """Part of what the erasers take away that is gone at a place of the stream."""
+    taken = {node: float(acts[lm.parts.index(node)]) for node in erasers}
+    whole = sum(taken.values())
+    return sum(part for node, part in taken.items() if place.holds(node, lm.parallel)) / whole if whole else np.nan
 
 
 def _edges(lm: Model, pairs: Pairs, writer: Node, metric: str | Custom, each: dict[str, Any]) -> dict[str, xr.Variable]:
