@@ -122,7 +122,7 @@ def by_hand(hf: Any, layer: int, write: Tensor, weight: Tensor) -> dict[str, np.
     return found
 
 
-@pytest.mark.promise("patching")
+@pytest.mark.promise("executed")
 @pytest.mark.parametrize("writer", ["L0H1", "MLP1"])
 def test_what_is_read_is_what_hooks_by_hand_say(writer: str) -> None:
     shape = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": False}
