@@ -32,7 +32,9 @@ ROOMS = {
     "run/backward": {*MODEL, "run/loop", "run/edit", "run/source", "run/replay", "run/answer"},
     "run/account": {*MODEL, "run/loop", "run/edit", "run/source", "run/replay", "run/answer", "run/backward"},
 }
-RUN = {*MODEL, *SETS, *ROOMS, "run/tally"}
+# Two rooms that see all these and not each other: what is summed up over text, and what patched runs of pairs say.
+LAST = ("run/tally", "run/pairs")
+RUN = {*MODEL, *SETS, *ROOMS, *LAST}
 STUDIES = {*RUN, "methods", "tasks", "report"}
 ALL = {*STUDIES, "studies", "cli", "__init__", "__main__"}
 SEES = {
@@ -43,7 +45,7 @@ SEES = {
     "stats": {"errors"},
     "model": PROMPTS,
     **ROOMS,
-    "run/tally": RUN,
+    **{room: {*MODEL, *SETS, *ROOMS} for room in LAST},
     "run": set(),
     "methods": RUN,
     "studies": STUDIES,

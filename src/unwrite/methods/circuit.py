@@ -29,7 +29,7 @@ from unwrite.run.answer.metrics import Custom, known, name_of, unit_of_base, unl
 from unwrite.run.edit.slots import slots
 from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.stream import Listener, admit_pairs, batch_size
-from unwrite.run.tally.kept import FEW, Cutting, Executed, Replacing, cutting, replacing
+from unwrite.run.pairs.circuits import FEW, Cutting, Executed, Replacing, cutting, replacing
 from unwrite.stats.curves import Shares, areas, between, falls_again
 from unwrite.stats.jackknife import ratio
 from unwrite.stats.rates import said

@@ -25,11 +25,11 @@ from unwrite.nodes import names_of
 from unwrite.prompts.pairs import Pairs, parted
 from unwrite.prompts.positions import RoleNames
 from unwrite.result import Result, build, quantity
-from unwrite.run.backward.masks import Masks, MaskTally, Side, cost
 from unwrite.run.edit.slots import Slot, slots
 from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.stream import Listener, Progress, admit_pairs, batch_size, stream
+from unwrite.run.pairs.masks import Masks, MaskTally, Side, cost
 from unwrite.run.source.values import donor
 from unwrite.stats.jackknife import ratio
 from unwrite.stats.masks import HALF, SETS, WORDS, arranged, foremost, jaccard, matched, word
