@@ -175,7 +175,8 @@ def _outside(part: xr.DataArray) -> list[str]:
     if part.ndim > 1:
         return []
     out = part[{axis: part[named(part, axis, "layer")].values < 0}]
-    said = [f"{name} {value:+.3g}" for name, value in zip(out[axis].values, out.values, strict=True)]
+    numbers = zip(out[axis].values, out.values, strict=True)
+    said = [f"{name} {value:+.3g}" for name, value in numbers if np.isfinite(value)]
     return [f"outside of the layers: {', '.join(said)}"] if said else []
 
 

@@ -11,6 +11,8 @@ from unwrite.report.columns import Column, Line, Listing
 from unwrite.result import Result
 
 _NAMED, _HALF = 3, 0.5
+# Lines of a table that stand for all of them.
+_FIRST = range(10)
 READ = (
     Column("reader", holds="word"),
     Column("what it writes changes by", "{wrote} {interval}"),
@@ -35,13 +37,15 @@ EDGES = (Column("reader", holds="word"), Column("direct edge", "{effect} {interv
 def parts(result: Result) -> Iterator[Line | Listing]:
     """The steps, one table each."""
     data = result.data
-    yield Listing("who reads it", READ, [_reader(data, *at) for at in _readers(data)], data)
-    yield Listing("who acts on it", ERASED, [_actor(data, i) for i in _most(data["acts"])], data)
+    yield Listing("who reads it", READ, [_reader(data, *at) for at in _readers(data)], data, _FIRST)
+    yield Listing("who acts on it", ERASED, [_actor(data, i) for i in _most(data["acts"])], data, _FIRST)
     if "freed" in data:
-        yield Listing("who writes into its space", USED, [_user(data, i) for i in _most(data["freed"])], data)
+        yield Listing("who writes into its space", USED, [_user(data, i) for i in _most(data["freed"])], data, _FIRST)
     if "effect" in data:
         yield Line(_total(data), "dim")
-        yield Listing("what each reader does with it", EDGES, [_edge(data, i) for i in _most(data["effect"])], data)
+        yield Listing(
+            "what each reader does with it", EDGES, [_edge(data, i) for i in _most(data["effect"])], data, _FIRST
+        )
 
 
 def sentence(result: Result) -> str:

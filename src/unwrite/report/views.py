@@ -207,7 +207,7 @@ VIEWS: dict[str, MethodView] = {
     ),
     "solves": MethodView(patched.solving, _one(patched.RATES, patched.rates, True), picture="bars", of=("accuracy",)),
     "mask": MethodView(masked.sentence, _masked, picture="heatmap", of=("best_gain",), full=1.0),
-    "readers": MethodView(steps.sentence, steps.parts, picture="heatmap", of=("wrote",), matrix="wrote"),
+    "readers": MethodView(steps.sentence, steps.parts, picture="heatmap", of=("wrote_all",), full=1.0),
     "agree": MethodView(patched.agreed, picture="bars", of=("pearson",)),
     "bound": MethodView(patched.bounded, picture="heatmap", of=("upper",)),
     "paths": MethodView(patched.along, _one(patched.EDGES, patched.edges), picture="matrix", matrix="effect"),

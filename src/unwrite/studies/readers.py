@@ -168,7 +168,8 @@ def _gone(lm: Model, place: Location, acts: np.ndarray, erasers: Sequence[Node])
     """Part of what the erasers take away that is gone at a place of the stream."""
     taken = {node: float(acts[lm.parts.index(node)]) for node in erasers}
     whole = sum(taken.values())
-    return sum(part for node, part in taken.items() if place.holds(node, lm.parallel)) / whole if whole else np.nan
+    gone = sum(part for node, part in taken.items() if place.holds(node, lm.parallel))
+    return gone / whole + 0.0 if whole else np.nan
 
 
 def _edges(lm: Model, pairs: Pairs, writer: Node, metric: str | Custom, each: dict[str, Any]) -> dict[str, xr.Variable]:
