@@ -15,7 +15,7 @@ _NAMED, _HALF = 3, 0.5
 _FIRST = range(10)
 READ = (
     Column("reader", holds="word"),
-    Column("what it writes changes by", "{wrote} {interval}"),
+    Column("what it writes changes by", "{wrote}, with {wrote_low}"),
     Column("typical writes", "{typical_wrote}"),
     Column("q", "{read_q}"),
     Column("itself", "{read}"),
@@ -23,15 +23,15 @@ READ = (
     Column("of the write is there", "{left}"),
     Column("of its erasure is done", "{gone}"),
 )
-ERASED = (Column("node", holds="word"), Column("acts on it", "{acts} {interval}"))
+ERASED = (Column("node", holds="word"), Column("acts on it", "{acts}, with {acts_low}"))
 USED = (
     Column("node", holds="word"),
     Column("in the space", "{use}"),
-    Column("because it was freed", "{freed} {interval}"),
+    Column("because it was freed", "{freed}, with {freed_low}"),
     Column("a typical write", "{freed_typical}"),
     Column("other spaces", "{freed_elsewhere}"),
 )
-EDGES = (Column("reader", holds="word"), Column("direct edge", "{effect} {interval}"))
+EDGES = (Column("reader", holds="word"), Column("direct edge", "{effect}, with {effect_low}"))
 
 
 def parts(result: Result) -> Iterator[Line | Listing]:
