@@ -55,7 +55,7 @@ def read_by(
         if done := job.begin("readers (read)", lm, {"": tokens.hash}, settings):
             return done
         asked = _reading(lm, tokens, writer, skip)
-        tally, size = ReadingTally(asked, job), batch_size(lm, tokens, batch, held=4, whole_only=True)
+        tally, size = ReadingTally(asked, job), batch_size(lm, tokens, batch, held=2)
         stream(lm, tokens, tally, size, f"readers of {writer}", listener, job)
         return job.signed(
             build("readers (read)", _read(asked, tally.whole()), settings, provenance(lm), {"": tokens.about()})
@@ -73,7 +73,7 @@ def reused_by(
         if done := job.begin("readers (reused)", lm, {"": tokens.hash}, settings):
             return done
         asked = Freed(_reading(lm, tokens, writer, skip), tuple(erasers))
-        tally, size = SpaceTally(asked, job), batch_size(lm, tokens, batch, held=4, whole_only=True)
+        tally, size = SpaceTally(asked, job), batch_size(lm, tokens, batch, held=2)
         stream(lm, tokens, tally, size, f"space of {writer}", listener, job)
         data = _used(asked, tally.whole())
         return job.signed(build("readers (reused)", data, settings, provenance(lm), {"": tokens.about()}))

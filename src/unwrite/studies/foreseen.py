@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from unwrite.errors import whole
+from unwrite.methods.readers import DRAWS as TYPICAL
 from unwrite.methods.scan import scan
 from unwrite.methods.survival import stand_ins
 from unwrite.model import readers
@@ -26,8 +27,10 @@ from unwrite.nodes import Node, choose
 from unwrite.prompts.tokens import Tokens, from_ids
 from unwrite.run.loop.stream import Listener, Progress, batch_size
 from unwrite.run.loop.trial import Taken, clock
+from unwrite.run.replay.read import PARTS
 from unwrite.run.replay.removed import behind
 from unwrite.run.tally.foretold import looked_at, per_prompt
+from unwrite.run.tally.space import DRAWS
 from unwrite.run.tally.survives import ALONE, Removals
 from unwrite.run.tally.without import READ_ROTATIONS, ROTATIONS
 from unwrite.studies.audit import ASKED, FOUND, MOST, REMOVED_FROM, SHORT, controls_of, demonstration
@@ -38,8 +41,9 @@ TRIED, FEW = 128, 8
 SEEN = 4
 # Prompts that fill every batch.
 _MANY = 4096
-# A prompt's readings in `uw.dla`, in passes; and what a changed run costs beside its blocks, there and in `uw.verify`.
-_READINGS, _SWEPT, _RECORDED = 10, 1.3, 1.75
+# A prompt's readings in `uw.dla`, in passes; and what a changed run costs beside its blocks, there, in `uw.verify` and in
+# `uw.readers`.
+_READINGS, _SWEPT, _RECORDED, _PROJECTED = 10, 1.3, 1.75, 4.0
 # Where only one row of a run is new, every so many rows before it, which it attends to, cost as much as that row.
 _ATTENDED = 40
 # What stands in for one writer that is looked at closely, and the write itself.
@@ -90,7 +94,8 @@ def of_audit(taken: Mapping[str, Taken], n: int, writers: int) -> dict[str, floa
     return {
         "scan": taken["scan"].seconds(half),
         f"survival of {writers}": taken["survival"].once + few * taken["survival"].each * runs[0] / runs[1],
-        f"verify of {MOST}": MOST * taken["verify"].seconds(half), "search": taken["verify"].seconds(half) / 2,
+        f"verify of {MOST}": MOST * taken["verify"].seconds(half), f"readers of {MOST}": MOST * taken["steps"].seconds(few),
+        "search": taken["verify"].seconds(half) / 2,
         "dla": min(FOUND, asked) * taken["dla found"].each + max(asked - FOUND, 0) * taken["dla short"].each,
     }  # fmt: skip
 
@@ -115,6 +120,7 @@ def stages(lm: Model, length: int, writers: int | Iterable[object] | None = None
         "scan": Taken(scanned.once, scale * scanned.each),
         "survival": survived,
         "verify": _verify(lm, length, chosen, one),
+        "steps": _steps(lm, length, chosen, one),
         "dla": _dla(lm, length, length, one),
         "dla found": _dla(lm, length, 1, one),
         "dla short": _dla(lm, min(SHORT, length), 1, one),
@@ -182,6 +188,14 @@ def _verify(lm: Model, length: int, writers: list[Node], one: BlockTime) -> Take
     shown = 5 * one.seconds(length, blocks + part)
     beside = 2 * one.seconds(length, blocks) + _SWEPT * one.seconds(_BESIDE * length, part)
     return Taken(_RECORDED * shown, _RECORDED * one.seconds(together * length, runs) / together + beside)
+
+
+def _steps(lm: Model, length: int, writers: list[Node], one: BlockTime) -> Taken:
+    """Every layer without the write and without every typical one, in each way of reading; and the clean run and those
+    without erasers, in which all nodes' writes are projected."""
+    part = behind(lm, writers) / max(len(writers), 1)
+    runs = (1 + TYPICAL) * len(PARTS) + _PROJECTED * (2 + DRAWS)
+    return Taken(0.0, one.seconds(length, runs * part))
 
 
 def _dla(lm: Model, length: int, rows: int, one: BlockTime) -> Taken:

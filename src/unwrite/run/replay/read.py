@@ -7,8 +7,8 @@ each of its queries, keys and values, which know nothing of each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from unwrite.errors import ModelError, NodeError
 from unwrite.model.cache import Handed
-from unwrite.model.capture import recording
+from unwrite.model.capture import Recording, recording
 from unwrite.model.hooks import Visit, after, hooked
 from unwrite.model.view import Layer, Model
 from unwrite.run.edit.slots import Slot, slots, visiting
@@ -47,14 +47,21 @@ class _Enough(Exception):
     """The heads have written."""
 
 
+@contextmanager
+def reading(run: Clean) -> Iterator[Callable[[Layer], Readers]]:
+    """Inside the `with`, the heads of any layer can be asked, of a clean run with patterns: hooks are put once."""
+    with recording(run.lm, run.folded) as record:
+        yield partial(Readers, run, record)
+
+
 class Readers:
-    """The heads of one layer, which read one way at a time, of a clean run with patterns.
+    """The heads of one layer, which read one way at a time.
 
     Raises ModelError where the layer, run by itself, does not hand over what it did in the whole run.
     """
 
-    def __init__(self, run: Clean, layer: Layer):
-        self._run, self._layer = run, layer
+    def __init__(self, run: Clean, record: Recording, layer: Layer):
+        self._run, self._record, self._layer = run, record, layer
         self._slots = read_through(run.lm, layer)
         self.clean = self._attended(None, {})
         whole = run.record.z[layer.index]
@@ -89,12 +96,11 @@ class Readers:
         shown: dict[int, Tensor] | None = {} if run.lm.applies("opened") else None
         with ExitStack() as stack:
             stack.enter_context(visiting(run.lm, {**keep, **visits}, shown))
-            record = stack.enter_context(recording(run.lm, run.folded))
             # What stands behind the heads is not asked about.
             stack.enter_context(hooked([after(layer.attention_end, _enough)]))
             stack.enter_context(suppress(_Enough))
             again(run, layer, Handed(), x)
-        return Attention(found, record.z[layer.index], (shown or {}).get(layer.index))
+        return Attention(found, self._record.z.pop(layer.index), (shown or {}).get(layer.index))
 
 
 def read_through(lm: Model, layer: Layer) -> dict[str, Slot]:

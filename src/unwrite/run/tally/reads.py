@@ -25,7 +25,7 @@ from unwrite.run.loop.rows import Rows
 from unwrite.run.loop.stream import Batch
 from unwrite.run.replay.clean import Clean, clean
 from unwrite.run.replay.edited import one_reader
-from unwrite.run.replay.read import PARTS, Readers, changed_pattern
+from unwrite.run.replay.read import PARTS, Readers, changed_pattern, reading
 from unwrite.run.source.standins import Others, Stead, others_of, stand_in
 
 TYPICAL = "typical"
@@ -78,7 +78,8 @@ class ReadingTally:
         self.kept, self.step, self.whole = self._rows.kept, self._rows.step, self._rows.whole
 
     def _measured(self, batch: Batch) -> Arrays:
-        of, steps = _Measuring(self._asked, batch), len(self._asked.layers) + 1
+        of = _Measuring(self._asked, batch)
+        steps = (len(self._asked.layers) + 1) * len(of.vectors)
         for done, what in enumerate(of.all(), 1):
             self._job.tick(self.kept, done / steps, what)
         batch.require_sums(of.found.values(), "what reads the stream without a write")
@@ -103,11 +104,10 @@ class _Measuring:
 
     def all(self) -> Iterator[str]:
         """Measure everything; says what is done."""
-        for layer in self.asked.layers:
-            self._heads(layer)
-            yield f"layer {layer.index}"
-        self._mlps()
-        yield "MLPs"
+        with reading(self.run) as readers:
+            for layer in self.asked.layers:
+                yield from (f"layer {layer.index}" for _ in self._heads(layer, readers(layer)))
+        yield from ("MLPs" for _ in self._mlps())
 
     def _squares(self, vectors: Float[Tensor, "prompt position ... d"]) -> Float[Tensor, "prompt ..."]:
         """Σ over the rows that count, and over the last axis."""
@@ -121,10 +121,9 @@ class _Measuring:
         energy = (torch.einsum("pthk,hkj->pthj", rows, gram) * rows).sum(1).sum(-1, dtype=torch.float64)
         return energy.clamp_min(0)  # rounding leaves of nothing less than nothing
 
-    def _heads(self, layer: Layer) -> None:
+    def _heads(self, layer: Layer, readers: Readers) -> Iterator[int]:
         found, first = self.found, self.lm.parts.index(Node(layer.kind, layer.index, 0))
         heads = slice(first, first + layer.heads)
-        readers = Readers(self.run, layer)
         plain, folds = readers.clean, self.asked.folded[layer.index]
         # ‖o‖² of a head is zᵀ G z, as later readers weigh channels.
         gram = torch.einsum("hkd,d,hjd->hkj", folds.w_o, self.asked.weigh[self.lm.parts[first]], folds.w_o)
@@ -138,8 +137,9 @@ class _Measuring:
                 found["read"][:, put, heads, at] = wrote if way == PARTS[0] else self._squares(change)
                 if (turned := changed_pattern(plain, other, way)) is not None:
                     found["turned"][:, put, heads, at] = (turned.movedim(1, 2) * self.kept[..., None]).double().sum(1)
+            yield put
 
-    def _mlps(self) -> None:
+    def _mlps(self) -> Iterator[int]:
         mlps, found = self.asked.mlps, self.found
         for mlp in mlps:
             at, weight = self.lm.parts.index(mlp), self.asked.weigh[mlp].sqrt()
@@ -150,3 +150,4 @@ class _Measuring:
                 at = self.lm.parts.index(mlp)
                 energy = self._squares(change * there * self.asked.weigh[mlp].sqrt())
                 found["read"][:, put, at, 0] = found["wrote"][:, put, at, 0] = energy
+            yield put

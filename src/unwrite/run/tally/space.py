@@ -83,32 +83,34 @@ class _Measuring:
 
     def all(self) -> Iterator[str]:
         """Measure everything; says what is done."""
-        self.found["use"], self.found["space"] = self._uses(self.run.record)
+        self.found["use"], self.found["space"] = self._nodes(self.run.record), self._states(self.run.record)
         yield "the clean run"
-        held, spaces = [], []
+        held = []
         for put, vector in enumerate(self.vectors):
             changes = {node: -part * vector for node, part in self.part.items()}
-            use, space = self._uses(added_to_all(self.run, changes) if changes else self.run.record)
-            held.append(use if put == 0 else use[:, :1])
-            spaces.append(space)
+            record = added_to_all(self.run, changes) if changes else self.run.record
+            if put == 0:
+                self.found["held"], self.found["space_held"] = self._nodes(record), self._states(record)
+            else:
+                held.append(self._nodes(record, 1)[:, 0])
             yield "erasers held out" if put == 0 else f"typical write {put}"
-        self.found["held"] = held[0]
-        self.found["held_typical"] = torch.stack([part[:, 0] for part in held[1:]], 1)
-        self.found["space_held"] = spaces[0]
+        self.found["held_typical"] = torch.stack(held, 1)
 
-    def _uses(
-        self, record: Recording
-    ) -> tuple[Float[Tensor, "prompt head node"], Float[Tensor, "prompt head location"]]:
-        """Σ‖P o_e‖² of every node, and of every state, in every head's space but along the write."""
-        nodes = torch.cat([self._inside(part) for part in self.run.written(record)], -1)
-        states = torch.cat([self._inside(record.stream[state][None]) for state in self.lm.states], -1)
-        return nodes, states
+    def _nodes(self, record: Recording, heads: int | None = None) -> Float[Tensor, "prompt head node"]:
+        """Σ‖P o_e‖² of every node in the spaces of the first heads, or of all, but along the write."""
+        return torch.cat([self._inside(part, heads) for part in self.run.written(record)], -1)
 
-    def _inside(self, vectors: Float[Tensor, "some prompt position d_model"]) -> Float[Tensor, "prompt head some"]:
+    def _states(self, record: Recording) -> Float[Tensor, "prompt head location"]:
+        """The same of every state of the stream."""
+        return torch.cat([self._inside(record.stream[state][None]) for state in self.lm.states], -1)
+
+    def _inside(
+        self, vectors: Float[Tensor, "some prompt position d_model"], heads: int | None = None
+    ) -> Float[Tensor, "prompt head some"]:
         weighed = vectors * self.root
         other = weighed - (weighed * self.along).sum(-1, keepdim=True) * self.along
         found = []
-        for basis in self.bases:
+        for basis in self.bases[:heads]:
             energy = (other @ basis).square().sum(-1) * self.kept
             found.append(energy.sum(-1, dtype=torch.float64).t())
         return torch.stack(found, 1)
