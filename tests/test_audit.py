@@ -122,7 +122,7 @@ def test_an_audit_is_as_large_as_its_budget_allows_and_its_prompts_shorter_befor
     monkeypatch: pytest.MonkeyPatch, budget: float, n: int, length: int
 ) -> None:
     """Each prompt of a scan takes a third of a second a token, and nothing else takes any time."""
-    names = ("survival", "verify", "dla", "dla found", "dla short")
+    names = ("survival", "verify", "steps", "dla", "dla found", "dla short")
     monkeypatch.setattr(plan, "material", lambda lm, tokens: 60)
     monkeypatch.setattr(
         plan,

@@ -41,8 +41,8 @@ TRIED, FEW = 128, 8
 SEEN = 4
 # Prompts that fill every batch.
 _MANY = 4096
-# A prompt's readings in `uw.dla`, in passes; and what a changed run costs beside its blocks, there, in `uw.verify` and in
-# `uw.readers`.
+# A prompt's readings in `uw.dla`, in passes; and what a changed run costs beside its blocks, there, in `uw.verify` and
+# in `uw.readers`.
 _READINGS, _SWEPT, _RECORDED, _PROJECTED = 10, 1.3, 1.75, 4.0
 # Where only one row of a run is new, every so many rows before it, which it attends to, cost as much as that row.
 _ATTENDED = 40
@@ -94,7 +94,8 @@ def of_audit(taken: Mapping[str, Taken], n: int, writers: int) -> dict[str, floa
     return {
         "scan": taken["scan"].seconds(half),
         f"survival of {writers}": taken["survival"].once + few * taken["survival"].each * runs[0] / runs[1],
-        f"verify of {MOST}": MOST * taken["verify"].seconds(half), f"readers of {MOST}": MOST * taken["steps"].seconds(few),
+        f"verify of {MOST}": MOST * taken["verify"].seconds(half),
+        f"readers of {MOST}": MOST * taken["steps"].seconds(few),
         "search": taken["verify"].seconds(half) / 2,
         "dla": min(FOUND, asked) * taken["dla found"].each + max(asked - FOUND, 0) * taken["dla short"].each,
     }  # fmt: skip
