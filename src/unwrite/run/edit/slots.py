@@ -5,7 +5,8 @@ A patch puts a node's value of another run in the place of its own. Kinds, with 
 heads      "L2H3", "L2M3" z, what a head hands to W_O          q, k, v             "L2H3.q"  a query head's own copy
 attn_out   "L2.attn_out"  all that a layer's attention writes  shared_k, shared_v  "L2KV1.k" what its group shares
 mlp_out    "MLP2"         what an MLP writes                   neurons             "MLP2.act[17]"
-resid      "resid_mid2"   a state of the stream                embed               "embed" the embeddings
+act        "MLP2.act"     all of its hidden activations        embed               "embed" the embeddings
+resid      "resid_mid2"   a state of the stream
 """
 
 from __future__ import annotations
