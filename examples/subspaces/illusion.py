@@ -1,10 +1,10 @@
-"""Does a direction that turns answers carry where a name stood? The residual stream, and the MLPs behind the inhibitors.
+"""Does a direction that turns answers carry where a name stood? The stream, and the MLPs behind the inhibitors.
 
     python examples/subspaces/illusion.py MODEL --name NAME
 
-MODEL is a folder or a hub name (HuggingFaceTB/SmolLM2-135M-Instruct). What was found is kept as `results/NAME.json` beside
-this file, from which docs/subspaces.md is made. Directions are learned of pairs of three templates of indirect object
-identification that the model solves, and judged on those of three others.
+MODEL is a folder or a hub name (HuggingFaceTB/SmolLM2-135M-Instruct). What was found is kept as `results/NAME.json`
+beside this file, from which docs/subspaces.md is made. Directions are learned of pairs of half of the templates of
+indirect object identification that the model solves, and judged on those of the others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import unwrite as uw
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "circuits"))
 
-from measure import kept, model_of, write  # noqa: E402
+from measure import model_of, write
 
 RESULTS = Path(__file__).parent / "results"
 # Of every 56 pairs each template has 8; names change places in the source prompts, so S stays and its place does not.
@@ -89,7 +89,8 @@ def ranks(found: uw.Result) -> dict[str, Any]:
     data = found.data
     names = ("kept", "kept_low", "kept_high", "top", "variance")
     return {
-        "site": str(data.attrs["site"]), "d": data.sizes["coordinate"], **{name: data[name].values.tolist() for name in names},
+        "site": str(data.attrs["site"]), "d": data.sizes["coordinate"],
+        **{name: data[name].values.tolist() for name in names},
         "random_mean": data["random_kept"].mean("draw").values.tolist(),
         "random_most": data["random_kept"].max("draw").values.tolist(),
     }  # fmt: skip

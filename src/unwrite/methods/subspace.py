@@ -178,8 +178,6 @@ def _parted(pairs: Pairs, held: Any, restrict: bool) -> tuple[Int[np.ndarray, " 
     for part in (pairs, pairs if isinstance(held, str) else held):
         if part.against is None and not restrict:
             raise TokensError("a subspace is of pairs that have against", got="none", fix="give it to uw.pairs")
-        if not restrict:
-            part.require_differences()
     if not isinstance(held, str):
         return np.arange(len(pairs)), np.arange(len(held))
     one_of("held", held, HELD, also="other pairs")
@@ -309,7 +307,7 @@ def _exchanged(request: Subspaces, tally: SubspaceTally, i: int) -> dict[str, An
     random = 100 * (clean - own["random"]["logit_diff"]).sum(1) / clean.sum() if "random" in own else np.zeros(0)
     return {
         **_bases(request, tally, i), "logit_diff": logit_diff, "match": match, "random_fldd": random,
-        **_shown("fldd", found.effect, 100), **_shown("rate", found.rate), **_shown("share", found.share),
+        **_shown("fldd", found.effect, 100.0), **_shown("rate", found.rate), **_shown("share", found.share),
         **{name: tally.of(i, name) for name in ("norm", "spread", "moved")},
         "verdict": np.array(word(found), dtype=object), "because": np.array(because(found, who), dtype=object),
     }  # fmt: skip
@@ -357,7 +355,8 @@ def _together(request: Subspaces, every: list[dict[str, Any]], single: bool) -> 
         parts = _padded([one[name] for one in every])
         equation = f"{'from' if end == 'low' else 'to'}: {_INTERVAL}" if end else equation
         own = tuple(axes.split())
-        variables[name] = quantity(own if single else ("site", *own), parts[0] if single else parts, unit, equation)
+        parts = parts.reshape(parts.shape[1:]) if single else parts
+        variables[name] = quantity(own if single else ("site", *own), parts, unit, equation)
     sizes = {axis: size for one in variables.values() for axis, size in zip(one.dims, one.shape, strict=True)}
     axes = {axis: np.arange(size) for axis, size in sizes.items()}
     named_ = {"site": [*request.sites], "patch": [*PATCHES], "part": [*PARTS], "pair": np.sort(request.judged.number)}

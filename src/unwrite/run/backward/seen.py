@@ -30,8 +30,6 @@ EVERY = "the projection behind it"
 _ATTENDED = ("q", "k", "v", "shared_k", "shared_v")
 # The norm of a query hides the direction that the query has; another token's has another one.
 _TOKENS = 4
-# States of the stream, and what is added to it as it is.
-_IN_STREAM = ("embed", "pre", "mid", "post", "attn_out", "mlp", "beside")
 
 
 def reading_slots(lm: Model, slot: Slot, readers: Sequence[str] | None) -> tuple[Slot, ...]:
@@ -39,7 +37,7 @@ def reading_slots(lm: Model, slot: Slot, readers: Sequence[str] | None) -> tuple
 
     Raises NodeError for those that do not read it.
     """
-    if readers is None or slot.kind not in _IN_STREAM:
+    if readers is None or not slot.streams:
         return ()
     asked = slots(lm, readers)
     for one in asked:
@@ -61,8 +59,7 @@ def seen(lm: Model, slot: Slot, readers: Sequence[str] | None) -> tuple[Float[Te
         return spanned(own.mT), EVERY
     asked = reading_slots(lm, slot, readers)
     if not asked:
-        stream = slot.kind in _IN_STREAM
-        return None, "no readers of the stream are named" if stream else "its reader is no matrix"
+        return None, "no readers of the stream are named" if slot.streams else "its reader is no matrix"
     return spanned(torch.cat([_slopes(lm, one) for one in asked])), ", ".join(n for one in asked for n in one.names)
 
 

@@ -30,7 +30,7 @@ from unwrite.model.hooks import Point, Visit, before, hooked, kept, visited
 from unwrite.model.placed import decode
 from unwrite.model.softmax import per_query_head
 from unwrite.model.view import Model
-from unwrite.nodes import GROUPS, KINDS, Site
+from unwrite.nodes import GROUPS, KINDS, MLPS, Site
 from unwrite.run.edit.place import Inner, Place, as_one
 from unwrite.run.edit.sites import all_named, every, place, unit_of
 
@@ -66,6 +66,11 @@ class Slot:
     def joined(self) -> bool:
         """Does the value hold the state that the block reads as well: is it one between attention and MLP?"""
         return self.kind == "mid"
+
+    @property
+    def streams(self) -> bool:
+        """Are its values vectors of the stream: states of it, or what is added to it?"""
+        return self.kind in (*_STATES, "mid", "attn_out", *MLPS)
 
     @property
     def lasting(self) -> bool:

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from unwrite.model.continued import Calls
+from unwrite.model.fold import centre
 from unwrite.run.edit.slots import Slot, Values
 from unwrite.run.replay.clean import Base
 from unwrite.run.replay.walk import Runs, Setting, settled
@@ -70,7 +71,8 @@ class Interchange:
     """Base runs of some pairs in which the units of a slot may be set at one row each, `row`, to any value.
 
     Values are [coordinate], those of all units behind one another: `own` what they are in the base run, `there` in the
-    source run. Only rows from the first of these to the last that is read are run.
+    source run, as a trace shows them (in the stream of some models without their mean, which nothing reads). Only rows
+    from the first of these to the last that is read are run.
     """
 
     base: Base
@@ -106,6 +108,8 @@ def interchange(base: Base, source: Values, slot: Slot, row: Int[Tensor, " pair"
     row = row.to(base.row.device)
     start, end = base.begin(int(row.min())), base.end(base.row)
     pair = torch.arange(len(row), device=row.device)
-    exact = base.lm.compute_dtype
-    own, there = (part[slot][pair, row].flatten(1).to(exact) for part in (base.values, source))
+    own, there = (part[slot][pair, row].to(base.lm.compute_dtype) for part in (base.values, source))
+    if slot.streams:
+        own, there = (centre(part, base.lm) for part in (own, there))
+    own, there = own.flatten(1), there.flatten(1)
     return Interchange(base, slot, row, own, there, start, end, base.calls(start, end))

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from unwrite.errors import NumericError, TokensError
 from unwrite.model.onednn import fast
 from unwrite.model.projections import require_slopes
 from unwrite.model.view import Model
@@ -179,12 +180,27 @@ class SubspaceTally:
             found["svd"] = spanned(values - values.mean(0))[: request.k]
         if request.basis is not None:
             found["given"] = request.basis
+        self._require(i, change, found.get(request.method))
         if request.restrict:
             found["variance"] = _variance(own, found["centre"], found[request.method])
         self._keep(i, found)
         for name in request.fits:
             if f"{i}/{name} bases" not in self.found:
                 self._learn(i, name, groups[name])
+
+    def _require(self, i: int, change: Float[Tensor, "pair d"], basis: Basis | None) -> None:
+        """Raise TokensError for a site that is the same in both prompts, NumericError for one without k directions."""
+        request, site = self._request, self._request.sites[i]
+        if not request.restrict and not change.any():
+            raise TokensError(
+                f"{site} is the same in base and source prompts, in all {len(change)} pairs",
+                fix="ask for a site behind the first token that differs, at this row",
+            )  # fmt: skip
+        if basis is not None and len(basis) < request.k:
+            raise NumericError(
+                f"{request.method} finds fewer directions of {site} than k", got=f"{len(basis)}, k={request.k}",
+                fix="ask for fewer, or give more pairs or classes",
+            )  # fmt: skip
 
     def _learn(self, i: int, name: str, groups: Sequence[Group]) -> None:
         """The bases of a site that are learned in one of the models."""
