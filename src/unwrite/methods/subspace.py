@@ -29,7 +29,7 @@ from unwrite.prompts.positions import END, asked_roles
 from unwrite.result import Result, build, quantity
 from unwrite.run.backward.seen import EVERY, reading_slots
 from unwrite.run.edit.sites import named
-from unwrite.run.edit.slots import Slot, slots, values
+from unwrite.run.edit.slots import Slot, slots
 from unwrite.run.edit.subspace import Basis, alike, given
 from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.stream import Listener, Progress, admit_pairs, batch_size, stream
@@ -37,7 +37,7 @@ from unwrite.run.tally.exchanges import Sample, arbitrary
 from unwrite.run.tally.subspaces import OWN, UNTRAINED, Subspaces, SubspaceTally, cost
 from unwrite.stats.curves import faithfulness
 from unwrite.stats.rates import said
-from unwrite.stats.subspaces import CONTROLS, PARTS, PATCHES, WORDS, Shown, because, classes_of, evidence, word
+from unwrite.stats.subspaces import CONTROLS, PARTS, PATCHES, WORDS, Numbers, because, classes_of, evidence, word
 
 METHODS = ("das", "mean", "svd", "gradient")
 HELD = ("template", "pair")
@@ -95,10 +95,10 @@ def subspace(
         "readers": None if readers is None else [*readers], "classes": [str(one) for one in classes or ()], **settings,
     }  # fmt: skip
     hashes = {name: str(part["hash"]) for name, part in read.items()} | _digest(basis)
+    most = batch_size(lm, pairs.base, batch, held=4)
     with opened(checkpoint, listener) as job:
         if done := job.begin("subspace", lm, hashes, asked):
             return done
-        most = batch_size(lm, pairs.base, batch, held=4)
         found = _found(request, most, isinstance(site, str), job, listener)
         return job.signed(build("subspace", found, asked, provenance(lm), read))
 
@@ -154,8 +154,6 @@ def _request(
     if len({*sites}) < len(sites) or not sites:
         raise NodeError("site names each once", got=shown(sites), expected="different names")
     k = settings["k"] if basis is None else len(basis)
-    for name, slot in zip(sites, (one for _, one in units), strict=True):
-        _require_room(lm, name, slot, k, basis)
     if readers is not None:
         readers = several("readers are names", readers, "such as L9H6.q", NodeError)
         if not sum(len(reading_slots(lm, slot, readers)) for _, slot in units):
@@ -212,16 +210,6 @@ def _units(lm: Model, name: Any) -> tuple[tuple[str, ...], Slot]:
         expected = "different units of one kind in one layer"
         raise NodeError("a site is one, or units that lie side by side", got=name, expected=expected)
     return found[0].names, found[0]
-
-
-def _require_room(lm: Model, name: str, slot: Slot, k: int, basis: Basis | None) -> None:
-    """Raise NumericError for more directions than a site has, NodeError for those of another site."""
-    ids = torch.zeros(1, 2, dtype=torch.long)
-    d = int(np.prod(values(lm, ids, [slot])[slot].shape[2:]))
-    if basis is not None and basis.shape[1] != d:
-        raise NodeError(f"the directions are not of {name}", got=f"d = {basis.shape[1]}", expected=f"d = {d}")
-    if k > d:
-        raise NumericError(f"k is more directions than {name} has", got=k, expected=f"at most {d}")
 
 
 def _found(request: Subspaces, most: int, single: bool, job: Job, listener: Listener | None) -> xr.Dataset:
@@ -341,7 +329,7 @@ def _bases(request: Subspaces, tally: SubspaceTally, i: int) -> dict[str, np.nda
     return found
 
 
-def _shown(name: str, of: Shown, times: float = 1.0) -> dict[str, np.ndarray]:
+def _shown(name: str, of: Numbers, times: float = 1.0) -> dict[str, np.ndarray]:
     return {f"{name}{end}": times * part for end, part in (("", of.value), ("_low", of.low), ("_high", of.high))}
 
 

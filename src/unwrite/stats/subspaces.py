@@ -57,7 +57,7 @@ WORDS = {
 
 
 @dataclass(frozen=True, eq=False)
-class Shown:
+class Numbers:
     """A number of each patch with its interval."""
 
     value: Float[np.ndarray, " patch"]
@@ -79,10 +79,10 @@ class Evidence:
     the site known?
     """
 
-    effect: Shown
-    share: Shown
-    above: Shown
-    rate: Shown
+    effect: Numbers
+    share: Numbers
+    above: Numbers
+    rate: Numbers
     spread: Float[np.ndarray, " part"]
     complete: bool
 
@@ -99,17 +99,17 @@ def evidence(
     """From what each patch takes from the difference that its own run had (`turned`), and from what is said then."""
     own = turned[PATCHES.index("subspace")]
     with np.errstate(divide="ignore", invalid="ignore"):
-        effect, above = (Shown(*ratio(part.T, clean, cluster, looks)) for part in (turned, own - turned))
-        share = Shown(*ratio(turned.T, own, cluster, looks))
+        effect, above = (Numbers(*ratio(part.T, clean, cluster, looks)) for part in (turned, own - turned))
+        share = Numbers(*ratio(turned.T, own, cluster, looks))
     return Evidence(effect, share, above, _rates(match, cluster, looks), spread, complete)
 
 
-def _rates(match: Float[np.ndarray, "patch pair"], cluster: Int[np.ndarray, " pair"], looks: int) -> Shown:
+def _rates(match: Float[np.ndarray, "patch pair"], cluster: Int[np.ndarray, " pair"], looks: int) -> Numbers:
     """How often each patch turns the answer; of random directions in the mean over draws."""
     found = np.stack(matched(match > 0, cluster, looks))
     random = PATCHES.index("random")
     found[:, random] = [part.item() for part in ratio(match[random], np.ones(len(cluster)), cluster, looks)]
-    return Shown(*np.where(np.isfinite(match).all(1), found, np.nan))
+    return Numbers(*np.where(np.isfinite(match).all(1), found, np.nan))
 
 
 def word(found: Evidence, rules: Bounds = BOUNDS) -> str:
@@ -167,9 +167,9 @@ def classes_of(
     """
     if given is not None:
         listed = several("classes are labels", given, "one for each pair", NumericError)
-        if len(listed) != len(answers) or not all(isinstance(one, Hashable) for one in listed):
+        if len(listed) != len(answers) or not all(isinstance(one, (str, int)) for one in listed):
             got = f"{len(listed)} for {len(answers)} pairs"
-            raise NumericError("classes are labels", got=got, expected="one for each pair")
+            raise NumericError("classes are labels", got=got, expected="a text or an integer for each pair")
         return listed
     order = [tuple(one) for one in np.argsort(np.stack([*roles.values()], 1), 1, kind="stable").tolist()]
     return [*order] if len({*order}) > 1 else [tuple(one) for one in answers.tolist()]

@@ -15,13 +15,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unwrite.errors import NodeError
-from unwrite.model.hooks import before, hooked, leaf
+from unwrite.model.hooks import Point, before, hooked, leaf
 from unwrite.model.placed import decode
-from unwrite.model.projections import matrix_of
+from unwrite.model.projections import is_sized, matrix_of
 from unwrite.model.view import Model
 from unwrite.run.backward.rules import RULES, put
 from unwrite.run.backward.slopes import reading, sloping
-from unwrite.run.edit.sites import last_projection
 from unwrite.run.edit.slots import Slot, slots
 from unwrite.run.edit.subspace import spanned
 
@@ -64,18 +63,12 @@ def seen(lm: Model, slot: Slot, readers: Sequence[str] | None) -> tuple[Float[Te
 
 
 def _projection(lm: Model, slot: Slot) -> Float[Tensor, "d out"] | None:
-    """The matrix that reads all units of a slot, one behind another."""
-    layer = lm.layers[min(slot.layer, len(lm.layers) - 1)]
-    if slot.kind in ("act", "neuron"):
-        module = last_projection(lm, layer)
-        rows = slice(None) if slot.kind == "act" else [site.head for site in slot.sites]
-    elif slot.kind in ("head", "mixer") and layer.head_norm is None:
-        module, width = layer.out_proj, layer.head_dim
-        rows = [site.head * width + i for site in slot.sites for i in range(width)]
-    else:
+    """The matrix that reads all units of a slot, one behind another, where they are what a projection is given."""
+    if not isinstance(slot.at, Point) or not slot.at.before or not is_sized(slot.at.module):
         return None
-    assert module is not None  # noqa: S101 (a slot of one without it is refused)
-    return matrix_of(lm, module).detach().to(lm.device, lm.compute_dtype)[rows]
+    matrix = matrix_of(lm, slot.at.module).detach().to(lm.device, lm.compute_dtype)
+    number = torch.arange(len(matrix), device=lm.device, dtype=torch.float64)
+    return matrix[slot.view(number[None, None], 1)[0, 0, slot.units].flatten().long()]
 
 
 def _slopes(lm: Model, slot: Slot) -> Float[Tensor, "row d_model"]:

@@ -25,7 +25,7 @@ from unwrite.run.replay.soft import Interchange
 # Rows (runs × positions) of which a graph is held.
 _ROWS = 1024
 # ℓ[answer] − ℓ[against] of final streams, `pair` that of each run.
-Difference = Callable[[Float[Tensor, "run d_model"], Int[Tensor, " run"]], Float[Tensor, " run"]]
+Told = Callable[[Float[Tensor, "run d_model"], Int[Tensor, " run"]], Float[Tensor, " run"]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class Lesson:
 
     batch: Batch
     runs: Interchange
-    differences: Sequence[Difference]
+    differences: Sequence[Told]
     names: Sequence[str]
 
 

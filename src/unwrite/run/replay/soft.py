@@ -103,13 +103,15 @@ class Interchange:
         return settled(runs, [Setting(self.slot, here[..., None].expand(-1, -1, units), lambda: values)])
 
 
-def interchange(base: Base, source: Values, slot: Slot, row: Int[Tensor, " pair"]) -> Interchange:
-    """What runs of a base share in which a slot is set at a row of each pair; `source` as `placed` has it."""
+def interchange(base: Base, source: Values, row: Int[Tensor, " pair"]) -> dict[Slot, Interchange]:
+    """The runs of a base in which a slot is set at a row of each pair, by slot; `source` as `placed` has it."""
     row = row.to(base.row.device)
     start, end = base.begin(int(row.min())), base.end(base.row)
-    pair = torch.arange(len(row), device=row.device)
-    own, there = (part[slot][pair, row].to(base.lm.compute_dtype) for part in (base.values, source))
-    if slot.streams:
-        own, there = (centre(part, base.lm) for part in (own, there))
-    own, there = own.flatten(1), there.flatten(1)
-    return Interchange(base, slot, row, own, there, start, end, base.calls(start, end))
+    calls, pair = base.calls(start, end), torch.arange(len(row), device=row.device)
+    made = {}
+    for slot in source:
+        own, there = (part[slot][pair, row].to(base.lm.compute_dtype) for part in (base.values, source))
+        if slot.streams:
+            own, there = (centre(part, base.lm) for part in (own, there))
+        made[slot] = Interchange(base, slot, row, own.flatten(1), there.flatten(1), start, end, calls)
+    return made

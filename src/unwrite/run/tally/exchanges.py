@@ -21,7 +21,8 @@ from unwrite.prompts.pairs import Pairs
 from unwrite.run.answer.logits import at_once
 from unwrite.run.answer.logits import normed as final_normed
 from unwrite.run.answer.metrics import Metric, metric_of
-from unwrite.run.edit.slots import Slot, Values
+from unwrite.run.backward.learn import sloped
+from unwrite.run.edit.slots import Slot
 from unwrite.run.edit.subspace import Basis, along, as_far, drawn, exchanged
 from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.finite import require_finite
@@ -78,19 +79,24 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Some pairs of a sample, run once, with the values of all sites in both prompts."""
+    """Some pairs of a sample, run once, with the runs in which each site may be set."""
 
     batch: Batch
     base: Base
-    source: Values
-    row: Int[Tensor, " pair"]
+    runs: Mapping[Slot, Interchange]
     metric: Metric
     odd: Metric
     names: list[str]
 
-    def runs(self, slot: Slot) -> Interchange:
-        """Its runs in which a site may be set."""
-        return interchange(self.base, self.source, slot, self.row)
+    def slopes(self, slot: Slot) -> Float[Tensor, "pair d"]:
+        """The slope of each pair's answer at a site of its base run."""
+        runs = self.runs[slot]
+
+        def of(batch: Batch) -> Tensor:
+            at = torch.arange(batch.real, device=runs.own.device) + batch.first - self.batch.first
+            return sloped({"own": runs.own[at]}, lambda part: self.metric(runs.finals(part["own"], at), at))[1]["own"]
+
+        return torch.cat([found for _, found in parts(self.batch, of)])
 
     def said(self, runs: Interchange, values: Float[Tensor, "set pair d"]) -> Arrays:
         """ℓ[answer] − ℓ[against], the same of arbitrary tokens, and the top of the vocabulary: each [set, pair]."""
@@ -139,7 +145,11 @@ def _group(lm: Model, sites: tuple[Slot, ...], sample: Sample, batch: Batch) -> 
     metric, odd = (metric_of(lm, pairs, "logit_diff", rows) for pairs in (sample.pairs, sample.odd))
     names = [f"pair {i}" for i in sample.number[rows]]
     require_finite(metric(base.final).isfinite(), "the answer of {pair} is not finite", pair=names)
-    return Group(batch, base, source, torch.from_numpy(sample.row[rows]), metric, odd, names)
+    for slot in sites:
+        finite = torch.stack([part[slot].isfinite().flatten(1).all(1) for part in (base.values, source)]).all(0)
+        require_finite(finite, f"{slot.sites[0]} of {{pair}} is not finite", pair=names)
+    runs = interchange(base, source, torch.from_numpy(sample.row[rows]))
+    return Group(batch, base, runs, metric, odd, names)
 
 
 def interchanges(runs: Interchange, bases: Mapping[str, Basis], draws: int) -> Sets:

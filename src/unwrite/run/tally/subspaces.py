@@ -16,13 +16,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unwrite.errors import NumericError, TokensError
+from unwrite.errors import NodeError, NumericError, TokensError
 from unwrite.model.onednn import fast
 from unwrite.model.projections import require_slopes
 from unwrite.model.view import Model
 from unwrite.run.answer.logits import normed as final_normed
-from unwrite.run.answer.metrics import Metric
-from unwrite.run.backward.learn import Learning, sloped
+from unwrite.run.backward.learn import Learning
 from unwrite.run.backward.seen import seen
 from unwrite.run.backward.slopes import sloping
 from unwrite.run.backward.subspaces import Lesson, aligning
@@ -31,8 +30,7 @@ from unwrite.run.edit.subspace import Basis, halves, of_classes, size, spanned
 from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.job import Job
 from unwrite.run.loop.ledger import Ledger
-from unwrite.run.loop.stream import Batch
-from unwrite.run.replay.soft import Interchange
+from unwrite.run.loop.stream import Batch, fitting
 from unwrite.run.tally.exchanges import Group, Sample, grouped, interchanges, restrictions
 
 # The model that is asked, and one of the same configuration.
@@ -168,9 +166,9 @@ class SubspaceTally:
     def _make(self, i: int, groups: Mapping[str, list[Group]]) -> None:
         """All bases of a site."""
         request, slot = self._request, self._request.slots[OWN][i]
-        runs = [group.runs(slot) for group in groups[OWN]]
+        runs = [group.runs[slot] for group in groups[OWN]]
         own, change = (torch.cat([getattr(one, name) for one in runs]) for name in ("own", "change"))
-        slopes = torch.cat([_slopes(one, group.metric) for one, group in zip(runs, groups[OWN], strict=True)])
+        slopes = torch.cat([group.slopes(slot) for group in groups[OWN]])
         values = own if request.restrict else torch.cat([own, own + change])
         found = {
             "centre": own.mean(0), "mean": of_classes(change, request.label, request.k),
@@ -188,9 +186,14 @@ class SubspaceTally:
             if f"{i}/{name} bases" not in self.found:
                 self._learn(i, name, groups[name])
 
-    def _require(self, i: int, change: Float[Tensor, "pair d"], basis: Basis | None) -> None:
-        """Raise TokensError for a site that is the same in both prompts, NumericError for one without k directions."""
-        request, site = self._request, self._request.sites[i]
+    def _require(self, i: int, change: Float[Tensor, "pair d"], basis: Tensor | None) -> None:
+        """Raise TokensError for a site that is the same in both prompts, and for one that has not what is asked for."""
+        request, site, d = self._request, self._request.sites[i], change.shape[1]
+        if request.k > d:
+            raise NumericError(f"k is more directions than {site} has", got=request.k, expected=f"at most {d}")
+        if request.basis is not None and request.basis.shape[1] != d:
+            got = f"d = {request.basis.shape[1]}"
+            raise NodeError(f"the directions are not of {site}", got=got, expected=f"d = {d}")
         if not request.restrict and not change.any():
             raise TokensError(
                 f"{site} is the same in base and source prompts, in all {len(change)} pairs",
@@ -212,7 +215,7 @@ class SubspaceTally:
             self._tick(f"{done}/{request.steps} steps", i, before + done / whole)
 
         lessons = [
-            Lesson(group.batch, group.runs(slot), [group.metric] * (fits[name] - odd) + [group.odd] * odd, group.names)
+            Lesson(group.batch, group.runs[slot], [group.metric] * (fits[name] - odd) + [group.odd] * odd, group.names)
             for group in groups
         ]
         problem = aligning(lessons, request.k, range(fits[name]), lambda: tick(learning.done))
@@ -225,7 +228,7 @@ class SubspaceTally:
     def _judge(self, i: int, groups: Mapping[str, list[Group]]) -> None:
         """What is executed of a site, pairs in their own order."""
         request, slot = self._request, self._request.slots[OWN][i]
-        like = groups[OWN][0].runs(slot).own
+        like = groups[OWN][0].runs[slot].own
         bases = {"subspace": torch.from_numpy(self.basis(i)).to(like)}
         if not request.restrict:
             bases |= self._parts(i, slot, bases["subspace"], groups[OWN])
@@ -240,7 +243,7 @@ class SubspaceTally:
     def _execute(self, i: int, name: str, bases: Mapping[str, Basis], groups: Sequence[Group]) -> None:
         request, slot, every = self._request, self._request.slots[name][i], []
         for group in groups:
-            runs = group.runs(slot)
+            runs = group.runs[slot]
             if request.restrict:
                 centre = torch.from_numpy(self.of(i, "centre")).to(runs.own)
                 sets = restrictions(runs, bases["subspace"], centre, request.random)
@@ -255,12 +258,12 @@ class SubspaceTally:
 
     def _parts(self, i: int, slot: Slot, basis: Basis, groups: Sequence[Group]) -> dict[str, Basis]:
         """The parts of a basis that readers see and do not see; how long they are and how values vary along them."""
-        columns, who = seen(self._request.lm, slot, self._request.readers)
+        columns, who = fitting(lambda: seen(self._request.lm, slot, self._request.readers), "what readers see")
         numbers = {name: np.full(2, np.nan) for name in ("norm", "spread", "moved")}
         split: dict[str, Basis] = {}
         if columns is not None:
             made = halves(basis, columns)
-            runs = [group.runs(slot) for group in groups]
+            runs = [group.runs[slot] for group in groups]
             own, there = (torch.cat([getattr(one, name) for one in runs]) for name in ("own", "there"))
             for j, (unit, raw) in enumerate(((made.row, made.row_raw), (made.null, made.null_raw))):
                 numbers["norm"][j] = size(raw)
@@ -270,12 +273,6 @@ class SubspaceTally:
             split = {name: part for name, part in made._asdict().items() if len(getattr(made, name.split("_")[0]))}
         self._keep(i, {"who": np.array(who), "seen": np.array(columns is not None), **numbers})
         return split
-
-
-def _slopes(runs: Interchange, metric: Metric) -> Float[Tensor, "pair d"]:
-    """The slope of each pair's answer at a site of its base run."""
-    pair = torch.arange(len(runs.own), device=runs.own.device)
-    return sloped({"own": runs.own}, lambda part: metric(runs.finals(part["own"], pair), pair))[1]["own"]
 
 
 def _variance(own: Float[Tensor, "pair d"], centre: Float[Tensor, " d"], basis: Basis) -> Float[Tensor, " rank"]:
