@@ -52,7 +52,7 @@ def measured(model: str) -> dict[str, Any]:
     low = uw.subspace(lm, pairs, "+".join(queries), RANKS, method="svd", restrict=True)
     about = {name: found.data.attrs[name] for name in ("learned_from", "templates", "solves", "looks", "cost")}
     return {
-        **model_of(found), **about, "held": found.data.sizes["pair"], "templates_used": sorted({*pairs.template}),
+        **model_of(found), **about, "held": found.data.sizes["pair"], "labels": sorted({*(pairs.template or ())}),
         "sites": sites(found), "sweep": sites(sweep), "low": ranks(low),
     }  # fmt: skip
 
@@ -61,7 +61,8 @@ def solved(lm: Any) -> uw.Pairs:
     """Pairs of the templates that the model solves."""
     pairs = uw.tasks.ioi(PAIRS, lm.tokenizer, change=CHANGE, bos=False)
     rates = uw.solves(lm, pairs)["accuracy"].to_series()
-    return pairs.take([rates[label] >= SOLVED for label in pairs.template or ()])
+    good = {str(label) for label, rate in rates.items() if rate >= SOLVED}
+    return pairs.take([label in good for label in pairs.template or ()])
 
 
 def sites(found: uw.Result) -> list[dict[str, Any]]:
@@ -107,6 +108,29 @@ def table(found: dict[str, Any]) -> pd.DataFrame:
             patch: f"{numbers[patch][0]:.1f} / {numbers[patch][1]:.1f}" if patch in numbers else "" for patch in SHOWN
         }
     return pd.DataFrame(columns)
+
+
+def layers(found: dict[str, Any]) -> pd.DataFrame:
+    """The class-mean direction of each layer, beside the whole state."""
+    lines = {}
+    for one in found["sweep"]:
+        kept = one["patches"]
+        cells = {patch: _cell(kept[patch]["fldd"], kept[patch]["rate"]) for patch in ("full", "subspace")}
+        lines[one["site"]] = {"whole state": cells["full"], "class means": cells["subspace"], "verdict": one["verdict"]}
+    return pd.DataFrame(lines).T
+
+
+def low_rank(found: dict[str, Any], shown: tuple[int, ...] = (0, 1, 2, 4, 8, 16)) -> pd.DataFrame:
+    """What so many directions keep."""
+    low, lines = found["low"], {}
+    for rank in shown:
+        ends = (low[f"kept{end}"][rank] for end in ("", "_low", "_high"))
+        lines[rank] = {
+            "kept": "{:.2f} [{:.2f}, {:.2f}]".format(*ends), "right answer": f"{low['top'][rank]:.2f}",
+            "variance": f"{low['variance'][rank]:.2f}",
+            "random (to the most)": f"{low['random_mean'][rank]:.2f} ({low['random_most'][rank]:.2f})",
+        }  # fmt: skip
+    return pd.DataFrame(lines).T.rename_axis("directions")
 
 
 def _cell(fldd: list[float], rate: list[float]) -> str:

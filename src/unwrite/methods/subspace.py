@@ -209,7 +209,8 @@ def _units(lm: Model, name: Any) -> tuple[tuple[str, ...], Slot]:
     if len(found) > 1 or len({*nodes}) < len(nodes):
         expected = "different units of one kind in one layer"
         raise NodeError("a site is one, or units that lie side by side", got=name, expected=expected)
-    return found[0].names, found[0]
+    (slot,) = found
+    return slot.names, slot
 
 
 def _found(request: Subspaces, most: int, single: bool, job: Job, listener: Listener | None) -> xr.Dataset:

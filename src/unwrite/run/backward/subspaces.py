@@ -69,7 +69,7 @@ def _sloped(lesson: Lesson, total: int, parameters: Parameters, batch: Batch) ->
         changed = lesson.runs.own[at] + along(lesson.runs.change[at], orthonormal(part["basis"]))
         finals = lesson.runs.finals(changed.flatten(0, 1), at.repeat(fits)).unflatten(0, (fits, -1))
         value = torch.stack([of(one, at) for of, one in zip(lesson.differences, finals, strict=True)])
-        names = [lesson.names[i] for i in at.tolist()]
+        names = [lesson.names[int(i)] for i in at]
         require_finite(value.isfinite().all(0), "the answer of {pair} is not finite where it is patched", pair=names)
         return torch.nn.functional.softplus(value).sum(1) / total
 

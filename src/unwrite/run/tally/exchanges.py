@@ -113,7 +113,7 @@ class Group:
         pair = at.repeat(len(values))
         normed = final_normed(self.base.lm, runs.finals(values[:, at].flatten(0, 1), pair))
         logits = self.metric.logits(normed)
-        names = [self.names[i] for i in at.tolist()]
+        names = [self.names[int(i)] for i in at]
         finite = logits.isfinite().all(-1).view(len(values), -1).all(0)
         require_finite(finite, "a logit of {pair} is not finite where it is patched", pair=names)
         found = {"logit_diff": self.metric.of(normed, pair), "odd": self.odd.of(normed, pair), "top": logits.argmax(1)}

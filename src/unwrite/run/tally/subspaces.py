@@ -111,7 +111,7 @@ class SubspaceTally:
         self.found: Arrays = {}
         self.kept = Ledger({"found": self.found, "learning": self._now})
 
-    def step(self, _: Batch) -> None:
+    def step(self, batch: Batch) -> None:
         """All pairs are one batch."""
         sites = range(len(self._request.sites))
         with ExitStack() as stack:
@@ -241,7 +241,7 @@ class SubspaceTally:
             self._execute(i, UNTRAINED, {"subspace": basis}, groups[UNTRAINED])
 
     def _execute(self, i: int, name: str, bases: Mapping[str, Basis], groups: Sequence[Group]) -> None:
-        request, slot, every = self._request, self._request.slots[name][i], []
+        request, slot, every, names = self._request, self._request.slots[name][i], [], []
         for group in groups:
             runs = group.runs[slot]
             if request.restrict:
@@ -249,11 +249,11 @@ class SubspaceTally:
                 sets = restrictions(runs, bases["subspace"], centre, request.random)
             else:
                 sets = interchanges(runs, bases, request.random)
+            names = [which for which, value in sets.items() for _ in value]
             every.append(group.said(runs, torch.cat([*sets.values()])))
             self._tick("held-out pairs", i, 1.0, judges=True)
         order = np.argsort(request.judged.number)
         whole = {part: np.concatenate([one[part] for one in every], -1)[:, order] for part in every[0]}
-        names = [name for name, value in sets.items() for _ in value]
         self._keep(i, {f"{name} sets": np.array(names), **{f"{name} {part}": one for part, one in whole.items()}})
 
     def _parts(self, i: int, slot: Slot, basis: Basis, groups: Sequence[Group]) -> dict[str, Basis]:
