@@ -270,7 +270,7 @@ _SAYS: dict[str, tuple[str, str, str]] = {
     "kept": ("rank", "1", "(Σ kept_diff − Σ kept_diff[0]) / (Σ clean − Σ kept_diff[0])"),
     "random_kept": ("draw rank", "1", "the same of random directions"),
     "top": ("rank", "1", "part of the pairs in which the answer is the top of the vocabulary"),
-    "variance": ("rank", "1", "part of Σ ‖x − mean‖² that lies along the first directions"),
+    "variance": ("rank", "1", "part of Σ ‖x − mean‖² along the first directions, of pairs they come from"),
 }  # fmt: skip
 _INTERVAL = "95 % interval over templates that held pairs are of, so wide that those of all sites hold together"
 

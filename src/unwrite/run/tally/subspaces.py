@@ -271,7 +271,7 @@ class SubspaceTally:
                     numbers["spread"][j] = float((torch.cat([own, there]) @ unit.mT).std(0).pow(2).mean().sqrt())
                     numbers["moved"][j] = float(((there - own) @ unit.mT).norm(dim=-1).mean())
             split = {name: part for name, part in made._asdict().items() if len(getattr(made, name.split("_")[0]))}
-        self._keep(i, {"who": np.array(who), "seen": np.array(columns is not None), **numbers})
+        self._keep(i, {"who": np.array(who), **numbers})
         return split
 
 
