@@ -57,7 +57,7 @@ def subspace(
 
     Arguments: `pairs` and `bos` as in `uw.effects`, `against` being what a base prompt must say once the variable has
     its source value; `site` a name ("resid_post21", "MLP20.act", "L20H0.z"), several units of a layer taken together
-    ("L23H0.q+L23H1.q"), or a list of such, each with a subspace of its own; `k` directions; `at` a role of the pairs;
+    ("L23H0.q+L23H1.q", in the order of heads), or a list of such, each with a subspace of its own; `k` directions; `at` a role of the pairs;
     `method` "das" (learned, the best of `seeds`, by `steps` and `lr` of Adam), "mean" (what the means of classes of
     source − base span), "svd" (where values vary most), "gradient" (the same as "mean" of slopes of the answer), or
     directions [direction, d]; `readers` who reads a state of the stream: queries, keys or values of later heads;
@@ -86,13 +86,20 @@ def subspace(
     pairs = admit_pairs(lm, pairs, bos, sees=True)
     held = held if isinstance(held, str) else admit_pairs(lm, held, bos, sees=True)
     sites = [site] if isinstance(site, str) else several("site is a name, or several", site, "names", NodeError)
+    readers, classes = (
+        part if part is None else several(f"{name} are listed", part, what, error)
+        for name, part, what, error in (
+            ("readers", readers, "names such as L9H6.q", NodeError),
+            ("classes", classes, "a label for each pair", NumericError),
+        )
+    )
     basis = None if isinstance(method, str) else _basis(lm, method)
     settings = _settings(method, k, restrict, seeds, steps, lr, controls, draws)
     request = _request(lm, pairs, held, sites, at, readers, classes, basis, settings)
     read = {"": pairs.about()} | ({} if isinstance(held, str) else {"held": held.about()})
     asked = {
-        "site": sites, "at": at, "held": held if isinstance(held, str) else "pairs", "batch": batch,
-        "readers": None if readers is None else [*readers], "classes": [str(one) for one in classes or ()], **settings,
+        "site": site if isinstance(site, str) else sites, "at": at, "batch": batch, "readers": readers,
+        "held": held if isinstance(held, str) else "pairs", "classes": classes, **settings,
     }  # fmt: skip
     hashes = {name: str(part["hash"]) for name, part in read.items()} | _digest(basis)
     most = batch_size(lm, pairs.base, batch, held=4)
@@ -154,10 +161,8 @@ def _request(
     if len({*sites}) < len(sites) or not sites:
         raise NodeError("site names each once", got=shown(sites), expected="different names")
     k = settings["k"] if basis is None else len(basis)
-    if readers is not None:
-        readers = several("readers are names", readers, "such as L9H6.q", NodeError)
-        if not sum(len(reading_slots(lm, slot, readers)) for _, slot in units):
-            raise NodeError("readers read states of the stream", got=shown(sites), expected="such as resid_post5")
+    if readers is not None and not sum(len(reading_slots(lm, slot, readers)) for _, slot in units):
+        raise NodeError("readers read states of the stream", got=shown(sites), expected="such as resid_post5")
     given_ = classes_of(pairs.roles, np.stack([pairs.answer, _against(pairs)], 1), classes)
     return Subspaces(
         {OWN: lm}, tuple(sites), tuple(names for names, _ in units), *samples,
@@ -205,11 +210,10 @@ def _units(lm: Model, name: Any) -> tuple[tuple[str, ...], Slot]:
         raise NodeError("site is a name", got=shown(name), expected='"resid_post5", "MLP5.act", "L5H0.q+L5H1.q"')
     parts = [named(lm, part.strip()) for part in name.split("+")]
     nodes = [str(Site(_HANDED.get(one.kind, one.kind), one.layer, one.head)) for one in parts]
-    found = slots(lm, nodes)
-    if len(found) > 1 or len({*nodes}) < len(nodes):
+    slot, *others = slots(lm, nodes)
+    if others or len({*nodes}) < len(nodes):
         expected = "different units of one kind in one layer"
         raise NodeError("a site is one, or units that lie side by side", got=name, expected=expected)
-    (slot,) = found
     return slot.names, slot
 
 

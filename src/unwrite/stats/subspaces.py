@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from unwrite.errors import NumericError, several
+from unwrite.errors import NumericError
 from unwrite.stats.jackknife import ratio
 from unwrite.stats.masks import matched
 
@@ -159,17 +159,16 @@ def _part(of: tuple[float, float, float]) -> str:
 
 
 def classes_of(
-    roles: Mapping[str, Int[np.ndarray, " pair"]], answers: Int[np.ndarray, "pair token"], given: Any
+    roles: Mapping[str, Int[np.ndarray, " pair"]], answers: Int[np.ndarray, "pair token"], given: list[Hashable] | None
 ) -> list[Hashable]:
     """A class for each pair: those that were given; else the order in which its roles stand, or what it answers.
 
     Raises NumericError for another number of classes.
     """
     if given is not None:
-        listed = several("classes are labels", given, "one for each pair", NumericError)
-        if len(listed) != len(answers) or not all(isinstance(one, (str, int)) for one in listed):
-            got = f"{len(listed)} for {len(answers)} pairs"
+        if len(given) != len(answers) or not all(isinstance(one, (str, int)) for one in given):
+            got = f"{len(given)} for {len(answers)} pairs"
             raise NumericError("classes are labels", got=got, expected="a text or an integer for each pair")
-        return listed
+        return given
     order = [tuple(one) for one in np.argsort(np.stack([*roles.values()], 1), 1, kind="stable").tolist()]
     return [*order] if len({*order}) > 1 else [tuple(one) for one in answers.tolist()]
