@@ -57,8 +57,8 @@ def subspace(
 
     Arguments: `pairs` and `bos` as in `uw.effects`, `against` being what a base prompt must say once the variable has
     its source value; `site` a name ("resid_post21", "MLP20.act", "L20H0.z"), several units of a layer taken together
-    ("L23H0.q+L23H1.q", in the order of heads), or a list of such, each with a subspace of its own; `k` directions; `at` a role of the pairs;
-    `method` "das" (learned, the best of `seeds`, by `steps` and `lr` of Adam), "mean" (what the means of classes of
+    ("L23H0.q+L23H1.q", in the order of heads), or a list of such, each with a subspace of its own; `k` directions; `at`
+    a role of the pairs; `method` "das" (learned, the best of `seeds`, by `steps` and `lr` of Adam), "mean" (what the means of classes of
     source − base span), "svd" (where values vary most), "gradient" (the same as "mean" of slopes of the answer), or
     directions [direction, d]; `readers` who reads a state of the stream: queries, keys or values of later heads;
     `held` which pairs judge and nothing is made of: half of the templates ("template"), half of all ("pair"), or other
