@@ -222,6 +222,11 @@ def with_kernel() -> Model:
 FEW: dict[str, Any] = {"seeds": 2, "steps": 40, "lr": 0.1}
 
 
+@cache
+def illusion() -> uw.Result:
+    return uw.subspace(with_kernel(), scenes("order"), "MLP0.act", **FEW)
+
+
 def verdict(found: uw.Result) -> str:
     return str(found["verdict"].item())
 
@@ -252,8 +257,7 @@ def test_a_planted_carrier_is_found_and_carried() -> None:
 
 @pytest.mark.promise("planted")
 def test_a_planted_kernel_is_an_illusion() -> None:
-    lm, pairs = with_kernel(), scenes("order")
-    found = uw.subspace(lm, pairs, "MLP0.act", **FEW)
+    lm, pairs, found = with_kernel(), scenes("order"), illusion()
     assert abs(fldd(found, "full")) < 5
     assert fldd(found, "subspace") > 35
     assert fldd(found, "row") < fldd(found, "subspace") / 2
@@ -600,7 +604,7 @@ def test_pairs_without_what_it_takes_are_refused() -> None:
 
 
 def test_a_result_says_its_numbers_before_its_word() -> None:
-    found = uw.subspace(with_kernel(), scenes("order"), "MLP0.act", **FEW)
+    found = illusion()
     told_ = words(found)
     assert told_.index("takes") < told_.index(": illusion (24 pairs of 3 clusters held out)")
     assert told_.endswith(found.data.attrs["solves"])
@@ -679,13 +683,13 @@ def test_a_trained_copy_of_a_bit_shows_the_paper_pattern() -> None:
         ids, other, bit.tolist(), (1 - bit).tolist(), template=[f"t{i % 12}" for i in range(192)]
     )  # fmt: skip
     found = uw.subspace(view(hf.eval()), pairs, ["MLP1.act", "resid_post1"], steps=150, lr=0.05)
-    illusion, state = (found.data.sel(site=name) for name in ("MLP1.act", "resid_post1"))
-    numbers = {patch: float(illusion["fldd"].sel(patch=patch)) for patch in ("full", "subspace", "row", "null")}
+    mlp, state = (found.data.sel(site=name) for name in ("MLP1.act", "resid_post1"))
+    numbers = {patch: float(mlp["fldd"].sel(patch=patch)) for patch in ("full", "subspace", "row", "null")}
     assert numbers["full"] < 15
     assert numbers["subspace"] > 35
     assert numbers["row"] < 20
     assert abs(numbers["null"]) < 1e-3
-    assert str(illusion["verdict"].item()) == "illusion"
+    assert str(mlp["verdict"].item()) == "illusion"
     assert float(state["fldd"].sel(patch="subspace")) > 150
     assert str(state["verdict"].item()) == "carried"
 

@@ -58,14 +58,15 @@ def subspace(
     Arguments: `pairs` and `bos` as in `uw.effects`, `against` being what a base prompt must say once the variable has
     its source value; `site` a name ("resid_post21", "MLP20.act", "L20H0.z"), several units of a layer taken together
     ("L23H0.q+L23H1.q", in the order of heads), or a list of such, each with a subspace of its own; `k` directions; `at`
-    a role of the pairs; `method` "das" (learned, the best of `seeds`, by `steps` and `lr` of Adam), "mean" (what the means of classes of
-    source − base span), "svd" (where values vary most), "gradient" (the same as "mean" of slopes of the answer), or
-    directions [direction, d]; `readers` who reads a state of the stream: queries, keys or values of later heads;
-    `held` which pairs judge and nothing is made of: half of the templates ("template"), half of all ("pair"), or other
-    pairs; `classes` a label for each pair, alike where the same change is made: by default the order in which roles
-    stand, or if all have one order answer and `against`; `controls` some of "random" (as many directions, each pair
-    moved exactly as far, `draws` times), "arbitrary" (learned of other tokens in the place of every answer) and
-    "untrained" (learned in a model of the same configuration that is not trained); the last two of "das" alone.
+    a role of the pairs; `method` "das" (learned, the best of `seeds`, by `steps` and `lr` of Adam), "mean" (what the
+    means of classes of source − base span), "svd" (where values vary most), "gradient" (the same as "mean" of slopes of
+    the answer), or directions [direction, d]; `readers` who reads a state of the stream: queries, keys or values of
+    later heads; `held` which pairs judge and nothing is made of: half of the templates ("template"), half of all
+    ("pair"), or other pairs; `classes` a label for each pair, alike where the same change is made: by default the order
+    in which roles stand, or if all have one order answer and `against`; `controls` some of "random" (as many
+    directions, each pair moved exactly as far, `draws` times), "arbitrary" (learned of other tokens in the place of
+    every answer) and "untrained" (learned in a model of the same configuration that is not trained); the last two of
+    "das" alone.
     Returns a Result; with several sites each variable has an axis `site`. `basis[direction, coordinate]`, `bases[seed,
     …]`, `agreement[seed, other_seed]` (mean cos² of principal angles, k/d by chance), `loss[seed, step]`; of held-out
     pairs by what is patched (patch: clean, full, subspace, its row and null part, renormalised and raw, mean, gradient,
