@@ -3,8 +3,9 @@
     python examples/subspaces/illusion.py MODEL --name NAME
 
 MODEL is a folder or a hub name (HuggingFaceTB/SmolLM2-135M-Instruct). What was found is kept as `results/NAME.json`
-beside this file, from which docs/subspaces.md is made. Directions are learned of pairs of half of the templates of
-indirect object identification that the model solves, and judged on those of the others.
+beside this file, from which docs/subspaces.md is made. Directions are learned, as in the paper, of pairs of the first
+two templates of indirect object identification, and judged on those of all others that the model solves; once more by
+halves of the templates, as `uw.subspace` does by itself.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "circuits"))
 from measure import model_of, write
 
 RESULTS = Path(__file__).parent / "results"
-# Of every 56 pairs each template has 8; names change places in the source prompts, so S stays and its place does not.
-PAIRS, CHANGE = 168, "order"
+# Seven templates have as many pairs each; names change places in the source prompts, so S stays and its place does not.
+PAIRS, FEWER, CHANGE, FIRST = 224, 168, "order", ("t0", "t1")
 STATE, MLPS = "resid_post21", ("MLP20.act", "MLP21.act", "MLP22.act")
 # The heads whose queries say which of the two names is copied.
 MOVERS = ("L23H0", "L23H1", "L23H2", "L23H5", "L23H7")
@@ -45,21 +46,35 @@ SHOWN = ("full", "subspace", "row", "null", "mean", "gradient", "random", "arbit
 def measured(model: str) -> dict[str, Any]:
     """Learned directions of four sites with all controls, class means layer by layer, and queries kept in few."""
     lm = uw.load(model, dtype="float32")
-    pairs = solved(lm)
+    pairs, fewer = (solved(lm, n) for n in (PAIRS, FEWER))
+    learned = [label in FIRST for label in pairs.template or ()]
+    pairs, held = pairs.take(learned), pairs.take([not one for one in learned])
     queries = [f"{head}.q" for head in MOVERS]
-    found = uw.subspace(lm, pairs, [STATE, *MLPS], readers=queries)
-    sweep = uw.subspace(lm, pairs, STATES, method="mean", controls=["random"])
-    low = uw.subspace(lm, pairs, "+".join(queries), RANKS, method="svd", restrict=True)
-    about = {name: found.data.attrs[name] for name in ("learned_from", "templates", "solves", "looks", "cost")}
+    found, halves = (
+        uw.subspace(lm, some, [STATE, *MLPS], readers=queries, held=judged)
+        for some, judged in ((pairs, held), (fewer, "template"))
+    )
+    sweep = uw.subspace(lm, pairs, STATES, method="mean", controls=["random"], held=held)
+    low = uw.subspace(lm, pairs, "+".join(queries), RANKS, method="svd", restrict=True, held=held)
     return {
-        **model_of(found), **about, "held": found.data.sizes["pair"], "labels": sorted({*(pairs.template or ())}),
-        "sites": sites(found), "sweep": sites(sweep), "low": ranks(low),
-    }  # fmt: skip
+        **model_of(found),
+        **about(found),
+        "sites": sites(found),
+        "sweep": sites(sweep),
+        "low": ranks(low),
+        "halves": {**about(halves), "sites": sites(halves)},
+    }
 
 
-def solved(lm: Any) -> uw.Pairs:
+def about(found: uw.Result) -> dict[str, Any]:
+    """Of how many pairs bases are, and by which templates they are judged."""
+    own = {name: found.data.attrs[name] for name in ("learned_from", "templates", "solves", "looks", "cost")}
+    return {**own, "held": found.data.sizes["pair"], "labels": sorted({*map(str, found["template"].values)})}
+
+
+def solved(lm: Any, n: int) -> uw.Pairs:
     """Pairs of the templates that the model solves."""
-    pairs = uw.tasks.ioi(PAIRS, lm.tokenizer, change=CHANGE, bos=False)
+    pairs = uw.tasks.ioi(n, lm.tokenizer, change=CHANGE, bos=False)
     rates = uw.solves(lm, pairs)["accuracy"].to_series()
     good = {str(label) for label, rate in rates.items() if rate >= SOLVED}
     return pairs.take([label in good for label in pairs.template or ()])
