@@ -62,6 +62,7 @@ def _estimated(method: str) -> Method:
 
 
 _FEW: dict[str, Any] = {"penalty": 0.1, "seeds": 2, "steps": 3, "held": "pair", "draws": 2}
+_LEARNED: dict[str, Any] = {"seeds": 2, "steps": 3, "held": "pair", "draws": 2}
 # The first word is the public name.
 METHODS: dict[str, Method] = {
     "scan": lambda lm, **kept: uw.scan(lm, IDS, **kept),
@@ -79,6 +80,7 @@ METHODS: dict[str, Method] = {
     "effects ig": _estimated("ig"),
     "solves": lambda lm, **kept: uw.solves(lm, PAIRS, **kept),
     "mask": lambda lm, **kept: uw.mask(lm, FOUR, there(lm, *HEADS), "last", **{**_FEW, **kept}),
+    "subspace": lambda lm, **kept: uw.subspace(lm, FOUR, ["resid_pre0", *there(lm, "MLP0")], **{**_LEARNED, **kept}),
     "paths": lambda lm, **kept: uw.paths(lm, PAIRS, "heads", ["L1H0.v", "MLP1", "logits"], "frozen", **kept),
     "paths recompute": lambda lm, **kept: uw.paths(lm, PAIRS, "heads", ["L1H0.v", "MLP1", "logits"], **kept),
     "paths eap-ig": lambda lm, **kept: uw.paths(lm, PAIRS, "all", "all", method="eap-ig", steps=2, **kept),
@@ -98,6 +100,9 @@ VARIANTS: dict[str, Method] = {
     "survival raw": lambda lm, **kept: uw.survival(lm, IDS, ["L0H0"], "raw", ["rotated"], 1, **kept),
     "effects states": lambda lm, **kept: uw.effects(lm, PAIRS, ["embed", "L1.attn_out", "L1H0.k"], **kept),
     "effects roles": lambda lm, **kept: uw.effects(lm, ROLES, there(lm, *HEADS), ["a", "end"], metric="match", **kept),
+    "subspace kept": lambda lm, **kept: uw.subspace(
+        lm, FOUR, "resid_post0", method="svd", restrict=True, held="pair", draws=2, **kept
+    ),
     "effects kl": lambda lm, **kept: uw.effects(lm, PAIRS, HEADS, "all", metric="kl", source="mean", **kept),
     "effects atp prob": lambda lm, **kept: uw.effects(lm, PAIRS, method="atp", metric="prob", **kept),
     "effects net": lambda lm, **kept: uw.effects(lm, PAIRS, method="net", **kept),

@@ -133,6 +133,7 @@ ONCE: dict[str, Case] = {
     "corpus_dla, next": lambda lm: uw.corpus_dla(lm, IDS, "L0H0", ["L1H0"], logit="next token"),
     "own metric": lambda lm: uw.effects(lm, pairs(), HEADS, metric=own, source="zero"),
     "prob, resample": lambda lm: uw.effects(lm, of_tensors(lm), HEADS, at="all", metric="prob", source="resample"),
+    "subspace": lambda lm: uw.subspace(lm, pairs(), ["MLP0.act", "L0H1.z"], held="pair", seeds=1, steps=2, draws=1),
     "an infinity": lambda lm: infinite(lm),
     "scan in buckets": lambda lm: in_buckets(lm),
 }

@@ -41,7 +41,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 every_shape = pytest.mark.parametrize("family", SHAPES)
 # Kinds of nodes that a family shows nowhere, or that a mixture of experts does not have.
-MISSING = {"mixtral": ("neurons",)}
+MISSING = {"mixtral": ("neurons", "act")}
 METHODS = ("exact", "atp", "atp*", "relp", "ig", "direct", "net")
 
 

@@ -181,6 +181,12 @@ def calls() -> dict[str, Call]:
             {"keep": "None Pairs", "penalty": "3 2**70 0.5 3.0 np.int64 np.float32", "held": "Pairs", "seeds": _COUNTS,
              "draws": _COUNTS, "lr": "0.5 np.float32"}, long=True,
         ),
+        "subspace": Call(
+            uw.subspace, {**asked, "site": "resid_post0", "held": "pair", "steps": 1, "draws": 1, "seeds": 1},
+            {"held": "Pairs", "classes": "None generator range", "readers": "None", "method": "",
+             "lr": "0.5 np.float32", "site": "", "restrict": "True False", "controls": _NONE_OF_ANY,
+             **dict.fromkeys(("k", "seeds", "draws"), _COUNTS)}, long=True,
+        ),
         "circuit": Call(
             uw.circuit, {**asked, "order": ["L0H0"], "draws": 1},
             {"order": "Result_of_effects", "sizes": "None range", "given": _NONE_OF_ANY,
@@ -264,7 +270,8 @@ def calls() -> dict[str, Call]:
 
 NAMES = (
     "load", "planted", "text", "images", "pairs", "read", "scan", "verify", "survival", "dla", "adversarial",
-    "corpus_dla", "lens", "attention", "activations", "effects", "solves", "mask", "circuit", "Circuit",
+    "corpus_dla", "lens", "attention", "activations", "effects", "solves", "mask", "subspace", "circuit",
+    "Circuit",
     "Circuit.looking", "Circuit.save", "overlap", "beside", "paths", "bound", "compare",
     "agree", "diff", "readers", "audit", "reproduce", "doctor", "trace", "sae", "trace[]", "Edit", "Edit.set",
     "Edit.mean", "Edit.add", "Edit.scale", "Edit.project_out", "Job", "Rules", "Result", "Result[]", "Result.figure",

@@ -300,6 +300,9 @@ OF_ALL: dict[str, Callable[[Model, Any], uw.Result]] = {
     "paths mean": lambda lm, source: uw.paths(lm, {"base": source, "source": source, "answer": " s"}, source="mean"),
     "bound": bounded,
     "circuit": lambda lm, source: uw.circuit(lm, (source, changed(source), " s", "ed"), ["L0H0"], draws=1, gates=False),
+    "subspace": lambda lm, source: uw.subspace(
+        lm, (source, changed(source), " s", "ed"), "resid_post0", method="gradient", held="pair", draws=1
+    ),
     "mask": lambda lm, source: uw.mask(
         lm, (source, changed(source), " s", "ed"), ("L0H0",), "last", held="pair", steps=1, seeds=1, draws=1
     ),

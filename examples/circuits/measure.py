@@ -159,19 +159,19 @@ def keep(doc: str, measured: Callable[[str], dict[str, Any]], what: str = "") ->
     write(measured(asked.model), asked.name, what)
 
 
-def write(found: dict[str, Any], name: str, what: str = "") -> None:
+def write(found: dict[str, Any], name: str, what: str = "", folder: Path = RESULTS) -> None:
     """Keep `what` was found of a model."""
-    RESULTS.mkdir(exist_ok=True)
-    _file(name, what).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    folder.mkdir(exist_ok=True)
+    _file(name, what, folder).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-def kept(name: str, what: str = "") -> dict[str, Any]:
+def kept(name: str, what: str = "", folder: Path = RESULTS) -> dict[str, Any]:
     """`what` was found of a model."""
-    return json.loads(_file(name, what).read_text("utf-8"))
+    return json.loads(_file(name, what, folder).read_text("utf-8"))
 
 
-def _file(name: str, what: str) -> Path:
-    return RESULTS / f"{'-'.join(filter(None, (name, what)))}.json"
+def _file(name: str, what: str, folder: Path) -> Path:
+    return folder / f"{'-'.join(filter(None, (name, what)))}.json"
 
 
 def kept_curves(found: dict[str, Any], which: str, sizes: tuple[int, ...] = SIZES) -> pd.DataFrame:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from unwrite.methods.paths import paths as paths
     from unwrite.methods.scan import scan as scan
     from unwrite.methods.solves import solves as solves
+    from unwrite.methods.subspace import subspace as subspace
     from unwrite.methods.survival import survival as survival
     from unwrite.methods.verify import verify as verify
     from unwrite.model.images import images as images
@@ -85,6 +86,7 @@ _PUBLIC = {
     "sae": "unwrite.run.edit.sae",
     "scan": "unwrite.methods.scan",
     "solves": "unwrite.methods.solves",
+    "subspace": "unwrite.methods.subspace",
     "survival": "unwrite.methods.survival",
     "text": "unwrite.prompts.texts",
     "trace": "unwrite.run.edit.trace",

@@ -76,7 +76,7 @@ KINDS: dict[str, Kind] = {
     "bias": Kind("L{layer}.bias", writes=True),
     "attn_out": Kind("L{layer}.attn_out", "layer", "attn_out", (r"blocks\.(\d+)\.hook_attn_out",), sends=True),
     "mid": Kind("resid_mid{layer}", "layer", "resid", (r"blocks\.(\d+)\.hook_resid_mid",)),
-    "act": Kind("MLP{layer}.act", also=(r"blocks\.(\d+)\.mlp\.hook_post",)),
+    "act": Kind("MLP{layer}.act", "layer", "act", (r"blocks\.(\d+)\.mlp\.hook_post",)),
     "neuron": Kind("MLP{layer}.act[{head}]", "neuron", "neurons"),
     "mlp": Kind(
         "MLP{layer}", "layer", "mlp_out", (r"blocks\.(\d+)\.hook_mlp_out",), writes=True, sends=True, receives=True
@@ -91,10 +91,10 @@ _STATES = ("pre", "mid", "late", "post")
 PROJECTED = ("head", "mixer")
 # An MLP, and what another module adds beside it, as the experts that all tokens share, or after it.
 MLPS = ("mlp", "beside")
+_TOGETHER = "heads q k v shared_k shared_v attn_out mlp_out act neurons resid embed"
 # What `uw.effects` can be asked of: a group and the kinds in it.
 GROUPS: dict[str, tuple[str, ...]] = {
-    group: tuple(name for name, kind in KINDS.items() if kind.group == group)
-    for group in ("heads", "q", "k", "v", "shared_k", "shared_v", "attn_out", "mlp_out", "neurons", "resid", "embed")
+    group: tuple(name for name, kind in KINDS.items() if kind.group == group) for group in _TOGETHER.split()
 }
 
 

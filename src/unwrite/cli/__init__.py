@@ -37,7 +37,7 @@ from unwrite.cli.options import (
 )  # fmt: skip
 from unwrite.cli.patch import bound, diff, paths
 from unwrite.cli.survival import readers, survival
-from unwrite.cli.tasks import mask, solves, tasks
+from unwrite.cli.tasks import mask, solves, subspace, tasks
 from unwrite.cli.voice import Voice, event, fail
 from unwrite.errors import Stopped, UnwriteError
 from unwrite.files import version
@@ -295,6 +295,7 @@ _command(circuit)
 _command(overlap)
 _command(tasks)
 _command(mask)
+_command(subspace)
 _command(lens)
 _command(attention)
 _command(paths)

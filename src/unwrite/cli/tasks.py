@@ -1,4 +1,4 @@
-"""Which tasks are there, does a model do one, and which nodes carry what is another in it?"""
+"""Which tasks are there, does a model do one, and which nodes, or directions of a site, carry what is another in it?"""
 
 from __future__ import annotations
 
@@ -97,3 +97,45 @@ def mask(
         )
 
     common.produce(lm, lambda _: asked.base, method)
+
+
+@spread
+def subspace(
+    model: ModelName,
+    site: Annotated[str, typer.Option("--site", help="resid_post21, MLP20.act, L0H1.q+L0H2.q; several by commas.")],
+    pairs: Annotated[
+        Path | None, typer.Option("--pairs", metavar="FILE", help="Pairs, as for effects; held out pair by pair.")
+    ] = None,
+    task: TaskName = None,
+    change: ChangeName = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="Pairs of the task.")] = 112,
+    seed: TaskSeed = 0,
+    k: Annotated[int, typer.Option("-k", min=1, help="Directions.")] = 1,
+    at: Annotated[str, typer.Option("--at", help="The role at which the site is looked at.")] = "end",
+    method: Annotated[str, typer.Option("--method", help="das (learned), mean, svd or gradient.")] = "das",
+    readers: Annotated[str | None, typer.Option("--readers", help="Who reads a state: L23H0.q,L23H1.q.")] = None,
+    restrict: Annotated[
+        bool, typer.Option("--restrict", help="Keep these directions alone, with --method svd: are so few enough?")
+    ] = False,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Fits of each site.")] = 3,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Of the optimiser.")] = 100,
+    controls: Annotated[str, typer.Option("--controls", help="Some of random,arbitrary,untrained; or none.")] = (
+        "random,arbitrary,untrained"
+    ),
+    common: Common = COMMON,
+) -> None:
+    """Directions of a site that carry what base and source prompts differ in, with the controls of an illusion."""
+    from unwrite.methods.subspace import subspace as run
+
+    lm = common.load(model)
+    asked = pairs_in(lm, pairs, task, change, n, seed, common.bos)
+    sites = site if "," not in site else listed(site)
+    held = "template" if len({*(asked.template or ())}) > 1 else "pair"
+
+    def method_(_: Tokens, listener: Listener, job: Job) -> Result:
+        return run(
+            lm, asked, sites or site, k, at, method, listed(readers), restrict, seeds, steps, held=held,
+            controls=[] if controls == "none" else listed(controls) or [], checkpoint=job, listener=listener,
+        )  # fmt: skip
+
+    common.produce(lm, lambda _: asked.base, method_)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 from collections.abc import Callable
@@ -162,6 +163,23 @@ def outline(source: str | Path, dtype: torch.dtype | str | None = None) -> Model
     except Exception:  # noqa: BLE001 - what is wrong with it is said when it is loaded
         return None
     return Model(hf, None, text_config(config).model_type, row, "paper", {"name": _called(source)})
+
+
+def untrained(lm: Model, seed: int = 0) -> Model:
+    """A model of the same configuration with the weights that its class begins training with.
+
+    Raises ModelError where its class makes none by itself, as where a wrapper has changed its modules.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            attention = lm.config._attn_implementation
+            hf = type(lm.hf)._from_config(copy.deepcopy(lm.hf.config), dtype=lm.dtype, attn_implementation=attention)
+        return view(hf.to(lm.device).eval(), lm.tokenizer, lm.convention, name=f"{lm.about.get('name')}, untrained")
+    except UnwriteError:
+        raise
+    except Exception as error:
+        raise ModelError(f"a {type(lm.hf).__name__} makes no untrained copy of itself", got=error) from error
 
 
 def quieten() -> None:

@@ -13,7 +13,20 @@ import xarray as xr
 
 from unwrite.errors import ResultError, plain
 from unwrite.report import alerts as careful
-from unwrite.report import audited, believed, found, kept, looked, masked, patched, steps, survived, verdict, verified
+from unwrite.report import (
+    aligned,
+    audited,
+    believed,
+    found,
+    kept,
+    looked,
+    masked,
+    patched,
+    steps,
+    survived,
+    verdict,
+    verified,
+)
 from unwrite.report.alerts import Alert
 from unwrite.report.columns import Column, Line, Listing, listed
 from unwrite.report.scanned import HEADER, disagreements, folded_line, rows, soundness, texts
@@ -208,6 +221,7 @@ VIEWS: dict[str, MethodView] = {
     "solves": MethodView(patched.solving, _one(patched.RATES, patched.rates, True), picture="bars", of=("accuracy",)),
     "mask": MethodView(masked.sentence, _masked, picture="heatmap", of=("best_gain",), full=1.0),
     "readers": MethodView(steps.sentence, steps.parts, picture="heatmap", of=("wrote_all",), full=1.0),
+    "subspace": MethodView(aligned.sentence, aligned.parts, picture="bars", of=("fldd", "kept")),
     "agree": MethodView(patched.agreed, picture="bars", of=("pearson",)),
     "bound": MethodView(patched.bounded, picture="heatmap", of=("upper",)),
     "paths": MethodView(patched.along, _one(patched.EDGES, patched.edges), picture="matrix", matrix="effect"),

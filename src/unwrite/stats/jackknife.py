@@ -35,25 +35,28 @@ def interval(sums: Float[np.ndarray, "moment cluster k"]) -> tuple[float, float]
     return float(low), float(high)
 
 
-def reach(without: Float[np.ndarray, "cluster ..."]) -> Float[np.ndarray, "..."]:
+def reach(without: Float[np.ndarray, "cluster ..."], looks: int = 1) -> Float[np.ndarray, "..."]:
     """Half of the t interval of a statistic, from its values without each of n clusters.
 
-    t_{n−1} · SE, SE² = (n − 1)/n · Σ (θ_i − mean θ_i)².
+    t_{n−1} · SE, SE² = (n − 1)/n · Σ (θ_i − mean θ_i)²; of several `looks` so wide that all hold together (Bonferroni).
     """
     n = len(without)
     error = np.sqrt((n - 1) / n * ((without - without.mean(0)) ** 2).sum(0))
-    return np.asarray(stats.t.ppf(_LEVEL, n - 1) * error)
+    return np.asarray(stats.t.ppf(1 - (1 - _LEVEL) / looks, n - 1) * error)
 
 
 def ratio(
-    above: Float[np.ndarray, "pair ..."], below: Float[np.ndarray, " pair"], cluster: Int[np.ndarray, " pair"]
+    above: Float[np.ndarray, "pair ..."],
+    below: Float[np.ndarray, " pair"],
+    cluster: Int[np.ndarray, " pair"],
+    looks: int = 1,
 ) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
     """Σ above / Σ below, never the mean of ratios, and its 95 % interval, whole clusters being left out.
 
-    NaN for fewer than three clusters. `cluster` counts them from 0.
+    NaN for fewer than three clusters. `cluster` counts them from 0; `looks` as in `reach`.
     """
     whole, without = with_each_left_out(above, below, cluster)
-    low, high = around(whole, without)
+    low, high = around(whole, without, looks)
     return whole, low, high
 
 
@@ -72,11 +75,11 @@ def with_each_left_out(
 
 
 def around(
-    whole: Float[np.ndarray, "..."], without: Float[np.ndarray, "cluster ..."]
+    whole: Float[np.ndarray, "..."], without: Float[np.ndarray, "cluster ..."], looks: int = 1
 ) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
     """The 95 % interval of a statistic, from its values without each of the clusters; NaN for fewer than three."""
     n = len(without)
     if n < _FEWEST_OF_RATIO:
         return np.full_like(whole, np.nan), np.full_like(whole, np.nan)
-    middle, half = (n * whole - (n - 1) * without).mean(0), reach(without)
+    middle, half = (n * whole - (n - 1) * without).mean(0), reach(without, looks)
     return np.asarray(middle - half), np.asarray(middle + half)

@@ -72,17 +72,17 @@ def arranged(
 
 
 def matched(
-    hits: Bool[np.ndarray, "*rest pair"], cluster: Int[np.ndarray, " pair"]
+    hits: Bool[np.ndarray, "*rest pair"], cluster: Int[np.ndarray, " pair"], looks: int = 1
 ) -> tuple[Float[np.ndarray, "*rest"], Float[np.ndarray, "*rest"], Float[np.ndarray, "*rest"]]:
     """Rates of hits, with the wider of Wilson's interval over pairs and of the jackknife's over clusters of them.
 
     The jackknife has no width where all clusters agree, and Wilson's takes pairs of one template for independent. NaN
-    for fewer than three clusters.
+    for fewer than three clusters. Of several `looks` so wide that all of them hold together.
     """
     above = np.moveaxis(hits.astype(float), -1, 0)
-    rate, low, high = ratio(above, np.ones(len(above)), cluster)
+    rate, low, high = ratio(above, np.ones(len(above)), cluster, looks)
     counts = hits.sum(-1)
-    ends = np.array([wilson(int(n), hits.shape[-1]) for n in counts.ravel()]).reshape(*counts.shape, 2)
+    ends = np.array([wilson(int(n), hits.shape[-1], looks) for n in counts.ravel()]).reshape(*counts.shape, 2)
     return rate, np.maximum(np.minimum(low, ends[..., 0]), 0.0), np.minimum(np.maximum(high, ends[..., 1]), 1.0)
 
 

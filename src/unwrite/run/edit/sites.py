@@ -101,8 +101,6 @@ def _refusal(lm: Model, site: Site) -> str | None:
     layer, part = lm.layers[site.layer], site.kind.removeprefix("shared_")
     if (why := _lacks(lm, site.kind, layer)) is not None:
         return why
-    if site.kind in ("act", "neuron") and last_projection(lm, layer) is None:
-        return "an MLP with one last projection; this one is a mixture of experts"
     if (count := _count(lm, site.kind, layer)) is not None and not 0 <= site.head < count:
         return f"a {'neuron' if site.kind == 'neuron' else 'head'} from 0 to {count - 1}"
     if part in ("q", "k") and not is_called(lm) and part not in lm.row.opened(lm.config):
@@ -121,6 +119,8 @@ def _lacks(lm: Model, kind: str, layer: Layer) -> str | None:
         return "what writes beside its MLP; this layer has nothing like it"
     if kind in ("act", "neuron", "mlp") and not layer.has_mlp:
         return "an MLP; this layer has none"
+    if kind in ("act", "neuron") and last_projection(lm, layer) is None:
+        return "an MLP with one last projection; this one is a mixture of experts"
     if kind == "v_input" and layer.values_of is not None:
         return f"a layer with values of its own; this one has those of layer {layer.values_of.index}"
     if kind in ("v_input", "pattern", "z") or KINDS[kind].group in ("q", "k", "v", "shared_k", "shared_v"):

@@ -5,7 +5,8 @@ A patch puts a node's value of another run in the place of its own. Kinds, with 
 heads      "L2H3", "L2M3" z, what a head hands to W_O          q, k, v             "L2H3.q"  a query head's own copy
 attn_out   "L2.attn_out"  all that a layer's attention writes  shared_k, shared_v  "L2KV1.k" what its group shares
 mlp_out    "MLP2"         what an MLP writes                   neurons             "MLP2.act[17]"
-resid      "resid_mid2"   a state of the stream                embed               "embed" the embeddings
+act        "MLP2.act"     all of its hidden activations        embed               "embed" the embeddings
+resid      "resid_mid2"   a state of the stream
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from unwrite.model.hooks import Point, Visit, before, hooked, kept, visited
 from unwrite.model.placed import decode
 from unwrite.model.softmax import per_query_head
 from unwrite.model.view import Model
-from unwrite.nodes import GROUPS, KINDS, Site
+from unwrite.nodes import GROUPS, KINDS, MLPS, Site
 from unwrite.run.edit.place import Inner, Place, as_one
 from unwrite.run.edit.sites import all_named, every, place, unit_of
 
@@ -65,6 +66,11 @@ class Slot:
     def joined(self) -> bool:
         """Does the value hold the state that the block reads as well: is it one between attention and MLP?"""
         return self.kind == "mid"
+
+    @property
+    def streams(self) -> bool:
+        """Are its values vectors of the stream: states of it, or what is added to it?"""
+        return self.kind in (*_STATES, "mid", "attn_out", *MLPS)
 
     @property
     def lasting(self) -> bool:

@@ -14,7 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from unwrite.model.continued import Calls
-from unwrite.run.edit.slots import Values
+from unwrite.model.fold import centre
+from unwrite.run.edit.slots import Slot, Values
 from unwrite.run.replay.clean import Base
 from unwrite.run.replay.walk import Runs, Setting, settled
 
@@ -63,3 +64,54 @@ def blend(base: Base, source: Values, gate: Int[Tensor, "pair position"]) -> Ble
     gate = gate.to(base.row.device)
     start, end = base.begin(int((gate >= 0).any(0).int().argmax())), base.end(base.row)
     return Blend(base, source, gate, start, end, base.calls(start, end))
+
+
+@dataclass(frozen=True, eq=False)
+class Interchange:
+    """Base runs of some pairs in which the units of a slot may be set at one row each, `row`, to any value.
+
+    Values are [coordinate], those of all units behind one another: `own` what they are in the base run, `there` in the
+    source run, as a trace shows them (in the stream of some models without their mean, which nothing reads). Only rows
+    from the first of these to the last that is read are run.
+    """
+
+    base: Base
+    slot: Slot
+    row: Int[Tensor, " pair"]
+    own: Float[Tensor, "pair coordinate"]
+    there: Float[Tensor, "pair coordinate"]
+    start: int
+    end: int
+    calls: Calls
+
+    @property
+    def rows(self) -> int:
+        """Rows that each run brings."""
+        return self.end - self.start
+
+    @property
+    def change(self) -> Float[Tensor, "pair coordinate"]:
+        """What another one of the source prompt is at the site."""
+        return self.there - self.own
+
+    def finals(self, value: Float[Tensor, "run coordinate"], pair: Int[Tensor, " run"]) -> Float[Tensor, "run d_model"]:
+        """The final stream, at the read row, of runs of these pairs with these values, part of their graph."""
+        runs = Runs(self.base, pair, [self.slot.layer] * len(pair), self.start, self.end, self.calls)
+        here = torch.arange(self.start, self.end, device=pair.device) == self.row[pair, None]
+        units = len(self.slot.units)
+        values = value.view(len(pair), 1, units, -1).expand(-1, self.rows, -1, -1)
+        return settled(runs, [Setting(self.slot, here[..., None].expand(-1, -1, units), lambda: values)])
+
+
+def interchange(base: Base, source: Values, row: Int[Tensor, " pair"]) -> dict[Slot, Interchange]:
+    """The runs of a base in which a slot is set at a row of each pair, by slot; `source` as `placed` has it."""
+    row = row.to(base.row.device)
+    start, end = base.begin(int(row.min())), base.end(base.row)
+    calls, pair = base.calls(start, end), torch.arange(len(row), device=row.device)
+    made = {}
+    for slot in source:
+        own, there = (part[slot][pair, row].to(base.lm.compute_dtype) for part in (base.values, source))
+        if slot.streams:
+            own, there = (centre(part, base.lm) for part in (own, there))
+        made[slot] = Interchange(base, slot, row, own.flatten(1), there.flatten(1), start, end, calls)
+    return made
