@@ -34,7 +34,7 @@ _ROWS = {
     "agree": ("reading", "group"), "paths": ("pair", "sender", "receiver", "role"), "bound": ("pair",),
     "lens": ("prompt", "location", "position"), "attention": ("prompt", "head", "query", "key"),
     "activations": ("prompt", "position"), "solves": ("pair",), "mask": ("penalty", "node", "position", "role"),
-    "circuit": ("order", "by", "size"), "overlap": ("top", "stage"),
+    "circuit": ("order", "by", "size"), "channels": ("writer", "reader", "side"), "overlap": ("top", "stage"),
 }  # fmt: skip
 VERSIONS = ("unwrite", "torch", "transformers", "numpy", "xarray")
 # A spreadsheet takes a cell that begins with one of these for a formula, some also the full-width forms.

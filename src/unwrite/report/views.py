@@ -13,7 +13,19 @@ import xarray as xr
 
 from unwrite.errors import ResultError, plain
 from unwrite.report import alerts as careful
-from unwrite.report import audited, believed, found, kept, looked, masked, patched, survived, verdict, verified
+from unwrite.report import (
+    audited,
+    believed,
+    channels,
+    found,
+    kept,
+    looked,
+    masked,
+    patched,
+    survived,
+    verdict,
+    verified,
+)
 from unwrite.report.alerts import Alert
 from unwrite.report.columns import Column, Line, Listing, listed
 from unwrite.report.scanned import HEADER, disagreements, folded_line, rows, soundness, texts
@@ -198,6 +210,9 @@ VIEWS: dict[str, MethodView] = {
     "effects": _EFFECTS,
     "compare": _EFFECTS,
     "circuit": MethodView(kept.sentence, kept.curves, picture="curve", of=("faithfulness",)),
+    "channels": MethodView(
+        channels.sentence, _one(channels.HEADER, channels.lines), picture="bars", of=("effect", "best")
+    ),
     "Circuit": MethodView(kept.listed, picture="circuit", of=("score",)),
     "beside": MethodView(kept.opposing, kept.beside, picture="bars", of=("direct", "total")),
     "overlap": MethodView(

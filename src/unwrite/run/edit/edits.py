@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from unwrite.errors import NodeError, finite, several, shown
@@ -39,9 +39,10 @@ class Edit:
     chosen, d], or [prompt, d] for one; for several sites, theirs as a trace stacks them), or a function of what is
     there at the chosen rows [prompt, chosen, d] (of a mask [row, d]) that gives a number or as many; `basis` one vector
     [d] or several [direction, d] that span what P keeps, a pair (read, write) of such tensors, P x = Σ (x · r_i) w_i,
-    or an autoencoder of `uw.sae`: its features then take the place of x, and its decoder that of P; `gain` as `source` but no function, or [prompt, position]; `at` the rows: a
-    position, several in increasing order, a slice, a mask [prompt, position], or for each prompt a row of its own, or
-    several in increasing order, as integers [prompt] or [prompt, chosen] (such as `pairs.roles["S2"]`). Positions count
+    or an autoencoder of `uw.sae`: its features then take the place of x, and its decoder that of P; `gain` as `source`
+    but no function, or [prompt, position]; `at` the rows: a position, several in increasing order, a slice, a mask
+    [prompt, position], or for each prompt a row of its own, or several in increasing order, as integers [prompt] or
+    [prompt, chosen] (such as `pairs.roles["S2"]`). Positions count
     from the start of the text also where a pass, in `generate`, brings only its newest token; negative ones count from
     the end of the text at each pass. The rows of a pattern are queries. Any tensor may require a gradient.
     Raises NodeError for a name, a basis or positions that mean nothing.
