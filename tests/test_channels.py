@@ -15,7 +15,7 @@ import tiny
 import unwrite as uw
 from executed import exact, weights
 from methods import IDS, PAIRS
-from unwrite.errors import ModelError, NodeError, NumericError, ResultError
+from unwrite.errors import NodeError, NumericError, ResultError
 from unwrite.model.channels import compared
 from unwrite.model.load import view
 from unwrite.model.queries import turned
@@ -181,7 +181,7 @@ def test_scores_are_those_of_whole_products_by_hand(family: str) -> None:
 
 @cache
 def planted() -> Model:
-    """Width 64, heads of 8: L1H0's queries read one direction, what the third channel of L0H0 writes. All else chance."""
+    """Width 64, heads of 8: L1H0's queries read one direction, what the third channel of L0H0 writes. Else chance."""
     hf = weights("llama", 2, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, hidden_size=64,
                  head_dim=8, attention_bias=False)  # fmt: skip
     with torch.no_grad():

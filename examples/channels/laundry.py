@@ -4,7 +4,7 @@
 
 MODEL is a folder or a hub name (google/gemma-3-270m). What was found is kept as `results/NAME-laundry.json` beside this
 file, from which docs/channels.md is made. The head, and the factor by which what it writes at the last token is
-multiplied, are chosen on lists of other items in other templates than those on which they are shown; then the two halves
+multiplied, are chosen on lists of other items in other templates than those on which they are shown; then the halves
 change places (Merullo, Eickhoff and Pavlick 2024, arXiv 2406.09519, who moved a subspace of GPT-2's inhibition heads).
 """
 
@@ -59,7 +59,7 @@ def fold(lm: Any, half: int) -> dict[str, Any]:
 
 
 def shown(lm: Any, half: int, k: int, head: str, near: list[str], factor: float) -> dict[str, Any]:
-    """Lists of one length: right as the model is, without the head, by each factor, and with each head near it scaled."""
+    """Lists of one length: how many are right by each factor, and with each of the heads near it scaled."""
     pairs = lists(lm, half, k, PAIRS)
     every = right(lm, pairs, [*(scaled(head, c) for c in FACTORS), *(scaled(one, factor) for one in near)])
     plain, best = (every[FACTORS.index(c)] for c in (1.0, factor))
