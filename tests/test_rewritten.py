@@ -148,7 +148,11 @@ def test_values_of_a_group_are_changed_for_all_of_its_heads() -> None:
 def test_edits_of_one_site_come_in_the_order_of_a_run() -> None:
     lm, wide = model(), model().layers[1].head_dim
     edits = [uw.Edit("L1H1.z", beta=2.0, basis=(normal(wide, seed=i), normal(wide, seed=9 - i))) for i in range(2)]
-    edits += [uw.Edit.scale("L1.z", 0.5), uw.Edit.project_out("MLP1.act", normal(recorded(lm, "MLP1.act").shape[-1]))]
+    edits += [
+        uw.Edit.scale("L1.z", 0.5),
+        uw.Edit.scale("MLP0.act[3]", -2.0),
+        uw.Edit.project_out("MLP1.act", normal(recorded(lm, "MLP1.act").shape[-1])),
+    ]
     run = logits(lm, edits)
     with uw.rewritten(lm, edits):
         torch.testing.assert_close(logits(lm), run, rtol=0, atol=1e-12)

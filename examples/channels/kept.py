@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 import unwrite as uw
 
@@ -34,6 +37,15 @@ def model_of(found: uw.Result) -> dict[str, Any]:
     record = found.provenance
     model = {name: record["model"][name] for name in ("family", "layers", "heads", "d_model", "weights")}
     return {"model": model, "versions": record["versions"]}
+
+
+def alike(lm: Any, pairs: uw.Pairs, most: int = 32) -> Iterator[tuple[np.ndarray, torch.Tensor, Any]]:
+    """Pairs whose base prompts are of one length: which, their ids, and what is kept of all but the last token."""
+    for length in np.unique(pairs.base.lengths):
+        every = np.flatnonzero(pairs.base.lengths == length)
+        for rows in np.split(every, range(most, len(every), most)):
+            ids = torch.from_numpy(pairs.base.ids[rows, :length])
+            yield rows, ids, lm.decoder(input_ids=ids[:, :-1], use_cache=True).past_key_values
 
 
 def _file(name: str, what: str) -> Path:

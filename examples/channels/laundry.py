@@ -11,13 +11,12 @@ change places (Merullo, Eickhoff and Pavlick 2024, arXiv 2406.09519, who moved a
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from kept import keep, model_of
+from kept import alike, keep, model_of
 
 import unwrite as uw
 
@@ -85,22 +84,13 @@ def scaled(head: str, factor: float) -> tuple[uw.Edit, ...]:
 def right(lm: Any, pairs: Any, every: list[tuple[uw.Edit, ...]]) -> list[np.ndarray]:
     """Under each of several edits: is the answer above all other choices? All that lies before the end is run once."""
     found = [np.zeros(len(pairs), bool) for _ in every]
-    for rows in alike(pairs):
-        ids = torch.from_numpy(pairs.base.ids[rows, : pairs.base.lengths[rows[0]]])
-        before = lm.decoder(input_ids=ids[:, :-1], use_cache=True).past_key_values
+    for rows, ids, before in alike(lm, pairs):
         for one, edits in zip(found, every, strict=True):
             with uw.trace(lm, edits=edits):
                 logits = lm.hf(ids[:, -1:], past_key_values=copy.deepcopy(before), use_cache=True).logits[:, -1]
             choices = np.take_along_axis(logits.numpy(), np.asarray(pairs.choices)[rows], 1)
             one[rows] = choices[:, 0] > choices[:, 1:].max(1)
     return found
-
-
-def alike(pairs: Any, most: int = 30) -> Iterator[np.ndarray]:
-    """Rows of prompts of one length, so many at a time."""
-    for length in np.unique(pairs.base.lengths):
-        rows = np.flatnonzero(pairs.base.lengths == length)
-        yield from np.split(rows, range(most, len(rows), most))
 
 
 def rate(one: np.ndarray) -> float:

@@ -20,12 +20,12 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from unwrite.errors import NodeError, NumericError, ResultError, shown, whole
-from unwrite.model.channels import Reading, channels_in, readings
+from unwrite.model.channels import Listening, channels_in, readings
 from unwrite.model.load import provenance
 from unwrite.model.onednn import fast
 from unwrite.model.view import Model, require_model
 from unwrite.nodes import Node, choose
-from unwrite.result import Result, build, quantity, require_result
+from unwrite.result import Result, build, quantity
 from unwrite.stats.ranks import spearman
 
 SIDES = "qkv"
@@ -172,7 +172,7 @@ def _read(
     return found
 
 
-def _scored(write: Float[Tensor, "writer channel d_model"], by: Reading, head: int) -> tuple[np.ndarray, np.ndarray]:
+def _scored(write: Float[Tensor, "writer channel d_model"], by: Listening, head: int) -> tuple[np.ndarray, np.ndarray]:
     """The score of every channel, NaN of none, and the kernel of all that a writer can write."""
     space, weight = by.space[head], by.weight[head]
     along = write.to(space).nan_to_num() @ space
@@ -203,7 +203,9 @@ def _of_heads(score: np.ndarray, singular: np.ndarray) -> dict[str, np.ndarray]:
 
 def _executed(lm: Model, executed: Any, send: tuple[Node, ...], read: tuple[Node, ...], sides: str) -> xr.DataArray:
     """What executed edges do. Raises ResultError for another result, another model, and where there is none of them."""
-    require_result("executed", executed, "paths")
+    if not isinstance(executed, Result) or not {"sender", "receiver"} <= {*executed.data.dims}:
+        got = executed.method if isinstance(executed, Result) else shown(executed)
+        raise ResultError("executed is no result of uw.paths", got=got, fix="pass what uw.paths returns")
     if executed.provenance["model"]["weights"] != provenance(lm)["weights"]:
         raise ResultError("these edges are of another model", got="other weights", fix="run uw.paths with this one")
     mean = executed.data["mean"]

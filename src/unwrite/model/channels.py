@@ -41,7 +41,7 @@ class Channels:
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class Listening:
     """By one side of every head of a layer: `space`, orthonormal columns of what it reads, and how much along each.
 
     What it makes of x is as large as x · space · weight; `weight` has the norm 1.
@@ -74,7 +74,7 @@ def _require_fixed(lm: Model, layer: Layer) -> None:
                         expected="heads that write W_V W_O of what they read")  # fmt: skip
 
 
-def readings(lm: Model, layers: Sequence[Layer], side: str, offset: int) -> dict[int, Reading]:
+def readings(lm: Model, layers: Sequence[Layer], side: str, offset: int) -> dict[int, Listening]:
     """How heads of some layers read the stream by their queries ("q"), `offset` tokens behind a key; by "k" or "v".
 
     Raises NodeError for a side that a layer lacks.
@@ -83,7 +83,7 @@ def readings(lm: Model, layers: Sequence[Layer], side: str, offset: int) -> dict
         for layer in layers:
             _require_fixed(lm, layer)
         return {one.index: _reading(read_by_values(lm, one), folded(lm, one).w_o.mT) for one in layers}
-    found: dict[int, Reading] = {}
+    found: dict[int, Listening] = {}
     for index, how in turned(lm, list(layers), offset).items():
         query, key = compared(lm, lm.layers[index], how)
         found[index] = _reading(query, key) if side == "q" else _reading(key, query)
@@ -106,8 +106,8 @@ def compared(
     return both[0], both[1].repeat_interleave(layer.heads // layer.kv_heads, 0)
 
 
-def _reading(near: Float[Tensor, "head d_model width"], far: Float[Tensor, "head d_other width"]) -> Reading:
+def _reading(near: Float[Tensor, "head d_model width"], far: Float[Tensor, "head d_other width"]) -> Listening:
     """How near · farᵀ reads, by its near side."""
     space, weight = torch.linalg.qr(near)
     weight = weight @ torch.linalg.qr(far).R.mT
-    return Reading(space, weight / weight.flatten(1).norm(dim=1)[:, None, None])
+    return Listening(space, weight / weight.flatten(1).norm(dim=1)[:, None, None])

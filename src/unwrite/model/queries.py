@@ -33,7 +33,7 @@ _NOTHING, _BENT = 1e-6, 1e-2
 
 
 @dataclass(frozen=True, eq=False)
-class Made:
+class Maker:
     """The module that makes the queries of a layer's heads, or keys, and which of its outputs are those of each."""
 
     module: nn.Module
@@ -64,7 +64,7 @@ def unit_in(lm: Model, layer: Layer, part: str, head: int, module: nn.Module) ->
     return own // each * size + within[part]
 
 
-def made(lm: Model, layer: Layer, part: str) -> Made:
+def made(lm: Model, layer: Layer, part: str) -> Maker:
     """What makes queries ("q") or keys ("k") of a layer. Raises NodeError, with the reason, where nothing does."""
     heads = layer.heads if part == "q" else layer.kv_heads
     if (why := _lacks(lm, layer, part)) is not None:
@@ -72,11 +72,11 @@ def made(lm: Model, layer: Layer, part: str) -> Made:
     if sizes(layer.value)[1] > layer.kv_heads * layer.head_dim:
         first = range(layer.heads) if part == "q" else range(0, layer.heads, layer.heads // layer.kv_heads)
         places = torch.tensor([unit_in(lm, layer, part, head, layer.value) for head in first])
-        return Made(layer.value, places[:, None] * layer.head_dim + torch.arange(layer.head_dim))
+        return Maker(layer.value, places[:, None] * layer.head_dim + torch.arange(layer.head_dim))
     module = maybe(layer.attention, _beside(lm.row.of_layer(layer.index).value, part))
     if module is None or sizes(module)[1] % heads:
         raise _lacking(lm, layer, part, "no one projection beside that of its values makes them")
-    return Made(module, torch.arange(sizes(module)[1]).view(heads, -1))
+    return Maker(module, torch.arange(sizes(module)[1]).view(heads, -1))
 
 
 def _lacks(lm: Model, layer: Layer, part: str) -> str | None:
@@ -133,12 +133,12 @@ def turned(lm: Model, layers: list[Layer], offset: int) -> dict[int, Turned]:
     return {layer.index: _linear_part(lm, layer, makers[layer.index], seen[layer.index], reads) for layer in layers}
 
 
-def _eye(lm: Model, part: Made) -> Float[Tensor, "head width width"]:
+def _eye(lm: Model, part: Maker) -> Float[Tensor, "head width width"]:
     heads, width = part.columns.shape
     return torch.eye(width, dtype=lm.compute_dtype, device=lm.device).expand(heads, -1, -1)
 
 
-def _units(part: Made, wide: int, output: Tensor) -> Tensor:
+def _units(part: Maker, wide: int, output: Tensor) -> Tensor:
     """Nothing, each unit vector, and twice the first one, prompt by prompt, in the place of what each head gets."""
     heads, width = part.columns.shape
     units = torch.eye(wide, width, dtype=output.dtype, device=output.device)
@@ -149,7 +149,7 @@ def _units(part: Made, wide: int, output: Tensor) -> Tensor:
 
 
 def _linear_part(
-    lm: Model, layer: Layer, parts: tuple[Made, Made], seen: tuple[Tensor, Tensor], reads: dict[nn.Module, Tensor]
+    lm: Model, layer: Layer, parts: tuple[Maker, Maker], seen: tuple[Tensor, Tensor], reads: dict[nn.Module, Tensor]
 ) -> Turned:
     """What is linear in what was seen. Raises NodeError where nothing arrived, or another state is read."""
     found, bent = [], False

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from unwrite.errors import ModelError, NodeError, several, shown
 from unwrite.model.fold import value_columns
+from unwrite.model.hooks import Point
 from unwrite.model.projections import is_plain, matrix_of
 from unwrite.model.view import Layer, Model, require_model
 from unwrite.nodes import PROJECTED, Site
@@ -30,7 +31,6 @@ from unwrite.run.edit.trace import require_free
 
 Changes = Mapping[str, bases.Oblique] | Sequence[Edit] | Edit
 _EXPECTED = 'uw.Edit, several, or {"L2H3": (read, write)}, such as "MLP2" or "L2KV1.v"'
-_READ_BY = {"z": "head", "mixer_z": "mixer", "act": "mlp"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +117,18 @@ def _written_through(lm: Model, site: Site) -> _Part:
     raise NodeError(f"{site} stands for no weight", expected="L2H3, MLP2 with one last projection, or L2KV1.v")
 
 
+def _reading(lm: Model, site: Site) -> _Part | None:
+    """The part of a projection's weight that reads what is at a site; None where none does."""
+    point, layer, every = place(lm, site).point, lm.layers[site.layer], slice(None)
+    if not isinstance(point, Point) or not point.before:
+        return None
+    if layer.heads and point.module is layer.out_proj:
+        return _written_through(lm, Site(layer.kind, site.layer, site.head))
+    if not layer.has_mlp or point.module is not last_projection(lm, layer):
+        return None
+    return _Part(point.module, slice(site.head, site.head + 1) if site.head >= 0 else every, every)
+
+
 def _values(lm: Model, layer: Layer, site: Site) -> slice:
     """Which columns of what makes values are a head's. Raises NodeError for shared ones, and those of another layer."""
     group = site.head if site.kind == "shared_v" else site.head * layer.kv_heads // layer.heads
@@ -146,12 +158,11 @@ def _directions(site: Site, pair: bases.Oblique, shape: torch.Size) -> tuple[Ten
 def _of_edit(lm: Model, site: Site, edit: Edit) -> _Change:
     """What an edit of a projection's input is as a change of its weight. Raises NodeError for one that is none."""
     linear = edit.at is None and not edit.alpha and not isinstance(edit.basis, Sae)
-    if site.kind not in _READ_BY or not linear or isinstance(edit.gain, Tensor):
+    if (part := _reading(lm, site)) is None or not linear or isinstance(edit.gain, Tensor):
         raise NodeError(
             f"no weights can say the edit of {site}", expected="one of L2H3.z or MLP2.act, of all rows (at=None), "
             "without a source, its gain a number", fix="make it at run time, by uw.trace",
         )  # fmt: skip
-    part = _written_through(lm, Site(_READ_BY[site.kind], site.layer, site.head))
     wide = len(part.of(lm))
     read, write = _as_pair(edit.basis, wide)
     if read.shape[1] != wide:
