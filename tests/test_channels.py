@@ -15,6 +15,7 @@ import tiny
 import unwrite as uw
 from executed import exact, weights
 from methods import IDS, PAIRS
+from test_tracking import PLANTED, by_hand
 from unwrite.errors import NodeError, NumericError, ResultError
 from unwrite.model.channels import compared
 from unwrite.model.load import view
@@ -294,3 +295,67 @@ def test_a_saved_result_says_the_same(tmp_path: Any) -> None:
     again = uw.read(made.save(tmp_path))
     assert words(again) == words(made)
     assert made.table().shape[0] == made.data.sizes["writer"] * made.data.sizes["reader"] * 3
+
+
+# --- models that were trained -----------------------------------------------------------------------------------------
+
+
+def test_the_chain_of_a_model_made_by_hand_is_read_from_its_weights() -> None:
+    """D hands to C by its values, C to B by its values, and B says by the queries of A where to look."""
+    made = uw.channels(by_hand()).data
+    for writer, reader, side in (("D", "C", "v"), ("C", "B", "v"), ("B", "A", "q")):
+        one = made.sel(reader=PLANTED[reader], side=side)
+        assert one["rank"].sel(writer=PLANTED[writer]) == 1
+        # It reads four directions alike, and each channel writes one of them.
+        assert float(one["best"].sel(writer=PLANTED[writer])) == pytest.approx(0.5, abs=0.03)
+        assert float(one["generic_best"].sel(quantile=0.99)) < 0.3
+        others = one["best"].to_series().dropna().drop(PLANTED[writer])
+        assert (others < 0.1).all()
+
+
+@pytest.mark.real
+def test_induction_heads_read_previous_token_heads_by_their_keys(real: Any) -> None:
+    """SmolLM2: patterns name the heads, and then weights alone the edges between them."""
+    lm = uw.load(real / "smollm2-135m", dtype="float32")
+    made = uw.channels(lm, readers=["L17H4", "L18H6", "L20H6", "L23H2"], sides="qk", offset=19).data
+    for writer, reader in (("L16H0", "L17H4"), ("L16H0", "L18H6"), ("L19H3", "L20H6"), ("L22H1", "L23H2")):
+        one = made.sel(writer=writer, reader=reader)
+        assert int(one["rank"].sel(side="k")) == 1 < int(one["rank"].sel(side="q"))
+        assert float(one["best"].sel(side="k")) > 2 * made["generic_best"].sel(quantile=0.99, reader=reader, side="k")
+
+
+@pytest.mark.real
+def test_one_channel_of_a_real_head_turns_the_heads_that_it_inhibits(real: Any) -> None:
+    """SmolLM2: without channel 0 of L20H0 the mover L23H0 looks less at the name to be said, reversed at the other."""
+    lm = uw.load(real / "smollm2-135m", dtype="float32")
+    pairs = uw.tasks.ioi(12, lm.tokenizer, 4, bos=False)
+    made = uw.channels(lm, readers="L23H0", sides="q", offset=10)
+    assert int(made["best_channel"].sel(writer="L20H0", reader="L23H0", side="q")) == 0
+    assert int(made["rank"].sel(writer="L20H0", reader="L23H0", side="q")) <= 3
+
+    def turned(*edits: uw.Edit) -> float:
+        ids, pair = torch.from_numpy(pairs.base.ids), torch.arange(len(pairs))
+        with torch.no_grad(), uw.trace(lm, "L23H0.pattern", edits=edits) as run:
+            lm.decoder(ids)
+        row, *places = (torch.from_numpy(part) for part in (pairs.row, pairs.roles["IO"], pairs.roles["S1"]))
+        wanted, other = (run["L23H0.pattern"][pair, row, place].mean() for place in places)
+        return float(wanted - other)
+
+    rows = torch.from_numpy(pairs.row)
+    plain, gone = turned(), turned(uw.Edit.set("L20H0", 0.0, at=rows))
+    less, reversed_, other = (
+        turned(uw.Edit.channel(made, "L20H0", channel, factor, at=rows))
+        for channel, factor in ((0, 0), (0, -1), (1, 0))
+    )
+    assert plain - less > 0.6 * (plain - gone) > 0.05
+    assert reversed_ < 0 < less
+    assert abs(plain - other) < 0.3 * (plain - less)
+    ids = torch.from_numpy(pairs.base.ids)
+    edit = uw.Edit.channel(made, "L20H0", 0)
+    with torch.no_grad():
+        with uw.trace(lm, edits=edit):
+            run = lm.hf(ids).logits
+        with uw.rewritten(lm, edit):
+            changed = lm.hf(ids).logits
+        clean = lm.hf(ids).logits
+    assert float((run - changed).abs().max()) < 1e-3 < 0.1 < float((run - clean).abs().max())

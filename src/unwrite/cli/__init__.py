@@ -14,7 +14,7 @@ import typer
 from unwrite.cli.audit import audit
 from unwrite.cli.circuit import circuit, overlap
 from unwrite.cli.doctor import doctor
-from unwrite.cli.look import attention, lens, opened
+from unwrite.cli.look import attention, channels, lens, opened
 from unwrite.cli.options import (
     COMMON,
     ChangeName,
@@ -296,6 +296,7 @@ _command(tasks)
 _command(mask)
 _command(lens)
 _command(attention)
+_command(channels)
 _command(paths)
 _command(bound)
 _command(diff)

@@ -194,7 +194,8 @@ def _of_heads(score: np.ndarray, singular: np.ndarray) -> dict[str, np.ndarray]:
     """What the scores of channels make of a head, and its place among writers."""
     there = np.isfinite(score).any(1)
     energy = np.nan_to_num(singular**2)
-    energy = (energy / energy.sum(1, keepdims=True))[..., None, None]
+    # A head may write nothing at all.
+    energy = (energy / energy.sum(1, keepdims=True).clip(np.finfo(energy.dtype).tiny))[..., None, None]
     whole_, best = np.sqrt(np.nansum(energy * score**2, 1)), np.nan_to_num(score, nan=-1.0)
     most = best.max(1)
     found = {"whole": whole_, "best": most, "best_channel": best.argmax(1), "rank": rankdata(-most, "min", axis=0)}
@@ -225,7 +226,8 @@ def _executed(lm: Model, executed: Any, send: tuple[Node, ...], read: tuple[Node
 
 def _beside(data: xr.Dataset, effect: xr.DataArray) -> xr.Dataset:
     """The same with what edges do, and how well their scores foretell how much."""
-    found, attrs = {"effect": effect}, {"edges": int((effect.notnull() & data["best"].notnull()).sum())}
+    found = {"effect": effect}
+    attrs: dict[str, float] = {"edges": int((effect.notnull() & data["best"].notnull()).sum())}
     readers, sides = (range(data.sizes[axis]) for axis in ("reader", "side"))
     for name, of in (("agreement", "best"), ("agreement_whole", "whole")):
         score = data[of].values

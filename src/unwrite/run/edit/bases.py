@@ -74,7 +74,7 @@ def channels_of(found: Result, writer: str, channels: int | Sequence[int]) -> Ob
     """
     require_result("found", found, "channels")
     heads = found.data["writer"].values.tolist()
-    if writer not in heads:
+    if not isinstance(writer, str) or writer not in heads:
         raise NodeError("the channels of this head were not asked for", got=shown(writer), expected=f"one of {heads}")
     one = found.data.sel(writer=writer)
     count = int(one["singular"].notnull().sum())

@@ -173,7 +173,7 @@ def _of_edit(lm: Model, site: Site, edit: Edit) -> _Change:
 def _as_pair(basis: Any, wide: int) -> bases.Oblique:
     """What P reads and writes."""
     if basis is None:
-        return (torch.eye(wide, dtype=torch.float64),) * 2
+        return (every := torch.eye(wide, dtype=torch.float64)), every
     pair = basis if isinstance(basis, tuple) else (bases.orthonormal(basis).mT,) * 2
     read, write = (torch.atleast_2d(part).detach() for part in pair)
     return read, write
