@@ -211,7 +211,7 @@ VIEWS: dict[str, MethodView] = {
     "compare": _EFFECTS,
     "circuit": MethodView(kept.sentence, kept.curves, picture="curve", of=("faithfulness",)),
     "channels": MethodView(
-        channels.sentence, _one(channels.HEADER, channels.lines), picture="bars", of=("effect", "best")
+        channels.sentence, _one(channels.HEADER, channels.lines), picture="bars", of=("best",)
     ),
     "Circuit": MethodView(kept.listed, picture="circuit", of=("score",)),
     "beside": MethodView(kept.opposing, kept.beside, picture="bars", of=("direct", "total")),
