@@ -206,6 +206,25 @@ def test_a_planted_channel_is_the_one_that_is_read() -> None:
     assert listings(made)[0].rows[0][:4] == ("L0H0", "2", "L1H0.q", "1.00")
 
 
+def test_scores_do_not_hang_on_how_a_head_is_written_down() -> None:
+    """W_V G G⁻¹ W_O is the same head, and so is W_Q G (W_K G⁻ᵀ)ᵀ where nothing turns them."""
+    lm, generator = planted(), torch.Generator().manual_seed(1)
+    before = uw.channels(lm).data
+    turn = torch.randn(8, 8, dtype=torch.float64, generator=generator)
+    back, first, second = torch.linalg.inv(turn), lm.hf.model.layers[0].self_attn, lm.hf.model.layers[1].self_attn
+    with torch.no_grad():
+        for weight, by in ((first.v_proj.weight, turn.T), (first.o_proj.weight.T, back), (second.q_proj.weight, turn.T),
+                           (second.k_proj.weight, back)):  # fmt: skip
+            weight[:8] = by @ weight[:8]
+    after = uw.channels(lm).data
+    with torch.no_grad():
+        for weight, by in ((first.v_proj.weight, back.T), (first.o_proj.weight.T, turn), (second.q_proj.weight, back.T),
+                           (second.k_proj.weight, turn)):  # fmt: skip
+            weight[:8] = by @ weight[:8]
+    for name in ("singular", "score", "whole", "kernel"):
+        np.testing.assert_allclose(after[name], before[name], atol=1e-9)
+
+
 def test_random_directions_and_random_heads_are_read_alike() -> None:
     """About 1/√d where a reader reads all directions alike; where it reads one, most random ones are hardly read."""
     made = uw.channels(planted()).data
@@ -257,7 +276,12 @@ def test_what_is_no_channel_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "sides", "said"),
-    [("deepseek_v3", "q", "made in two steps"), ("qwen3_next", "v", "moves with the prompt"), ("mamba", "v", "heads")],
+    [
+        ("deepseek_v3", "q", "made in two steps"),
+        ("codegen", "q", "another order"),
+        ("qwen3_next", "v", "moves with the prompt"),
+        ("mamba", "v", "heads"),
+    ],
 )
 def test_a_family_without_such_a_matrix_is_refused_with_the_reason(kind: str, sides: str, said: str) -> None:
     import every

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -256,10 +257,11 @@ def test_a_weight_that_is_not_its_own_or_not_here_is_refused() -> None:
         pass
 
 
-def test_an_offloaded_weight_is_refused(tmp_path: Any) -> None:
+def test_an_offloaded_weight_is_read_and_not_changed(tmp_path: Any) -> None:
     weights("llama", 3, torch.float32, num_attention_heads=2).save_pretrained(tmp_path)
     spread = uw.load(tmp_path, device_map={"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu",
                                            "model.rotary_emb": "cpu", "lm_head": "cpu"})  # fmt: skip
+    np.testing.assert_array_equal(uw.channels(spread)["score"], uw.channels(uw.load(tmp_path))["score"])
     change = uw.Edit.scale("L1H1.z", 0.0)
     with pytest.raises(ModelError, match=r"kept elsewhere.*device_map"), uw.rewritten(spread, change):
         pass

@@ -178,7 +178,7 @@ def _scored(write: Float[Tensor, "writer channel d_model"], by: Listening, head:
     along = write.to(space).nan_to_num() @ space
     there = ~write[..., 0].isnan().to(space.device)
     score = (along @ weight).norm(dim=-1).where(there, torch.nan)
-    fewer = there.sum(1).clamp(max=space.shape[1])
+    fewer = there.sum(1).clamp(max=int(space.any(0).sum()))
     return score.cpu().numpy(), (along.square().sum((1, 2)) / fewer).cpu().numpy()
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unwrite.errors import NodeError
@@ -44,7 +44,7 @@ class Channels:
 class Listening:
     """By one side of every head of a layer: `space`, orthonormal columns of what it reads, and how much along each.
 
-    What it makes of x is as large as x · space · weight; `weight` has the norm 1.
+    What it makes of x is as large as x · space · weight; `weight` has the norm 1. Columns beyond what it reads are 0.
     """
 
     space: Float[Tensor, "head d_model direction"]
@@ -58,8 +58,7 @@ def channels_in(lm: Model, layer: Layer) -> Channels:
     (q_a, r_a), (q_b, r_b) = torch.linalg.qr(a), torch.linalg.qr(b.mT)
     u, singular, v = torch.linalg.svd(r_a @ r_b.mT, full_matrices=False)
     read, write = (q_a @ u).mT, v @ q_b.mT
-    least = singular[:, :1] * max(a.shape[1:]) * torch.finfo(singular.dtype).eps
-    singular = singular.where(singular > least, torch.nan)  # what is no more than rounding is no channel
+    singular = singular.where(_real(singular, max(a.shape[1:])), torch.nan)
     there = (singular * 0)[..., None]  # 0, or NaN
     return Channels(singular, read + there, write + there, write @ b.mT + there, read @ a / singular[..., None])
 
@@ -108,6 +107,12 @@ def compared(
 
 def _reading(near: Float[Tensor, "head d_model width"], far: Float[Tensor, "head d_other width"]) -> Listening:
     """How near · farᵀ reads, by its near side."""
-    space, weight = torch.linalg.qr(near)
-    weight = weight @ torch.linalg.qr(far).R.mT
-    return Listening(space, weight / weight.flatten(1).norm(dim=1)[:, None, None])
+    (space, r_near), (_, r_far) = torch.linalg.qr(near), torch.linalg.qr(far)
+    u, singular, v = torch.linalg.svd(r_near @ r_far.mT, full_matrices=False)
+    space = space @ u * _real(singular, max(near.shape[1:]))[:, None]
+    return Listening(space, singular[..., None] * v / singular.norm(dim=1)[:, None, None])
+
+
+def _real(singular: Float[Tensor, "head channel"], size: int) -> Bool[Tensor, "head channel"]:
+    """Which are more than rounding of a matrix of this size?"""
+    return singular > singular[:, :1] * size * torch.finfo(singular.dtype).eps

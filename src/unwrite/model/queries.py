@@ -3,7 +3,8 @@
 Their projection is a part of the one that makes values, or lies beside it under the name that goes with it. What stands
 between it and attention (a norm of queries, rotary positions) is seen in one pass: the projection's output is set to
 each unit vector e_i, and what attention is given at a position is f(e_i), so that T = f(e_i) − f(0) is all of it that
-is linear: C diag(γ) R for a norm with the gain γ (its scale, the same for all e_i, is left out) and a rotation R.
+is linear: C diag(γ) R for a norm with the gain γ (its scale, the same for all e_i, is left out) and a rotation R. In
+one more prompt every head, and queries and keys, get unit vectors of their own: so it is seen that each is whose it is.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ from unwrite.model.view import Layer, Model
 WHOSE = {"q": "queries", "k": "keys"}
 # A name of what makes values, and what stands there in that of what makes queries or keys.
 _NAMED = (("value", {"q": "query", "k": "key"}), (r"(?<![a-z])v(?![a-z])|(?<=w)v$", {"q": "q", "k": "k"}))
-# Below this part of a unit vector nothing of it arrives; above this one a doubled one is not doubled.
+# Below this part of a unit vector nothing of it arrives; above this one a doubled one is not doubled, or another's.
 _NOTHING, _BENT = 1e-6, 1e-2
+# Which unit vector is the mark of a head's queries, and of its keys, beyond its number.
+_MARKS = (0, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,8 +128,11 @@ def turned(lm: Model, layers: list[Layer], offset: int) -> dict[int, Turned]:
 
     reads: dict[nn.Module, Tensor] = {}
     modules = {module for layer in layers for module in (layer.value, *(part.module for part in makers[layer.index]))}
-    puts = [after(part.module, partial(_units, part, wide)) for both in makers.values() for part in both]
-    ids = torch.full((wide + 2, offset + 1), lm.vocabulary // 2, device=lm.device)
+    puts = [
+        after(part.module, partial(_units, part, wide, mark))
+        for both in makers.values() for part, mark in zip(both, _MARKS, strict=True)
+    ]  # fmt: skip
+    ids = torch.full((wide + 3, offset + 1), lm.vocabulary // 2, device=lm.device)
     puts += [before(one, kept(reads, one)) for one in modules]
     with evaluating(lm.hf), hooked(puts), around_attention(lm, around, eager=False):
         decode(lm, ids, use_cache=False)
@@ -138,14 +144,20 @@ def _eye(lm: Model, part: Maker) -> Float[Tensor, "head width width"]:
     return torch.eye(width, dtype=lm.compute_dtype, device=lm.device).expand(heads, -1, -1)
 
 
-def _units(part: Maker, wide: int, output: Tensor) -> Tensor:
-    """Nothing, each unit vector, and twice the first one, prompt by prompt, in the place of what each head gets."""
+def _units(part: Maker, wide: int, mark: int, output: Tensor) -> Tensor:
+    """Nothing, each unit vector, twice the first one, and each head's mark, prompt by prompt, instead of its output."""
     heads, width = part.columns.shape
     units = torch.eye(wide, width, dtype=output.dtype, device=output.device)
-    rows = torch.cat([torch.zeros_like(units[:1]), units, 2 * units[:1]]).repeat(1, heads)
+    same = torch.cat([torch.zeros_like(units[:1]), units, 2 * units[:1]])[:, None].expand(-1, heads, -1)
+    rows = torch.cat([same, units[_marks(part, mark)][None]]).flatten(1)
     new = output.clone().view(len(rows), -1, output.shape[-1])
     new[..., part.columns.flatten().to(output.device)] = rows[:, None]
     return new.view_as(output)
+
+
+def _marks(part: Maker, mark: int) -> Int[Tensor, " head"]:
+    heads, width = part.columns.shape
+    return (torch.arange(heads) + mark) % width
 
 
 def _linear_part(
@@ -153,15 +165,18 @@ def _linear_part(
 ) -> Turned:
     """What is linear in what was seen. Raises NodeError where nothing arrived, or another state is read."""
     found, bent = [], False
-    for name, part, given in zip(WHOSE, parts, seen, strict=True):
-        width, nothing = part.columns.shape[1], given[:1]
-        linear = (given[1 : width + 1] - nothing).transpose(0, 1).to(lm.device)
-        fits = linear.shape == (len(part.columns), width, width)
+    for name, part, given, mark in zip(WHOSE, parts, seen, _MARKS, strict=True):
+        heads, width = part.columns.shape
+        linear = (given[1 : width + 1] - given[:1]).transpose(0, 1).to(lm.device)
+        fits = linear.shape == (heads, width, width)
         if not fits or float(linear.flatten(1).norm(dim=1).min()) < _NOTHING:
             raise _lacking(lm, layer, name, "what lies beside that of its values is not what makes them")
+        marked = linear[torch.arange(heads), _marks(part, mark)]
+        doubled, own = ((one - given[0]).to(lm.device) for one in given[-2:])
+        if bool((torch.nn.functional.cosine_similarity(own, marked, dim=1) < 1 - _BENT).any()):
+            raise _lacking(lm, layer, name, "they lie in another order than its values")
         if not torch.equal(reads[part.module], reads[layer.value]):
             raise _lacking(lm, layer, name, "they are made of another state than its values")
-        doubled = (given[-1] - nothing[0]).to(lm.device) - 2 * linear[:, 0]
-        bent = bent or bool(doubled.norm() > _BENT * linear[:, 0].norm())
+        bent = bent or bool((doubled - 2 * linear[:, 0]).norm() > _BENT * linear[:, 0].norm())
         found.append(linear)
     return Turned(found[0], found[1], bent)

@@ -189,7 +189,7 @@ def _require_own(lm: Model, module: nn.Module) -> None:
         what = f"the weight of a {kind} is quantised, or made of others"
         raise ModelError(what, expected="plain numbers", fix=f"dequantise it, merge adapters, or {fix}")
     every = (part for _, one in lm.hf.named_modules(remove_duplicate=False) for part in one._parameters.values())
-    owners = sum(part is not None and part.data_ptr() == weight.data_ptr() for part in every)
+    owners = sum(type(part) is type(weight) and part.data_ptr() == weight.data_ptr() for part in every)
     if owners > 1:
         what = f"the weight of a {kind} is tied: it is used in {owners} places"
         raise ModelError(what, expected="a weight of this node alone", fix=fix)
