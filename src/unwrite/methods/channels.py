@@ -55,7 +55,6 @@ _SAYS = {
     "rank": ("1", "1 + writers whose best channel scores more with this side of this reader"),
     "generic": ("1", "the score of random unit vectors by this side of this reader"),
     "generic_best": ("1", "the largest score of as many random orthonormal directions as a head has channels"),
-    "effect": ("", "mean over pairs of the executed effect of the edge, of uw.paths"),
     "agreement": ("1", "Spearman's correlation, over writers, of best and |effect|"),
     "agreement_whole": ("1", "the same of whole and |effect|"),
 }  # fmt: skip
@@ -103,12 +102,11 @@ def channels(
         found |= _read(lm, send, read, sides, offset, torch.from_numpy(found["write"]))
     found |= _of_heads(found["score"], found["singular"])
     axes = {"writer": [*map(str, send)], "reader": [*map(str, read)], "side": [*sides], "quantile": [*_QUANTILES]}
-    data = xr.Dataset(
-        {name: quantity(_AXES.get(name, _EDGES), part, *_SAYS[name]) for name, part in found.items()}, axes
-    )
-    data = data.assign_attrs(offset=offset) if effect is None else _beside(data.assign_attrs(offset=offset), effect)
+    named = {name: quantity(_AXES.get(name, _EDGES), part, *_SAYS[name]) for name, part in found.items()}
+    data = xr.Dataset(named, axes).assign_attrs(offset=offset)
     settings = {"writers": axes["writer"], "readers": axes["reader"], "sides": sides, "offset": offset}
-    return build("channels", data, settings, provenance(lm), {})
+    settings |= {"executed": None if executed is None else executed.provenance["settings"]}
+    return build("channels", data if effect is None else _beside(data, effect), settings, provenance(lm), {})
 
 
 def _heads(lm: Model, what: str, names: Any) -> tuple[Node, ...]:

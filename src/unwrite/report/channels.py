@@ -20,7 +20,7 @@ HEADER = (
     Column("head", "{whole}"),
     Column("angles", "{kernel}"),
     Column("rank", "{rank}"),
-    Column("executed", "what an executed edge does, in the unit of its metric"),
+    Column("effect", "what the edge does to a metric, of uw.paths"),
 )
 
 
