@@ -25,6 +25,7 @@ from unwrite.report.views import listings, words
 
 every_family = pytest.mark.parametrize("family", tiny.FAMILIES)
 OFFSET, HEAD = 3, "L1H1"
+POST_NORM = ("gemma2", "gemma3_text", "olmo2")
 
 
 @cache
@@ -66,6 +67,20 @@ def test_a_heads_write_is_the_sum_of_its_channels(family: str) -> None:
         scale = torch.ones_like(scale)
     torch.testing.assert_close(scale[..., None] * summed, run[HEAD], rtol=0, atol=1e-12)
     assert one["singular"].values.min() > 1e-6
+
+
+@pytest.mark.parametrize("family", [name for name in tiny.FAMILIES if name not in POST_NORM])
+def test_what_biases_put_into_a_head_is_no_part_of_its_node_nor_of_what_channels_move(family: str) -> None:
+    """Of a model as it is, under the paper's convention: between two prompts all that changes is in the channels."""
+    lm, z = biased(family), f"{HEAD}.z"
+    one = uw.channels(lm, HEAD, HEAD, "v").data.sel(writer=HEAD)
+    read, write = (torch.from_numpy(one[name].values) for name in ("z_read", "write"))
+    with exact(), torch.no_grad(), uw.trace(lm, HEAD, z) as run:
+        lm.hf(IDS)
+    changed = [run[site][1:] - run[site][:1] for site in (z, HEAD)]
+    torch.testing.assert_close(changed[0] @ read.mT @ write, changed[1], rtol=0, atol=1e-12)
+    constant = run[z] @ read.mT @ write - run[HEAD]
+    torch.testing.assert_close(constant, constant[:1, :1].expand_as(constant), rtol=0, atol=1e-12)
 
 
 @every_family

@@ -26,6 +26,8 @@ MOVERS, LOOKS, PAIRS, FEW = 4, 0.2, 32, 8
 CHOSEN_ON, EDGES_ON, SHOWN_ON = 2, 3, (0, 1)
 # About so far lies the name to be said behind the last token.
 OFFSET = 10
+# So many of the largest slopes are looked at by themselves.
+TOP = 100
 
 
 def measured(model: str) -> dict[str, Any]:
@@ -97,7 +99,7 @@ def everywhere(lm: Any) -> list[dict[str, Any]]:
         part = made.sel(side=side)
         effect, best, whole = (part[name].values for name in ("effect", "best", "whole"))
         there = np.isfinite(effect) & np.isfinite(best)
-        top = np.abs(np.where(there, effect, 0)) >= np.sort(np.abs(effect[there]))[-100]
+        top = np.abs(np.where(there, effect, 0)) >= np.sort(np.abs(effect[there]))[-TOP]
         frame = pd.DataFrame({"size": np.abs(effect[there]), "best": best[there], "whole": whole[there]})
         rho = frame.corr("spearman")["size"]
         percentile = frame.rank(pct=True)["best"][top[there]].median()
@@ -239,7 +241,14 @@ def kept_edges(found: dict[str, Any]) -> pd.DataFrame:
 
 def kept_everywhere(found: dict[str, Any]) -> pd.DataFrame:
     """Spearman's correlation of scores with slopes over all edges of a side."""
-    return pd.DataFrame(found["all edges"]).round(2)
+    return pd.DataFrame([
+        {
+            "side": one["side"], "edges": f"{one['edges']:,}", "Spearman, best channel": f"{one['best']:+.2f}",
+            "Spearman, whole head": f"{one['whole']:+.2f}",
+            f"of the {TOP} largest, median place by channel": f"top {1 - one['top percentile']:.0%}",
+        }
+        for one in found["all edges"]
+    ])  # fmt: skip
 
 
 if __name__ == "__main__":
