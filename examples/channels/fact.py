@@ -64,32 +64,29 @@ def unrelated(lm: Any) -> list[Tensor]:
 @torch.no_grad()
 def by_layer(lm: Any, facts: uw.Pairs) -> list[float]:
     """By how much moving each MLP's activation moves the logit difference, on facts of their own."""
-    each, clean = [facts.take([i]) for i in range(len(facts))], difference(lm, facts).mean()
-    moved = []
-    for layer in range(len(lm.layers)):
-        of_facts = []
-        for one in each:
-            with uw.trace(lm, edits=patch(lm, one, f"MLP{layer}.act")):
-                of_facts.append(difference(lm, one))
-        moved.append(float(torch.cat(of_facts).mean() - clean))
-    return moved
+    sites, moved = [f"MLP{layer}.act" for layer in range(len(lm.layers))], torch.zeros(len(lm.layers))
+    for one in (facts.take([i]) for i in range(len(facts))):
+        both, clean = activations(lm, one, *sites), difference(lm, one)
+        for i, site in enumerate(sites):
+            with uw.trace(lm, edits=patch(one, site, *both[site])):
+                moved[i] += (difference(lm, one) - clean)[0] / len(facts)
+    return moved.tolist()
 
 
-def patch(lm: Any, one: uw.Pairs, site: str) -> uw.Edit:
+def patch(one: uw.Pairs, site: str, base: Tensor, source: Tensor) -> uw.Edit:
     """The edit of a run: along u_B − u_A at the country."""
-    base, source = activations(lm, one, site)
     return uw.Edit.set(site, source, basis=source - base, at=int(one.roles["country"][0]))
 
 
 @torch.no_grad()
-def activations(lm: Any, one: uw.Pairs, site: str) -> tuple[Tensor, Tensor]:
+def activations(lm: Any, one: uw.Pairs, *sites: str) -> dict[str, tuple[Tensor, Tensor]]:
     """u_A and u_B."""
     both = []
     for part, roles in ((one.base, one.roles), (one.source, one.source_roles)):
-        with uw.trace(lm, site) as run:
+        with uw.trace(lm, *sites) as run:
             lm.decoder(torch.from_numpy(part.ids))
-        both.append(run[site][0, int(roles["country"][0])])
-    return both[0], both[1]
+        both.append([run[site][0, int(roles["country"][0])] for site in sites])
+    return dict(zip(sites, zip(*both, strict=True), strict=True))
 
 
 @torch.no_grad()
@@ -117,9 +114,10 @@ def difference(lm: Any, of: uw.Pairs) -> Tensor:
 @torch.no_grad()
 def fact(lm: Any, one: uw.Pairs, site: str, moment: Tensor, shown: uw.Pairs, others: list[Tensor]) -> dict[str, Any]:
     """One fact: patched in a run, and written by two keys; what becomes of other facts and of other prompts."""
-    base, source = (part.double() for part in activations(lm, one, site))
+    given = activations(lm, one, site)[site]
+    base, source = (part.double() for part in given)
     rest, plain = shown.take(shown.answer != one.answer[0]), [lm.hf(ids).logits for ids in others]
-    moved = patch(lm, one, site)
+    moved = patch(one, site, *given)
     asked: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         "clean": lambda: uw.trace(lm), "patched": lambda: uw.trace(lm, edits=moved),
     }  # fmt: skip

@@ -38,12 +38,12 @@ def measured(model: str) -> dict[str, Any]:
     edges = uw.paths(lm, pairs(lm, EDGES_ON, FEW), "heads", [f"{head}.q" for head in readers], "frozen")
     made = uw.channels(lm, readers=readers, sides="q", offset=OFFSET, executed=edges)
     effects = edges["mean"].sel(receiver=[f"{head}.q" for head in movers]).sum("receiver", skipna=True).to_series()
-    inhibitor, *others = (str(node) for node in effects.sort_values().index[:3])
+    inhibitor, second = (str(node) for node in effects.sort_values().index[:2])
     found = {
         **model_of(made), "movers": movers, "inhibitor": inhibitor, "edges": beside(made, readers),
         "agreement": {name: made.data.attrs[name] for name in ("agreement", "agreement_whole", "edges")},
         "all edges": everywhere(lm), "channels": [channels_of(lm, made, inhibitor, movers, seed) for seed in SHOWN_ON],
-        "others": [channels_of(lm, made, head, movers, SHOWN_ON[0], whole=False) for head in others],
+        "second": [channels_of(lm, made, second, movers, seed, whole=False) for seed in SHOWN_ON],
     }  # fmt: skip
     return {**found, "as weights": as_weights(lm, made, inhibitor)}
 
@@ -212,7 +212,7 @@ def kept_conditions(found: dict[str, Any]) -> pd.DataFrame:
 def kept_shares(found: dict[str, Any]) -> pd.DataFrame:
     """Which part of what a head does to the movers each of its channels does when it alone is removed."""
     lines = []
-    for one in [*found["channels"], *found["others"]]:
+    for one in [*found["channels"], *found["second"]]:
         parts = np.array(one["parts"]) / one["whole"]
         order = np.argsort(-parts)[:3]
         low, high = one["share_interval"]
