@@ -27,7 +27,7 @@ import unwrite as uw
 
 FACTS, CHOOSE, SEED = 24, 8, 0
 TASKS = ("ioi", "agreement", "pronoun", "docstring", "greater_than", "laundry", "boxes")
-EACH, ASKED = 24, 4  # prompts of each, and so many apart those that are asked what has changed
+EACH, ASKED = 24, 12  # prompts of each, and so many apart those that are asked what has changed
 RIDGE = 0.01  # of the mean of Σ's diagonal, so that it has an inverse
 WAYS = ("clean", "patched", "rank one, Σ", "rank one, 1")
 
@@ -37,12 +37,12 @@ def measured(model: str) -> dict[str, Any]:
     lm = uw.load(model, dtype="float32")
     facts, others = known(lm), unrelated(lm)
     shown, effects = facts.take(range(CHOOSE, len(facts))), by_layer(lm, facts.take(range(CHOOSE)))
-    lines = []
+    lines, plain = [], at_end(lm, others)
     for layer in (int(np.argmin(effects)), 1 + int(np.argmin(effects[1:]))):
         site = f"MLP{layer}.act"
         moment = second_moment(lm, site, others)
-        lines += [fact(lm, shown.take([i]), site, moment, shown, others[::ASKED]) for i in range(len(shown))]
-    about = {"chosen_on": CHOOSE, "by_layer": effects, "prompts": len(others), "asked": len(others[::ASKED])}
+        lines += [fact(lm, shown.take([i]), site, moment, shown, others, plain) for i in range(len(shown))]
+    about = {"chosen_on": CHOOSE, "by_layer": effects, "prompts": sum(map(len, others)), "asked": len(plain)}
     return {**model_of(uw.solves(lm, facts)), **about, "facts": lines}
 
 
@@ -56,9 +56,13 @@ def known(lm: Any) -> uw.Pairs:
 
 
 def unrelated(lm: Any) -> list[Tensor]:
-    """Prompts of other tasks."""
+    """Prompts of other tasks, those of one length together."""
     made = [getattr(uw.tasks, name)(EACH, lm.tokenizer, SEED, bos=False).base for name in TASKS]
-    return [torch.from_numpy(part.ids[i : i + 1, : part.lengths[i]]) for part in made for i in range(len(part))]
+    return [
+        torch.from_numpy(part.ids[part.lengths == length, :length])
+        for part in made
+        for length in np.unique(part.lengths)
+    ]
 
 
 @torch.no_grad()
@@ -96,7 +100,7 @@ def second_moment(lm: Any, site: str, others: list[Tensor]) -> Tensor:
     for ids in others:
         with uw.trace(lm, site) as run:
             lm.decoder(ids)
-        rows.append(run[site][0].double())
+        rows.append(run[site].flatten(0, 1).double())
     every = torch.cat(rows)
     moment = every.T @ every / len(every)
     return moment + RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
@@ -104,19 +108,29 @@ def second_moment(lm: Any, site: str, others: list[Tensor]) -> Tensor:
 
 def difference(lm: Any, of: uw.Pairs) -> Tensor:
     """ℓ[answer] − ℓ[against] of each pair's base prompt."""
-    found = []
-    for i, (answer, against) in enumerate(zip(of.answer, np.asarray(of.against), strict=True)):
-        logits = lm.hf(torch.from_numpy(of.base.ids[i : i + 1, : of.base.lengths[i]])).logits[0, -1]
-        found.append(logits[answer] - logits[against])
-    return torch.stack(found)
+    found = torch.zeros(len(of))
+    for length in np.unique(of.base.lengths):
+        rows = np.flatnonzero(of.base.lengths == length)
+        logits = lm.hf(torch.from_numpy(of.base.ids[rows, :length]), logits_to_keep=1).logits[:, -1]
+        answer, against = (torch.from_numpy(np.asarray(part)[rows])[:, None] for part in (of.answer, of.against))
+        found[rows] = (logits.gather(1, answer) - logits.gather(1, against))[:, 0]
+    return found
 
 
 @torch.no_grad()
-def fact(lm: Any, one: uw.Pairs, site: str, moment: Tensor, shown: uw.Pairs, others: list[Tensor]) -> dict[str, Any]:
+def at_end(lm: Any, others: list[Tensor]) -> Tensor:
+    """The log-probabilities of what comes next after some of the other prompts."""
+    return torch.cat([lm.hf(ids[::ASKED], logits_to_keep=1).logits[:, -1].double().log_softmax(-1) for ids in others])
+
+
+@torch.no_grad()
+def fact(
+    lm: Any, one: uw.Pairs, site: str, moment: Tensor, shown: uw.Pairs, others: list[Tensor], plain: Tensor
+) -> dict[str, Any]:
     """One fact: patched in a run, and written by two keys; what becomes of other facts and of other prompts."""
     given = activations(lm, one, site)[site]
     base, source = (part.double() for part in given)
-    rest, plain = shown.take(shown.answer != one.answer[0]), [lm.hf(ids).logits for ids in others]
+    rest = shown.take(shown.answer != one.answer[0])
     moved = patch(one, site, *given)
     asked: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         "clean": lambda: uw.trace(lm), "patched": lambda: uw.trace(lm, edits=moved),
@@ -130,16 +144,10 @@ def fact(lm: Any, one: uw.Pairs, site: str, moment: Tensor, shown: uw.Pairs, oth
         with opened():
             found[name] = {"difference": float(difference(lm, one)[0])}
             if name.startswith("rank"):
-                apart = [divergence(was, lm.hf(ids).logits) for was, ids in zip(plain, others, strict=True)]
+                apart = (plain.exp() * (plain - at_end(lm, others))).sum(1).mean()
                 right = (difference(lm, rest) > 0).double().mean()
-                found[name] |= {"others right": float(right), "kl": float(np.mean(apart))}
+                found[name] |= {"others right": float(right), "kl": float(apart)}
     return found
-
-
-def divergence(was: Tensor, now: Tensor) -> float:
-    """KL of the last token's distribution, in nats."""
-    first, second = (part[0, -1].double().log_softmax(-1) for part in (was, now))
-    return float((first.exp() * (first - second)).sum())
 
 
 def kept_facts(found: dict[str, Any]) -> pd.DataFrame:
