@@ -83,7 +83,8 @@ PROMISES: dict[str, Promise] = {
     "untouched": Promise(
         "Your model is bit for bit what it was, whatever is asked of it and however that ends",
         "Whatever is hung into a model is taken out again when a `with` ends: in `model/capture.py`, "
-        "`model/attention.py`, `run/edit/trace.py`, `run/backward/rules.py` and `run/edit/slots.py`.",
+        "`model/attention.py`, `run/edit/trace.py`, `run/backward/rules.py` and `run/edit/slots.py`. Weights are "
+        "changed in `run/edit/weights.py` alone (uw.rewritten), which puts their own numbers back.",
     ),
     "batches": Promise(
         "Batch size, padding and the order of prompts change no count, and sums by rounding at most",

@@ -284,6 +284,15 @@ def test_an_eraser_that_cannot_read_is_refused(folder, monkeypatch, capsys, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_channels_from_a_shell(folder, monkeypatch, capsys, tmp_path) -> None:
+    model, sides = folder / "model", ("--readers", "L1H0", "--sides", "qk", "--offset", 2)
+    assert run(monkeypatch, "channels", model, *sides, "--out", tmp_path / "channels") == 0
+    assert "→ L1H0." in capsys.readouterr().out
+    assert uw.read(tmp_path / "channels").data.attrs["offset"] == 2
+    assert run(monkeypatch, "channels", model, "--readers", "MLP0") == 1
+    refused(capsys, "heads of attention")
+
+
 def test_the_workbench_from_a_shell(folder, monkeypatch, capsys, tmp_path) -> None:
     model, ask = folder / "model", ("--prompt", "A man may")
     assert run(monkeypatch, "lens", model, *ask, "--out", tmp_path / "lens") == 0

@@ -68,6 +68,12 @@ def traced(lm: Any, *sites: object, edits: Any = (), every_pass: Any = False) ->
     return trace
 
 
+def changed(lm: Any, changes: Any) -> None:
+    """Weights that are others in a `with`."""
+    with uw.rewritten(lm, changes):
+        pass
+
+
 @dataclass(frozen=True)
 class Call:
     """One public thing with arguments on which it works; of what it `takes` beside these, names in `foreign`."""
@@ -174,6 +180,10 @@ def calls() -> dict[str, Call]:
             uw.activations, {"lm": lm(), "tokens": IDS[:2], "sites": ["L0H0"]},
             {"tokens": f"{TAKES['prompts']} {_READ}", "out": f"None Job lying {_PLACES}"}, long=True,
         ),
+        "channels": Call(
+            uw.channels, {"lm": lm(), "writers": ["L0H0"], "readers": ["L1H0"], "sides": "v"},
+            {"writers": "", "offset": f"0 {_COUNTS}", "executed": "None"},
+        ),
         "effects": Call(uw.effects, {**asked, "nodes": ["L0H0"], "at": "all"}),
         "solves": Call(uw.solves, asked),
         "mask": Call(
@@ -235,6 +245,7 @@ def calls() -> dict[str, Call]:
         ),
         "doctor": Call(uw.doctor, {"lm": lm(), "n": 2, "length": 4}, {"n": _COUNTS, "writers": "None 3 np.int64"}),
         "trace": Call(traced, {"lm": lm(), "sites": "L0H0"}),
+        "rewritten": Call(changed, {"lm": lm(), "changes": uw.Edit.scale("L0H0.z", 0.0)}),
         "sae": Call(uw.sae, {"path": autoencoder()}, {"path": ""}),
         "trace[]": Call(traced(lm(), "L0H0").__getitem__, {"name": "L0H0"}, {"name": ""}),
         "Edit": Call(uw.Edit, {"site": "L0H0", "source": 0.0}, edit | rows),
@@ -243,6 +254,10 @@ def calls() -> dict[str, Call]:
         "Edit.add": Call(uw.Edit.add, {"site": "L0H0", "value": 0.0}),
         "Edit.scale": Call(uw.Edit.scale, {"site": "L0H0", "factor": 0.0}),
         "Edit.project_out": Call(uw.Edit.project_out, {"site": "L0H0", "basis": torch.ones(16)}),
+        "Edit.channel": Call(
+            uw.Edit.channel, {"found": uw.channels(lm(), "L0H0", "L1H0", "v"), "writer": "L0H0", "channels": 0},
+            {"writer": "", "channels": f"0 {_COUNTS} range"},
+        ),
         "Job": Call(uw.Job, {}, {**job, "peers": f"{peers} tensor_without_axes lying Job"}),
         "Rules": Call(uw.Rules),
         "Result": Call(uw.Result, {"data": found("scan").data}),
@@ -270,12 +285,12 @@ def calls() -> dict[str, Call]:
 
 NAMES = (
     "load", "planted", "text", "images", "pairs", "read", "scan", "verify", "survival", "dla", "adversarial",
-    "corpus_dla", "lens", "attention", "activations", "effects", "solves", "mask", "subspace", "circuit",
+    "corpus_dla", "lens", "attention", "activations", "channels", "effects", "solves", "mask", "subspace", "circuit",
     "Circuit",
     "Circuit.looking", "Circuit.save", "overlap", "beside", "paths", "bound", "compare",
-    "agree", "diff", "readers", "audit", "reproduce", "doctor", "trace", "sae", "trace[]", "Edit", "Edit.set",
-    "Edit.mean", "Edit.add", "Edit.scale", "Edit.project_out", "Job", "Rules", "Result", "Result[]", "Result.figure",
-    "Result.grid",
+    "agree", "diff", "readers", "audit", "reproduce", "doctor", "trace", "rewritten", "sae", "trace[]", "Edit",
+    "Edit.set", "Edit.mean", "Edit.add", "Edit.scale", "Edit.project_out", "Edit.channel", "Job", "Rules", "Result",
+    "Result[]", "Result.figure", "Result.grid",
     "Result.save", "Result.save_table", "Tokens", "Tokens.named", "Tokens.take", "Tokens.spread", "Tokens.check",
     "Pairs", "Pairs.check", "Pairs.rows", "Pairs.take", "Pairs.split", "Pairs.words", "Pairs.each",
 )  # fmt: skip

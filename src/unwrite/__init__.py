@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from unwrite.methods.agree import agree as agree
     from unwrite.methods.attention import attention as attention
     from unwrite.methods.bound import bound as bound
+    from unwrite.methods.channels import channels as channels
     from unwrite.methods.circuit import circuit as circuit
     from unwrite.methods.corpus import corpus_dla as corpus_dla
     from unwrite.methods.dla import dla as dla
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from unwrite.run.edit.edits import Edit as Edit
     from unwrite.run.edit.sae import sae as sae
     from unwrite.run.edit.trace import trace as trace
+    from unwrite.run.edit.weights import rewritten as rewritten
     from unwrite.run.loop.job import Job as Job
     from unwrite.studies.audit import audit as audit
     from unwrite.studies.beside import beside as beside
@@ -65,6 +67,7 @@ _PUBLIC = {
     "audit": "unwrite.studies.audit",
     "beside": "unwrite.studies.beside",
     "bound": "unwrite.methods.bound",
+    "channels": "unwrite.methods.channels",
     "circuit": "unwrite.methods.circuit",
     "compare": "unwrite.studies.compare",
     "corpus_dla": "unwrite.methods.corpus",
@@ -83,6 +86,7 @@ _PUBLIC = {
     "read": "unwrite.result",
     "readers": "unwrite.studies.readers",
     "reproduce": "unwrite.studies.reproduce",
+    "rewritten": "unwrite.run.edit.weights",
     "sae": "unwrite.run.edit.sae",
     "scan": "unwrite.methods.scan",
     "solves": "unwrite.methods.solves",

@@ -14,7 +14,7 @@ import typer
 from unwrite.cli.audit import audit
 from unwrite.cli.circuit import circuit, overlap
 from unwrite.cli.doctor import doctor
-from unwrite.cli.look import attention, lens, opened
+from unwrite.cli.look import attention, channels, lens, opened
 from unwrite.cli.options import (
     COMMON,
     ChangeName,
@@ -298,6 +298,7 @@ _command(mask)
 _command(subspace)
 _command(lens)
 _command(attention)
+_command(channels)
 _command(paths)
 _command(bound)
 _command(diff)

@@ -1,4 +1,4 @@
-"""`unwrite lens` and `attention`: what would every state say, where does every head look? And results in a browser."""
+"""`unwrite lens`, `attention`, `channels`: what do states say, where do heads look, who reads them? And pages."""
 
 from __future__ import annotations
 
@@ -61,6 +61,26 @@ def attention(
         return run(lm, tokens, weigh, listed(heads), checkpoint=job, listener=listener)
 
     common.produce(lm, lambda _: asked, method)
+
+
+@spread
+def channels(
+    model: ModelName,
+    writers: Annotated[str | None, typer.Option("--writers", help="Heads, such as L2H3,L4H*; by default all.")] = None,
+    readers: Annotated[str | None, typer.Option("--readers", help="Heads that read; by default all.")] = None,
+    sides: Annotated[str, typer.Option("--sides", help="By what they read: some of qkv.")] = "qkv",
+    offset: Annotated[int, typer.Option("--offset", min=0, help="Tokens from key to query, where they turn.")] = 0,
+    common: Common = COMMON,
+) -> None:
+    """Which singular channel of a head is read by which later head, by the weights alone?"""
+    from unwrite.methods.channels import channels as run
+    from unwrite.studies.keep import keep
+
+    lm = common.load(model)
+    send, read = (listed(names) or "heads" for names in (writers, readers))
+    found = keep(lambda *_: run(lm, send, read, sides, offset), common.out)
+    assert found is not None  # noqa: S101 (no shard)
+    common.voice.end(found[0], common.out, found[1])
 
 
 def opened(

@@ -112,6 +112,25 @@ def into_values(lm: Model, layer: Layer, vector: Float[Tensor, "*rows d_model"])
     return vector if layer.latent is None else from_latents(lm, layer, vector @ _down(lm, layer))
 
 
+def read_by_values(lm: Model, layer: Layer) -> Float[Tensor, "head d_model d_head"]:
+    """What makes every query head's values of a vector in the stream, but for norms' scales and biases."""
+    weight = value_weights(lm, layer)[0]
+    if layer.latent is not None:
+        weight = _down(lm, layer) @ folded_into(lm, layer.latent_norm, weight)
+    return folded_into(lm, layer.makes_values.input_norm, weight) / layer.makes_values.to_end
+
+
+def folded_into(
+    lm: Model, norm: nn.Module | None, weight: Float[Tensor, "head read out"]
+) -> Float[Tensor, "head read out"]:
+    """Matrices as if they read what a norm reads: times its gain, and centred if it centres; its scale is held."""
+    if norm is None:
+        return weight
+    gain = gain_of(norm, lm)
+    weight = weight if gain is None else weight * gain[:, None]
+    return weight - weight.mean(-2, keepdim=True) if lm.row.layer_norm else weight
+
+
 def read_by(
     lm: Model, layer: Layer, vector: Float[Tensor, "*rows d_model"], scale: Float[Tensor, "*rows"] | None
 ) -> Float[Tensor, "*rows read"]:

@@ -17,6 +17,7 @@ from unwrite.report import (
     aligned,
     audited,
     believed,
+    channels,
     found,
     kept,
     looked,
@@ -212,6 +213,9 @@ VIEWS: dict[str, MethodView] = {
     "effects": _EFFECTS,
     "compare": _EFFECTS,
     "circuit": MethodView(kept.sentence, kept.curves, picture="curve", of=("faithfulness",)),
+    "channels": MethodView(
+        channels.sentence, _one(channels.HEADER, channels.lines), picture="bars", of=("best",)
+    ),
     "Circuit": MethodView(kept.listed, picture="circuit", of=("score",)),
     "beside": MethodView(kept.opposing, kept.beside, picture="bars", of=("direct", "total")),
     "overlap": MethodView(

@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from unwrite.errors import NodeError, finite, several, shown
 from unwrite.nodes import Site, parse_site, parse_sites
+from unwrite.result import Result
+from unwrite.run.edit import bases
 from unwrite.run.edit.sae import Sae
 
 Number = float | int
@@ -36,10 +38,11 @@ class Edit:
     [prompt, position, d], such as one that another trace recorded (with `at`, also only the chosen positions [prompt,
     chosen, d], or [prompt, d] for one; for several sites, theirs as a trace stacks them), or a function of what is
     there at the chosen rows [prompt, chosen, d] (of a mask [row, d]) that gives a number or as many; `basis` one vector
-    [d] or several [direction, d] that span what P keeps, or an autoencoder of `uw.sae`: its features then take the
-    place of x, and its decoder that of P; `gain` as `source` but no function, or [prompt, position]; `at` the rows: a
-    position, several in increasing order, a slice, a mask [prompt, position], or for each prompt a row of its own, or
-    several in increasing order, as integers [prompt] or [prompt, chosen] (such as `pairs.roles["S2"]`). Positions count
+    [d] or several [direction, d] that span what P keeps, a pair (read, write) of such tensors, P x = Σ (x · r_i) w_i,
+    or an autoencoder of `uw.sae`: its features then take the place of x, and its decoder that of P; `gain` as `source`
+    but no function, or [prompt, position]; `at` the rows: a position, several in increasing order, a slice, a mask
+    [prompt, position], or for each prompt a row of its own, or several in increasing order, as integers [prompt] or
+    [prompt, chosen] (such as `pairs.roles["S2"]`). Positions count
     from the start of the text also where a pass, in `generate`, brings only its newest token; negative ones count from
     the end of the text at each pass. The rows of a pattern are queries. Any tensor may require a gradient.
     Raises NodeError for a name, a basis or positions that mean nothing.
@@ -52,7 +55,7 @@ class Edit:
     source: Tensor | Number | Made | None = None
     alpha: Number = 0.0
     beta: Number = 0.0
-    basis: Tensor | Sae | None = None
+    basis: Tensor | bases.Oblique | Sae | None = None
     gain: Tensor | Number = 1.0
     at: Where = None
 
@@ -66,7 +69,7 @@ class Edit:
         if self.alpha != 0 and self.source is None:
             raise NodeError(f"the edit of {self.site} has no source", fix="give `source`, or leave `alpha` at 0")
         if self.basis is not None and not isinstance(self.basis, Sae):
-            _orthonormal(self.basis)
+            bases.check(self.basis)
         _check_rows(self)
 
     @classmethod
@@ -108,13 +111,27 @@ class Edit:
         return cls(site, None, 0.0, factor - 1.0, **rest)
 
     @classmethod
-    def project_out(cls, site: Any, basis: Tensor, **rest: Any) -> Edit:
-        """Remove what lies in the span of `basis` ([d] or [direction, d]): (α, β) = (0, −1).
+    def project_out(cls, site: Any, basis: Tensor | bases.Oblique, **rest: Any) -> Edit:
+        """Remove what lies in the span of `basis` ([d] or [direction, d]), or P x of a pair: (α, β) = (0, −1).
 
         Example: `uw.Edit.project_out("resid_mid2", directions)`.
         """
-        _orthonormal(basis)
+        bases.check(basis)
         return cls(site, None, 0.0, -1.0, basis, **rest)
+
+    @classmethod
+    def channel(
+        cls, found: Result, writer: str, channels: int | Sequence[int], factor: Number = 0.0, **rest: Any
+    ) -> Edit:
+        """Multiply singular channels of a head, as `uw.channels` found them, by `factor`: 0 removes, −1 reverses.
+
+        The same as the change of weights by `uw.rewritten`, also where a norm follows. Channels that are one subspace
+        go together. Raises NodeError for what the result does not have, ResultError for another one.
+        Example: `uw.Edit.channel(uw.channels(lm), "L2H3", 0, factor=-1.0, at=-1)`.
+        """
+        finite("factor is what a channel is multiplied by", factor)
+        basis = bases.channels_of(found, writer, channels)
+        return cls(f"{writer}.z", None, 0.0, factor - 1.0, basis, **rest)
 
 
 def of_one(edit: Edit, i: int, count: int) -> Edit:
@@ -141,20 +158,6 @@ def _check_value(name: str, value: Any) -> None:
             raise NodeError(f"{name} is no value", got=got, expected="a tensor of real numbers, or one number")
     elif not (name == "source" and (value is None or callable(value))):
         finite(f"{name} is neither a number nor a tensor", value)
-
-
-def _orthonormal(basis: Tensor) -> Float[Tensor, "d direction"]:
-    """An orthonormal basis as columns, by QR: unlike that of an SVD, its gradient exists for orthonormal directions."""
-    fits = isinstance(basis, Tensor) and basis.is_floating_point() and basis.layout is torch.strided
-    columns = torch.atleast_2d(basis).mT if fits and not basis.is_meta and 0 < basis.dim() <= 2 else None
-    if columns is None or not 0 < columns.shape[1] <= columns.shape[0]:
-        raise NodeError("not a basis", got=shown(basis), expected="a tensor [d] or [direction, d]")
-    exact = torch.promote_types(basis.dtype, torch.float32)
-    kept, sizes = torch.linalg.qr(columns.to(exact))
-    size = sizes.diagonal().abs()
-    if not bool((size > size.max() * len(columns) * torch.finfo(exact).eps).all()):
-        raise NodeError("the directions of the basis depend on each other, or one is 0", expected="independent ones")
-    return kept
 
 
 def _check_rows(edit: Edit) -> None:
@@ -368,11 +371,8 @@ def _formula(edit: Edit, x: Tensor, seen: Tensor, fitted: Callable[[str, Any], A
         # An infinite x times 0 is not 0: what is replaced is not looked at.
         new = torch.zeros_like(old) if isinstance(keep, Number) and keep == 0 else old * keep
         return (new if give is None else new + give).to(x.dtype)
-    if edit.basis.shape[-1] != x.shape[-1]:
-        raise NodeError(
-            f"the basis of the edit of {edit.site} has another width", got=edit.basis.shape[-1], expected=x.shape[-1]
-        )
-    basis = _orthonormal(edit.basis).to(old)
+    if (wide := bases.width(edit.basis)) != x.shape[-1]:
+        raise NodeError(f"the basis of the edit of {edit.site} has another width", got=wide, expected=x.shape[-1])
     given = torch.zeros_like(old) if source is None else (torch.zeros_like(old) + source * edit.alpha).to(exact)
-    inside = given + old * edit.beta if edit.beta else given
-    return (old + gain * ((inside @ basis) @ basis.mT)).to(x.dtype)
+    part = given + old * edit.beta if edit.beta else given
+    return (old + gain * bases.inside(edit.basis, part)).to(x.dtype)

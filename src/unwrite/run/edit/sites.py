@@ -23,6 +23,7 @@ from unwrite.model.hooks import Point
 from unwrite.model.inside import find
 from unwrite.model.norms import norm_scale
 from unwrite.model.projections import sizes
+from unwrite.model.queries import unit_in
 from unwrite.model.view import Layer, Model
 from unwrite.nodes import KINDS, MLPS, PROJECTED, Location, Site, nearest, parse_site, parse_sites
 from unwrite.run.edit.place import Inner, Pass, Place, View, by_row
@@ -343,16 +344,10 @@ def unit_of(lm: Model, site: Site) -> int:
     part, layer = site.kind.removeprefix("shared_"), lm.layers[max(site.layer, 0)]
     if part not in ("q", "k", "v") or is_called(lm):
         return max(site.head, 0)
-    own, (groups, behind) = _group(lm, site), lm.row.value_layout(lm.config)
-    each, opened = layer.kv_heads // groups, lm.row.opened(lm.config)
-    module = find(layer.attention, opened[part])
+    own, module = _group(lm, site), find(layer.attention, lm.row.opened(lm.config)[part])
     if module is not layer.value:  # a projection of queries or keys alone
         return site.head if part == "q" else own
-    size = sizes(module)[1] // groups // layer.head_dim
-    values = size - behind - each
-    # Before the values of a group lie its keys, and before these its queries.
-    within = {"q": site.head % max(1, values - each), "k": values - each + own % each, "v": values + own % each}
-    return own // each * size + within[part]
+    return unit_in(lm, layer, part, site.head if part == "q" else own * layer.heads // layer.kv_heads, module)
 
 
 def _row(lm: Model, site: Site, heads: int) -> int:

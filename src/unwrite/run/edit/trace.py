@@ -124,7 +124,7 @@ def trace(lm: Model, *sites: object, edits: Sequence[Edit] | Edit = (), every_pa
     Example: `with uw.trace(lm, "resid_post3", edits=[uw.Edit.set("L2H3", 0.0)]) as t: lm.hf(ids)`; `t["resid_post3"]`
     """
     require_model(lm)
-    _require_free(lm)
+    require_free(lm)
     edits = [edits] if isinstance(edits, Edit) else several("these are no edits", edits, _EDITS, NodeError)
     require(isinstance(every_pass, bool), NodeError, "every_pass is a yes or no", every_pass, "True or False")
     run = _Run(lm, _wanted(lm, sites), _grouped(lm, edits), every_pass)
@@ -306,9 +306,11 @@ def _hooks(run: _Run) -> Iterator[Handle]:
             yield visited(point, partial(run.visit, point))
 
 
-def _require_free(lm: Model) -> None:
+def require_free(lm: Model) -> None:
+    """Raise ModelError inside of a trace of this model."""
     if any(isinstance(listener, _Run) for listener in listeners(lm.decoder)):
-        raise ModelError("this model is being traced already", fix="give all sites and edits to one `uw.trace`")
+        fix = "give all sites and edits to one `uw.trace`, and change weights around it"
+        raise ModelError("this model is being traced already", fix=fix)
 
 
 def _require_itself(lm: Model, kwargs: Mapping[str, Any]) -> None:
