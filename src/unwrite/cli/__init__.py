@@ -204,7 +204,7 @@ def effects(
         str, typer.Option("--at", help="Patch 'all' positions at once, 'each', the 'last', or roles: S2,end.")
     ] = "all",
     metric: Annotated[
-        str, typer.Option("--metric", help="logit_diff, log_prob, prob, kl, top, match, restricted or fldd.")
+        str, typer.Option("--metric", help="logit_diff, log_prob, prob, kl, top, match, restricted, centred or fldd.")
     ] = "logit_diff",
     methods: Annotated[
         str, typer.Option("--methods", help="Some of exact, atp, atp*, relp, ig, direct, net.")

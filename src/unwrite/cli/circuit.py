@@ -67,7 +67,7 @@ def circuit(
     draws: Annotated[int, typer.Option("--draws", min=0, help="Random orders beside.")] = 10,
     gates: _Gates = None,
     metric: Annotated[
-        str, typer.Option("--metric", help="logit_diff, log_prob, prob, kl, match or restricted.")
+        str, typer.Option("--metric", help="logit_diff, log_prob, prob, kl, match, restricted or centred.")
     ] = "logit_diff",
     common: Common = COMMON,
 ) -> None:
