@@ -314,7 +314,7 @@ class _Found:
     def _words(self, value: dict[str, np.ndarray]) -> dict[str, Any]:
         request, tokenizer, tokens = self.request, self.lm.tokenizer, self.request.tokens
         asked = {name: value[name].astype(int) for name in ("answer", "against") if name in value}
-        words = {name: [asked_for(one, tokenizer) for one in ids] for name, ids in asked.items()}
+        words = {name: [asked_for(one, tokenizer) for one in ids.tolist()] for name, ids in asked.items()}
         words["prompt_text"] = [
             spelled(ids[: n + 1], tokenizer) for ids, n in zip(tokens.written, request.row, strict=True)
         ]

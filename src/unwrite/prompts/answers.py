@@ -59,11 +59,11 @@ def compared(
     return chosen, other
 
 
-def asked_for(ids: Int[np.ndarray, ""] | Int[np.ndarray, " option"], tokenizer: Any) -> str:
+def asked_for(ids: int | list[int], tokenizer: Any) -> str:
     """A token in words, or the several whose mean is meant."""
-    if ids.ndim == 0:
-        return spelled([int(ids)], tokenizer)
-    return f"mean of {', '.join(spelled([i], tokenizer) for i in ids.tolist())}"
+    if isinstance(ids, int):
+        return spelled([ids], tokenizer)
+    return f"mean of {', '.join(spelled([i], tokenizer) for i in ids)}"
 
 
 def several(
