@@ -13,6 +13,7 @@ import typer
 
 from unwrite.cli.audit import audit
 from unwrite.cli.circuit import circuit, overlap
+from unwrite.cli.circuit import nodes as output_nodes
 from unwrite.cli.doctor import doctor
 from unwrite.cli.look import attention, lens, opened
 from unwrite.cli.options import (
@@ -291,6 +292,7 @@ _command(doctor)
 _command(survival)
 _command(solves)
 _command(circuit)
+_command(output_nodes)
 _command(overlap)
 _command(tasks)
 _command(mask)

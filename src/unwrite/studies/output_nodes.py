@@ -31,6 +31,9 @@ from unwrite.run.loop.stream import Listener, admit_pairs
 from unwrite.stats.jackknife import ratio
 from unwrite.studies.beside import beside
 
+# Of few output nodes so many others stand beside them.
+BESIDE = 5
+
 
 def output_nodes(
     lm: Model, ranking: Pairs, judged: Pairs, share: float = 0.8, *, seed: int = 0,
@@ -38,7 +41,7 @@ def output_nodes(
 ) -> Result:  # fmt: skip
     """The output nodes that `ranking` pairs name, with what `judged` pairs say of each, as of `uw.beside`.
 
-    Beside them stand as many other nodes whose total effects are largest: what works through others.
+    Beside them stand as many other nodes, at least five, whose total effects are largest: what works through others.
     Arguments: pairs of a task with choices (`uw.tasks.mcqa`, …); `share` of all net direct effects that the nodes add
     up to; `seed` of the order in which other prompts lend values. Totals are of the end alone, attention is weighed by
     value. Where templates say no more than which answer is right, pairs are independent evidence. Attributes: `output`
@@ -107,9 +110,9 @@ def _fewest(found: Result, share: float) -> Circuit:
 
 
 def _through(found: Result, lost: Result, output: Circuit) -> Circuit:
-    """As many other nodes, those first of which the answer loses most when they are executed otherwise."""
+    """As many other nodes, or `BESIDE`, of which the answer loses most when they are executed otherwise."""
     total = (-lost["mean"]).to_series().drop(list(output.nodes))
-    ranked = total.sort_values(ascending=False).index[: len(output)]
+    ranked = total.sort_values(ascending=False).index[: max(len(output), BESIDE)]
     return _circuit(found, [name for name in ranked if total[name] > 0])
 
 
