@@ -71,17 +71,7 @@ def beside(
 
     Example: `uw.beside(circuit, uw.dla(lm, prompts, " Mary", " John"), uw.survival(lm, tokens)).table()`
     """
-    if not isinstance(circuit, Circuit):
-        raise ResultError("this is no circuit", got=shown(circuit), expected="a uw.Circuit")
-    _require(circuit, {"dla": dla, "survival": survival, "effects": effects, "attention": attention})
-    if "total" not in dla.data and effects is None:
-        raise ResultError("this dla has no executed totals", fix="ask for uw.dla(…, total=True), or pass effects")
-    if pairs is not None and not isinstance(pairs, Pairs):
-        raise ResultError("roles and answers are those of pairs", got=shown(pairs), expected="a uw.Pairs")
-    if (pairs is None) != (attention is None):
-        raise ResultError("attention and pairs say a part together", got="one of them", fix="pass both, or neither")
-    if effects is not None and (effects.provenance["settings"]["method"] != "exact" or "mean" not in effects.data):
-        raise ResultError("these effects were not executed, or are of several places", fix='method="exact", at="all"')
+    _require(circuit, {"dla": dla, "survival": survival, "effects": effects, "attention": attention}, pairs)
     nodes = [str(name) for name in dla.data["node"].values]
     own = [name for name in circuit.ranked if name in nodes]
     if not own:
@@ -91,12 +81,11 @@ def beside(
     by_direct = sorted(able, key=lambda name: -abs(direct[nodes.index(name)]))[: len(own)]
     rows = [*own, *(name for name in by_direct if name not in own)]
     variables = _readings(dla, rows)
+    if "option" in dla.data.dims:
+        variables |= _direct_ends(dla, rows)
     variables |= {} if effects is None else _executed(effects, rows)
     variables["word"] = _word(variables, "total" if effects is None else "executed")
     variables |= _chosen(circuit, rows, by_direct)
-    if "option" in dla.data.dims:
-        ends = interval(dla.data["direct"].transpose("prompt", "node").values[:, _at(dla, rows)])
-        variables |= _ends("direct", *ends[1:], "its 95 % interval, jackknife over prompts")
     if attention is not None and pairs is not None:
         variables |= _parts(attention, pairs, dla, rows)
         variables |= _categories(dla, rows, variables)
@@ -106,8 +95,23 @@ def beside(
     return build("beside", data, settings, dla.provenance["model"], dla.provenance["tokens"])
 
 
-def _require(circuit: Circuit, given: dict[str, Result | None]) -> None:
-    """Results of these methods, of one model."""
+def _require(circuit: Circuit, given: dict[str, Result | None], pairs: Any) -> None:
+    """Results of these methods, of one model, and with what goes with them."""
+    if not isinstance(circuit, Circuit):
+        raise ResultError("this is no circuit", got=shown(circuit), expected="a uw.Circuit")
+    _require_results(circuit, given)
+    dla, effects = given["dla"], given["effects"]
+    if dla is not None and "total" not in dla.data and effects is None:
+        raise ResultError("this dla has no executed totals", fix="ask for uw.dla(…, total=True), or pass effects")
+    if pairs is not None and not isinstance(pairs, Pairs):
+        raise ResultError("roles and answers are those of pairs", got=shown(pairs), expected="a uw.Pairs")
+    if (pairs is None) != (given["attention"] is None):
+        raise ResultError("attention and pairs say a part together", got="one of them", fix="pass both, or neither")
+    if effects is not None and (effects.provenance["settings"]["method"] != "exact" or "mean" not in effects.data):
+        raise ResultError("these effects were not executed, or are of several places", fix='method="exact", at="all"')
+
+
+def _require_results(circuit: Circuit, given: dict[str, Result | None]) -> None:
     for name, one in given.items():
         if one is None and name != "dla":
             continue
@@ -142,6 +146,11 @@ def _readings(dla: Result, rows: list[str]) -> dict[str, Any]:
 
 def _ends(name: str, low: np.ndarray, high: np.ndarray, says: str) -> dict[str, Any]:
     return {f"{name}_{end}": quantity(("node",), part, "logit", says) for end, part in (("low", low), ("high", high))}
+
+
+def _direct_ends(dla: Result, rows: list[str]) -> dict[str, Any]:
+    _, low, high = interval(dla.data["direct"].transpose("prompt", "node").values[:, _at(dla, rows)])
+    return _ends("direct", low, high, "its 95 % interval, jackknife over prompts")
 
 
 def _executed(effects: Result, rows: list[str]) -> dict[str, Any]:

@@ -111,9 +111,9 @@ def _fewest(found: Result, share: float) -> Circuit:
 
 def _through(found: Result, lost: Result, output: Circuit) -> Circuit:
     """As many other nodes, or `BESIDE`, of which the answer loses most when they are executed otherwise."""
-    total = (-lost["mean"]).to_series().drop(list(output.nodes))
-    ranked = total.sort_values(ascending=False).index[: max(len(output), BESIDE)]
-    return _circuit(found, [name for name in ranked if total[name] > 0])
+    total = {str(name): -float(one) for name, one in lost["mean"].to_series().items()}
+    ranked = sorted((name for name in total if name not in output), key=lambda name: -total[name])
+    return _circuit(found, [name for name in ranked[: max(len(output), BESIDE)] if total[name] > 0])
 
 
 def _circuit(found: Result, nodes: list[str]) -> Circuit:
