@@ -57,7 +57,6 @@ def loss(logits: np.ndarray, answer: Any, options: Any) -> np.ndarray:
 # --- centred logits ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.promise("exact")
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2"])
 def test_against_several_every_reading_is_the_mean_of_those_against_each(kind: str) -> None:
     """All are linear in what is asked; a soft-cap (gemma2) alone is not, and is the model's own."""
@@ -74,7 +73,7 @@ def test_against_several_every_reading_is_the_mean_of_those_against_each(kind: s
     assert str(whole["against"].values[0]).startswith("mean of ")
 
 
-@pytest.mark.promise("patching")
+@pytest.mark.promise("executed")
 def test_a_centred_effect_is_that_of_the_logits_and_a_slope_that_of_a_direct_one() -> None:
     lm, pairs = model(), contrasts()
     found = uw.effects(lm, pairs, ["MLP1", "L0H1"], "end", "exact", "centred")
@@ -91,7 +90,6 @@ def test_a_centred_effect_is_that_of_the_logits_and_a_slope_that_of_a_direct_one
         np.testing.assert_allclose(-direct["effect"].sel(node=node).values, want, atol=1e-6)
 
 
-@pytest.mark.promise("exact")
 def test_what_raises_all_choices_alike_is_neither_in_a_centred_logit_nor_in_the_loss_over_them() -> None:
     pairs, found = contrasts(), []
     for shift in (0.0, 1.0):
@@ -109,7 +107,7 @@ def test_what_raises_all_choices_alike_is_neither_in_a_centred_logit_nor_in_the_
     np.testing.assert_allclose(np.sum(each, 0), 0, atol=1e-6)
 
 
-@pytest.mark.promise("patching")
+@pytest.mark.promise("executed")
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_the_total_effect_of_the_last_mlp_is_its_direct_edge(kind: str) -> None:
     lm, pairs = model(kind), contrasts()
@@ -125,7 +123,6 @@ def test_the_total_effect_of_the_last_mlp_is_its_direct_edge(kind: str) -> None:
 # --- low rank ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.promise("exact")
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_a_pattern_sees_of_a_query_what_lies_in_the_span_of_centred_keys(kind: str) -> None:
     # A llama's softmax is computed in float32.
@@ -225,7 +222,7 @@ def brought(head: str, role: str) -> float:
     return float((size[torch.arange(32), pairs.roles[role]] / size.sum(-1)).mean())
 
 
-@pytest.mark.promise("patching")
+@pytest.mark.promise("executed")
 @pytest.mark.parametrize("share", [0.3, 0.9])
 def test_what_direct_edges_keep_is_what_is_lost_by_the_final_stream_without_the_others(share: float) -> None:
     """Plain arithmetic on the last stream: the others' writes exchanged, through the model's own norm and head."""
