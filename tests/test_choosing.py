@@ -109,6 +109,18 @@ def test_what_is_said_is_what_the_planted_head_carries(change: str, at: str, hea
         assert found["A"] == [0, 0, 0, 16]
 
 
+@pytest.mark.promise("planted")
+def test_a_place_is_said_where_the_planted_head_hands_one_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """B brings the place; A, whose things are those of another prompt, says none of this one's places."""
+    monkeypatch.setattr(boxes, "BOXES", 4)
+    pairs = asked("position")
+    places = [int(str(label).split()[1]) - 1 for label in pairs.template or ()]
+    sources = [(torch.from_numpy(pairs.base.ids[i : i + 1]), place) for i, place in enumerate(places)]
+    found = boxes.by_place(by_hand(), pairs, sources, ["L2H0"])
+    assert found == {"pairs": 16, "both": 16, "first": 0, "last": 0, "own": 0, "third": 0, "else": 0}
+    assert boxes.by_place(by_hand(), pairs, sources, ["L0H1"])["own"] == 16
+
+
 def test_random_sets_have_as_many_heads_of_every_layer_or_none_of_those_chosen() -> None:
     heads = [f"L{layer}H{unit}" for layer in range(5) for unit in range(4)]
     made = boxes.sets(heads, ["L1H0", "L1H2", "L3H1"])

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 from masks import heads_from
-from measure import keep, model_of
+from measure import kept, model_and_name, model_of, write
 from scipy.stats import binomtest
 
 import unwrite as uw
@@ -33,7 +33,7 @@ THINGS = ["pen", "cup", "book", "ball", "key", "phone", "hat", "bag", "ring", "b
           "lamp", "clock", "knife", "bowl", "jacket", "card", "flag"]  # fmt: skip
 # What source prompts have otherwise, at which token.
 ASKED = (("position", "query"), ("position", "end"), ("letter", "end"), ("objects", "end"))
-PAIRS, MOST, BOXES = 100, 48, 3
+PAIRS, MOST, BOXES, PLACED = 100, 48, 3, 96
 PENALTIES, STEPS, DRAWS = (0.3, 0.1), 45, 5
 
 
@@ -113,6 +113,75 @@ def read(lm: Any, tokens: Any) -> torch.Tensor:
     return lm.hf(torch.from_numpy(tokens.ids), logits_to_keep=1).logits[:, 0]
 
 
+# --- what is a place? -------------------------------------------------------------------------------------------------
+
+# Source prompts that ask for a place otherwise: in another wording, with more boxes, or behind more text.
+VARIANTS: dict[str, tuple[str, int, str]] = {
+    "as the base prompt": (JUDGED, 3, ""), "fewer words": ("colon", 3, ""), "other words": ("box first", 3, ""),
+    "things first": ("object first", 3, ""), "text before": (JUDGED, 3, "Somebody put these things away last night. "),
+    "four boxes": (JUDGED, 4, ""), "five boxes": (JUDGED, 5, ""), "four boxes, fewer words": ("colon", 4, ""),
+    "five boxes, fewer words": ("colon", 5, ""),
+}  # fmt: skip
+
+
+def placed(model: str, name: str) -> dict[str, Any]:
+    """Which place is said when heads have their values in prompts of other kinds: counted from the first, or the last?
+
+    The heads are those that both wordings named for the position at the end.
+    """
+    lm, own = uw.load(model, dtype="float32"), [
+        one["chosen"] for one in kept(name, "boxes")["lines"] if (one["change"], one["at"]) == ("position", "end")
+    ]  # fmt: skip
+    heads = [head for head in own[0] if head in own[1]]
+    base, _ = solved(lm, "position", JUDGED, 2)
+    lines = [
+        {"variant": variant, **by_place(lm, base, asking(lm, *how), heads)} for variant, how in VARIANTS.items()
+    ]  # fmt: skip
+    return {"heads": heads, "lines": lines}
+
+
+def asking(lm: Any, form: str, k: int, before: str) -> list[tuple[torch.Tensor, int]]:
+    """Ids of prompts of k boxes, and which place is asked for, from 0."""
+    own = {"thing": THINGS[1::3]}
+    pairs = uw.tasks.boxes(PLACED, lm.tokenizer, 3, "query", k=k, form=form, words=own)
+    made = []
+    for ids, n, label in zip(pairs.base.ids, pairs.base.lengths, pairs.template or (), strict=True):
+        text = lm.tokenizer.decode(ids[:n], skip_special_tokens=True)
+        made.append((lm.tokenizer(before + text, return_tensors="pt")["input_ids"], int(label.split()[1]) - 1))
+    return made
+
+
+@torch.no_grad()
+def by_place(
+    lm: Any, base: uw.Pairs, sources: Sequence[tuple[torch.Tensor, int]], heads: Sequence[str]
+) -> dict[str, int]:
+    """What is said: the thing at the place counted from the first box, at that counted from the last, or others.
+
+    A base prompt is asked for neither of the two places, or for none that is there.
+    """
+    things = np.stack([base.roles[f"object{i}"] for i in ("", *range(2, BOXES + 1))], 1)
+    own = (things < things[:, :1]).sum(1)
+    counts = dict.fromkeys(("pairs", "both", "first", "last", "own", "third", "else"), 0)
+    for number, (ids, place) in enumerate(sources):
+        boxes = max(at for _, at in sources) + 1
+        first, last = place, place - (boxes - BOXES)
+        fits = [i for i in range(len(base)) if own[i] not in (first, last)]
+        if not (0 <= first < BOXES and 0 <= last < BOXES) or not fits:
+            continue
+        i = fits[number % len(fits)]
+        with uw.trace(lm, *(f"{head}.z" for head in heads)) as seen:
+            lm.hf(ids, logits_to_keep=1)
+        edits = [uw.Edit.set(f"{head}.z", seen[f"{head}.z"][:, -1], at=-1) for head in heads]
+        with uw.trace(lm, edits=edits):
+            top = int(lm.hf(torch.from_numpy(base.base.ids[i : i + 1]), logits_to_keep=1).logits[0, 0].argmax())
+        order = np.argsort(things[i])
+        said = {int(np.asarray(base.choices)[i, order[j]]): j for j in range(BOXES)}.get(top)
+        found = {first: "first", last: "last"} if first != last else {first: "both"}
+        counts["pairs"] += 1
+        counts["else" if said is None else "own" if said == own[i] else found.get(said, "third")] += 1
+    return counts
+
+
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
@@ -122,16 +191,34 @@ def kept_boxes(found: dict[str, Any]) -> pd.DataFrame:
     for one in found["lines"]:
         says, n = one["says"], one["pairs"]
         own, demanded, third, _ = says["chosen"]
-        low, high = binomtest(demanded, n).proportion_ci(method="wilson")
         p = binomtest(demanded, demanded + third).pvalue if demanded + third else 1.0
         lines.append({
             "pairs": one["change"], "at": one["at"], "learned in": one["learned in"], "heads": ", ".join(one["chosen"]),
-            "demanded": f"{demanded / n:.2f} [{low:.2f}, {high:.2f}]", "own": f"{own / n:.2f}",
+            "demanded": _rate(demanded, n), "own": f"{own / n:.2f}",
             "third": f"{third / n:.2f}", "p, demanded = third": f"{p:.1g}",
             "all heads": _shares(says["all"], n), "the others": _shares(says["others"], n),
             "random, same layers": _most(says, "same layers", n), "random": _most(says, "any", n),
         })  # fmt: skip
     return pd.DataFrame(lines)
+
+
+def kept_places(found: dict[str, Any]) -> pd.DataFrame:
+    """Parts of the prompts in which each place is said, by what source prompts are like."""
+    lines = {}
+    for one in found["lines"]:
+        n = one["pairs"]
+        moved = "both" if one["first"] + one["last"] == 0 else ""
+        named = {"both": "the same"} if moved else {"first": "from the first", "last": "from the last"}
+        lines[one["variant"]] = {
+            "prompts": str(n), **{name: _rate(one[key], n) for key, name in named.items()},
+            **{key: f"{one[key] / n:.2f}" for key in ("own", "third", "else")},
+        }  # fmt: skip
+    return pd.DataFrame(lines).T.fillna("")
+
+
+def _rate(hits: int, n: int) -> str:
+    low, high = binomtest(hits, n).proportion_ci(method="wilson")
+    return f"{hits / n:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _shares(counts: Sequence[int], n: int) -> str:
@@ -146,4 +233,6 @@ def _most(says: dict[str, list[int]], which: str, n: int) -> str:
 
 
 if __name__ == "__main__":
-    keep(__doc__, measured, "boxes")
+    asked = model_and_name(__doc__)
+    write(measured(asked.model), asked.name, "boxes")
+    write(placed(asked.model, asked.name), asked.name, "places")
