@@ -298,6 +298,24 @@ def test_the_other_model_lends_what_a_model_has_lost() -> None:
     assert {group: found["sets"][group] == 1 for group in PLANTED} == {"A": True, "B": True, "C": False, "D": False}
 
 
+@pytest.mark.promise("executed")
+def test_a_side_of_the_other_model_repairs_where_that_side_was_lost() -> None:
+    """B writes nothing in one of two models: A's queries are what it lacks, and neither its keys nor its values."""
+    inside = importlib.import_module("inside")
+    young, lm = by_hand("B"), by_hand()
+    prompts = tracking.same(tracking.scenes(lm, 20, 3, "position"))
+    found = inside.inside(young, lm, prompts, ["L3H0", "L2H0"])
+    ids, own = torch.from_numpy(prompts.base.ids), found[""][""]
+    assert own == hits(plain(young, ids)[0], prompts.answer) < 0.5
+    assert found["L3H0"] == {"q": 1.0, "k": own, "v": own, "": 1.0}
+    # What B lacks is in its own weights: no side of it is better in the other model.
+    assert set(found["L2H0"].values()) == {own}
+    theirs, mine = plain(lm, ids)[2][3], torch.zeros(3 * WIDTH, dtype=torch.bool)
+    mine[:HEAD] = True
+    logits = plain(young, ids, projected={3: (mine, theirs)})[0]
+    assert found["L3H0"]["q"] == hits(logits, prompts.answer)
+
+
 @pytest.mark.promise("planted")
 def test_effects_by_role_are_an_order_whose_circuit_is_the_planted_one() -> None:
     """All but D, which writes the same in every prompt; without any of the three next to nothing is kept."""
