@@ -171,6 +171,18 @@ def test_the_interval_of_a_gain_is_that_of_agresti_and_min() -> None:
     assert reuse.gained(0, 0, 120)[0] < 0 < reuse.gained(0, 0, 120)[1]
 
 
+@pytest.mark.slow
+def test_a_real_model_hands_a_place_on_and_does_not_choose_by_letter(real: Path) -> None:
+    """Gemma 3 270M (docs/masks.md, docs/multiple-choice.md); inequalities alone, since weights are quantised."""
+    lm = uw.load(real / "gemma3-270m", dtype="float32")
+    pairs, _ = boxes.solved(lm, "position", boxes.JUDGED, 2)
+    heads = ["L9H2", "L10H0", "L10H1", "L10H3", "L12H2"]
+    found = boxes.said(lm, pairs.take(range(24)), "end", {"all": boxes.heads_from(lm, 0), "chosen": heads})
+    assert found["all"][1] == 0
+    assert found["chosen"][1] > 2 * found["chosen"][2]
+    assert uw.solves(lm, uw.tasks.mcqa(40, lm.tokenizer)).data.attrs["verdict"] == "not solved"
+
+
 # --- pages ------------------------------------------------------------------------------------------------------------
 
 
@@ -190,6 +202,15 @@ def test_the_pages_say_what_was_kept() -> None:
     lists = measure.kept("smollm2-135m", "reuse")
     assert len(reuse.kept_choices(lists)) == 6
     assert reuse.kept_repairs(lists).shape[0] == 12
+    for one in measure.kept("gemma3-270m", "boxes")["lines"]:
+        own, demanded, third, _ = one["says"]["chosen"]
+        assert own + demanded + third <= one["pairs"]
+        if (one["change"], one["at"]) == ("position", "end"):
+            assert demanded > 3 * third
+            assert one["says"]["all"][1] == 0
+        if one["change"] == "letter":
+            assert demanded == 0
+    assert len(boxes.kept_boxes(measure.kept("gemma3-270m", "boxes"))) == 8
     for page, module in (("multiple-choice", choosing), ("circuits", reuse), ("masks", boxes)):
         text = (DOCS / f"{page}.md").read_text("utf-8")
         assert set(re.findall(rf"\b{module.__name__}\.(\w+)\(", text)) <= {*vars(module)}
