@@ -102,8 +102,9 @@ FLIPS = {
     ("ioi", "S2"), ("ioi", "both"), ("ioi", "names"), ("laundry", "missing"), ("laundry", "items"), ("boxes", "query"),
     ("boxes", "objects"), ("boxes", "labels"), ("colored_objects", "query"), ("colored_objects", "colors"),
     ("mcqa", "place"), ("mcqa", "labels"), ("mcqa", "question"), ("copy_colour", "place"), ("copy_colour", "labels"),
-    ("copy_colour", "color"), ("docstring", "swap"), ("docstring", "answer"), ("agreement", "number"),
-    ("pronoun", "gender"), ("capitals", "country"),
+    ("mcqa", "shuffled"), ("mcqa", "following"), ("mcqa", "digits"), ("copy_colour", "shuffled"),
+    ("copy_colour", "following"), ("copy_colour", "color"), ("docstring", "swap"), ("docstring", "answer"),
+    ("agreement", "number"), ("pronoun", "gender"), ("capitals", "country"),
 }  # fmt: skip
 # Those after which it says the same.
 STAYS = {
@@ -224,8 +225,28 @@ def test_boxes_can_differ_in_the_letter_that_is_asked_for_or_in_its_place_alone(
                 assert against in base[places[1]]
 
 
+def test_other_labels_are_in_the_order_that_they_say() -> None:
+    """Read off the source prompts, from the first option to the last."""
+
+    def letters(change: str, of: int) -> list[str]:
+        return re.findall(r"^\((\w)\)", text(made("mcqa", 8, change=change).source, of), re.MULTILINE)
+
+    for i in range(8):
+        shuffled, following, drawn = (letters(change, i) for change in ("shuffled", "following", "labels"))
+        assert sorted(shuffled) == [*"ABCD"] != shuffled
+        assert "".join(following) in "EFGHIJKLMNOPQRSTUVWXYZ"
+        assert not {*drawn} & {*"ABCD"}
+        assert letters("digits", i) == [*"1234"]
+    assert len({tuple(letters("labels", i)) for i in range(8)}) > 4
+
+
 def test_options_make_other_prompts() -> None:
-    assert text(made("boxes", 1, form="box first", k=2).base, 0).startswith("Box ")
+    starts = [text(made("boxes", 1, form=form, k=2).base, 0) for form in ("box first", "in box", "colon")]
+    assert [re.sub(r"Box \w", "Box", one).split(" the ")[0] for one in starts] == ["Box contains", "In Box is", "Box:"]
+    assert [re.sub(r"Box \w", "Box", one).split(". ")[1] for one in starts] == [
+        "Box contains the", "In Box is the", "Box: the"
+    ]  # fmt: skip
+    assert text(made("mcqa", 1, form="[A]").base, 0).endswith("Answer: [")
     assert made("boxes", 4, k=5).choices.shape == (4, 5)
     assert text(made("mcqa", 1, shots=2).base, 0).count("Question:") == 3
     assert text(made("copy_colour", 1).base, 0).endswith("Answer:")

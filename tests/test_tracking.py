@@ -23,7 +23,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import unwrite as uw
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "circuits"))
-toy, tracking = (importlib.import_module(name) for name in ("toy", "tracking"))
+toy, tracking, training = (importlib.import_module(name) for name in ("toy", "tracking", "training"))
 
 # --- a model by hand --------------------------------------------------------------------------------------------------
 
@@ -73,7 +73,7 @@ def by_hand(lost: str = "") -> Any:
             _moves(hf, layer, read, i, into + i, 0.0 if lost == name else 2.0)
     for i in range(10):
         _moves(hf, 3, _THING + i, i, _SAID + i, 2.0)
-    return uw.load(hf, tokenizer=toy.tokenizer())
+    return uw.load(hf, tokenizer=toy.COURSE.tokenizer())
 
 
 def _reads(hf: Any, layer: int, parts: str, read: int, into: int, size: float) -> None:
@@ -298,6 +298,24 @@ def test_the_other_model_lends_what_a_model_has_lost() -> None:
     assert {group: found["sets"][group] == 1 for group in PLANTED} == {"A": True, "B": True, "C": False, "D": False}
 
 
+@pytest.mark.promise("executed")
+def test_a_side_of_the_other_model_repairs_where_that_side_was_lost() -> None:
+    """B writes nothing in one of two models: A's queries are what it lacks, and neither its keys nor its values."""
+    inside = importlib.import_module("inside")
+    young, lm = by_hand("B"), by_hand()
+    prompts = tracking.same(tracking.scenes(lm, 20, 3, "position"))
+    found = inside.inside(young, lm, prompts, ["L3H0", "L2H0"])
+    ids, own = torch.from_numpy(prompts.base.ids), found[""][""]
+    assert own == hits(plain(young, ids)[0], prompts.answer) < 0.5
+    assert found["L3H0"] == {"q": 1.0, "k": own, "v": own, "": 1.0}
+    # What B lacks is in its own weights: no side of it is better in the other model.
+    assert set(found["L2H0"].values()) == {own}
+    theirs, mine = plain(lm, ids)[2][3], torch.zeros(3 * WIDTH, dtype=torch.bool)
+    mine[:HEAD] = True
+    logits = plain(young, ids, projected={3: (mine, theirs)})[0]
+    assert found["L3H0"]["q"] == hits(logits, prompts.answer)
+
+
 @pytest.mark.promise("planted")
 def test_effects_by_role_are_an_order_whose_circuit_is_the_planted_one() -> None:
     """All but D, which writes the same in every prompt; without any of the three next to nothing is kept."""
@@ -320,7 +338,7 @@ def test_effects_by_role_are_an_order_whose_circuit_is_the_planted_one() -> None
 def test_what_is_trained_on_is_the_text_of_the_task(kind: int) -> None:
     ids, answers = toy.batch(np.random.default_rng(0), 5, np.array([kind, kind]))
     words = np.array(toy.WORDS)[ids.numpy()]
-    tokenizer = toy.tokenizer()
+    tokenizer = toy.COURSE.tokenizer()
     for row, said in zip(ids.tolist(), words, strict=True):
         places = [f"the {thing} is in Box {letter}" for thing, letter in said[:8].reshape(4, 2)]
         asked = said[8:].reshape(2, -1)
@@ -339,30 +357,32 @@ def test_what_is_trained_on_is_the_text_of_the_task(kind: int) -> None:
 
 
 def test_a_cut_run_goes_on_to_the_same_bits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name, few in (("BATCH", 4), ("LOOKED_AT", 4), ("SAVE_EVERY", 2), ("YOUNG", 0.0)):
-        monkeypatch.setattr(toy, name, few)
+    for module, name, few in (
+        (toy, "BATCH", 4), (toy, "LOOKED_AT", 4), (training, "SAVE_EVERY", 2), (training, "YOUNG", 0.0)
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, few)
     asked = argparse.Namespace(out=tmp_path / "whole", seed=0, steps=7, lr=0.01)
-    toy.train(asked)
-    step, cut = toy.Run.step, argparse.Namespace(**{**vars(asked), "out": tmp_path / "cut"})
+    training.train(toy.COURSE, asked)
+    step, cut = training.Run.step, argparse.Namespace(**{**vars(asked), "out": tmp_path / "cut"})
 
     def until(self: Any) -> float:
         if self.record["step"] == 5:
             raise KeyboardInterrupt
         return step(self)
 
-    monkeypatch.setattr(toy.Run, "step", until)
+    monkeypatch.setattr(training.Run, "step", until)
     with pytest.raises(KeyboardInterrupt):
-        toy.train(cut)
+        training.train(toy.COURSE, cut)
     assert json.loads((tmp_path / "cut" / "run.json").read_text("utf-8"))["step"] == 4
-    monkeypatch.setattr(toy.Run, "step", step)
-    toy.train(cut)
+    monkeypatch.setattr(training.Run, "step", step)
+    training.train(toy.COURSE, cut)
     whole, resumed = (load_file(tmp_path / name / "newest.safetensors") for name in ("whole", "cut"))
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     young = uw.load(tmp_path / "cut" / "young")
     assert uw.solves(young, tracking.scenes(young, 4, 0, "query")).data.sizes["pair"] == 4
     with pytest.raises(SystemExit, match="other settings"):
-        toy.train(argparse.Namespace(**{**vars(cut), "steps": 9}))
+        training.train(toy.COURSE, argparse.Namespace(**{**vars(cut), "steps": 9}))
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

@@ -1,17 +1,14 @@
 """Which heads carry what indirect object identification turns on: where a name stood, and which name it is?
 
     python examples/circuits/masks.py MODEL --name NAME --first 15
-    python examples/circuits/masks.py MODEL --name NAME --task boxes
 
-MODEL is a folder or a hub name (HuggingFaceTB/SmolLM2-135M-Instruct; of boxes google/gemma-3-270m); heads are those of
-layers --first and later. What was found is kept as `results/NAME-masks.json` (or `NAME-boxes.json`) beside this file,
-from which docs/masks.md is made.
+MODEL is a folder or a hub name (HuggingFaceTB/SmolLM2-135M-Instruct); heads are those of layers --first and later. What
+was found is kept as `results/NAME-masks.json` beside this file, from which docs/masks.md is made.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -23,8 +20,6 @@ import unwrite as uw
 CHANGES = ("names+order", "names")
 PAIRS, STEPS = 96, 45
 SETS = ("none", "all", "chosen", "complement", "random")
-# Of boxes: another box is asked about, other objects are in them.
-BOXES = ("query", "objects")
 
 
 def measured(model: str, first: int) -> dict[str, Any]:
@@ -37,23 +32,6 @@ def measured(model: str, first: int) -> dict[str, Any]:
         found = uw.mask(lm, pairs, heads, "end", steps=STEPS)
         lines += paths(change, found)
         about |= {change: {"solves": found.data.attrs["solves"], "found": found.data.attrs["found"]}}
-    return told(found, heads, about, lines)
-
-
-def boxed(model: str, first: int) -> dict[str, Any]:
-    """The same of three boxes, named before what is in them, on pairs whose base prompt the model gets right."""
-    lm = uw.load(model, dtype="float32")
-    heads = heads_from(lm, first)
-    lines, about = [], {}
-    for change in BOXES:
-        pairs = uw.tasks.boxes(120, lm.tokenizer, change=change, k=3, form="box first")
-        solved = uw.solves(lm, pairs)
-        # Labels are the three places. None is to be held out, and pairs of one place count by themselves.
-        pairs = replace(pairs.take(solved["solved"].values), template=None)
-        found = uw.mask(lm, pairs, heads, "end", steps=STEPS, penalty=(0.3, 0.1), seeds=2, held="pair")
-        lines += paths(change, found)
-        places = {str(place): float(rate) for place, rate in solved["accuracy"].to_series().items()}
-        about |= {change: {"right": places, "used": len(pairs), "found": found.data.attrs["found"]}}
     return told(found, heads, about, lines)
 
 
@@ -108,10 +86,8 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--name", required=True)
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--task", choices=("ioi", "boxes"), default="ioi")
     asked = parser.parse_args()
-    found, what = (measured, "masks") if asked.task == "ioi" else (boxed, "boxes")
-    write(found(asked.model, asked.first), asked.name, what)
+    write(measured(asked.model, asked.first), asked.name, "masks")
 
 
 if __name__ == "__main__":

@@ -150,13 +150,23 @@ def model_of(found: uw.Result) -> dict[str, Any]:
     return {"model": model, "versions": record["versions"]}
 
 
-def keep(doc: str, measured: Callable[[str], dict[str, Any]], what: str = "") -> None:
+def keep(doc: str | None, measured: Callable[[str], dict[str, Any]], what: str = "") -> None:
     """Measure the model that the command line names, and keep `what` was found of it."""
-    parser = argparse.ArgumentParser(description=doc)
+    asked = model_and_name(doc)
+    write(measured(asked.model), asked.name, what)
+
+
+def model_and_name(doc: str | None) -> argparse.Namespace:
+    """What the command line names."""
+    return command(doc).parse_args()
+
+
+def command(doc: str | None) -> argparse.ArgumentParser:
+    """A command line that names a model."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--name", required=True)
-    asked = parser.parse_args()
-    write(measured(asked.model), asked.name, what)
+    return parser
 
 
 def write(found: dict[str, Any], name: str, what: str = "", folder: Path = RESULTS) -> None:

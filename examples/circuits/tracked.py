@@ -96,6 +96,23 @@ def minimal(found: dict[str, Any], model: str = "model", circuit: str = "pruned"
     return pd.DataFrame(lines, index=["of what is kept"]).T
 
 
+def halved(found: dict[str, Any], model: str = "model", circuit: str = "all groups") -> str:
+    """Completeness at random halves of a circuit: how far apart the model and the circuit without them are."""
+    apart = [abs(one) for one in found["found"][model]["circuits"][circuit]["halves"]]
+    return f"random halves, of what is kept: {sum(apart) / len(apart):.2f} apart, to {max(apart):.2f} ({len(apart)})"
+
+
+def most(found: dict[str, Any], what: str) -> str:
+    """Of all sets of heads that were patched for a variable, by role and by group, the one that matches most often."""
+    rates = [
+        (one["rates"][which][0], f"{'all heads' if which == 'all' else which} at {place}")
+        for by in found["carried"].values() for place, changes in by.items() for one in changes[what]
+        for which in ("chosen", "complement", "all")
+    ]  # fmt: skip
+    rate, where = max(rates)
+    return f"{what}: of {len(rates)} sets the one that matches most often does so in {rate:.2f} ({where})"
+
+
 def carried(found: dict[str, Any], by: str) -> pd.DataFrame:
     """Masks by role or group, and what source prompts have otherwise: of penalties the one that matches most often."""
     lines = []

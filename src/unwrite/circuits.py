@@ -187,7 +187,8 @@ class Circuit:
 def attended(attention: Result, roles: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """What each head of `uw.attention` gives the tokens of each role from the row "end", as means over prompts.
 
-    Raises ResultError for another result, and for other prompts than the roles'.
+    As shares of what it brings from all tokens, where it is weighed by value. Raises ResultError for another result,
+    and for other prompts than the roles'.
     """
     require_result("attention", attention, "attention")
     weight = attention["weight"].transpose("prompt", "head", "query", "key")
@@ -201,9 +202,12 @@ def attended(attention: Result, roles: Mapping[str, Any]) -> dict[str, dict[str,
             fix="give uw.attention(lm, pairs.base) and pairs.roles",
         )  # fmt: skip
     prompt = np.arange(n)
+    seen = weight.values.swapaxes(0, 1)[:, prompt, rows["end"]]
+    if attention.provenance["settings"]["weigh"] == "value":
+        seen = seen / np.maximum(np.nansum(seen, -1, keepdims=True), np.finfo(float).tiny)
     return {
-        str(head): {name: float(one[prompt, rows["end"], part].mean()) for name, part in rows.items()}
-        for head, one in zip(weight["head"].values, weight.values.swapaxes(0, 1), strict=True)
+        str(head): {name: float(one[prompt, part].mean()) for name, part in rows.items()}
+        for head, one in zip(weight["head"].values, seen, strict=True)
     }
 
 

@@ -13,6 +13,7 @@ import typer
 
 from unwrite.cli.audit import audit
 from unwrite.cli.circuit import circuit, overlap
+from unwrite.cli.circuit import nodes as output_nodes
 from unwrite.cli.doctor import doctor
 from unwrite.cli.look import attention, channels, lens, opened
 from unwrite.cli.options import (
@@ -204,7 +205,7 @@ def effects(
         str, typer.Option("--at", help="Patch 'all' positions at once, 'each', the 'last', or roles: S2,end.")
     ] = "all",
     metric: Annotated[
-        str, typer.Option("--metric", help="logit_diff, log_prob, prob, kl, top, match, restricted or fldd.")
+        str, typer.Option("--metric", help="logit_diff, log_prob, prob, kl, top, match, restricted, centred or fldd.")
     ] = "logit_diff",
     methods: Annotated[
         str, typer.Option("--methods", help="Some of exact, atp, atp*, relp, ig, direct, net.")
@@ -292,6 +293,7 @@ _command(survival)
 _command(readers)
 _command(solves)
 _command(circuit)
+_command(output_nodes)
 _command(overlap)
 _command(tasks)
 _command(mask)

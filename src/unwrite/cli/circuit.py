@@ -1,4 +1,4 @@
-"""`unwrite circuit` and `overlap`: how few nodes keep a behaviour, and which do two results share?"""
+"""`unwrite circuit`, `nodes`, `overlap`: what keeps a behaviour, who writes the answers, what do two results share?"""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from unwrite.cli.options import (
     Out,
     Quiet,
     TaskName,
+    TaskSeed,
     listed,
     pairs_in,
     spread,
@@ -67,7 +68,7 @@ def circuit(
     draws: Annotated[int, typer.Option("--draws", min=0, help="Random orders beside.")] = 10,
     gates: _Gates = None,
     metric: Annotated[
-        str, typer.Option("--metric", help="logit_diff, log_prob, prob, kl, match or restricted.")
+        str, typer.Option("--metric", help="logit_diff, log_prob, prob, kl, match, restricted or centred.")
     ] = "logit_diff",
     common: Common = COMMON,
 ) -> None:
@@ -85,6 +86,28 @@ def circuit(
             lm, judged, made, counts, source, by.split(","), listed(given) or (), roles, draws, nodes=named,
             metric=metric, gates=gates, seed=seed, checkpoint=job, listener=listener,
         )  # fmt: skip
+
+    common.produce(lm, lambda _: judged.base, method)
+
+
+@spread
+def nodes(
+    model: ModelName,
+    task: Annotated[str, typer.Option("--task", metavar="NAME", help="A task with choices, see `unwrite tasks`.")],
+    n: Annotated[int, typer.Option("-n", min=2, help="Prompts of the task that are judged by.")] = 64,
+    rank: Annotated[int, typer.Option("--rank", min=2, help="Other prompts of the task, that name the nodes.")] = 64,
+    seed: TaskSeed = 0,
+    share: Annotated[float, typer.Option("--share", help="Of all direct effects, that the nodes add up to.")] = 0.8,
+    common: Common = COMMON,
+) -> None:
+    """Which nodes write an answer's label, for which answers, and which help through others: the output nodes."""
+    from unwrite.studies.output_nodes import output_nodes
+
+    lm = common.load(model)
+    judged, ranking = _both(lm, None, task, None, (n, rank), seed, common.bos)
+
+    def method(_: object, listener: Listener, job: Job) -> Result:
+        return output_nodes(lm, ranking, judged, share, seed=seed, checkpoint=job, listener=listener)
 
     common.produce(lm, lambda _: judged.base, method)
 

@@ -23,7 +23,7 @@ from unwrite.model.load import provenance
 from unwrite.model.projections import sizes
 from unwrite.model.view import Model
 from unwrite.nodes import MLPS, PROJECTED
-from unwrite.prompts.answers import answers
+from unwrite.prompts.answers import asked_for, compared
 from unwrite.prompts.positions import rows_at
 from unwrite.prompts.tokens import Tokens, read_rows, spelled
 from unwrite.result import Result, build, quantity
@@ -105,6 +105,7 @@ def dla(
     prompt itself), with `mask` and `bos` as there; `answer` and `against` a token each, or one for every prompt: its
     id, or the text by which it continues the prompt ("The girl play" + "s"); the logit difference is answer − against,
     the logit of answer alone without `against`, and without both the model's own highest logit against its second;
+    against lists of as many tokens for every prompt it is the mean of theirs (of all choices: a centred logit);
     `position` the row that is read, one number or one for every prompt (without padding; −1: the last token); `at`
     "all" replaces a node's writes at every row, "position" at the read row only; `replace` "zero", "mean" (at that
     position, over the prompts or `texts`) or "resample" (another prompt's, or one of `texts`); `texts`, as `uw.scan`
@@ -164,15 +165,7 @@ def _request(
     pool = Pool(lm, fold(lm), tokens if texts is None else _texts(lm, texts, row, bos), own=texts is None)
     if replace != "zero" and len(pool.tokens) < 2:
         raise TokensError(f"replace={replace!r} needs other texts", got="1 prompt", fix="pass texts=, or more prompts")
-    rows = min(lm.vocabulary, sizes(lm.head)[1])
-    chosen, other = (
-        answers(token, tokens, row, name, lm.tokenizer, rows)
-        for token, name in ((answer, "answer"), (against, "against"))
-    )
-    if chosen is None and other is not None:
-        raise TokensError("against needs an answer to be compared with", fix="pass answer, or leave both out")
-    if chosen is not None and other is not None and (chosen == other).any():
-        raise TokensError("answer and against are the same token", got=int(chosen[chosen == other][0]))
+    chosen, other = compared(answer, against, tokens, row, lm.tokenizer, min(lm.vocabulary, sizes(lm.head)[1]))
     return _Request(tokens, row, chosen, other, at, replace, pool, total)
 
 
@@ -321,13 +314,13 @@ class _Found:
     def _words(self, value: dict[str, np.ndarray]) -> dict[str, Any]:
         request, tokenizer, tokens = self.request, self.lm.tokenizer, self.request.tokens
         asked = {name: value[name].astype(int) for name in ("answer", "against") if name in value}
-        words = {name: [spelled([i], tokenizer) for i in ids] for name, ids in asked.items()}
+        words = {name: [asked_for(one, tokenizer) for one in ids.tolist()] for name, ids in asked.items()}
         words["prompt_text"] = [
             spelled(ids[: n + 1], tokenizer) for ids, n in zip(tokens.written, request.row, strict=True)
         ]
         return {
             **{name: ("prompt", np.array(part, dtype=object)) for name, part in words.items()},
-            **{f"{name}_id": ("prompt", ids) for name, ids in asked.items()},
+            **{f"{name}_id": (("prompt", "option")[: ids.ndim], ids) for name, ids in asked.items()},
             "row": ("prompt", request.row),
         }
 

@@ -119,18 +119,19 @@ def effects(
     "L2.attn_out", "MLP2", "MLP2.act[17]", "resid_mid2"); `at` "each" position by itself, "all" positions at once, the
     "last", which is the row that is read, or a role of the pairs ("S2"), or several, each by itself; `method` "exact"
     (executed), "atp", "atp*", "relp", "ig", "direct", "net", or `uw.Rules`; `metric` "logit_diff", "log_prob", "prob",
-    "kl", "top", "match", "restricted", "fldd", or a function from logits [pair, vocabulary] to a number each; `source`
-    where values come from: the pairs' "source" prompts, their "mean" over pairs, "zero", "resample" (another pair's
-    source prompt), or another model of the same shape, which reads the source prompts; `steps` of "ig"; `checkpoint` as
-    in `uw.scan`; an exact sweep keeps what is done inside a batch, too.
+    "kl", "top", "match", "restricted", "centred", "fldd", or a function from logits [pair, vocabulary] to a number
+    each; `source` where values come from: the pairs' "source" prompts, their "mean" over pairs, "zero", "resample" (the
+    next pair's source prompt), or another model of the same shape, which reads the source prompts; `steps` of "ig";
+    `checkpoint` as in `uw.scan`; an exact sweep keeps what is done inside a batch, too.
     Returns a Result with `effect[pair, node, position]` (no position unless at="each", then NaN behind the row that is
     read; a role instead where several are named) in units of the metric; unless at="each" its `mean` over pairs with
     `mean_low` and `mean_high` (95 %, jackknife over templates, or pairs); `base[pair]`, the metric of the base run;
     `solved[pair]`, whether its answer beats the choices, and the attribute `solves`, that in words; `row` and `first`
     (the first position at which the prompts differ). "top" counts right answers, "match" is the interchange accuracy,
-    "restricted" the loss over the choices, "fldd" 100 · (1 − patched / clean logit difference). "atp*": `effect` is
-    GradDrop's magnitude, `signed` AtP with the QK fix. "ig": `effect` is conductance, `inputs` the endpoints'
-    difference times the mean slope. Numbers are a naive loop's, to rounding.
+    "restricted" the loss over the choices, "centred" the answer's logit less the mean of the choices', "fldd" 100 · (1
+    − patched / clean logit difference). "atp*": `effect` is GradDrop's magnitude, `signed` AtP with the QK fix. "ig":
+    `effect` is conductance, `inputs` the endpoints' difference times the mean slope. Numbers are a naive loop's, to
+    rounding.
     Raises NodeError for a node that is not there, NumericError for unknown settings, TokensError for pairs that this
     model cannot read.
 

@@ -78,8 +78,7 @@ def subspace(
     `variance[rank]`, and `random_kept[draw, rank]`.
     Raises NodeError for sites and readers that are none, and for directions that depend on each other; NumericError for
     unknown settings, and more directions than a site has; TokensError for pairs without `against` or a template to hold
-    out, or that are the same at a site.
-    Source: Geiger et al. 2023, arXiv 2303.02536; Makelov et al. 2023, arXiv 2311.17030.
+    out, or that are the same at a site. Source: Geiger et al. 2023, arXiv 2303.02536; Makelov et al. 2023, 2311.17030.
     Example: `uw.subspace(lm, uw.tasks.ioi(112, lm.tokenizer, change="order"), "MLP20.act")`
     """
     pairs = admit_pairs(lm, pairs, bos, sees=True)
@@ -96,10 +95,11 @@ def subspace(
         "held": held if isinstance(held, str) else "pairs", "classes": classes, **settings,
     }  # fmt: skip
     hashes = {name: str(part["hash"]) for name, part in read.items()} | _digest(basis)
+    most = batch_size(lm, pairs.base, batch, held=4)
     with opened(checkpoint, listener) as job:
         if done := job.begin("subspace", lm, hashes, asked):
             return done
-        found = _found(request, batch_size(lm, pairs.base, batch, held=4), isinstance(site, str), job, listener)
+        found = _found(request, most, isinstance(site, str), job, listener)
         return job.signed(build("subspace", found, asked, provenance(lm), read))
 
 

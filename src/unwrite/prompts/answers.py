@@ -40,6 +40,67 @@ def answers(
     return np.array(found, dtype=np.int64)
 
 
+def compared(
+    answer: Any, against: Any, tokens: Tokens, row: np.ndarray, tokenizer: Any, vocabulary: int
+) -> tuple[Int[np.ndarray, " prompt"] | None, Int[np.ndarray, " prompt"] | Int[np.ndarray, "prompt option"] | None]:
+    """The ids of an answer and of what it is compared to: one token for each prompt, or the mean of several.
+
+    Raises TokensError as `answers` does, and where there is nothing to compare.
+    """
+    chosen = answers(answer, tokens, row, "answer", tokenizer, vocabulary)
+    other = (several if _are_several(against) else answers)(against, tokens, row, "against", tokenizer, vocabulary)
+    if other is None:
+        return chosen, None
+    if chosen is None:
+        raise TokensError("against needs an answer to be compared with", fix="pass answer, or leave both out")
+    same = (chosen[:, None] == other.reshape(len(other), -1)).all(1)
+    if same.any():
+        raise TokensError("answer and against are the same token", got=int(chosen[same][0]))
+    return chosen, other
+
+
+def asked_for(ids: int | list[int], tokenizer: Any) -> str:
+    """A token in words, or the several whose mean is meant."""
+    if isinstance(ids, int):
+        return spelled([ids], tokenizer)
+    return f"mean of {', '.join(spelled([i], tokenizer) for i in ids)}"
+
+
+def several(
+    tokens_of: Any, tokens: Tokens, row: np.ndarray, name: str, tokenizer: Any, vocabulary: int
+) -> Int[np.ndarray, "prompt option"]:
+    """The ids of as many tokens for every prompt: one list for all of them, or a list, or a row, for each.
+
+    Raises TokensError as `answers` does, and for lists of other lengths.
+    """
+    options = _options(tokens_of, len(tokens), name)
+    ids: list[Any] = [answers(part, tokens, row, name, tokenizer, vocabulary) for part in options]
+    return np.stack(ids, 1)
+
+
+def _are_several(token: Any) -> bool:
+    """Is this a list of tokens for every prompt, and not one token for each?"""
+    array = array_of(token) if hasattr(token, "tolist") else None
+    if array is not None:
+        return array.ndim == 2
+    return isinstance(token, (list, tuple)) and any(isinstance(part, (list, tuple)) for part in token)
+
+
+def _options(given: Any, n: int, name: str) -> list[list[Any]]:
+    """Tokens one by one, each for all prompts."""
+    if not isinstance(given, (list, tuple)):
+        array = array_of(given)
+        given = None if array is None or array.dtype.kind not in "iu" else array.tolist()
+    if isinstance(given, (list, tuple)) and not any(isinstance(part, (list, tuple)) for part in given):
+        given = [given] * n
+    fits = isinstance(given, (list, tuple)) and len(given) == n
+    sizes = {len(part) if isinstance(part, (list, tuple)) else 0 for part in given} if fits else set()
+    if len(sizes) != 1 or min(sizes) < 2:
+        expected = "as many for every prompt, two or more"
+        raise TokensError(f"{name} is out of lists of tokens", got=shown(given), expected=expected)
+    return [list(option) for option in zip(*given, strict=True)]
+
+
 def token_after(token: Any, before: Sequence[int], tokenizer: Any, vocabulary: int) -> int:
     """The id of `token` after the ids `before`: an id itself, a text, or a token as the vocabulary spells it ("▁the").
 

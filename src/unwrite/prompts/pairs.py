@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from unwrite.errors import NumericError, TokensError, counted, number, plain, shown, whole
-from unwrite.prompts.answers import answers
+from unwrite.prompts.answers import answers, several
 from unwrite.prompts.encode import need
 from unwrite.prompts.given import given
 from unwrite.prompts.positions import END, RoleNames, Roles, asked_roles, roles_of
@@ -271,15 +271,12 @@ def pairs(
         raise TokensError("pairs need an answer", expected="a token, or one for every pair")
     if ids[1] is not None and (ids[0] == ids[1]).any():
         raise TokensError("answer and against are the same token", got=f"pair {int((ids[0] == ids[1]).argmax())}")
-    options: list[Any] = [
-        answers(part, read, row, "a choice", tokenizer, _ANY_VOCABULARY) for part in _options(choices, len(read))
-    ]
+    chosen = None if choices is None else several(choices, read, row, "a choice", tokenizer, _ANY_VOCABULARY)
     named, theirs = (
         {} if part is None else roles_of(name, part, tokens)
         for name, part, tokens in (("roles", roles, read), ("source_roles", source_roles, other))
     )
     labels: Any = tuple(template) if isinstance(template, list) else template
-    chosen = np.stack(options, 1) if options else None
     return Pairs(read, other, ids[0], ids[1], row, named, theirs, labels, chosen)
 
 
@@ -304,23 +301,6 @@ def _truths(values: Any) -> bool:
         and len(values) > 0
         and all(isinstance(one, (bool, np.bool_)) for one in values)
     )
-
-
-def _options(choices: Any, n: int) -> list[list[Any]]:
-    """Choices one by one, each for all pairs."""
-    if choices is None:
-        return []
-    if not isinstance(choices, (list, tuple)):
-        array = array_of(choices)
-        choices = None if array is None or array.dtype.kind not in "iu" else array.tolist()
-    if isinstance(choices, (list, tuple)) and not any(isinstance(part, (list, tuple)) for part in choices):
-        choices = [choices] * n
-    fits = isinstance(choices, (list, tuple)) and len(choices) == n
-    sizes = {len(part) if isinstance(part, (list, tuple)) else 0 for part in choices} if fits else set()
-    if len(sizes) != 1 or min(sizes) < 2:
-        expected = "as many tokens for every pair, two or more"
-        raise TokensError("choices are lists of tokens", got=shown(choices), expected=expected)
-    return [list(option) for option in zip(*choices, strict=True)]
 
 
 def _require_labels(template: Any, n: int) -> None:

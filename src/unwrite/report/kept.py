@@ -25,6 +25,7 @@ _BESIDE = {
     "word": Column("is", "{word}", holds="word"),
     "looks": Column("looks at", "{looks}", holds="word"),
     "part": Column("part", "{part}", holds="word"),
+    "category": Column("writes for", "{category}", holds="word"),
     "survival": Column("left at the end", "{survival}"),
     "verdict": Column("verdict", holds="word"),
 }
@@ -177,13 +178,26 @@ def _cell(one: xr.Dataset, name: str) -> str:
 def opposing(result: Result) -> str:
     """Who works against the answer, what heads are for, what the nodes do that direct alone would have chosen."""
     data = result.data
+    output = _output(data)
     word, alone = data["word"].values, data["chosen_by"].values == "direct alone"
     against = ", ".join(map(str, data["node"].values[(word == "opponent") & ~alone])) or "none"
     help_, own = (int((word[some] == "helps").sum()) for some in (alone, ~alone))
     return (
-        f"Of {int((~alone).sum())} nodes {own} help, opponents: {against}.{_parts(data)} "
+        f"{output}Of {int((~alone).sum())} nodes {own} help, opponents: {against}.{_parts(data)} "
         f"Direct attribution alone would have chosen {int(alone.sum())} others, of which {help_} help when executed "
         f"({data.attrs['of']}, {data.sizes['node']} intervals)."
+    )
+
+
+def _output(data: xr.Dataset) -> str:
+    """Which nodes write most to the answers, where they were looked for."""
+    if "output" not in data.attrs:
+        return ""
+    low, high = (data.attrs[f"recovered_{end}"] for end in ("low", "high"))
+    recovered = f"{_number(data.attrs['recovered'])} [{_number(low)}, {_number(high)}]"
+    return (
+        f"Output nodes: {data.attrs['output']}, with {data.attrs['explains']:.0%} of what heads and MLPs write to the "
+        f"answers; their direct edges alone keep {recovered} of the loss over the choices. {data.attrs['solves']} "
     )
 
 

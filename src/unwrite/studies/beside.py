@@ -19,6 +19,7 @@ from unwrite.orders import READINGS
 from unwrite.prompts.pairs import Pairs
 from unwrite.result import Result, build, quantity, require_result
 from unwrite.stats.jackknife import ratio
+from unwrite.studies.categories import RULES, by_answer, category, interval
 
 HELPS, OPPONENT, UNDECIDED = "helps", "opponent", "undecided"
 _WORDS = f"{HELPS}: the 95 % interval of {{}} lies above 0; {OPPONENT}: below 0; {UNDECIDED}: anything else"
@@ -31,6 +32,7 @@ PARTS = {
     ("against", 1): "suppressor",
     ("against", -1): "mover of the alternative",
 }
+LOOKED = {"pattern": "attends to", "value": "brings something from (its share of ‖A v W_O‖)"}
 _PARTS = (
     "what a head attends to from the read row (a role whose token is the answer, or the alternative; at least "
     f"{LOOKS:g}) and which way it writes about it (the 95 % interval of direct on one side of 0, its mean at least "
@@ -54,29 +56,22 @@ def beside(
     Arguments: `circuit`; `dla` what `uw.dla` found in the same model, whose prompts count as independent; `survival`
     what `uw.survival` found, of all or of some of the nodes; `effects` what `uw.effects(…, method="exact")` found with
     the circuit's own kind of replacement, which then has the word; `attention` of the base prompts of `pairs`, whose
-    roles and answers say what a head attends to; the dla is of these prompts too.
+    roles and answers say what a head attends to, or, where it is weighed by value, brings something from; the dla is of
+    these prompts too.
     Returns a Result by node, the circuit's own first: `chosen_by` ("both", "circuit", "direct alone"), `score`, the
     readings as means over prompts, `total` (executed) with `total_low` and `total_high` (95 %, jackknife over prompts,
     NaN for fewer than three), `executed` (what is lost by the replacement of `effects`) with its interval, `word`
     (helps, opponent, undecided: of `executed`, or else of `total`), `looks` ("S2 .78"), `part` (mover, negative mover,
     suppressor, mover of the alternative; "" of others), and `survival` at the end of the stream with `survival_low`,
-    `survival_high` and `verdict` ("" where nobody asked).
+    `survival_high` and `verdict` ("" where nobody asked). Of a dla against the mean of several also the interval of
+    `direct` and, with `pairs`, `by_answer[node, answer]` and `category` ("correct answer", "some answers (B)",
+    "constant", "against", "amplifies", "through others", ""), whose rules are its equation.
     Raises ResultError for results of another model or of other prompts, for effects that were not executed, and where
     neither those nor totals are there.
 
     Example: `uw.beside(circuit, uw.dla(lm, prompts, " Mary", " John"), uw.survival(lm, tokens)).table()`
     """
-    if not isinstance(circuit, Circuit):
-        raise ResultError("this is no circuit", got=shown(circuit), expected="a uw.Circuit")
-    _require(circuit, {"dla": dla, "survival": survival, "effects": effects, "attention": attention})
-    if "total" not in dla.data and effects is None:
-        raise ResultError("this dla has no executed totals", fix="ask for uw.dla(…, total=True), or pass effects")
-    if pairs is not None and not isinstance(pairs, Pairs):
-        raise ResultError("roles and answers are those of pairs", got=shown(pairs), expected="a uw.Pairs")
-    if (pairs is None) != (attention is None):
-        raise ResultError("attention and pairs say a part together", got="one of them", fix="pass both, or neither")
-    if effects is not None and (effects.provenance["settings"]["method"] != "exact" or "mean" not in effects.data):
-        raise ResultError("these effects were not executed, or are of several places", fix='method="exact", at="all"')
+    _require(circuit, {"dla": dla, "survival": survival, "effects": effects, "attention": attention}, pairs)
     nodes = [str(name) for name in dla.data["node"].values]
     own = [name for name in circuit.ranked if name in nodes]
     if not own:
@@ -86,19 +81,37 @@ def beside(
     by_direct = sorted(able, key=lambda name: -abs(direct[nodes.index(name)]))[: len(own)]
     rows = [*own, *(name for name in by_direct if name not in own)]
     variables = _readings(dla, rows)
+    if "option" in dla.data.dims:
+        variables |= _direct_ends(dla, rows)
     variables |= {} if effects is None else _executed(effects, rows)
     variables["word"] = _word(variables, "total" if effects is None else "executed")
     variables |= _chosen(circuit, rows, by_direct)
     if attention is not None and pairs is not None:
         variables |= _parts(attention, pairs, dla, rows)
+        variables |= _categories(dla, rows, variables)
     variables |= {} if survival is None else _survived(survival, rows)
     data = xr.Dataset(variables, {"node": rows}).assign_attrs(row_axes="node", of=f"{dla.data.sizes['prompt']} prompts")
     settings = {"replace": dla.provenance["settings"]["replace"], "circuit": [*circuit.nodes]}
     return build("beside", data, settings, dla.provenance["model"], dla.provenance["tokens"])
 
 
-def _require(circuit: Circuit, given: dict[str, Result | None]) -> None:
-    """Results of these methods, of one model."""
+def _require(circuit: Circuit, given: dict[str, Result | None], pairs: Any) -> None:
+    """Results of these methods, of one model, and with what goes with them."""
+    if not isinstance(circuit, Circuit):
+        raise ResultError("this is no circuit", got=shown(circuit), expected="a uw.Circuit")
+    _require_results(circuit, given)
+    dla, effects = given["dla"], given["effects"]
+    if dla is not None and "total" not in dla.data and effects is None:
+        raise ResultError("this dla has no executed totals", fix="ask for uw.dla(…, total=True), or pass effects")
+    if pairs is not None and not isinstance(pairs, Pairs):
+        raise ResultError("roles and answers are those of pairs", got=shown(pairs), expected="a uw.Pairs")
+    if (pairs is None) != (given["attention"] is None):
+        raise ResultError("attention and pairs say a part together", got="one of them", fix="pass both, or neither")
+    if effects is not None and (effects.provenance["settings"]["method"] != "exact" or "mean" not in effects.data):
+        raise ResultError("these effects were not executed, or are of several places", fix='method="exact", at="all"')
+
+
+def _require_results(circuit: Circuit, given: dict[str, Result | None]) -> None:
     for name, one in given.items():
         if one is None and name != "dla":
             continue
@@ -133,6 +146,11 @@ def _readings(dla: Result, rows: list[str]) -> dict[str, Any]:
 
 def _ends(name: str, low: np.ndarray, high: np.ndarray, says: str) -> dict[str, Any]:
     return {f"{name}_{end}": quantity(("node",), part, "logit", says) for end, part in (("low", low), ("high", high))}
+
+
+def _direct_ends(dla: Result, rows: list[str]) -> dict[str, Any]:
+    _, low, high = interval(dla.data["direct"].transpose("prompt", "node").values[:, _at(dla, rows)])
+    return _ends("direct", low, high, "its 95 % interval, jackknife over prompts")
 
 
 def _executed(effects: Result, rows: list[str]) -> dict[str, Any]:
@@ -176,9 +194,36 @@ def _parts(attention: Result, pairs: Pairs, dla: Result, rows: list[str]) -> dic
             role, weight = most(found[name])
             looks[i] = in_words(role, weight)
             part[i] = PARTS.get((_token(tokens[role], pairs), int(sign[i])), "") if weight >= LOOKS else ""
-    says = {"looks": "the role that a head attends to most from the read row, and its mean weight", "part": _PARTS}
+    by = LOOKED[str(attention.provenance["settings"]["weigh"])]
+    says = {"looks": f"the role that a head {by} most from the read row, and its mean weight", "part": _PARTS}
     return {key: quantity(("node",), np.array(one, dtype=object), "1", says[key])
             for key, one in (("looks", looks), ("part", part))}  # fmt: skip
+
+
+def _categories(dla: Result, rows: list[str], found: dict[str, Any]) -> dict[str, Any]:
+    """What nodes do by which answer is right; only of logits against the mean of several, and with enough prompts."""
+    direct = dla.data["direct"].transpose("prompt", "node").values[:, _at(dla, rows)]
+    each = by_answer(direct, dla.data["answer_id"].values) if "option" in dla.data.dims else None
+    if each is None:
+        return {}
+    said = dict(zip(dla.data["answer_id"].values.tolist(), dla.data["answer"].values, strict=True))
+    words, size = {one: str(said[one]).strip() for one in each}, WRITES * abs(float(dla.data["logit_diff"].mean()))
+    of = "executed" if "executed" in found else "total"
+    truth = np.stack([found[name].values for name in (of, f"{of}_low", f"{of}_high")])
+    made = [
+        category(
+            interval(direct)[:, i], {words[one]: ends[:, i] for one, ends in each.items()}, truth[:, i], size,
+            str(found["looks"].values[i]).startswith("end "),
+        )
+        for i in range(len(rows))
+    ]  # fmt: skip
+    says = "; ".join(f"{word}: {rule.format(writes=WRITES)}" for word, rule in RULES.items())
+    means = np.stack([ends[0] for ends in each.values()], 1)
+    return {
+        "by_answer": quantity(("node", "answer"), means, "logit", "mean of direct over the prompts with this answer"),
+        "answer": ("answer", np.array([*words.values()], dtype=object)),
+        "category": quantity(("node",), np.array(made, dtype=object), "1", says),
+    }
 
 
 def _token(tokens: np.ndarray, pairs: Pairs) -> str:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from unwrite.errors import one_of, whole
+from unwrite.errors import TokensError, one_of, whole
 from unwrite.prompts.pairs import Pairs
 from unwrite.tasks.task import Change, Draw, Scene, Task, Words, made
 
-# How an option stands, how the answer is asked for, and whether a space comes before the letter that follows.
-FORMS = {"(A)": ("({label}) {option}", "Answer: (", ""), "A.": ("{label}. {option}", "Answer:", " ")}
+# How an option stands, how the answer is asked for, and what comes before and after the letter that follows.
+FORMS = {
+    "(A)": ("({label}) {option}", "Answer: (", "", ")"),
+    "[A]": ("[ {label} ] {option}", "Answer: [", " ", " ]"),
+    "A.": ("{label}. {option}", "Answer:", " ", ""),
+}
 _K, _MOST = 4, 5
 _NUMBERS = ("", *map(str, range(2, _K + 1)))
-_LETTERS = "ABCD"
+_LETTERS, _DIGITS = "ABCD", "1234"
+_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def _block(form: str, question: str, places: list[str]) -> str:
     """A question with its options, up to the letter."""
-    option, ask, _ = FORMS[form]
+    option, ask, *_ = FORMS[form]
     lines = [option.format(label=f"{{label{i}}}", option=f"{{option{i}}}") for i in places]
     return "\n".join([question, *lines, ask])
 
@@ -29,7 +34,8 @@ def _asked(form: str, shots: int, known: bool, draw: Draw) -> Scene:
     """The right option has the slots without a number; the others are counted from 2."""
     examples = [_one(form, known, int(draw.rng.integers(_K)), draw) for _ in range(shots)]
     asked = _one(form, known, draw.turn(range(_K)), draw)
-    before = [part.text.format_map(part.words) + part.options[0] + ")" * (form == "(A)") + "\n\n" for part in examples]
+    end = f"{FORMS[form][3]}\n\n"
+    before = [part.text.format_map(part.words) + part.options[0] + end for part in examples]
     return replace(asked, text="".join(before) + asked.text)
 
 
@@ -54,11 +60,36 @@ def _place(scene: Scene, _: Draw) -> tuple[Mapping[str, str], str]:
     return {"option": scene.words["option2"], "option2": scene.words["option"]}, scene.options[1]
 
 
-def _labels(scene: Scene, draw: Draw) -> tuple[Mapping[str, str], str]:
-    slots = [f"label{i}" for i in _NUMBERS]
-    letters = draw.some("letter", _K, [*_LETTERS])
+def _called(scene: Scene, labels: Sequence[str]) -> tuple[Mapping[str, str], str]:
+    """Other labels, in the order in which the options stand, and that of the right option."""
+    slots = sorted((f"label{i}" for i in _NUMBERS), key=scene.words.__getitem__)
+    words = dict(zip(slots, labels, strict=True))
     space = scene.options[0][: -len(scene.words["label"])]
-    return dict(zip(slots, letters, strict=True)), f"{space}{letters[0]}"
+    return words, f"{space}{words['label']}"
+
+
+def _labels(scene: Scene, draw: Draw) -> tuple[Mapping[str, str], str]:
+    return _called(scene, draw.some("letter", _K, [*_LETTERS]))
+
+
+def _shuffled(scene: Scene, draw: Draw) -> tuple[Mapping[str, str], str]:
+    """Drawn until the right option has another letter; it has with three orders of four."""
+    while (moved := _called(scene, draw.shuffled(_LETTERS)))[0]["label"] == scene.words["label"]:
+        pass
+    return moved
+
+
+def _following(scene: Scene, draw: Draw) -> tuple[Mapping[str, str], str]:
+    runs = [_ALPHABET[i : i + _K] for i in range(_K, len(_ALPHABET) - _K + 1)]
+    known = [run for run in runs if set(run) <= set(draw.words["letter"])]
+    if not known:
+        got = ", ".join(map(str, draw.words["letter"])) or "none"
+        raise TokensError("no four letters behind D that follow each other", got=got, fix="give them by words")
+    return _called(scene, known[int(draw.rng.integers(len(known)))])
+
+
+def _digits(scene: Scene, _: Draw) -> tuple[Mapping[str, str], str]:
+    return _called(scene, _DIGITS)
 
 
 def _color(scene: Scene, _: Draw) -> tuple[Mapping[str, str], str]:
@@ -71,15 +102,23 @@ def _question(scene: Scene, draw: Draw) -> tuple[Mapping[str, str], str]:
 
 
 _PLACE = Change("the right option and another one change places", ("option", "option2"), _place)
-_LABELS = Change("other letters", tuple(f"label{i}" for i in _NUMBERS), _labels)
+_NAMED = tuple(f"label{i}" for i in _NUMBERS)
+_BOTH = {
+    "place": _PLACE,
+    "labels": Change("other letters, in no order", _NAMED, _labels),
+    "shuffled": Change("the same letters in another order", _NAMED, _shuffled),
+    "following": Change("other letters that follow each other", _NAMED, _following),
+}
+# After a space a digit is a token of its own for few tokenizers: not of what is asked for by "Answer:".
+_DIGIT = Change("1 to 4 instead of letters", _NAMED, _digits)
 MCQA = Task(
     "mcqa", "A question with four options: which letter?", ("country", "letter"),
-    {"place": _PLACE, "labels": _LABELS, "question": Change("another of them is right", ("subject",), _question)},
+    {**_BOTH, "digits": _DIGIT, "question": Change("another of them is right", ("subject",), _question)},
     partial(_asked, "(A)", 0, True),
 )  # fmt: skip
 COPY_COLOUR = Task(
     "copy_colour", "A thing has a colour, which is one of four options: which letter?", ("color", "thing", "letter"),
-    {"place": _PLACE, "labels": _LABELS, "color": Change("the thing has another colour", ("color",), _color)},
+    {**_BOTH, "color": Change("the thing has another colour", ("color",), _color)},
     partial(_asked, "(A)", 0, False),
 )  # fmt: skip
 
@@ -92,8 +131,10 @@ def mcqa(
 
     Each letter is right as often; the templates are the letters. Roles: "option" and "label" (of the right one),
     "option2", "label2", … (of the others, in their order), "subject", "end". Arguments as in `uw.tasks.ioi`; `change`
-    "place", "labels", "question"; `shots` worked examples before, 0 to 5; `form` "(A)" or "A."; `words` of the kinds
-    "country" (each with its capital) and "letter". `against` is the letter that base prompts must give instead.
+    "place" and "question", or, with the letters of the source prompts, "labels" (others, in no order), "shuffled" (the
+    same, in another order), "following" (E to H and the like), "digits"; `shots` worked examples before, 0 to 5; `form`
+    "(A)", "[A]" or "A."; `words` of the kinds "country" (each with its capital) and "letter". `against` is what base
+    prompts must give instead.
     Raises as `uw.tasks.ioi` does. Source: Lieberum et al. 2023, arXiv 2307.09458 (the form).
 
     Example: `uw.solves(lm, uw.tasks.mcqa(48, lm.tokenizer, shots=3))`
@@ -107,9 +148,9 @@ def copy_colour(
 ) -> Pairs:  # fmt: skip
     """Multiple choice of a colour that was just named: "The cup is red. What color is the cup?\\nA. …" → " B".
 
-    As `uw.tasks.mcqa`, with the roles "thing", "color" and "query" in the place of "subject", and the change "color" in
-    that of "question"; `words` of the kinds "color", "thing" and "letter". It asks for symbols alone: nothing has to be
-    known.
+    As `uw.tasks.mcqa`, with the roles "thing", "color" and "query" in the place of "subject", the change "color" in
+    that of "question", and none to digits; `words` of the kinds "color", "thing" and "letter". It asks for symbols
+    alone: nothing has to be known.
     Source: Wiegreffe et al. 2024, arXiv 2407.15018.
 
     Example: `uw.solves(lm, uw.tasks.copy_colour(48, lm.tokenizer))`

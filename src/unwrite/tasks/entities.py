@@ -10,7 +10,13 @@ from unwrite.errors import one_of, whole
 from unwrite.prompts.pairs import Pairs
 from unwrite.tasks.task import Change, Draw, Scene, Task, Words, made
 
-FORMS = {"object first": "the {object} is in Box {label}", "box first": "Box {label} contains the {object}"}
+# How a box and what is in it stand, and how it is asked for.
+FORMS = {
+    "object first": ("the {object} is in Box {label}", "Box {query} contains the"),
+    "box first": ("Box {label} contains the {object}", "Box {query} contains the"),
+    "in box": ("in Box {label} is the {object}", "In Box {query} is the"),
+    "colon": ("Box {label}: the {object}", "Box {query}: the"),
+}
 _MOST = 12
 
 
@@ -23,8 +29,9 @@ def _scene(k: int, form: str, draw: Draw) -> Scene:
     options = tuple(f" {words[f'object{i}']}" for i in numbers)
     places = numbers[1:]
     places.insert(asked, "")
-    parts = [FORMS[form].format(object=f"{{object{i}}}", label=f"{{label{i}}}") for i in places]
-    text = f"{', '.join(parts)}. Box {{query}} contains the"
+    clause, ask = FORMS[form]
+    parts = [clause.format(object=f"{{object{i}}}", label=f"{{label{i}}}") for i in places]
+    text = f"{', '.join(parts)}. {ask}"
     return Scene(f"box {asked + 1}", text[0].upper() + text[1:], words | {"query": words["label"]}, options)
 
 
@@ -89,8 +96,9 @@ def boxes(
     Each of the `k` places is asked about as often; the templates are these places. Roles: "object" and "label" (of the
     box that is asked about), "object2", "label2", … (of the others, in their order), "query", "end". Arguments as in
     `uw.tasks.ioi`; `change` "query", "objects", "labels", "letter", "position"; `k` from 2 to 12; `form` "object first"
-    (as in the paper: no string can be matched) or "box first"; `words` of the kinds "thing" and "letter". `against` is
-    the object that base prompts must name instead.
+    (as in the paper: no string can be matched), or with the box first and in other words "box first" ("Box C contains
+    the pen"), "in box" ("In Box C is the pen"), "colon" ("Box C: the pen"); `words` of the kinds "thing" and "letter".
+    `against` is the object that base prompts must name instead.
     Raises as `uw.tasks.ioi` does. Source: Prakash et al. 2024, arXiv 2402.14811.
 
     Example: `uw.tasks.boxes(50, lm.tokenizer, change="position", k=5)`

@@ -2,8 +2,8 @@
 
 With the final norm's scale held, a logit difference is linear in the final stream x: ⟨x, r⟩ + constant, where
 r = c · scale · centre(gain ⊙ (u_a − u_b)) and constant = c · (⟨β, u_a − u_b⟩ + b_a − b_b); u and b are the
-unembedding, β the final norm's bias, c the family's logit scale. All of it before a soft-cap, which is monotone but
-not linear.
+unembedding, β the final norm's bias, c the family's logit scale. Against several tokens u_b and b_b are their means.
+All of it before a soft-cap, which is monotone but not linear.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _CHUNK = 2**24
 
 @dataclass(frozen=True)
 class Question:
-    """A logit, or its difference to another one or (`centred`) to the mean over the vocabulary, one at every row."""
+    """A logit, or its difference to another one, to the mean of several, or (`centred`) to that over the vocabulary."""
 
     answer: Int[Tensor, "*rows"]
-    against: Int[Tensor, "*rows"] | None = None
+    against: Int[Tensor, "*rows"] | Int[Tensor, "*rows option"] | None = None
     centred: bool = False
 
     def of(self, rows: Int[Tensor, " other"]) -> Question:
@@ -42,6 +42,8 @@ class Question:
         u, b = rows_of(weight, bias, self.answer, lm.compute_dtype)
         if self.against is not None:
             v, c = rows_of(weight, bias, self.against, lm.compute_dtype)
+            if self.against.ndim > self.answer.ndim:
+                v, c = v.mean(-2), c.mean(-1)
             return u - v, b - c
         return (u - _mean(weight, lm), b - _mean(bias, lm)) if self.centred else (u, b)
 
@@ -78,9 +80,15 @@ def capped(lm: Model, question: Question, stream: Float[Tensor, "*rows d_model"]
     cap = lm.row.logit_cap(lm.config)
     if cap is None:
         return measure(lm, question, stream)
-    logits = [measure(lm, Question(ids), stream) for ids in (question.answer, question.against) if ids is not None]
-    bounded = [torch.tanh(logit / cap) * cap for logit in logits]
-    return bounded[0] - bounded[1] if len(bounded) == 2 else bounded[0]
+
+    def bounded(ids: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
+        return torch.tanh(measure(lm, Question(ids), stream) / cap) * cap
+
+    answer, against = bounded(question.answer), question.against
+    if against is None:
+        return answer
+    each = against.unbind(-1) if against.ndim > answer.ndim else [against]
+    return answer - torch.stack([bounded(ids) for ids in each]).mean(0)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ kl          Σ p (log p − log p'), p of the clean base run; it has no sign, an
 top         1 where ℓ[answer] is the largest of the vocabulary, else 0: its mean is the accuracy
 match       1 where ℓ[against] is the largest of the vocabulary, else 0: its mean is the interchange accuracy
 restricted  logsumexp of ℓ over the choices − ℓ[answer]: the loss where nothing but a choice can be said
+centred     ℓ[answer] − the mean of ℓ over the choices: what raises all choices alike does not count
 fldd        100 · (1 − mean logit_diff patched / mean logit_diff of base runs), means over all pairs, of which each
             pair gives its part (Makelov et al. 2023, arXiv 2311.17030); 100: the difference is gone, above: turned
 or any function of logits [pair, vocabulary] that gives a number for each pair
@@ -29,9 +30,10 @@ from unwrite.prompts.pairs import Pairs
 from unwrite.run.answer.logits import normed as final_normed
 from unwrite.run.answer.logits import unembedding
 
-METRICS = ("logit_diff", "log_prob", "prob", "kl", "top", "match", "restricted", "fldd")
+METRICS = ("logit_diff", "log_prob", "prob", "kl", "top", "match", "restricted", "centred", "fldd")
 # These count, and so have no slope.
 _COUNTS = ("top", "match")
+_OF_CHOICES = ("restricted", "centred")
 _LINEAR = ("logit_diff", "fldd")
 Custom = Callable[[Float[Tensor, "pair vocabulary"]], Float[Tensor, " pair"]]
 P = TypeVar("P")
@@ -65,8 +67,9 @@ class Metric:
         if isinstance(self.name, str) and self.name in _LINEAR:
             value = self._logit(normed, self.answer[pair])
             return value if self.against is None else value - self._logit(normed, self.against[pair])
-        if isinstance(self.name, str) and self.name == "restricted":
-            return self._chosen(normed, self.choices, pair).logsumexp(-1) - self._logit(normed, self.answer[pair])
+        if isinstance(self.name, str) and self.name in _OF_CHOICES:
+            own, choices = self._logit(normed, self.answer[pair]), self._chosen(normed, self.choices, pair)
+            return own - choices.mean(-1) if self.name == "centred" else choices.logsumexp(-1) - own
         logits = self.logits(normed)
         if callable(self.name):
             return _numbers(_asked(self.name, logits), logits)
@@ -151,7 +154,7 @@ def known(metric: Any, pairs: Pairs) -> str | Custom:
         return metric  # pyright: ignore[reportReturnType]
     one_of("metric", metric, METRICS, also="a function of logits")
     name = str(metric)
-    lacks = "choices" if name == "restricted" and pairs.choices is None else ""
+    lacks = "choices" if name in _OF_CHOICES and pairs.choices is None else ""
     lacks = "against" if name in ("match", "fldd") and pairs.against is None else lacks
     if lacks:
         raise NumericError(f"{name} is of pairs that have {lacks}", got="none", fix=f"give {lacks} to uw.pairs")
