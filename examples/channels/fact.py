@@ -27,7 +27,7 @@ import unwrite as uw
 
 FACTS, CHOOSE, SEED = 24, 8, 0
 TASKS = ("ioi", "agreement", "pronoun", "docstring", "greater_than", "laundry", "boxes")
-EACH, ASKED = 24, 12  # prompts of each, and so many apart those that are asked what has changed
+EACH, ASKED = 24, 4  # prompts of each, and so many apart those that are asked what has changed
 RIDGE = 0.01  # of the mean of Σ's diagonal, so that it has an inverse
 WAYS = ("clean", "patched", "rank one, Σ", "rank one, 1")
 
