@@ -173,8 +173,9 @@ SURE, SMALL, OPEN = (0.9, 0.8, 1.0), (0.3, 0.2, 0.4), (0.5, 0.3, 0.7)
         ("mixed", {"share_full": SMALL, "share_row": SURE, "spread": (0.6, 1)}),
         # Readers that are named may not be all.
         ("mixed", {"share_full": SURE, "share_row": SMALL, "spread": (2, 1), "complete": False}),
-        # The answer is pushed, and does not turn.
-        ("mixed", {"share_full": SURE, "rate": (0.05, 0.0, 0.2)}),
+        # The answer is pushed, and does not turn, or nobody knows.
+        ("mixed", {"share_full": SURE, "rate": (0.02, 0.0, 0.08)}),
+        ("undecided", {"share_full": SURE, "rate": (0.05, 0.0, 0.2)}),
         ("nothing", {"share_full": SURE, "above": (0.02, -0.01, 0.05)}),
         ("undecided", {"share_full": SURE, "above": (0.3, -0.1, 0.7)}),
         ("undecided", {"share_full": SURE, "above": (np.nan,) * 3}),

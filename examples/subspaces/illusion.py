@@ -107,6 +107,7 @@ def ranks(found: uw.Result) -> dict[str, Any]:
     return {
         "site": str(data.attrs["site"]), "d": data.sizes["coordinate"],
         **{name: data[name].values.tolist() for name in names},
+        "logits": data["kept_diff"].mean("pair").values.tolist(),
         "random_mean": data["random_kept"].mean("draw").values.tolist(),
         "random_most": data["random_kept"].max("draw").values.tolist(),
     }  # fmt: skip
@@ -141,7 +142,8 @@ def low_rank(found: dict[str, Any], shown: tuple[int, ...] = (0, 1, 2, 4, 8, 16)
     for rank in shown:
         ends = (low[f"kept{end}"][rank] for end in ("", "_low", "_high"))
         lines[rank] = {
-            "kept": "{:.2f} [{:.2f}, {:.2f}]".format(*ends), "right answer": f"{low['top'][rank]:.2f}",
+            "kept": "{:.2f} [{:.2f}, {:.2f}]".format(*ends), "logits": f"{low['logits'][rank]:.2f}",
+            "right answer": f"{low['top'][rank]:.2f}",
             "variance": f"{low['variance'][rank]:.2f}",
             "random (to the most)": f"{low['random_mean'][rank]:.2f} ({low['random_most'][rank]:.2f})",
         }  # fmt: skip
@@ -149,7 +151,10 @@ def low_rank(found: dict[str, Any], shown: tuple[int, ...] = (0, 1, 2, 4, 8, 16)
 
 
 def _cell(fldd: list[float], rate: list[float]) -> str:
-    return "" if np.isnan(fldd[0]) else f"{fldd[0]:.1f} [{fldd[1]:.0f}, {fldd[2]:.0f}] / {100 * rate[0]:.1f}"
+    if np.isnan(fldd[0]):
+        return ""
+    value, low, high = (round(one, digits) + 0.0 for one, digits in zip(fldd, (1, 0, 0), strict=True))
+    return f"{value:.1f} [{low:.0f}, {high:.0f}] / {100 * rate[0]:.1f}"
 
 
 def main() -> None:

@@ -52,7 +52,8 @@ WORDS = {
     "whole value surely less than half, and values vary along the row part by less than half of the null part's spread",
     CARRIED: "the whole value surely has at least half of the effect, and so has the row part where one is known; and "
     "`against` is surely said more often than under every control",
-    MIXED: "surely more than every control, and none of these",
+    MIXED: "surely more than every control, of whole value, row part and matches (surely a tenth more than under every "
+    "control or surely not) all sure, and none of these",
 }
 
 
@@ -122,15 +123,17 @@ def word(found: Evidence, rules: Bounds = BOUNDS) -> str:
     surely = np.array([*lows, found.effect.of("subspace")[1]])
     if not np.isfinite([*surely, whole[1]]).all() or (surely <= 0).any():
         return UNDECIDED
-    known = np.isfinite(row[0])
+    known = bool(np.isfinite(row[0]))
     dormant = bool(found.spread[0] < rules.dormant * found.spread[1])
     if (found.complete and row[2] < rules.part) or (whole[2] < rules.part and dormant):
         return ILLUSION
-    said = found.rate.of("subspace")[1] > max(found.rate.of(name)[0] for name in ("clean", *controls))
-    if whole[1] >= rules.part and (not known or row[1] >= rules.part) and said:
+    most = max(found.rate.of(name)[0] for name in ("clean", *controls))
+    _, low, high = found.rate.of("subspace")
+    if whole[1] >= rules.part and (not known or row[1] >= rules.part) and low > most:
         return CARRIED
-    sides = [whole, *([row] if known else [])]
-    return MIXED if all(low >= rules.part or high < rules.part for _, low, high in sides) else UNDECIDED
+    sides = [(whole[1] >= rules.part, whole[2] < rules.part), (low > most, high < most + rules.effect)]
+    sides += [(row[1] >= rules.part, row[2] < rules.part)] * known
+    return MIXED if all(yes or no for yes, no in sides) else UNDECIDED
 
 
 def because(found: Evidence, who: str) -> str:
