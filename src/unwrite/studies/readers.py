@@ -133,28 +133,17 @@ def _erasing(lm: Model, survived: xr.Dataset) -> tuple[Node, ...]:
 
 def _together(lm: Model, writer: Node, survived: xr.Dataset, found: xr.Dataset, erasers: Sequence[Node]) -> xr.Dataset:
     """Reading and erasing by node, and which comes first."""
-    places = [_reads_at(lm, node) for node in lm.parts]
-    at = [None if place is None or not lm.can_read(node, writer) else lm.states.index(place)
-          for node, place in zip(lm.parts, places, strict=True)]  # fmt: skip
-    held = np.where(
-        [i is not None for i in at], survived["survival"].isel(weigh=0).values[[i or 0 for i in at]], np.nan
-    )
-    gone = [np.nan if i is None else _gone(lm, lm.states[i], survived["acts"].values, erasers) for i in at]
-    return (
-        found.assign(
-            survived[[*_OF_SURVIVAL]].data_vars,
-        )
-        .assign(
-            left=quantity(("node",), held, "1", "survival where the node reads the stream"),
-            gone=quantity(
-                ("node",), np.array(gone), "1", "part of what erasers take away that is gone where the node reads"
-            ),
-            erases=quantity(
-                ("node",), np.isin(lm.parts, erasers) if erasers else np.zeros(len(at), bool), "", "an eraser"
-            ),
-        )
-        .assign_attrs(writer=str(writer), verdict=str(survived["verdict"].item()))
-    )
+    places = [_reads_at(lm, node) if lm.can_read(node, writer) else None for node in lm.parts]
+    there, acts = survived["survival"].isel(weigh=0).values, survived["acts"].values
+    left = [np.nan if place is None else there[lm.states.index(place)] for place in places]
+    gone = [np.nan if place is None else _gone(lm, place, acts, erasers) for place in places]
+    by, own = ("node",), {name: survived[name].variable for name in _OF_SURVIVAL}
+    return found.assign(
+        **own,
+        left=quantity(by, np.array(left), "1", "survival where the node reads the stream"),
+        gone=quantity(by, np.array(gone), "1", "part of what erasers take away that is gone where the node reads"),
+        erases=quantity(by, np.array([node in erasers for node in lm.parts]), "", "an eraser"),
+    ).assign_attrs(writer=str(writer), verdict=str(survived["verdict"].item()))
 
 
 def _reads_at(lm: Model, node: Node) -> Location | None:
