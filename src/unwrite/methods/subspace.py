@@ -72,26 +72,26 @@ def subspace(
     pairs by what is patched (patch: clean, full, subspace, its row and null part, renormalised and raw, mean, gradient,
     and the controls) `logit_diff[patch, pair]`, `match[patch, pair]` (`against` is the top of the vocabulary), `fldd`,
     `rate` and `share` (of the subspace's effect) with intervals; `norm[part]`, `spread[part]` (SD of values along it)
-    and `moved[part]` of the row and null part (NaN without readers), `verdict` and `because`, by the attribute `rule`.
+    and `moved[part]` of the row and null part, `verdict` and `because`, by the attribute `rule`. Parts are NaN where
+    nobody is known who reads.
     With `restrict` (not "das"): the site keeps its value along the first directions alone, and its mean elsewhere;
     `kept[rank]`, the part of the logit difference from all set to the mean to the clean run, `top[rank]`,
     `variance[rank]`, and `random_kept[draw, rank]`.
-    Raises NodeError for sites and readers that are none, and for directions that depend on each other; NumericError for
-    unknown settings, and more directions than a site has; TokensError for pairs without `against` or a template to hold
-    out, or that are the same at a site. Source: Geiger et al. 2023, arXiv 2303.02536; Makelov et al. 2023, 2311.17030.
+    Raises NodeError for sites and readers that are none, and directions that depend on each other; NumericError for
+    unknown settings; TokensError for pairs without `against` or a template to hold out, or that are alike at a site.
+    Source: Geiger et al. 2023, arXiv 2303.02536; Makelov et al. 2023, arXiv 2311.17030.
+
     Example: `uw.subspace(lm, uw.tasks.ioi(112, lm.tokenizer, change="order"), "MLP20.act")`
     """
     pairs = admit_pairs(lm, pairs, bos, sees=True)
     held = held if isinstance(held, str) else admit_pairs(lm, held, bos, sees=True)
-    sites = [site] if isinstance(site, str) else several("site is a name, or several", site, "names", NodeError)
-    readers = _listed("readers", readers, "names such as L9H6.q", NodeError)
-    classes = _listed("classes", classes, "a label for each pair", NumericError)
+    readers, classes = _listed("readers", readers, NodeError), _listed("classes", classes, NumericError)
     basis = None if isinstance(method, str) else _basis(lm, method)
     settings = _settings(method, k, restrict, seeds, steps, lr, controls, draws)
-    request = _request(lm, pairs, held, sites, at, readers, classes, basis, settings)
+    request = _request(lm, pairs, held, site, at, readers, classes, basis, settings)
     read = {"": pairs.about()} | ({} if isinstance(held, str) else {"held": held.about()})
     asked = {
-        "site": site if isinstance(site, str) else sites, "at": at, "batch": batch, "readers": readers,
+        "site": site if isinstance(site, str) else [*request.sites], "at": at, "batch": batch, "readers": readers,
         "held": held if isinstance(held, str) else "pairs", "classes": classes, **settings,
     }  # fmt: skip
     hashes = {name: str(part["hash"]) for name, part in read.items()} | _digest(basis)
@@ -103,8 +103,8 @@ def subspace(
         return job.signed(build("subspace", found, asked, provenance(lm), read))
 
 
-def _listed(name: str, part: Any, what: str, error: Any) -> list[Any] | None:
-    return None if part is None else several(f"{name} are listed", part, what, error)
+def _listed(name: str, part: Any, error: Any) -> list[Any] | None:
+    return part if part is None else several(f"{name} are listed", part, "one after the other", error)
 
 
 def _settings(
@@ -146,9 +146,10 @@ def _digest(basis: Basis | None) -> dict[str, str]:
 
 
 def _request(
-    lm: Model, pairs: Pairs, held: str | Pairs, sites: Sequence[str], at: Any, readers: Any, classes: Any,
+    lm: Model, pairs: Pairs, held: str | Pairs, site: Any, at: Any, readers: Any, classes: Any,
     basis: Basis | None, settings: dict[str, Any],
 ) -> Subspaces:  # fmt: skip
+    sites = [site] if isinstance(site, str) else several("site is a name, or several", site, "names", NodeError)
     first, other = _parted(pairs, held, settings["restrict"])
     judged = pairs if isinstance(held, str) else held
     role = _role(pairs, at)
