@@ -213,6 +213,11 @@ def test_the_pages_say_what_was_kept() -> None:
         if one["change"] == "letter":
             assert demanded == 0
     assert len(boxes.kept_boxes(measure.kept("gemma3-270m", "boxes"))) == 8
+    moved = {one["variant"]: one for one in measure.kept("gemma3-270m", "places")["lines"]}
+    for variant in ("as the base prompt", "fewer words", "other words", "text before"):
+        assert moved[variant]["both"] > 1.9 * moved[variant]["third"]
+    assert moved["things first"]["both"] < moved["things first"]["third"]
+    assert len(boxes.kept_places({"lines": [*moved.values()]})) == 9
     for page, module in (("multiple-choice", choosing), ("circuits", reuse), ("masks", boxes)):
         text = (DOCS / f"{page}.md").read_text("utf-8")
         assert set(re.findall(rf"\b{module.__name__}\.(\w+)\(", text)) <= {*vars(module)}

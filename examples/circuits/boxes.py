@@ -191,11 +191,10 @@ def kept_boxes(found: dict[str, Any]) -> pd.DataFrame:
     for one in found["lines"]:
         says, n = one["says"], one["pairs"]
         own, demanded, third, _ = says["chosen"]
-        p = binomtest(demanded, demanded + third).pvalue if demanded + third else 1.0
         lines.append({
             "pairs": one["change"], "at": one["at"], "learned in": one["learned in"], "heads": ", ".join(one["chosen"]),
             "demanded": _rate(demanded, n), "own": f"{own / n:.2f}",
-            "third": f"{third / n:.2f}", "p, demanded = third": f"{p:.1g}",
+            "third": f"{third / n:.2f}", "p, demanded = third": f"{_p(demanded, third):.1g}",
             "all heads": _shares(says["all"], n), "the others": _shares(says["others"], n),
             "random, same layers": _most(says, "same layers", n), "random": _most(says, "any", n),
         })  # fmt: skip
@@ -203,7 +202,10 @@ def kept_boxes(found: dict[str, Any]) -> pd.DataFrame:
 
 
 def kept_places(found: dict[str, Any]) -> pd.DataFrame:
-    """Parts of the prompts in which each place is said, by what source prompts are like."""
+    """Parts of the prompts in which each place is said, by what source prompts are like.
+
+    `p` is of a sign test of the same place and the third, or of the place from the first and that from the last.
+    """
     lines = {}
     for one in found["lines"]:
         n = one["pairs"]
@@ -212,8 +214,14 @@ def kept_places(found: dict[str, Any]) -> pd.DataFrame:
         lines[one["variant"]] = {
             "prompts": str(n), **{name: _rate(one[key], n) for key, name in named.items()},
             **{key: f"{one[key] / n:.2f}" for key in ("own", "third", "else")},
+            "p": f"{_p(one['both'], one['third']) if moved else _p(one['first'], one['last']):.1g}",
         }  # fmt: skip
     return pd.DataFrame(lines).T.fillna("")
+
+
+def _p(one: int, other: int) -> float:
+    """A sign test of two counts."""
+    return binomtest(one, one + other).pvalue if one + other else 1.0
 
 
 def _rate(hits: int, n: int) -> str:
