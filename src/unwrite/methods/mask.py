@@ -18,11 +18,11 @@ import torch
 import xarray as xr
 from jaxtyping import Bool, Int
 
-from unwrite.errors import NumericError, TokensError, number, one_of, several, shown, whole
+from unwrite.errors import NumericError, TokensError, number, several, shown, whole
 from unwrite.model.load import provenance
 from unwrite.model.view import Model
 from unwrite.nodes import names_of
-from unwrite.prompts.pairs import Pairs, parted
+from unwrite.prompts.pairs import Pairs, learned_from, parted
 from unwrite.prompts.positions import RoleNames
 from unwrite.result import Result, build, quantity
 from unwrite.run.edit.slots import Slot, slots
@@ -35,7 +35,6 @@ from unwrite.stats.jackknife import ratio
 from unwrite.stats.masks import HALF, SETS, WORDS, arranged, foremost, jaccard, matched, word
 from unwrite.stats.rates import said
 
-HELD = ("template", "pair")
 _MOST_GATES = 100_000
 
 
@@ -113,7 +112,7 @@ def _request(
     lm: Model, pairs: Pairs, kept: Pairs | None, held: str | Pairs, nodes: Any, at: Any, source: Any,
     settings: dict[str, Any],
 ) -> Masks:  # fmt: skip
-    asked, first = slots(lm, nodes), _first(pairs, held)
+    asked, first = slots(lm, nodes), learned_from(pairs, held, "a mask is learned")
     other = (pairs, ~first) if isinstance(held, str) else (held, np.ones(len(held), dtype=bool))
     sides = [[(pairs, first)], [other]]
     if kept is not None:
@@ -126,22 +125,6 @@ def _request(
         raise NumericError("a mask of so many gates", got=gates, expected=f"at most {_MOST_GATES:,}", fix="name roles")
     places = ("" if isinstance(at, str) else "role", [at] if isinstance(at, str) else [*at])
     return Masks(lm, asked, ("position", range(n)) if at == "each" else places, made[0], made[1], **settings)
-
-
-def _first(pairs: Pairs, held: str | Pairs) -> Bool[np.ndarray, " pair"]:
-    """Which pairs are learned from. Raises TokensError where there is nothing to judge by."""
-    for part in (pairs, pairs if isinstance(held, str) else held):
-        if part.against is None:
-            raise TokensError("a mask is learned of pairs that have against", got="none", fix="give it to uw.pairs")
-    if not isinstance(held, str):
-        return np.ones(len(pairs), dtype=bool)
-    one_of("held", held, HELD, also="other pairs")
-    if held == "template" and len({*(pairs.template or ())}) < 2:
-        raise TokensError(
-            "no template can be held out", got="pairs of one template, or of none", expected="two templates or more",
-            fix='give template to uw.pairs, or held="pair", or other pairs as held',
-        )  # fmt: skip
-    return parted(pairs, held)
 
 
 def _first_kept(kept: Pairs, held: str | Pairs, learned: Pairs) -> Bool[np.ndarray, " pair"]:

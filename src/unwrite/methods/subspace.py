@@ -20,11 +20,11 @@ import xarray as xr
 from jaxtyping import Int
 from torch import Tensor
 
-from unwrite.errors import ModelError, NodeError, NumericError, TokensError, number, one_of, several, shown, whole
+from unwrite.errors import ModelError, NodeError, NumericError, number, one_of, several, shown, whole
 from unwrite.model.load import provenance, untrained
 from unwrite.model.view import Model
 from unwrite.nodes import Site
-from unwrite.prompts.pairs import Pairs, parted
+from unwrite.prompts.pairs import Pairs, learned_from
 from unwrite.prompts.positions import END, asked_roles
 from unwrite.result import Result, build, quantity
 from unwrite.run.backward.seen import EVERY, reading_slots
@@ -40,7 +40,6 @@ from unwrite.stats.rates import said
 from unwrite.stats.subspaces import CONTROLS, PARTS, PATCHES, WORDS, Numbers, because, classes_of, evidence, word
 
 METHODS = ("das", "mean", "svd", "gradient")
-HELD = ("template", "pair")
 # What a head hands on is called by the node's own name, too.
 _HANDED = {"z": "head", "mixer_z": "mixer"}
 
@@ -176,19 +175,8 @@ def _against(pairs: Pairs) -> Int[np.ndarray, " pair"]:
 
 def _parted(pairs: Pairs, held: Any, restrict: bool) -> tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]]:
     """Which pairs bases are made of, and which judge. Raises TokensError where there are none."""
-    for part in (pairs, pairs if isinstance(held, str) else held):
-        if part.against is None and not restrict:
-            raise TokensError("a subspace is of pairs that have against", got="none", fix="give it to uw.pairs")
-    if not isinstance(held, str):
-        return np.arange(len(pairs)), np.arange(len(held))
-    one_of("held", held, HELD, also="other pairs")
-    if held == "template" and len({*(pairs.template or ())}) < 2:
-        raise TokensError(
-            "no template can be held out", got="pairs of one template, or of none", expected="two templates or more",
-            fix='give template to uw.pairs, or held="pair", or other pairs as held',
-        )  # fmt: skip
-    first = parted(pairs, held)
-    return np.flatnonzero(first), np.flatnonzero(~first)
+    first = learned_from(pairs, held, "a subspace is", against=not restrict)
+    return np.flatnonzero(first), np.flatnonzero(~first) if isinstance(held, str) else np.arange(len(held))
 
 
 def _role(pairs: Pairs, at: Any) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from unwrite.errors import NumericError, TokensError, counted, number, plain, shown, whole
+from unwrite.errors import NumericError, TokensError, counted, number, one_of, plain, shown, whole
 from unwrite.prompts.answers import answers, several
 from unwrite.prompts.encode import need
 from unwrite.prompts.given import given
@@ -292,6 +292,29 @@ def parted(
     order = np.random.default_rng(whole("seed is a number", seed, 0)).permutation(len(names))
     chosen = {names[i] for i in order[: min(max(1, round(share * len(names))), len(names) - 1)]}
     return np.array([label in chosen for label in labels])
+
+
+# How the pairs that judge are chosen, where they are not other pairs.
+HELD = ("template", "pair")
+
+
+def learned_from(pairs: Pairs, held: Any, what: str, against: bool = True) -> Bool[np.ndarray, " pair"]:
+    """Which pairs `what` is made of, so that the others, or the pairs `held`, judge it.
+
+    Raises TokensError where none have `against`, if it takes that, or no template can be held out; NumericError for
+    another way to choose them.
+    """
+    if against and any(part.against is None for part in (pairs, pairs if isinstance(held, str) else held)):
+        raise TokensError(f"{what} of pairs that have against", got="none", fix="give it to uw.pairs")
+    if not isinstance(held, str):
+        return np.ones(len(pairs), dtype=bool)
+    one_of("held", held, HELD, also="other pairs")
+    if held == "template" and len({*(pairs.template or ())}) < 2:
+        raise TokensError(
+            "no template can be held out", got="pairs of one template, or of none", expected="two templates or more",
+            fix='give template to uw.pairs, or held="pair", or other pairs as held',
+        )  # fmt: skip
+    return parted(pairs, held)
 
 
 def _truths(values: Any) -> bool:

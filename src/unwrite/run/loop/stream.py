@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -148,6 +149,17 @@ def batch_size(lm: Model, tokens: Tokens, wanted: int | None = None, held: int =
     most = _SOON if whole_only and lm.device.type == "cpu" else _BATCH_TOKENS
     factors = (2 * len(lm.layers) + 2) * lm.d_model * torch.finfo(lm.compute_dtype).bits // 8
     return max(1, min(len(tokens), min(most, _BATCH_BYTES // factors) // (held * tokens.length)))
+
+
+def alike(pairs: Pairs, keys: Iterable[object], most: int) -> Iterator[Batch]:
+    """Pairs of one key that are neighbours, at most so many at a time."""
+    first = 0
+    for _, same in groupby(keys):
+        last = first + len(list(same))
+        for start in range(first, last, most):
+            own = pairs.base.take(range(start, min(start + most, last)))
+            yield replace(next(batches(own, len(own))), first=start)
+        first = last
 
 
 def admit(

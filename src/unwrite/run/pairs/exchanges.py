@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from unwrite.run.edit.slots import Slot
 from unwrite.run.edit.subspace import Basis, along, as_far, drawn, exchanged
 from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.finite import require_finite
-from unwrite.run.loop.stream import Batch, batches, parts
+from unwrite.run.loop.stream import Batch, alike, parts
 from unwrite.run.replay.clean import Base, base_of
 from unwrite.run.replay.soft import Interchange, interchange
 from unwrite.run.replay.sweep import placed
@@ -68,13 +67,7 @@ class Sample:
 
     def batches(self, most: int) -> Iterator[Batch]:
         """Pairs whose runs bring the same rows, at most so many at a time."""
-        first = 0
-        for _, same in groupby(zip(self.pairs.row.tolist(), self.row.tolist(), strict=True)):
-            last = first + len(list(same))
-            for start in range(first, last, most):
-                own = self.pairs.base.take(range(start, min(start + most, last)))
-                yield replace(next(batches(own, len(own))), first=start)
-            first = last
+        yield from alike(self.pairs, zip(self.pairs.row.tolist(), self.row.tolist(), strict=True), most)
 
 
 @dataclass(frozen=True, eq=False)

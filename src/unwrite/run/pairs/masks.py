@@ -7,9 +7,8 @@ above ½ are then patched whole, beside none, all, the others, and random ones o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.finite import require_finite
 from unwrite.run.loop.job import Job
 from unwrite.run.loop.ledger import Ledger
-from unwrite.run.loop.stream import Batch, batches, parts
+from unwrite.run.loop.stream import Batch, alike, parts
 from unwrite.run.replay.clean import base_of
 from unwrite.run.replay.soft import Blend, blend
 from unwrite.run.replay.sweep import placed
@@ -56,13 +55,8 @@ class Side:
 
     def groups(self, size: int) -> Iterator[Batch]:
         """Pairs whose runs bring the same rows, at most `size` at a time."""
-        first = 0
-        for _, alike in groupby(zip(self.pairs.row.tolist(), (self.gate >= 0).argmax(1).tolist(), strict=True)):
-            last = first + len(list(alike))
-            for start in range(first, last, size):
-                own = self.pairs.base.take(range(start, min(start + size, last)))
-                yield replace(next(batches(own, len(own))), first=start)
-            first = last
+        begins = (self.gate >= 0).argmax(1)
+        yield from alike(self.pairs, zip(self.pairs.row.tolist(), begins.tolist(), strict=True), size)
 
 
 @dataclass(frozen=True, eq=False)
