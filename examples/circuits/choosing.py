@@ -1,7 +1,7 @@
 """How does the right text become the right letter? Multiple choice taken apart, as in Lieberum et al. 2023.
 
     python examples/circuits/choosing.py TOY --name multiple-choice       the protocol, for a run of choice.py
-    python examples/circuits/choosing.py MODEL --name NAME [--no-bos]     does a real model do it at all?
+    python examples/circuits/choosing.py MODEL --name NAME                does a real model do it at all?
 
 What was found is kept as `results/NAME-mcqa.json` beside this file, from which docs/multiple-choice.md is made. (arXiv
 2307.09458; Chinchilla of 70 billion weights there)
@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 from choice import CAPITALS, LETTERS
-from measure import command, model_of, write
+from measure import keep, model_of
 from scipy.stats import binomtest
 
 import unwrite as uw
@@ -40,27 +40,27 @@ def prompts(lm: Any, n: int, seed: int, change: str = "place") -> uw.Pairs:
     return uw.tasks.mcqa(n, lm.tokenizer, seed, change, words=WORDS, bos=False)
 
 
-def measured(model: str, bos: bool | None) -> dict[str, Any]:
+def measured(model: str) -> dict[str, Any]:
     """The protocol where a toy lies, else whether the task is solved."""
-    return toy(Path(model)) if (Path(model) / "run.json").exists() else real(model, bos)
+    return toy(Path(model)) if (Path(model) / "run.json").exists() else real(model)
 
 
 # --- does it do it? ---------------------------------------------------------------------------------------------------
 
 
-def real(model: str, bos: bool | None) -> dict[str, Any]:
-    """Right answers of a model by form and number of worked examples; `bos` None: as its tokenizer does."""
+def real(model: str) -> dict[str, Any]:
+    """Right answers of a model by form and number of worked examples."""
     lm, lines = uw.load(model, dtype="float32"), []
     for task, forms in FORMS.items():
         for form in forms:
             for shots in SHOTS:
-                pairs = getattr(uw.tasks, task)(REAL, lm.tokenizer, shots=shots, form=form, bos=bos)
+                pairs = getattr(uw.tasks, task)(REAL, lm.tokenizer, shots=shots, form=form)
                 found = uw.solves(lm, pairs)
                 lines.append({
                     "task": task, "form": form, "shots": shots, "n": len(pairs), "verdict": found.data.attrs["verdict"],
                     "right": int(found["solved"].sum()), "top": int(found["top"].sum()),
                 })  # fmt: skip
-    return {**model_of(found), "bos": bos, "lines": lines}
+    return {**model_of(found), "lines": lines}
 
 
 def answered(lm: Any) -> list[dict[str, Any]]:
@@ -311,7 +311,4 @@ def recovered(losses: Sequence[float], whole: float) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    parser = command(__doc__)
-    parser.add_argument("--no-bos", action="store_true", help="prompts do not begin with BOS")
-    asked = parser.parse_args()
-    write(measured(asked.model, False if asked.no_bos else None), asked.name, "mcqa")
+    keep(__doc__, measured, "mcqa")

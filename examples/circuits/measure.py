@@ -158,15 +158,10 @@ def keep(doc: str | None, measured: Callable[[str], dict[str, Any]], what: str =
 
 def model_and_name(doc: str | None) -> argparse.Namespace:
     """What the command line names."""
-    return command(doc).parse_args()
-
-
-def command(doc: str | None) -> argparse.ArgumentParser:
-    """A command line that names a model."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--name", required=True)
-    return parser
+    return parser.parse_args()
 
 
 def write(found: dict[str, Any], name: str, what: str = "", folder: Path = RESULTS) -> None:
