@@ -137,13 +137,13 @@ def _together(lm: Model, writer: Node, survived: xr.Dataset, found: xr.Dataset, 
     there, acts = survived["survival"].isel(weigh=0).values, survived["acts"].values
     left = [np.nan if place is None else there[lm.states.index(place)] for place in places]
     gone = [np.nan if place is None else _gone(lm, place, acts, erasers) for place in places]
-    by, own = ("node",), {name: survived[name].variable for name in _OF_SURVIVAL}
-    return found.assign(
-        **own,
-        left=quantity(by, np.array(left), "1", "survival where the node reads the stream"),
-        gone=quantity(by, np.array(gone), "1", "part of what erasers take away that is gone where the node reads"),
-        erases=quantity(by, np.array([node in erasers for node in lm.parts]), "", "an eraser"),
-    ).assign_attrs(writer=str(writer), verdict=str(survived["verdict"].item()))
+    by = ("node",)
+    own: dict[str, xr.Variable] = {name: survived[name].variable for name in _OF_SURVIVAL} | {
+        "left": quantity(by, np.array(left), "1", "survival where the node reads the stream"),
+        "gone": quantity(by, np.array(gone), "1", "part of what erasers take away that is gone where the node reads"),
+        "erases": quantity(by, np.array([node in erasers for node in lm.parts]), "", "an eraser"),
+    }
+    return found.assign(own).assign_attrs(writer=str(writer), verdict=str(survived["verdict"].item()))
 
 
 def _reads_at(lm: Model, node: Node) -> Location | None:
