@@ -36,6 +36,7 @@ class Writer:
     verdict: str
     because: str
     sentence: str
+    story: str
     pictures: tuple[Picture, ...]
     trajectory: Table
     actors: Table
@@ -56,6 +57,7 @@ def closely(result: Result) -> Iterator[Writer]:
             verdict=proof.attrs["verdict"],
             because=str(proof["because"].item()),
             sentence=verified.sentence(one),
+            story=str(proof["story"].item()) if "story" in proof else "",
             pictures=tuple(picture(draw(one)) for draw in (fig3, places)),
             trajectory=table(rising, verified.TRAJECTORY, verified.trajectory(one), proof, n),
             actors=table(acting, verified.ACTORS, verified.actors(one), proof, n, most=_ACTORS),
