@@ -1,9 +1,10 @@
 """What would it take to ask for the output nodes of a model as large as the paper's, of which no weight is here?
 
-    python examples/circuits/large.py
+    python examples/circuits/large.py          with accelerate, which knows what a device_map is
 
 Lieberum et al. 2023 (arXiv 2307.09458) take Chinchilla apart: 80 layers of 64 heads, 70 billion weights. A Llama of
-this shape is made up from a configuration alone, and asked what its nodes, its weights and the passes over it come to.
+this shape is made up from a configuration alone, and asked what its nodes, its weights and the passes over it come to;
+what that is is kept as `results/large.json`, from which docs/multiple-choice.md is made.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
+from measure import write
 from transformers import LlamaConfig
 
 from unwrite.model.load import outline
@@ -51,5 +53,4 @@ def large(length: int = 600, n: int = 64) -> pd.Series:
 
 
 if __name__ == "__main__":
-    for what, found in large().items():
-        print(f"{what}: {found}")
+    write(large().to_dict(), "large")
