@@ -85,7 +85,7 @@ SITES: dict[str, Site] = {
 # Of these a method's answer is made without that place.
 _NO_LOGITS = {"scan", "attention"}
 # Channels are weighed as the whole unembedding reads them, too.
-_WEIGHED = {"survival", "verify", "verify erasers"}
+_WEIGHED = {"survival", "verify", "verify erasers", "readers"}
 _OWN_TOP = {"dla texts", "lens", "solves", "mask", "subspace", "corpus_dla", "adversarial", "audit", "reproduce"}
 _UNREAD: dict[str, set[str]] = {
     "embedding of another prompt's token": {"dla", "solves"},
