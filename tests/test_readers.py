@@ -160,7 +160,7 @@ def test_every_family_can_be_asked(family: str) -> None:
     lm = uw.load(tiny.model(family, 0, **{"word_embed_proj_dim": None} if family == "opt" else {}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("unwrite.methods.readers.DRAWS", 2)
-        patch.setattr("unwrite.run.tally.space.DRAWS", 1)
+        patch.setattr("unwrite.methods.readers.HELD_OUT", 1)
         data = uw.readers(lm, IDS[:3], "L0H1", erasers=["L1H0"]).data
     later = [str(node) for node in lm.parts if lm.can_read(node, parse_node("L0H1"))]
     several = [name for name in later if "H" in name]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,30 +12,24 @@ import torch
 
 import unwrite as uw
 
+sys.path.append(str(Path(__file__).parents[1] / "circuits"))
+
+import measure
+from measure import model_of
+
+__all__ = ["alike", "keep", "kept", "model_of"]
 RESULTS = Path(__file__).parent / "results"
 
 
-def keep(doc: str, measured: Callable[[str], dict[str, Any]], what: str) -> None:
+def keep(doc: str | None, measured: Callable[[str], dict[str, Any]], what: str) -> None:
     """Measure the model that the command line names, and keep `what` was found of it."""
-    parser = argparse.ArgumentParser(description=doc)
-    parser.add_argument("model")
-    parser.add_argument("--name", required=True)
-    asked = parser.parse_args()
-    found = measured(asked.model)
-    RESULTS.mkdir(exist_ok=True)
-    _file(asked.name, what).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    asked = measure.model_and_name(doc)
+    measure.write(measured(asked.model), asked.name, what, RESULTS)
 
 
 def kept(name: str, what: str) -> dict[str, Any]:
     """`what` was found of a model."""
-    return json.loads(_file(name, what).read_text("utf-8"))
-
-
-def model_of(found: uw.Result) -> dict[str, Any]:
-    """Which model a result is of, and by what it was read."""
-    record = found.provenance
-    model = {name: record["model"][name] for name in ("family", "layers", "heads", "d_model", "weights")}
-    return {"model": model, "versions": record["versions"]}
+    return measure.kept(name, what, RESULTS)
 
 
 def alike(lm: Any, pairs: uw.Pairs, most: int = 32) -> Iterator[tuple[np.ndarray, torch.Tensor, Any]]:
@@ -46,7 +39,3 @@ def alike(lm: Any, pairs: uw.Pairs, most: int = 32) -> Iterator[tuple[np.ndarray
         for rows in np.split(every, range(most, len(every), most)):
             ids = torch.from_numpy(pairs.base.ids[rows, :length])
             yield rows, ids, lm.decoder(input_ids=ids[:, :-1], use_cache=True).past_key_values
-
-
-def _file(name: str, what: str) -> Path:
-    return RESULTS / f"{name}-{what}.json"

@@ -314,3 +314,12 @@ def _cell(value: object) -> str:
 def quantity(axes: tuple[str, ...], values: np.ndarray, unit: str, equation: str) -> xr.Variable:
     """A variable of a result: values on named axes, with its unit and equation."""
     return xr.Variable(axes, values, {"units": unit, "equation": equation})
+
+
+def over_documents(
+    axes: tuple[str, ...], name: str, ends: tuple[np.ndarray, np.ndarray, np.ndarray], equation: str
+) -> dict[str, xr.Variable]:
+    """A number of no unit, and from where to where it may be, told by how it varies over documents."""
+    texts = (equation, *2 * ("95 % t interval over documents (jackknife)",))
+    each = zip(("", "_low", "_high"), ends, texts, strict=True)
+    return {f"{name}{end}": quantity(axes, part, "1", text) for end, part, text in each}

@@ -23,7 +23,7 @@ from unwrite.model.load import provenance
 from unwrite.model.view import Model
 from unwrite.nodes import Node
 from unwrite.prompts.tokens import Tokens
-from unwrite.result import Result, build, quantity
+from unwrite.result import Result, build, over_documents, quantity
 from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.stream import Listener, batch_size, fitting, stream
@@ -31,11 +31,12 @@ from unwrite.run.replay.read import PARTS
 from unwrite.run.tally.reads import Asking, ReadingTally
 from unwrite.run.tally.space import Freed, SpaceTally
 from unwrite.stats.reading import read, reused
-from unwrite.stats.verdicts import Interval, by_document, estimate, left_out, ratio
+from unwrite.stats.verdicts import by_document, estimate, left_out, ratio
 
 # Typical writes beside the write itself: with so many, a q of a tenth can be reached by a single reader.
 DRAWS = 16
-_INTERVAL = "95 % t interval over documents (jackknife)"
+# As many held out beside the write itself, of which each costs a run of all later blocks.
+HELD_OUT = 8
 
 
 @torch.no_grad()
@@ -54,7 +55,8 @@ def read_by(
         settings = {"writer": str(writer), "skip": skip, "batch": batch}
         if done := job.begin("readers (read)", lm, {"": tokens.hash}, settings):
             return done
-        asked = _reading(lm, tokens, writer, skip)
+        later = [node for node in lm.parts if lm.can_read(node, writer)]
+        asked = _asking(lm, tokens, writer, skip, later, DRAWS)
         tally, size = ReadingTally(asked, job), batch_size(lm, tokens, batch, held=2)
         stream(lm, tokens, tally, size, f"readers of {writer}", listener, job)
         return job.signed(
@@ -72,18 +74,17 @@ def reused_by(
         settings = {"writer": str(writer), "erasers": [*map(str, erasers)], "skip": skip, "batch": batch}
         if done := job.begin("readers (reused)", lm, {"": tokens.hash}, settings):
             return done
-        asked = Freed(_reading(lm, tokens, writer, skip), tuple(erasers))
+        asked = Freed(_asking(lm, tokens, writer, skip, (), HELD_OUT), tuple(erasers))
         tally, size = SpaceTally(asked, job), batch_size(lm, tokens, batch, held=2)
         stream(lm, tokens, tally, size, f"space of {writer}", listener, job)
         data = _used(asked, tally.whole())
         return job.signed(build("readers (reused)", data, settings, provenance(lm), {"": tokens.about()}))
 
 
-def _reading(lm: Model, tokens: Tokens, writer: Node, skip: int) -> Asking:
-    later = [node for node in lm.parts if lm.can_read(node, writer)]
-    weigh = fitting(partial(weighing.weights, lm, [writer, *later]), "finding who reads the stream")
+def _asking(lm: Model, tokens: Tokens, writer: Node, skip: int, readers: Sequence[Node], draws: int) -> Asking:
+    weigh = fitting(partial(weighing.weights, lm, [writer, *readers]), "finding who reads the stream")
     own, *others = weigh.to(lm.device, lm.compute_dtype)
-    return Asking(lm, fold(lm), tokens, skip, writer, own, dict(zip(later, others, strict=True)), DRAWS)
+    return Asking(lm, fold(lm), tokens, skip, writer, own, dict(zip(readers, others, strict=True)), draws)
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def _read(asked: Asking, whole: Arrays) -> xr.Dataset:
     able = (of["made"].sum(0) > 0) & ~(several[:, None] & (np.arange(len(PARTS)) == 0))
     at = _Places(*np.nonzero(able))
     found = read(of["wrote"][..., at.node, at.way], of["written"][:, at.node])
-    axes = ("node", "way")
+    axes, (value, low, high) = ("node", "way"), found.found.ends
     made = {
         name: _size(of[name], of["made"] if name == "read" else of["written"][..., None]) for name in ("read", "wrote")
     }
@@ -119,7 +120,7 @@ def _read(asked: Asking, whole: Arrays) -> xr.Dataset:
     typical = f"the same of typical writes, median of {asked.draws}"
     text = "√(Σ‖o_i(x) − o_i(x − w)‖² / Σ‖o_i‖²), w missing from what is read this way alone"
     variables = {
-        **_three(axes, "wrote", Interval(*(at.spread(part, shape) for part in _ends(found.found))), text),
+        **over_documents(axes, "wrote", (at.spread(value, shape), at.spread(low, shape), at.spread(high, shape)), text),
         "wrote_all": quantity(("node",), made["wrote"][0][:, 0], "1", "w missing from all that the node reads"),
         "typical_wrote": quantity(axes, at.spread(found.typical, shape), "1", typical),
         "read": quantity(axes, made["read"][0], "1", "the same of the query, key or value in the head's coordinates"),
@@ -144,36 +145,22 @@ def _used(asked: Freed, whole: Arrays) -> xr.Dataset:
     of = {name: by_document(part, asked.of.tokens.cluster) for name, part in whole.items()}
     lm, elsewhere = asked.of.lm, (of["use"] - of["held"])[:, 1:].mean(1)
     held = np.concatenate([of["held"][:, :1], of["held_typical"]], 1)
-    later = np.array(
-        [
-            lm.parts.index(node) > max((lm.parts.index(e) for e in asked.erasers), default=len(lm.parts))
-            for node in lm.parts
-        ]
-    )
+    later = np.arange(len(lm.parts)) > max(map(lm.parts.index, asked.erasers), default=len(lm.parts))
     found = reused(of["use"][:, 0], held, of["energy"], elsewhere)
     energy, others = of["energy"].sum(), "mean over the spaces of the layer's other heads"
     by, at = ("node",), ("location",)
     use = estimate(ratio(left_out(of["use"][:, 0]), left_out(of["energy"])[:, None]))
     space = estimate(ratio(left_out(of["space"][:, 0]), left_out(of["energy"])[:, None]))
     variables = {
-        **_three(by, "use", use, "Σ‖P o_e‖² / Σ‖o_w‖², P onto the writer's space but along the write"),
+        **over_documents(by, "use", use.ends, "Σ‖P o_e‖² / Σ‖o_w‖², P onto the writer's space but along the write"),
         "use_elsewhere": quantity(by, of["use"][:, 1:].sum(0).mean(0) / energy, "1", others),
-        **_three(by, "freed", found.found, "use − use with erasers held out"),
+        **over_documents(by, "freed", found.found.ends, "use − use with erasers held out"),
         "freed_typical": quantity(by, found.typical, "1", "the same with a typical write held out, median"),
         "freed_elsewhere": quantity(by, elsewhere.sum(0) / energy, "1", f"freed, {others}"),
         "freed_q": quantity(by, found.q, "1", "target–decoy competition over all nodes"),
         "reuses": quantity(by, found.surely & later, "", "surely writes there because it was freed"),
-        **_three(at, "space", space, "Σ‖P x‖² / Σ‖o_w‖²: what else is in the space"),
+        **over_documents(at, "space", space.ends, "Σ‖P x‖² / Σ‖o_w‖²: what else is in the space"),
         "space_held": quantity(at, of["space_held"][:, 0].sum(0) / energy, "1", "the same with erasers held out"),
         "space_elsewhere": quantity(at, of["space"][:, 1:].sum(0).mean(0) / energy, "1", others),
     }  # fmt: skip
     return xr.Dataset(variables, {"node": [*lm.nodes], "location": [*lm.locations]})
-
-
-def _ends(found: Interval) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return found.value, found.low, found.high
-
-
-def _three(axes: tuple[str, ...], name: str, found: Interval, equation: str) -> dict[str, xr.Variable]:
-    ends = zip(("", "_low", "_high"), _ends(found), (equation, _INTERVAL, _INTERVAL), strict=True)
-    return {f"{name}{end}": quantity(axes, part, "1", text) for end, part, text in ends}

@@ -29,7 +29,7 @@ from unwrite.model.onednn import fast
 from unwrite.model.view import Model
 from unwrite.nodes import Node, choose
 from unwrite.prompts.tokens import Tokens, array_of
-from unwrite.result import Result, build, quantity
+from unwrite.result import Result, build, over_documents, quantity
 from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.ledger import Ledger
@@ -42,7 +42,6 @@ from unwrite.run.tally.written import MATERIAL, Written, all_written
 from unwrite.stats.verdicts import (
     BOUNDS,
     CRITERIA,
-    Interval,
     Judged,
     by_document,
     cuts,
@@ -290,7 +289,7 @@ class _Found:
             median = np.nanmedian(rows, 1)
         each = "median over positions of ⟨x − x^{−w}, o_w⟩_m / ⟨o_w, o_w⟩_m"
         return {
-            **_three(axes, "survival", estimate(ratio(y, x[:, :, None])), _EQUATION),
+            **over_documents(axes, "survival", estimate(ratio(y, x[:, :, None])).ends, _EQUATION),
             "median_survival": quantity(alone, median, "1", each),
             "without_sinks": quantity(alone, ratio(plain[:, 0], plain[:, 1]), "1", "`end` without rows that are sinks"),
             "without_loudest": quantity(
@@ -303,9 +302,9 @@ class _Found:
         places = [part.range for part in found.ordinary.values()]
         text = f"of a writer's decoys the median, and 5 % to 95 % of the {CRITERIA.near} nearest decoys about theirs"
         return {
-            **_three(alone, "end", found.survival, f"{_EQUATION} at the end of the stream"),
+            **over_documents(alone, "end", found.survival.ends, f"{_EQUATION} at the end of the stream"),
             "ordinary": quantity(("writer", "control", "bound"), np.stack(places, 1), "1", text),
-            **_three(alone, "gap", found.gap[first], f"end − median of the writer's {first} decoys"),
+            **over_documents(alone, "gap", found.gap[first].ends, f"end − median of the writer's {first} decoys"),
             **{name: quantity(alone, getattr(found, name), "1", text) for name, text in _JUDGED.items()},
             "verdict": ("writer", np.array(found.verdict, dtype=object)),
             "hangs": quantity(alone, found.hangs, "", "another verdict without the loudest channels, so none is given"),
@@ -317,8 +316,8 @@ class _Found:
         by, energy = ("writer", "node"), x[0][:, None]
         low, high = parted(along[0], acts[0])
         found = {
-            **_three(
-                by, "acts", estimate(ratio(acts, x[..., None])), "a − b = Σ⟨o_e − o_e^{−w}, o_w⟩_m / Σ⟨o_w, o_w⟩_m"
+            **over_documents(
+                by, "acts", estimate(ratio(acts, x[..., None])).ends, "a − b = Σ⟨o_e − o_e^{−w}, o_w⟩_m / Σ⟨o_w, o_w⟩_m"
             ),
             "share": quantity(
                 by, ratio(along[0], energy), "1", "a = Σ⟨o_e, o_w⟩_m / Σ⟨o_w, o_w⟩_m of nodes after the write"
@@ -330,7 +329,9 @@ class _Found:
         pair = [cuts(along, acts, x), cuts(together(along, block), together(acts, block), x)]
         for name, i in (("erased_by", 0), ("filled_in_by", 1)):
             sets = np.stack([cut[i] for cut in pair], -1)
-            found |= _three(("writer", "cut"), name, estimate(sets), "summed over nodes, and over whole blocks")
+            found |= over_documents(
+                ("writer", "cut"), name, estimate(sets).ends, "summed over nodes, and over whole blocks"
+            )
         return found
 
     def _shape(self) -> dict[str, xr.Variable]:
@@ -356,13 +357,3 @@ _JUDGED = {
     "q_above": "the same of those at least as high",
     "cause": "−1: later nodes write against it because it is there; 1: they fill in when it is gone; 0: undecided",
 }
-
-
-def _three(axes: tuple[str, ...], name: str, found: Interval, equation: str) -> dict[str, xr.Variable]:
-    """A number with its interval."""
-    interval = "95 % t interval over documents (jackknife)"
-    return {
-        name: quantity(axes, found.value, "1", equation),
-        f"{name}_low": quantity(axes, found.low, "1", interval),
-        f"{name}_high": quantity(axes, found.high, "1", interval),
-    }

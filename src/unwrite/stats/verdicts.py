@@ -70,6 +70,11 @@ class Interval:
     high: Float[np.ndarray, "*writer"]
 
     @property
+    def ends(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The number, and from where to where it may be."""
+        return self.value, self.low, self.high
+
+    @property
     def excludes_0(self) -> Bool[np.ndarray, "*writer"]:
         """Does the interval lie on one side of 0?"""
         return (self.low > 0) | (self.high < 0)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from unwrite.errors import whole
-from unwrite.methods.readers import DRAWS as TYPICAL
+from unwrite.methods.readers import DRAWS, HELD_OUT
 from unwrite.methods.scan import scan
 from unwrite.methods.survival import stand_ins
 from unwrite.model import readers
@@ -30,7 +30,6 @@ from unwrite.run.loop.trial import Taken, clock
 from unwrite.run.replay.read import PARTS
 from unwrite.run.replay.removed import behind
 from unwrite.run.tally.foretold import looked_at, per_prompt
-from unwrite.run.tally.space import DRAWS
 from unwrite.run.tally.survives import ALONE, Removals
 from unwrite.run.tally.without import READ_ROTATIONS, ROTATIONS
 from unwrite.studies.audit import ASKED, FOUND, MOST, REMOVED_FROM, SHORT, controls_of, demonstration
@@ -195,7 +194,7 @@ def _steps(lm: Model, length: int, writers: list[Node], one: BlockTime) -> Taken
     """Every layer without the write and without every typical one, in each way of reading; and the clean run and those
     without erasers, in which all nodes' writes are projected."""
     part = behind(lm, writers) / max(len(writers), 1)
-    runs = (1 + TYPICAL) * len(PARTS) + _PROJECTED * (2 + DRAWS)
+    runs = (1 + DRAWS) * len(PARTS) + _PROJECTED * (2 + HELD_OUT)
     return Taken(0.0, one.seconds(length, runs * part))
 
 

@@ -31,21 +31,21 @@ def added(run: Clean, node: Node, change: Float[Tensor, "prompt position d_model
 
     Returns a Recording that is complete: what lies before the edit is that of the clean run.
     """
-    if node.layer < 0:
-        return _continued(run, 0, change, {})
-    layer = run.lm.layers[node.layer]
-    return _continued(run, node.layer, None, {layer.end(node.kind): partial(_plus, layer, lambda: change)})
+    return _continued(run, 0, change, {}) if node.layer < 0 else added_to_all(run, {node: change})
 
 
 @torch.no_grad()
 def added_to_all(run: Clean, changes: Mapping[Node, Float[Tensor, "prompt position d_model"]]) -> Recording:
     """The run in which to what each of these nodes writes its own change is added; none of them is an embedding."""
-    at: dict[nn.Module, list[Tensor]] = {}
+    of: dict[nn.Module, Layer] = {}
+    parts: dict[nn.Module, list[Tensor]] = {}
     for node, change in changes.items():
         layer = run.lm.layers[node.layer]
-        at.setdefault(layer.end(node.kind), []).append(change / layer.into)
-    start = min(node.layer for node in changes)
-    return _continued(run, start, None, {end: partial(_plus_all, parts) for end, parts in at.items()})
+        end = layer.end(node.kind)
+        of[end] = layer
+        parts.setdefault(end, []).append(change)
+    visits = {end: partial(_plus, layer, partial(_sum, parts[end])) for end, layer in of.items()}
+    return _continued(run, min(layer.index for layer in of.values()), None, visits)
 
 
 @torch.no_grad()
@@ -134,8 +134,8 @@ def _plus(layer: Layer, change: Callable[[], Tensor], written: Tensor) -> Tensor
     return written + (change() / layer.into).reshape(written.shape).to(written)
 
 
-def _plus_all(changes: Sequence[Tensor], written: Tensor) -> Tensor:
-    return written + sum(changes[1:], changes[0]).reshape(written.shape).to(written)
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    return sum(parts[1:], parts[0])
 
 
 def _continued(run: Clean, start: int, change: Tensor | None, visits: Mapping[nn.Module, Visit]) -> Recording:

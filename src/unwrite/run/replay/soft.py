@@ -21,16 +21,10 @@ from unwrite.run.replay.walk import Runs, Setting, settled
 
 
 @dataclass(frozen=True, eq=False)
-class Blend:
-    """Base runs, and what the nodes of `source` may be set to in them, as `placed` has it.
-
-    `gate` says which place each row of a base prompt is, −1: none, where nothing is ever set. Only rows from the first
-    such row, `start`, to `end` are run, in which blocks are called by `calls`.
-    """
+class _Tail:
+    """Base runs of which rows from `start` to `end` are run again, in which blocks are called by `calls`."""
 
     base: Base
-    source: Values
-    gate: Int[Tensor, "pair position"]
     start: int
     end: int
     calls: Calls
@@ -39,6 +33,18 @@ class Blend:
     def rows(self) -> int:
         """Rows that each run brings."""
         return self.end - self.start
+
+
+@dataclass(frozen=True, eq=False)
+class Blend(_Tail):
+    """Base runs, and what the nodes of `source` may be set to in them, as `placed` has it.
+
+    `gate` says which place each row of a base prompt is, −1: none, where nothing is ever set. Only rows from the first
+    such row on are run.
+    """
+
+    source: Values
+    gate: Int[Tensor, "pair position"]
 
     def finals(self, gain: Float[Tensor, "run node place"], pair: Int[Tensor, " run"]) -> Float[Tensor, "run d_model"]:
         """The final stream, at the read row, of runs of these pairs with these gains, part of their graph.
@@ -63,11 +69,11 @@ def blend(base: Base, source: Values, gate: Int[Tensor, "pair position"]) -> Ble
     """What all runs share whose nodes lie between base and source values at the places that `gate` says."""
     gate = gate.to(base.row.device)
     start, end = base.begin(int((gate >= 0).any(0).int().argmax())), base.end(base.row)
-    return Blend(base, source, gate, start, end, base.calls(start, end))
+    return Blend(base, start, end, base.calls(start, end), source, gate)
 
 
 @dataclass(frozen=True, eq=False)
-class Interchange:
+class Interchange(_Tail):
     """Base runs of some pairs in which the units of a slot may be set at one row each, `row`, to any value.
 
     Values are [coordinate], those of all units behind one another: `own` what they are in the base run, `there` in the
@@ -75,19 +81,10 @@ class Interchange:
     from the first of these to the last that is read are run.
     """
 
-    base: Base
     slot: Slot
     row: Int[Tensor, " pair"]
     own: Float[Tensor, "pair coordinate"]
     there: Float[Tensor, "pair coordinate"]
-    start: int
-    end: int
-    calls: Calls
-
-    @property
-    def rows(self) -> int:
-        """Rows that each run brings."""
-        return self.end - self.start
 
     @property
     def change(self) -> Float[Tensor, "pair coordinate"]:
@@ -113,5 +110,5 @@ def interchange(base: Base, source: Values, row: Int[Tensor, " pair"]) -> dict[S
         own, there = (part[slot][pair, row].to(base.lm.compute_dtype) for part in (base.values, source))
         if slot.streams:
             own, there = (centre(part, base.lm) for part in (own, there))
-        made[slot] = Interchange(base, slot, row, own.flatten(1), there.flatten(1), start, end, calls)
+        made[slot] = Interchange(base, start, end, calls, slot, row, own.flatten(1), there.flatten(1))
     return made

@@ -99,7 +99,7 @@ class _Measuring:
         self.found = {
             **{name: torch.zeros(each, len(self.vectors), nodes, ways, **exact) for name in _CHANGED},
             "made": torch.zeros(each, nodes, ways, **exact), "written": torch.zeros(each, nodes, **exact),
-            "rows": self.kept.sum(1).double(), "energy": self._squares(self.vectors[0] * asked.weight.sqrt()),
+            "rows": self.kept.sum(1).double(),
         }  # fmt: skip
 
     def all(self) -> Iterator[str]:

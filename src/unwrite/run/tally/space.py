@@ -21,12 +21,9 @@ from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.job import Job
 from unwrite.run.loop.rows import Rows
 from unwrite.run.loop.stream import Batch
-from unwrite.run.replay.clean import Clean, clean
+from unwrite.run.replay.clean import clean
 from unwrite.run.replay.edited import added_to_all
 from unwrite.run.tally.reads import Asking
-
-# Typical writes that are held out beside the write itself.
-DRAWS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +46,7 @@ class SpaceTally:
     def _measured(self, batch: Batch) -> Arrays:
         of = _Measuring(self._asked, self._spans, batch)
         for done, what in enumerate(of.all(), 1):
-            self._job.tick(self.kept, done / (DRAWS + 2), what)
+            self._job.tick(self.kept, done / (len(of.vectors) + 1), what)
         batch.require_sums(of.found.values(), "what is written where erasers are held out")
         return {name: part.cpu().numpy() for name, part in of.found.items()}
 
@@ -69,17 +66,15 @@ class _Measuring:
         self.asked, self.lm, self.bases, self.root = asked, of.lm, bases, of.weight.sqrt()
         self.kept = batch.beyond(of.skip).to(self.lm.device)
         self.run = clean(self.lm, batch.ids, of.folded)
-        self.vectors = of.puts(self.run, batch)[: 1 + DRAWS]
+        self.vectors = of.puts(self.run, batch)
         write = self.vectors[0] * self.root
         energy = write.square().sum(-1, keepdim=True)
-        self.along = torch.where(energy > 0, write / energy.clamp_min(torch.finfo(write.dtype).tiny).sqrt(), 0.0)
-        self.part = {node: self._part(self.run, node, energy) for node in asked.erasers}
+        safe = energy.clamp_min(torch.finfo(write.dtype).tiny)
+        self.along = torch.where(energy > 0, write / safe.sqrt(), 0.0)
+        # What each eraser writes along the write, as a part of it.
+        onto = {node: (self.run.write(node) * self.root * write).sum(-1, keepdim=True) for node in asked.erasers}
+        self.part = {node: torch.where(energy > 0, part / safe, 0.0) for node, part in onto.items()}
         self.found: dict[str, Tensor] = {"energy": energy.sum((1, 2), dtype=torch.float64)}
-
-    def _part(self, run: Clean, node: Node, energy: Tensor) -> Float[Tensor, "prompt position 1"]:
-        """What an eraser writes along the write, as a part of it."""
-        onto = (run.write(node) * self.root * (self.vectors[0] * self.root)).sum(-1, keepdim=True)
-        return torch.where(energy > 0, onto / energy.clamp_min(torch.finfo(onto.dtype).tiny), 0.0)
 
     def all(self) -> Iterator[str]:
         """Measure everything; says what is done."""
