@@ -429,22 +429,24 @@ def test_a_result_says_its_interval_before_its_word() -> None:
         assert found.figure(figure).to_dict()
 
 
-def test_from_a_shell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def run(*args: object) -> int:
-        monkeypatch.setattr("sys.argv", ["unwrite", *map(str, args)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return int(end.value.code or 0)
+def shell(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
+    """How a command ends."""
+    monkeypatch.setattr("sys.argv", ["unwrite", *map(str, args)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0)
 
+
+def test_from_a_shell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(Common, "load", lambda *_: uw.load("default"))
     out = tmp_path / "out"
     few = ("--nodes", "L0H0,L1H1", "-n", 8, "--steps", 1, "--seeds", 1, "--penalty", "0.5,2", "--keep", "distractor")
-    assert run("mask", "default", "--task", "agreement", *few, "--out", out) == 0
+    assert shell(monkeypatch, "mask", "default", "--task", "agreement", *few, "--out", out) == 0
     assert "held out" in capsys.readouterr().out
     found = uw.read(out)
     assert [*found["penalty"].values] == [0.5, 2.0]
     assert found["kept_same"].dims == ("penalty", "set", "kept")
-    assert run("mask", "default", "--task", "agreement", "--penalty", "much") == 1
+    assert shell(monkeypatch, "mask", "default", "--task", "agreement", "--penalty", "much") == 1
     assert "penalty is what a node costs" in capsys.readouterr().err
 
 

@@ -17,8 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import unwrite as uw
 from executed import exact, weights
 from patching import Alone, alone, contrasts, site
-from test_mask import WIDTH, by_hand, scenes
-from unwrite import cli
+from test_mask import WIDTH, by_hand, scenes, shell
 from unwrite.cli.options import Common
 from unwrite.errors import NodeError, NumericError, TokensError
 from unwrite.model.load import untrained, view, weights_hash
@@ -622,24 +621,18 @@ def test_a_result_says_its_numbers_before_its_word() -> None:
 
 
 def test_from_a_shell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def run(*args: object) -> int:
-        monkeypatch.setattr("sys.argv", ["unwrite", *map(str, args)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return int(end.value.code or 0)
-
     monkeypatch.setattr(Common, "load", lambda *_: uw.load("default"))
     out = tmp_path / "out"
     few = ("--site", "resid_post1,MLP1.act", "-n", 12, "--steps", 1, "--seeds", 1)
-    assert run("subspace", "default", "--task", "agreement", *few, "--out", out) == 0
+    assert shell(monkeypatch, "subspace", "default", "--task", "agreement", *few, "--out", out) == 0
     assert "held out" in capsys.readouterr().out
     found = uw.read(out)
     assert [*found["site"].values] == ["resid_post1", "MLP1.act"]
     assert found["agreement"].dims == ("site", "seed", "other_seed")
     kept = ("--site", "L1H0.q", "-n", 12, "--method", "svd", "--restrict", "-k", 2, "--controls", "none")
-    assert run("subspace", "default", "--task", "agreement", *kept) == 0
+    assert shell(monkeypatch, "subspace", "default", "--task", "agreement", *kept) == 0
     assert "kept alone" in capsys.readouterr().out
-    assert run("subspace", "default", "--task", "agreement", "--site", "L9H0.q") == 1
+    assert shell(monkeypatch, "subspace", "default", "--task", "agreement", "--site", "L9H0.q") == 1
     assert "L9H0" in capsys.readouterr().err
 
 

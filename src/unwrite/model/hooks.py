@@ -23,6 +23,10 @@ Visit = Callable[[Tensor], Tensor | None]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+class Leave(Exception):
+    """Raised by a hook where a pass has made all that is asked of it."""
+
+
 @dataclass(frozen=True)
 class Point:
     """Where a tensor is seen: what `module` reads, or (item `item` of) what it puts out."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from unwrite.errors import ModelError, NumericError
 from unwrite.model.fold import folded
+from unwrite.model.hooks import Leave
 from unwrite.model.norms import norm_scale
 from unwrite.model.projections import bias_of
 from unwrite.model.view import Layer, Model
@@ -116,10 +117,6 @@ def _branches(table: Ends, cut: Bool[Tensor, "receiver sender"]) -> int:
     return max(len(cut[layers == layer].unique(dim=0)) for layer in layers.unique())
 
 
-class _Enough(Exception):
-    """A block has made all that is asked of it."""
-
-
 @dataclass(frozen=True, eq=False)
 class _Circuit:
     """Runs in which receivers read streams of their own; `changes` are u_live − u_source of the senders so far."""
@@ -192,10 +189,10 @@ class _Circuit:
         def keep(slot: Slot, tensor: Tensor) -> Tensor:
             _keep(found, slot, tensor)
             if len(found) == len(slots):
-                raise _Enough
+                raise Leave
             return tensor
 
-        with suppress(_Enough), visiting(self.table.lm, {slot: partial(keep, slot) for slot in slots}):
+        with suppress(Leave), visiting(self.table.lm, {slot: partial(keep, slot) for slot in slots}):
             self.runs.block(index, x, at)
         return found
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from unwrite.errors import ModelError, NodeError
 from unwrite.model.cache import Handed
 from unwrite.model.capture import Recording, recording
-from unwrite.model.hooks import Visit, after, hooked
+from unwrite.model.hooks import Leave, Visit, after, hooked
 from unwrite.model.view import Layer, Model
 from unwrite.run.edit.slots import Slot, slots, visiting
 from unwrite.run.replay.clean import Clean
@@ -41,10 +41,6 @@ class Attention:
     made: Mapping[str, Float[Tensor, "prompt position head _d"]]
     z: Float[Tensor, "prompt position head d_head"]
     pattern: Float[Tensor, "prompt head query key"] | None
-
-
-class _Enough(Exception):
-    """The heads have written."""
 
 
 @contextmanager
@@ -97,8 +93,8 @@ class Readers:
         with ExitStack() as stack:
             stack.enter_context(visiting(run.lm, {**keep, **visits}, shown))
             # What stands behind the heads is not asked about.
-            stack.enter_context(hooked([after(layer.attention_end, _enough)]))
-            stack.enter_context(suppress(_Enough))
+            stack.enter_context(hooked([after(layer.attention_end, _leave)]))
+            stack.enter_context(suppress(Leave))
             again(run, layer, Handed(), x)
         return Attention(found, self._record.z.pop(layer.index), (shown or {}).get(layer.index))
 
@@ -129,8 +125,8 @@ def _kept(found: dict[str, Tensor], way: str, slot: Slot, tensor: Tensor) -> Ten
     return tensor
 
 
-def _enough(_: Tensor) -> Tensor:
-    raise _Enough
+def _leave(_: Tensor) -> Tensor:
+    raise Leave
 
 
 def _instead(slot: Slot, value: Tensor, tensor: Tensor) -> Tensor:
