@@ -1,9 +1,12 @@
-"""Are the measurements of examples/circuits on multiple choice, boxes and lists those of plain passes by hand?"""
+"""Are the measurements of examples/circuits and examples/channels on multiple choice, boxes, lists and names those of
+plain passes by hand?"""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import re
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,11 +16,13 @@ import pytest
 import torch
 
 import unwrite as uw
-from test_tracking import PLANTED, by_hand, toy
+from test_tracking import PLANTED, by_hand, toy, training
 
 choice, choosing, boxes, reuse, measure = (
     importlib.import_module(name) for name in ("choice", "choosing", "boxes", "reuse", "measure")
 )
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "channels"))
+names, inhibition = (importlib.import_module(name) for name in ("names", "inhibition"))
 DOCS = Path(__file__).parents[1] / "docs"
 
 
@@ -221,3 +226,37 @@ def test_the_pages_say_what_was_kept() -> None:
     for page, module in (("multiple-choice", choosing), ("circuits", reuse), ("masks", boxes)):
         text = (DOCS / f"{page}.md").read_text("utf-8")
         assert set(re.findall(rf"\b{module.__name__}\.(\w+)\(", text)) <= {*vars(module)}
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_toy_of_names_is_trained_on_is_the_text_of_the_task() -> None:
+    """Every prompt of the task is one that training draws: the same slots in the same places, and what comes then."""
+    tokenizer = names.COURSE.tokenizer()
+    pairs = uw.tasks.ioi(70, tokenizer, words=names.ASKED, bos=False)
+    drawn = {pattern(row[:6], row[6]) for row in names.batch(np.random.default_rng(0), 600)[0].tolist()}
+    assert {pattern(row, answer) for row, answer in zip(pairs.base.ids.tolist(), pairs.answer, strict=True)} == drawn
+    assert len(drawn) == 6  # three layouts in two orders
+
+
+def pattern(ids: list[int], answer: int) -> tuple[Any, ...]:
+    """Of each token its kind, of names which of those before it is the same, and of the answer, too."""
+    words = [names.WORDS[i] for i in [*ids, answer]]
+    kinds = ["name" if w in names.NAMES else "place" if w in names.PLACES else "object" if w in names.OBJECTS else w
+             for w in words]  # fmt: skip
+    return tuple((kind, words.index(word) if kind == "name" else 0) for kind, word in zip(kinds, words, strict=True))
+
+
+@pytest.mark.slow
+def test_a_trained_toy_turns_away_from_a_name_wherever_it_stood(tmp_path: Path) -> None:
+    """Sheet 6f: all right after 200 steps, and what the last token knows of S is who, not where."""
+    training.train(names.COURSE, argparse.Namespace(out=tmp_path, seed=0, steps=200, lr=0.01))
+    lm = uw.load(tmp_path / "model")
+    found = inhibition.carried(lm)
+    assert float(uw.solves(lm, inhibition.pairs(lm, 9, 200))["top"].mean()) > 0.97
+    for layer in range(3):
+        where, who, both = (found[what]["effect"][layer] for what in ("where S1 is", "who S is", "both"))
+        assert abs(where) < 0.05 * abs(who)
+        assert who == pytest.approx(both, rel=0.05)
+        assert who < -1.5 * found["both"]["clean"]  # the answer is the other name then

@@ -2,7 +2,7 @@
 
     python examples/channels/inhibition.py MODEL --name NAME
 
-MODEL is a folder or a hub name (HuggingFaceTB/SmolLM2-135M-Instruct). What was found is kept as
+MODEL is a folder or a hub name (HuggingFaceTB/SmolLM2-135M-Instruct), or a run of names.py. What was found is kept as
 `results/NAME-inhibition.json` beside this file, from which docs/channels.md is made. Movers are the heads that look
 at the name to be said and say it by their direct edges, the inhibitor is the head whose executed edges into their
 queries help most: both are chosen on other pairs than those on which channels are removed. *Turned* is what a mover
@@ -13,8 +13,11 @@ arXiv 2406.09519).
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
+import names
 import numpy as np
 import pandas as pd
 import torch
@@ -23,16 +26,19 @@ from kept import alike, keep, model_of
 import unwrite as uw
 
 MOVERS, LOOKS, PAIRS, FEW = 4, 0.2, 32, 8
-CHOSEN_ON, EDGES_ON, SHOWN_ON = 2, 3, (0, 1)
+CHOSEN_ON, EDGES_ON, CARRIED_ON, SHOWN_ON = 2, 3, 4, (0, 1)
+# What the last token could know of S, and the source prompts that differ in that alone.
+CARRIED = {"order": "where S1 is", "both": "who S is", "S2": "both"}
 # About so far lies the name to be said behind the last token.
 OFFSET = 10
-# So many of the largest slopes are looked at by themselves.
-TOP = 100
+# So many of the largest edges are looked at by themselves; of so many readers drawn by chance, all are executed.
+TOP, DRAWN, FEWER = 100, 18, 4
 
 
 def measured(model: str) -> dict[str, Any]:
     """Movers, edges into them by runs and by weights, and the channels of the head that inhibits them."""
-    lm = uw.load(model, dtype="float32")
+    run = (place := Path(model)) / "run.json"
+    lm = uw.load(place / "model" if run.exists() else model, dtype="float32")
     movers = looking(lm, pairs(lm, CHOSEN_ON, PAIRS))
     readers = [*movers, opponent(lm, pairs(lm, CHOSEN_ON, PAIRS), movers[0])]
     edges = uw.paths(lm, pairs(lm, EDGES_ON, FEW), "heads", [f"{head}.q" for head in readers], "frozen")
@@ -42,15 +48,18 @@ def measured(model: str) -> dict[str, Any]:
     found = {
         **model_of(made), "movers": movers, "inhibitor": inhibitor, "edges": beside(made, readers),
         "agreement": {name: made.data.attrs[name] for name in ("agreement", "agreement_whole", "edges")},
-        "all edges": everywhere(lm), "channels": [channels_of(lm, made, inhibitor, movers, seed) for seed in SHOWN_ON],
+        "all edges": everywhere(lm), "drawn": drawn(lm),
+        "channels": [channels_of(lm, made, inhibitor, movers, seed) for seed in SHOWN_ON],
         "second": [channels_of(lm, made, second, movers, seed, whole=False) for seed in SHOWN_ON],
     }  # fmt: skip
-    return {**found, "as weights": as_weights(lm, made, inhibitor)}
+    training = json.loads(run.read_text("utf-8")) if run.exists() else None
+    return {**found, "as weights": as_weights(lm, made, inhibitor), "carried": carried(lm), "run": training}
 
 
-def pairs(lm: Any, seed: int, n: int) -> uw.Pairs:
+def pairs(lm: Any, seed: int, n: int, change: str = "S2") -> uw.Pairs:
     """Pairs of indirect object identification; each seed has its own."""
-    return uw.tasks.ioi(n, lm.tokenizer, seed, bos=False)
+    words = names.ASKED if len(lm.tokenizer) == len(names.WORDS) else None
+    return uw.tasks.ioi(n, lm.tokenizer, seed, change, words=words, bos=False)
 
 
 def looking(lm: Any, on: uw.Pairs) -> list[str]:
@@ -59,6 +68,18 @@ def looking(lm: Any, on: uw.Pairs) -> list[str]:
     looks = pd.Series(turned(lm, on, heads, [()])[0].mean(0), heads)
     says = -uw.paths(lm, on, "heads", "logits", "frozen")["mean"].isel(receiver=0).to_series()
     return [str(node) for node in says[looks >= LOOKS].nlargest(MOVERS).index]
+
+
+def carried(lm: Any) -> dict[str, Any]:
+    """What the last token's state has from source prompts in which S1 stands elsewhere, S is another name, or both."""
+    layers, found = [f"resid_post{layer}" for layer in range(len(lm.layers))], {}
+    for change, what in CARRIED.items():
+        on = pairs(lm, CARRIED_ON, PAIRS, change)
+        effect = uw.effects(lm, on, layers, at="end")
+        clean = float(uw.solves(lm, on)["margin"].mean())
+        named = {"effect": "mean", "low": "mean_low", "high": "mean_high"}
+        found[what] = {"clean": clean, **{name: effect[of].values.tolist() for name, of in named.items()}}
+    return found
 
 
 def opponent(lm: Any, on: uw.Pairs, mover: str) -> str:
@@ -93,19 +114,31 @@ def beside(made: uw.Result, readers: list[str]) -> list[dict[str, Any]]:
 def everywhere(lm: Any) -> list[dict[str, Any]]:
     """Every edge between two heads, by queries, keys and values: of weights against slopes (EAP-IG), side by side."""
     guessed = uw.paths(lm, pairs(lm, EDGES_ON, FEW), "heads", [*"qkv"], method="eap-ig")
-    made = uw.channels(lm, offset=OFFSET, executed=guessed).data
+    return against(uw.channels(lm, offset=OFFSET, executed=guessed))
+
+
+def drawn(lm: Any) -> dict[str, Any]:
+    """The same of readers drawn by chance, where every edge is executed."""
+    every = [node for node in lm.nodes if "H" in node and not node.startswith("L0")]
+    readers = sorted(np.random.default_rng(0).choice(every, min(DRAWN, len(every)), replace=False).tolist())
+    sides = [f"{reader}.{side}" for reader in readers for side in "qkv"]
+    edges = uw.paths(lm, pairs(lm, EDGES_ON, FEWER), "heads", sides, "frozen")
+    made = uw.channels(lm, readers=readers, offset=OFFSET, executed=edges)
+    return {"readers": readers, "pairs": FEWER, "lines": against(made)}
+
+
+def against(made: uw.Result) -> list[dict[str, Any]]:
+    """By side: how scores by weights agree with the sizes of edges, and how high the largest edges stand."""
     lines = []
-    for side in made["side"].values:
-        part = made.sel(side=side)
+    for side in made.data["side"].values:
+        part = made.data.sel(side=side)
         effect, best, whole = (part[name].values for name in ("effect", "best", "whole"))
         there = np.isfinite(effect) & np.isfinite(best)
-        top = np.abs(np.where(there, effect, 0)) >= np.sort(np.abs(effect[there]))[-TOP]
         frame = pd.DataFrame({"size": np.abs(effect[there]), "best": best[there], "whole": whole[there]})
-        rho = frame.corr("spearman")["size"]
-        percentile = frame.rank(pct=True)["best"][top[there]].median()
+        rho, top = frame.corr("spearman")["size"], frame.nlargest(TOP, "size").index
         lines.append({
-            "side": str(side), "edges": int(there.sum()), "best": float(rho["best"]), "whole": float(rho["whole"]),
-            "top percentile": float(percentile),
+            "side": str(side), "edges": len(frame), "best": float(rho["best"]), "whole": float(rho["whole"]),
+            "top percentile": float(frame.rank(pct=True)["best"][top].median()),
         })  # fmt: skip
     return lines
 
@@ -209,6 +242,22 @@ def kept_conditions(found: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def kept_carried(found: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """By how much the last token's state of other prompts, after each layer, moves the logit difference."""
+    lines = []
+    for model, one in found.items():
+        for what, moved in one["carried"].items():
+            each = list(zip(moved["effect"], moved["low"], moved["high"], strict=True))
+            most = max(range(len(each)), key=lambda layer: abs(each[layer][0]))
+            cells = {
+                name: f"{each[layer][0]:+.2f} [{each[layer][1]:+.2f}, {each[layer][2]:+.2f}]"
+                for name, layer in (("after the last layer", -1), ("where most", most))
+            }
+            lines.append({"model": model, "of S": what, "logit difference": f"{moved['clean']:+.2f}", **cells,
+                          "layer": most})  # fmt: skip
+    return pd.DataFrame(lines)
+
+
 def kept_shares(found: dict[str, Any]) -> pd.DataFrame:
     """Which part of what a head does to the movers each of its channels does when it alone is removed."""
     lines = []
@@ -240,14 +289,17 @@ def kept_edges(found: dict[str, Any]) -> pd.DataFrame:
 
 
 def kept_everywhere(found: dict[str, Any]) -> pd.DataFrame:
-    """Spearman's correlation of scores with slopes over all edges of a side."""
+    """Spearman's correlation of scores with slopes over all edges of a side, and with executed ones of some readers."""
+    readers = found["drawn"]["readers"]
+    every = [("all, by slopes", one) for one in found["all edges"]]
+    every += [(f"of {len(readers)} readers drawn, executed", one) for one in found["drawn"]["lines"]]
     return pd.DataFrame([
         {
-            "side": one["side"], "edges": f"{one['edges']:,}", "Spearman, best channel": f"{one['best']:+.2f}",
-            "Spearman, whole head": f"{one['whole']:+.2f}",
+            "edges between heads": which, "side": one["side"], "edges": f"{one['edges']:,}",
+            "Spearman, best channel": f"{one['best']:+.2f}", "Spearman, whole head": f"{one['whole']:+.2f}",
             f"of the {TOP} largest, median place by channel": f"top {1 - one['top percentile']:.0%}",
         }
-        for one in found["all edges"]
+        for which, one in every
     ])  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from training import Asked, Course, arguments, train
+from training import Asked, Course, arguments, llama, train
 
 CAPITALS = [
     ("France", "Paris"), ("Germany", "Berlin"), ("Italy", "Rome"), ("Spain", "Madrid"), ("Japan", "Tokyo"),
@@ -61,7 +61,7 @@ def looked(seed: int) -> Asked:
 
 
 SKIPPED = r"\b(Question|What|is|the|capital|of|Answer)\b|[?:)\s]+"
-COURSE = Course((*WORDS,), SKIPPED, 3, drawn, looked)
+COURSE = Course((*WORDS,), SKIPPED, llama, drawn, looked)
 
 if __name__ == "__main__":
     train(COURSE, arguments(__doc__, 1200))

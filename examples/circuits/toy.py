@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from training import Asked, Course, arguments, train
+from training import Asked, Course, arguments, llama, train
 
 THINGS = ["pen", "cup", "book", "ball", "key", "phone", "hat", "bag", "ring", "plate"]
 LETTERS = [*"ABCDEFGHKL"]
@@ -52,7 +52,7 @@ def looked(seed: int) -> Asked:
     return batch(np.random.default_rng((seed, 2**32)), LOOKED_AT, np.array([CONTAINS]))
 
 
-COURSE = Course((*WORDS,), r"\b([Tt]he|is|in|Box)\b|[,\s]+", 3, drawn, looked)
+COURSE = Course((*WORDS,), r"\b([Tt]he|is|in|Box)\b|[,\s]+", llama, drawn, looked)
 
 if __name__ == "__main__":
     train(COURSE, arguments(__doc__, 800))

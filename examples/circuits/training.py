@@ -1,8 +1,8 @@
 """How does one train, in minutes on a CPU, a small model for one task, and keep what it was before it could?
 
-A course says in which words, of which batches and with how many layers; `toy.py` and `choice.py` are two. Of a run in
-OUT, OUT/young is the model when it first gave every second answer, OUT/model the same run at its end. Batch k depends
-on the seed and k alone; a cut run goes on to the same bits.
+A course says in which words, of which batches and in what shape; `toy.py` and `choice.py` are two. Of a run in OUT,
+OUT/young is the model when it first gave every second answer, OUT/model the same run at its end. Batch k depends on the
+seed and k alone; a cut run goes on to the same bits.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 SAVE_EVERY, LOOK_EVERY = 100, 5
 YOUNG = 0.5  # of the answers
@@ -30,12 +31,13 @@ Asked = tuple[torch.Tensor, list[int]]
 class Course:
     """What is learned: words, of which the first stands for all others, and what of a text is `skipped`.
 
-    `drawn` gives the batch of a seed and step, `looked` what it is judged by on the way, which is not trained on.
+    `shape` is what a model of so many words is, `drawn` gives the batch of a seed and step, `looked` what it is judged
+    by on the way, which is not trained on.
     """
 
     words: tuple[str, ...]
     skipped: str
-    layers: int
+    shape: Callable[[int], PretrainedConfig]
     drawn: Callable[[int, int], Asked]
     looked: Callable[[int], Asked]
 
@@ -48,26 +50,29 @@ class Course:
         )
         return PreTrainedTokenizerFast(tokenizer_object=made, unk_token=unknown)
 
-    def build(self, seed: int) -> LlamaForCausalLM:
+    def build(self, seed: int) -> PreTrainedModel:
         """The model before training."""
         torch.manual_seed(seed)
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(self.words), hidden_size=64, intermediate_size=128, num_hidden_layers=self.layers,
-                num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64, initializer_range=0.1,
-                tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
-            )
-        )  # fmt: skip
+        return AutoModelForCausalLM.from_config(self.shape(len(self.words)))
 
 
-def said(model: LlamaForCausalLM, ids: torch.Tensor, answers: list[int]) -> torch.Tensor:
+def llama(words: int) -> LlamaConfig:
+    """Three layers of four heads."""
+    return LlamaConfig(
+        vocab_size=words, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=64, initializer_range=0.1, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+
+
+def said(model: PreTrainedModel, ids: torch.Tensor, answers: list[int]) -> torch.Tensor:
     """Logits [row, answer, word] where answers are to be given."""
-    hidden = model.model(ids[:, :-1]).last_hidden_state
-    return model.lm_head(hidden[:, [place - 1 for place in answers]])
+    hidden = model.base_model(ids[:, :-1]).last_hidden_state
+    return model.get_output_embeddings()(hidden[:, [place - 1 for place in answers]])
 
 
 @torch.no_grad()
-def solved(model: LlamaForCausalLM, asked: Asked) -> float:
+def solved(model: PreTrainedModel, asked: Asked) -> float:
     """Part of the first answers that it gives."""
     ids, answers = asked
     return float((said(model, ids, answers)[:, 0].argmax(-1) == ids[:, answers[0]]).float().mean())
@@ -86,8 +91,9 @@ class Run:
     def __init__(self, course: Course, settings: argparse.Namespace):
         self.course, self.settings, self.place = course, settings, settings.out
         self.model = course.build(settings.seed)
-        inner = [p for name, p in self.model.named_parameters() if p.dim() == 2 and ".layers." in name]
-        outer = [p for name, p in self.model.named_parameters() if p.dim() != 2 or ".layers." not in name]
+        inner, outer = [], []
+        for name, p in self.model.named_parameters():
+            (inner if p.dim() == 2 and re.search(r"\.(layers|h)\.", name) else outer).append(p)
         # Muon is through the plateau, on which all words of a scene are as likely, in half of AdamW's steps.
         self.optimizers = [
             torch.optim.Muon(inner, lr=settings.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
