@@ -222,6 +222,10 @@ def calls() -> dict[str, Call]:
             uw.beside, {"circuit": uw.Circuit(("L0H0",)), "dla": uw.dla(lm(), IDS[:2], 5, 9)},
             {"survival": "None", "effects": "None", "attention": "None", "pairs": "None"},
         ),
+        "self_repair": Call(
+            uw.self_repair, {"found": uw.dla(lm(), IDS, 5, 9, at="position"), "top": 0.5},
+            {"found": "Result_of_effects", "top": "0.5 np.float32"},
+        ),
         "paths": Call(uw.paths, {**asked, "senders": ["L0H0"]}, {"mlps": "None"}),
         "bound": Call(
             uw.bound, {**asked, "guess": found("atp"), "verified": 0, "subsets": 8, "p": 0.5},
@@ -287,7 +291,7 @@ NAMES = (
     "load", "planted", "text", "images", "pairs", "read", "scan", "verify", "survival", "dla", "adversarial",
     "corpus_dla", "lens", "attention", "activations", "channels", "effects", "solves", "mask", "subspace", "circuit",
     "Circuit",
-    "Circuit.looking", "Circuit.save", "overlap", "beside", "paths", "bound", "compare",
+    "Circuit.looking", "Circuit.save", "overlap", "beside", "self_repair", "paths", "bound", "compare",
     "agree", "diff", "readers", "audit", "reproduce", "doctor", "trace", "rewritten", "sae", "trace[]", "Edit",
     "Edit.set", "Edit.mean", "Edit.add", "Edit.scale", "Edit.project_out", "Edit.channel", "Job", "Rules", "Result",
     "Result[]", "Result.figure", "Result.grid",

@@ -55,7 +55,7 @@ def each() -> dict[str, Result]:
             uw.bound(lm, PAIRS, atp, subsets=12, p=0.5), uw.survival(lm, IDS, ["L0H1", "MLP0"], decoys=1),
             uw.dla(lm, IDS[:2], 5, 9, total=False), uw.circuit(lm, PAIRS, ["L0H0", "MLP1"], draws=1),
             uw.Circuit(("L0H0", "MLP1"), scores=(1.0, -1.0)).result(), uw.overlap(whole, whole, 0.5),
-            uw.readers(lm, IDS, "L0H0"),
+            uw.readers(lm, IDS, "L0H0"), uw.self_repair(uw.dla(lm, IDS, 5, 9, at="position"), 0.5),
         )  # fmt: skip
     return {one.method: one for one in found}
 
@@ -65,13 +65,26 @@ def test_every_method_has_a_view() -> None:
     assert set(VIEWS) == {
         "effects", "agree", "compare", "paths", "bound", "survival", "dla",
         "scan", "verify", "audit", "adversarial", "corpus_dla", "reproduce", "lens", "attention", "solves",
-        "circuit", "Circuit", "overlap", "beside", "mask", "readers", "subspace", "channels",
+        "circuit", "Circuit", "overlap", "beside", "mask", "readers", "subspace", "channels", "self_repair",
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "method",
-    ["effects", "agree", "compare", "paths", "bound", "survival", "dla", "circuit", "Circuit", "overlap", "readers"],
+    [
+        "effects",
+        "agree",
+        "compare",
+        "paths",
+        "bound",
+        "survival",
+        "dla",
+        "circuit",
+        "Circuit",
+        "overlap",
+        "readers",
+        "self_repair",
+    ],
 )
 def test_every_method_has_a_picture_a_card_and_words(each, method: str) -> None:
     result = each[method]

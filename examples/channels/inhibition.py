@@ -243,18 +243,17 @@ def kept_conditions(found: dict[str, Any]) -> pd.DataFrame:
 
 
 def kept_carried(found: dict[str, dict[str, Any]]) -> pd.DataFrame:
-    """By how much the last token's state of other prompts, after each layer, moves the logit difference."""
+    """By how much the last token's state of other prompts moves the logits, before any mover and at the end."""
     lines = []
     for model, one in found.items():
+        before = min(int(head[1:].partition("H")[0]) for head in one["movers"]) - 1
         for what, moved in one["carried"].items():
             each = list(zip(moved["effect"], moved["low"], moved["high"], strict=True))
-            most = max(range(len(each)), key=lambda layer: abs(each[layer][0]))
             cells = {
                 name: f"{each[layer][0]:+.2f} [{each[layer][1]:+.2f}, {each[layer][2]:+.2f}]"
-                for name, layer in (("after the last layer", -1), ("where most", most))
+                for name, layer in (("before the movers", before), ("at the end", -1))
             }
-            lines.append({"model": model, "of S": what, "logit difference": f"{moved['clean']:+.2f}", **cells,
-                          "layer": most})  # fmt: skip
+            lines.append({"model": model, "of S": what, "clean": f"{moved['clean']:+.2f}", "layer": before, **cells})
     return pd.DataFrame(lines)
 
 

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from unwrite.studies.doctor import doctor as doctor
     from unwrite.studies.overlap import overlap as overlap
     from unwrite.studies.readers import readers as readers
+    from unwrite.studies.repair import self_repair as self_repair
     from unwrite.studies.reproduce import reproduce as reproduce
 
 # Public name -> the module that has it; imported on first use, so that `import unwrite` loads neither torch nor xarray.
@@ -89,6 +90,7 @@ _PUBLIC = {
     "rewritten": "unwrite.run.edit.weights",
     "sae": "unwrite.run.edit.sae",
     "scan": "unwrite.methods.scan",
+    "self_repair": "unwrite.studies.repair",
     "solves": "unwrite.methods.solves",
     "subspace": "unwrite.methods.subspace",
     "survival": "unwrite.methods.survival",

@@ -37,7 +37,7 @@ from unwrite.cli.options import (
     spread,
 )  # fmt: skip
 from unwrite.cli.patch import bound, diff, paths
-from unwrite.cli.survival import readers, survival
+from unwrite.cli.survival import readers, self_repair, survival
 from unwrite.cli.tasks import mask, solves, subspace, tasks
 from unwrite.cli.voice import Voice, event, fail
 from unwrite.errors import Stopped, UnwriteError
@@ -291,6 +291,7 @@ def show(
 _command(doctor)
 _command(survival)
 _command(readers)
+_command(self_repair)
 _command(solves)
 _command(circuit)
 _command(output_nodes)

@@ -1,4 +1,4 @@
-"""`unwrite survival` and `readers`: what survives of every write; who reads one, and who uses its space?"""
+"""`unwrite survival`, `readers`, `self-repair`: what survives of writes, who reads one, what is repaired?"""
 
 from __future__ import annotations
 
@@ -101,3 +101,28 @@ def readers(
         return read_text(lm, text, n, length, common.bos, job) if asked is None else asked.base
 
     common.produce(lm, read, method)
+
+
+@spread
+def self_repair(
+    model: ModelName,
+    text: TextPath,
+    replace: Annotated[str, typer.Option("--replace", help="By zero, mean or resample.")] = "resample",
+    top: Annotated[float, typer.Option("--top", help="Part of the prompts that is counted of each node.")] = 0.1,
+    n: Annotated[int, typer.Option("-n", min=1, help="Prompts.")] = 96,
+    length: Length = 32,
+    common: Common = COMMON,
+) -> None:
+    """How much of a node's direct effect is not missed without it: by the norm, nodes that fill in, or erasure?
+
+    Asked at the end of every prompt, about the model's first choice against its second.
+    """
+    from unwrite.methods.dla import dla
+    from unwrite.studies.repair import self_repair as run
+
+    lm = common.load(model)
+
+    def method(tokens: Tokens, listener: Listener, job: Job) -> Result:
+        return run(dla(lm, tokens, at="position", replace=replace, checkpoint=job, listener=listener), top)
+
+    common.produce(lm, lambda job: read_text(lm, text, n, length, common.bos, job), method)

@@ -322,6 +322,7 @@ class _Found:
             **{name: ("prompt", np.array(part, dtype=object)) for name, part in words.items()},
             **{f"{name}_id": (("prompt", "option")[: ids.ndim], ids) for name, ids in asked.items()},
             "row": ("prompt", request.row),
+            "cluster": ("prompt", tokens.cluster),
         }
 
     def _trust(self, value: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How does what is kept grow with a circuit, and where in the model do its nodes lie? Charts, from a saved result."""
+"""How does what is kept grow with a circuit, where do its nodes lie, what is repaired? Charts, from a saved result."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from unwrite.nodes import parse_site
 from unwrite.report.kept import unit_of
 from unwrite.report.maps import framed
 from unwrite.report.paper import COLOURS, GREY, SAYS, harmless
+from unwrite.report.repaired import share_of
 from unwrite.result import Result
 
 _SERIES = (COLOURS["level"], COLOURS["survival"], COLOURS["hidden from values"], COLOURS["total"], "#a6761d", "#666666")
@@ -106,3 +107,49 @@ def _mark(one: xr.Dataset) -> dict[str, Any]:
         "layer": site.layer, "column": harmless(site.within), "order": [*map(int, site.order[1:])], "kind": kind,
         "looks": harmless(words), "says": harmless(says),
     }  # fmt: skip
+
+
+def scatter(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
+    """What a logit loses without a write, over its direct effect: below the line less is missed than direct says.
+
+    Each point is a node, by the mean over its counted prompts, or of one `writer` each prompt. (Rushing and Nanda 2024,
+    figure 2, with the change of the logit turned upwards.) Raises ResultError for a result without self-repair.
+    """
+    data = result.data
+    if result.method != "self_repair":
+        raise ResultError(f"a {result.method} has no self-repair", expected="a result of uw.self_repair")
+    if writer is not None and writer not in data["node"].values:
+        raise ResultError("no such node", got=writer, expected=", ".join(map(str, data["node"].values[:8])) + " …")
+    points = list(_nodes(data) if writer is None else _prompts(data.sel(node=writer)))
+    ends = [min(one["direct"] for one in points), max(one["direct"] for one in points)] if points else [0.0, 1.0]
+    line = [{"direct": end, "total": end} for end in (min(0.0, ends[0]), max(0.0, ends[1]))]
+    x = alt.X("direct:Q", title="direct effect, logits")
+    y = alt.Y("total:Q", title="lost without the write, logits")
+    names = [*dict.fromkeys(one["kind"] for one in points)]
+    colours = [COLOURS["level"], COLOURS["survival"], GREY, COLOURS["total"], COLOURS["hidden from values"]]
+    colour = alt.Color("kind:N", title=None, scale=alt.Scale(domain=names, range=colours[: len(names)]))
+    even = alt.Chart(alt.Data(values=line)).mark_line(color=GREY, strokeDash=[2, 3]).encode(x=x, y=y)
+    dots = alt.Chart(alt.Data(values=points)).mark_circle(size=36, opacity=0.7).encode(x=x, y=y, color=colour, **SAYS)
+    chart = alt.layer(even, dots).properties(width=360, height=300)
+    what = "each point a node, by its counted prompts" if writer is None else f"each point a prompt, {writer}"
+    return framed(chart, result, data["mean_total"], [what, "dashed: nothing is repaired"], "self-repair")
+
+
+def _nodes(data: xr.Dataset) -> Iterator[dict[str, Any]]:
+    for i in range(data.sizes["node"]):
+        one = data.isel(node=i)
+        direct, total = float(one["mean_direct"]), float(one["mean_total"])
+        if np.isfinite(direct):
+            node, kind = str(one["node"].item()), str(one["kind"].item())
+            says = f"{node}: direct {direct:+.2f}, lost {total:+.2f}, not missed {share_of(one, 'share', 'all')}"
+            yield {"direct": direct, "total": total, "kind": kind, "says": harmless(says)}
+
+
+def _prompts(data: xr.Dataset) -> Iterator[dict[str, Any]]:
+    for i in range(data.sizes["prompt"]):
+        one = data.isel(prompt=i)
+        direct, total = float(one["direct"]), float(one["total"])
+        if np.isfinite(direct):
+            says = f"prompt {int(one['prompt'])}: direct {direct:+.2f}, lost {total:+.2f}"
+            kind = "counted" if bool(one["counted"]) else "other prompts"
+            yield {"direct": direct, "total": total, "kind": kind, "says": harmless(says)}
