@@ -85,7 +85,9 @@ def test_shares_and_their_intervals_are_those_of_loops_over_the_largest_direct_e
         got = [float(one[f"group_share{end}"]) for end in ("", "_low", "_high")]
         assert got == pytest.approx(shared(members), nan_ok=True)
     assert np.isfinite(made["group_share_low"].sel(group=HEADS_EARLY, part="all"))
-    np.testing.assert_allclose(made["share"].sel(part=[*PARTS]).sum("part", skipna=False), made["share"].sel(part="all"))
+    np.testing.assert_allclose(
+        made["share"].sel(part=[*PARTS]).sum("part", skipna=False), made["share"].sel(part="all")
+    )
     counted = made["counted"].sel(node="MLP0").values
     assert float(made["mean_total"].sel(node="MLP0")) == pytest.approx(total[counted, nodes.index("MLP0")].mean())
 

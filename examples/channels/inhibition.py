@@ -32,7 +32,7 @@ CARRIED = {"order": "where S1 is", "both": "who S is", "S2": "both"}
 # About so far lies the name to be said behind the last token.
 OFFSET = 10
 # So many of the largest edges are looked at by themselves; of so many readers drawn by chance, all are executed.
-TOP, DRAWN, FEWER = 100, 18, 4
+TOP, DRAWN, FEWER = 100, 8, 4
 
 
 def measured(model: str) -> dict[str, Any]:

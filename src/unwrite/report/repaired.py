@@ -10,7 +10,11 @@ import xarray as xr
 from unwrite.report.columns import Column, Listing
 from unwrite.result import Result
 
-_PARTS = {"norm": "the final norm", "filled_in": "nodes that fill in", "erased": "erasure that does not happen"}
+_PARTS = {
+    "norm": "the final norm",
+    "filled_in": "nodes that fill in, less what they pass on",
+    "erased": "erasure that is not needed",
+}
 HEADER = (
     Column("node", holds="word"),
     Column("direct", "{mean_direct}"),

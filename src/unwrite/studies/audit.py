@@ -43,7 +43,7 @@ from unwrite.studies.readers import steps
 # is soon known, and every prompt costs a run of each.
 REMOVED_FROM = 6
 # So many writers are looked at closely, one of each layer and group of heads that share keys and values.
-MOST = 2
+MOST = 3
 # What attribution is asked about: so many prompts, some of them found ones; the others are the beginnings of windows,
 # so many tokens each, since every node's write is replaced in every prompt. Beside means over so many texts.
 ASKED, FOUND, SHORT = 12, 2, 12

@@ -3,8 +3,9 @@
 Self-repair (McGrath et al. 2023, arXiv 2307.15771; Rushing and Nanda 2024, arXiv 2402.15390) is a direct effect on a
 logit less what the logit loses when the write is replaced. The exact account of that loss in a result of `uw.dla`,
 total = direct + erased + filled in + norm, divides it without a further run: the scale of the final norm, later nodes
-that write more of the same where the write is missing, and later nodes that no longer write against it. The first two
-repair a loss; of the third there was less to lose than direct says. (facts: measuring erasure, §6, §7)
+that write more of the same where the write is missing (less what they write of it because it is there, and so pass on),
+and later nodes that no longer write against it. The first two repair a loss; of the third there was less to lose than
+direct says. (facts: measuring erasure, §6, §7)
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def self_repair(found: Result, top: float = 0.1) -> Result:
     "erased", beside `direct` and `total[prompt, node]`, and which prompts are `counted[prompt, node]`; of these
     `mean_direct` and `mean_total[node]`, and `share[node, part]` of direct with `share_low` and `share_high`; and
     `group_share[group, part]` with its interval, of heads and of MLPs before the last layer and of the heads of each
-    layer. Shares of a node without a direct effect above 0 are NaN.
+    layer. "filled_in" is below 0 where later nodes pass on more than they fill in, and "all" where total is above
+    direct. Shares of a node without a direct effect above 0 are NaN.
     Raises ResultError for a result of another method, without totals, or of writes replaced at all rows; NumericError
     for a `top` that is no part.
     Source: Rushing and Nanda 2024, arXiv 2402.15390.
