@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 
 from unwrite.errors import counted
-from unwrite.report.columns import Column, Line, Listing
+from unwrite.report.columns import Column, Line, Listing, spanned
 from unwrite.result import Result
 
 PATCHES = (
@@ -116,10 +116,9 @@ def sentence(result: Result) -> str:
     return f"{said} ({pairs}). {data.attrs['solves']}"
 
 
-def _number(of: xr.Dataset, name: str, digits: int) -> str:
+def _number(of: xr.Dataset, name: str, n: int) -> str:
     value, low, high = (float(of[f"{name}{end}"]) for end in ("", "_low", "_high"))
-    said = f"{value:.{digits}f}"
-    return said if np.isnan(low) else f"{said} [{low:.{digits}f}, {high:.{digits}f}]"
+    return spanned(value, low, high, n=n)
 
 
 def _dormant(one: xr.Dataset) -> str:

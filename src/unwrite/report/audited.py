@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from unwrite.axes import bare
-from unwrite.report.columns import Column
+from unwrite.report.columns import Column, spanned
 from unwrite.report.found import rates
 from unwrite.report.verified import some
 from unwrite.result import Result
@@ -75,7 +75,7 @@ def row(data: xr.Dataset) -> tuple[str, ...]:
         data.attrs["writer"],
         data.attrs["verdict"],
         f"{float(end['survival']):.2f} ± {float(end['survival_se']):.2f}",
-        f"{mean:.2f} [{low:.2f}, {high:.2f}]",
+        spanned(mean, low, high),
         f"{float(data['erased'].sum()):+.2f}",
         f"{float(data['filled_in'].sum()):+.2f}",
         f"{float(data['opposed']):+.2f}",

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from unwrite.report.columns import Column
+from unwrite.report.columns import Column, spanned
 from unwrite.result import Result
 
 READINGS = ("direct", "net", "relp", "gradient")
@@ -146,9 +146,7 @@ def _clusters(one: xr.Dataset) -> int:
 def _interval(one: xr.Dataset) -> str:
     """The correlation, with its interval where it has one."""
     middle, low, high = (float(one[name]) for name in ("trust", "trust_low", "trust_high"))
-    if not np.isfinite(middle):
-        return ""
-    return f"{middle:.2f} [{low:.2f}, {high:.2f}]" if np.isfinite(low) else f"{middle:.2f}"
+    return spanned(middle, low, high) if np.isfinite(middle) else ""
 
 
 def sentence(result: Result) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +12,20 @@ import xarray as xr
 from unwrite.result import Result
 
 _MOST, _COLUMNS, _FOREMOST = 200, 8, 24
+
+
+def digits(value: float, n: int = 2, sign: str = "") -> str:
+    """A number with so many digits, no zero with a sign that it has by rounding, and a dash for what is none."""
+    return f"{round(float(value), n) + 0.0:{sign}.{n}f}" if math.isfinite(value) else "–"
+
+
+def spanned(value: float, low: float, high: float, *, n: int = 2, sign: str = "") -> str:
+    """A number with its 95 % interval, where it has one."""
+    return (
+        f"{digits(value, n, sign)} [{digits(low, n, sign)}, {digits(high, n, sign)}]"
+        if low == low
+        else digits(value, n, sign)
+    )
 
 
 @dataclass(frozen=True)

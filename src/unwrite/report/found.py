@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from unwrite.report.columns import Column
+from unwrite.report.columns import Column, spanned
 from unwrite.result import Result
 
 HEADER = (
@@ -98,7 +98,7 @@ def corpus_rows(data: xr.Dataset) -> list[tuple[str, ...]]:
     for path in data["path"].values:
         one = data.sel(path=path)
         low, high = float(one["correlation_low"]), float(one["correlation_high"])
-        words = f"{float(one['correlation']):+.3f} [{low:+.3f}, {high:+.3f}]"
+        words = spanned(float(one["correlation"]), low, high, n=3, sign="+")
         lines.append((_PATHS[str(path)], words, f"{float(one['slope']):+.3f}", f"{float(one['intercept']):+.3f}"))
     return lines
 

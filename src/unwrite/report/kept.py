@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from unwrite.report.columns import Column, Line, Listing
+from unwrite.report.columns import Column, Line, Listing, digits, spanned
 from unwrite.result import Result
 
 # Sizes that a table has room for.
@@ -52,7 +51,7 @@ def sentence(result: Result) -> str:
     one = data.isel(order=0, by=0)
     name = str(data.attrs["chosen_order"])
     kept = _kept(one, settings["enough"], int(data.attrs["of"]))
-    area = f"area {_number(one['area'])}{_interval(one, 'area')}" if np.isfinite(one["area"]) else ""
+    area = f"area {_spanned(one, 'area')}" if np.isfinite(one["area"]) else ""
     chance = f"random orders {float(data['random_area'].mean()):.2f}" if "random_area" in data and area else ""
     clusters = f"{data.attrs['clusters']} independent templates or pairs"
     beside = ", ".join(filter(None, [area, chance, clusters]))
@@ -90,13 +89,12 @@ def _orders(data: xr.Dataset, shown: list[int]) -> Iterator[tuple[str, ...]]:
         for by in data["by"].values:
             one = data.sel(order=order, by=by)
             smallest = f"{int(one['smallest'])}" if np.isfinite(one["smallest"]) else "none"
-            curve = [_number(one["faithfulness"].sel(size=size)) for size in shown]
-            area = f"{_number(one['area'])}{_interval(one, 'area')}"
-            yield (f"{order} {by}", smallest, area, _number(one["distance"]), *curve)
+            curve = [digits(float(one["faithfulness"].sel(size=size))) for size in shown]
+            yield (f"{order} {by}", smallest, _spanned(one, "area"), digits(float(one["distance"])), *curve)
     for draw in range(data.sizes["draw"] if "random" in data else 0):
         one = data.isel(draw=draw)
-        curve = [_number(one["random"].sel(size=size)) for size in shown]
-        yield (f"random {draw}", "", _number(one["random_area"]), "", *curve)
+        curve = [digits(float(one["random"].sel(size=size))) for size in shown]
+        yield (f"random {draw}", "", digits(float(one["random_area"])), "", *curve)
 
 
 def _inside(data: xr.Dataset) -> Iterator[tuple[str, ...]]:
@@ -109,17 +107,12 @@ def _inside(data: xr.Dataset) -> Iterator[tuple[str, ...]]:
         cell = one.isel(dict(zip(rank.dims, at, strict=True)))
         words = joint.join(str(cell[axis].item()) for axis in rank.dims), f"{float(cell['score']):+.3f}"
         if "minimality" in data:
-            words += (f"{float(cell['minimality']):+.3f}{_interval(cell, 'minimality')}",)
+            words += (_spanned(cell, "minimality", 3, "+"),)
         yield words
 
 
-def _number(value: Any) -> str:
-    return f"{round(float(value), 2) + 0.0:.2f}" if np.isfinite(value) else "–"
-
-
-def _interval(one: xr.Dataset, name: str) -> str:
-    low, high = (float(one[f"{name}_{end}"]) for end in ("low", "high"))
-    return "" if np.isnan(low) else f" [{_number(low)}, {_number(high)}]"
+def _spanned(one: xr.Dataset, name: str, n: int = 2, sign: str = "") -> str:
+    return spanned(*(float(one[f"{name}{end}"]) for end in ("", "_low", "_high")), n=n, sign=sign)
 
 
 def shared(result: Result) -> list[tuple[str, ...]]:
@@ -129,9 +122,13 @@ def shared(result: Result) -> list[tuple[str, ...]]:
         for stage in range(result.data.sizes["stage"]):
             one = result.data.isel(top=top, stage=stage)
             part = float(one["top"])
-            ceilings = ", ".join(_number(one[f"ceiling_{side}"]) for side in "ab")
+            ceilings = ", ".join(digits(float(one[f"ceiling_{side}"])) for side in "ab")
             named = ("" if np.isnan(part) else f"{part:.3g}", str(one["stage"].item()))
-            counts = (f"{int(one['shared'])} of {int(one['union'])}", _number(one["jaccard"]), _number(one["expected"]))
+            counts = (
+                f"{int(one['shared'])} of {int(one['union'])}",
+                digits(float(one["jaccard"])),
+                digits(float(one["expected"])),
+            )
             lines.append((*named, *counts, f"{float(one['p']):.2g}", ceilings, str(one["both"].item()) or "none"))
     return lines
 
@@ -170,9 +167,8 @@ def _cell(one: xr.Dataset, name: str) -> str:
     if isinstance(value, str):
         return value
     if name == "survival":
-        return f"{_number(value)}{_interval(one, name)}"
-    signed = f"{value:+.2f}" if np.isfinite(value) else "–"
-    return f"{signed}{_interval(one, name)}" if f"{name}_low" in one else signed
+        return _spanned(one, name)
+    return _spanned(one, name, sign="+") if f"{name}_low" in one else digits(value, sign="+")
 
 
 def opposing(result: Result) -> str:
@@ -194,7 +190,7 @@ def _output(data: xr.Dataset) -> str:
     if "output" not in data.attrs:
         return ""
     low, high = (data.attrs[f"recovered_{end}"] for end in ("low", "high"))
-    recovered = f"{_number(data.attrs['recovered'])} [{_number(low)}, {_number(high)}]"
+    recovered = spanned(float(data.attrs["recovered"]), low, high)
     return (
         f"Output nodes: {data.attrs['output']}, with {data.attrs['explains']:.0%} of what heads and MLPs write to the "
         f"answers; their direct edges alone keep {recovered} of the loss over the choices. {data.attrs['solves']} "

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from unwrite.errors import counted
-from unwrite.report.columns import Column
+from unwrite.report.columns import Column, spanned
 from unwrite.result import Result
 
 # Pairs that are shown, and nodes of each.
@@ -112,9 +112,8 @@ def agreement(data: xr.Dataset) -> list[tuple[str, ...]]:
     for name in data["estimator"].values:
         one = data.sel(estimator=name)
         low, high = float(one["pearson_low"]), float(one["pearson_high"])
-        interval = "" if np.isnan(low) else f" [{low:+.2f}, {high:+.2f}]"
-        cost = f"{float(one['cost']):.1f}"
-        lines.append((str(name), cost, f"{float(one['pearson']):+.3f}{interval}", f"{float(one['spearman']):+.3f}"))
+        pearson, cost = spanned(float(one["pearson"]), low, high, n=3, sign="+"), f"{float(one['cost']):.1f}"
+        lines.append((str(name), cost, pearson, f"{float(one['spearman']):+.3f}"))
     return lines
 
 
@@ -177,8 +176,7 @@ def edges(data: xr.Dataset) -> list[tuple[str, ...]]:
             break
         role = str(one["role"].item()) if "role" in data.coords else "all"
         low, high = float(one["mean_low"]), float(one["mean_high"])
-        interval = "" if np.isnan(low) else f" [{low:+.3f}, {high:+.3f}]"
-        numbers = f"{float(one['mean']):+.3f}{interval}", f"{cells[np.abs(cells).argmax()]:+.3f}"
+        numbers = spanned(float(one["mean"]), low, high, n=3, sign="+"), f"{cells[np.abs(cells).argmax()]:+.3f}"
         lines.append((str(one["sender"].item()), str(one["receiver"].item()), role, *numbers))
     return lines
 
@@ -188,7 +186,7 @@ def rates(data: xr.Dataset) -> list[tuple[str, ...]]:
     lines = []
     for name in data["template"].values:
         one = data.sel(template=name)
-        numbers = (f"{float(one['accuracy']):.2f} [{float(one['lower']):.2f}, {float(one['upper']):.2f}]",)
+        numbers = (spanned(*(float(one[name]) for name in ("accuracy", "lower", "upper"))),)
         first = int(np.flatnonzero(data["label"].values == name)[0])
         text = f"{data['base_text'].values[first]}"[-_WIDE:]
         said = f"…{text} →{data['says'].values[first]}"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import xarray as xr
 
-from unwrite.report.columns import Column, Listing
+from unwrite.report.columns import Column, Listing, digits, spanned
 from unwrite.result import Result
 
 _PARTS = {
@@ -64,13 +64,10 @@ def _nodes(data: xr.Dataset) -> Iterator[tuple[str, ...]]:
 def _shares(one: xr.Dataset, name: str) -> Iterator[str]:
     yield share_of(one, name, "all")
     for part in _PARTS:
-        value = float(one[name].sel(part=part))
-        yield f"{value:+.2f}" if np.isfinite(value) else "–"
+        yield digits(float(one[name].sel(part=part)), sign="+")
 
 
 def share_of(one: xr.Dataset, name: str, part: str) -> str:
     """A share with its interval, where there is one."""
     value, low, high = (float(one[f"{name}{end}"].sel(part=part)) for end in ("", "_low", "_high"))
-    if not np.isfinite(value):
-        return "–"
-    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]" if np.isfinite(low) else f"{value:+.2f}"
+    return spanned(value, low, high, sign="+")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import xarray as xr
 
-from unwrite.report.columns import Column, Line, Listing
+from unwrite.report.columns import Column, Line, Listing, spanned
 from unwrite.result import Result
 
 _NAMED, _HALF = 3, 0.5
@@ -73,7 +73,7 @@ def _read(data: xr.Dataset) -> str:
 
 
 def _erased(data: xr.Dataset) -> str:
-    left = f"{float(data['end']):.2f} [{float(data['end_low']):.2f}, {float(data['end_high']):.2f}] of it is left"
+    left = f"{spanned(*(float(data[f'end{end}']) for end in ('', '_low', '_high')))} of it is left"
     by = [i for i in _most(data["acts"]) if bool(data["erases"].values[i])][:_NAMED]
     named = ", ".join(f"{data['node'].values[i]} {_interval(data, 'acts', i)}" for i in by)
     return f"{left} ({data.attrs['verdict']})" + (f", against it {named}" if named else ", nobody surely against it")
@@ -107,8 +107,7 @@ def _name(data: xr.Dataset, node: int, way: int) -> str:
 
 
 def _interval(data: xr.Dataset, name: str, at: tuple[int, ...] | int) -> str:
-    value, low, high = (float(data[f"{name}{end}"].values[at]) for end in ("", "_low", "_high"))
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+    return spanned(*(float(data[f"{name}{end}"].values[at]) for end in ("", "_low", "_high")))
 
 
 def _reader(data: xr.Dataset, node: int, way: int) -> tuple[str, ...]:
