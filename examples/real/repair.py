@@ -25,6 +25,8 @@ import unwrite as uw
 
 BOOKS, WINDOWS, LENGTH, BESIDE, TOP = 24, 4, 33, 64, 0.1
 PARTS = ("all", "norm", "filled_in", "erased")
+# Layers with a part beyond this have no direct effect to speak of.
+FAR = 2
 EARLY = ("heads before the last layer", "mlps before the last layer")
 
 
@@ -116,9 +118,35 @@ def scatter(frame: pd.DataFrame, title: str) -> alt.LayerChart:
     )
 
 
-def erased(frame: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+def layers(found: dict[str, Any], title: str) -> alt.Chart:
+    """Of the heads of each layer, which part of direct is not missed, and why."""
+    said = {"norm": "norm", "filled_in": "filled in", "erased": "erased"}
+    lines = [
+        {"layer": int(one["name"][1:].partition(".")[0]), "part": name, "share": one[part][0]}
+        for one in found["groups"] if one["name"] not in EARLY and abs(one["all"][0]) <= FAR
+        and max(abs(one[part][0]) for part in said) <= FAR for part, name in said.items()
+    ]  # fmt: skip
+    colour = alt.Color("part:N", title=None, sort=None, scale=alt.Scale(range=["#888888", "#d1751f", "#1f6fb2"]))
+    encoded = (
+        alt.Chart(pd.DataFrame(lines))
+        .mark_bar()
+        .encode(x=alt.X("layer:O"), y=alt.Y("share:Q", title="part of direct"), color=colour)
+    )
+    return encoded.properties(width=300, height=180, title=title)
+
+
+def without_choice(found: dict[str, Any]) -> dict[str, str]:
+    """Over all prompts and nodes before the last layer: parts of Σ |direct|, none of them chosen."""
+    every = found["every"]
+    return {
+        "total": f"{sum(every.values()) / every['direct']:.2f}",
+        **{part.replace("_", " "): f"{-every[part] / every['direct']:.2f}" for part in PARTS[1:]},
+    }
+
+
+def erased(frame: pd.DataFrame, names: Any) -> pd.DataFrame:
     """What self-repair says of some writers, beside what survives of them."""
-    shown = frame.loc[[name for name in names if name in frame.index]]
+    shown = frame.loc[[*names]]
     return shown.rename(columns={"all": "not missed", "filled_in": "filled in"}).round(2)
 
 

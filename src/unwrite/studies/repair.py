@@ -4,8 +4,8 @@ Self-repair (McGrath et al. 2023, arXiv 2307.15771; Rushing and Nanda 2024, arXi
 logit less what the logit loses when the write is replaced. The exact account of that loss in a result of `uw.dla`,
 total = direct + erased + filled in + norm, divides it without a further run: the scale of the final norm, later nodes
 that write more of the same where the write is missing (less what they write of it because it is there, and so pass on),
-and later nodes that no longer write against it. The first two repair a loss; of the third there was less to lose than
-direct says. (facts: measuring erasure, §6, §7)
+and later nodes that no longer write against it ("anti-erasure"). The first two repair a loss; of the third there was
+less to lose than direct says. (facts: measuring erasure, §6, §7)
 """
 
 from __future__ import annotations
