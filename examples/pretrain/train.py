@@ -197,7 +197,7 @@ def train(settings: argparse.Namespace) -> None:
         for group in [group for optimizer in run.optimizers for group in optimizer.param_groups]:
             group["lr"] = rate(settings, step, steps)
         ids = batch(tokens, settings, step)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings.half):
             loss = forward(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
@@ -243,6 +243,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tied", action="store_true")
     parser.add_argument("--adamw", action="store_true")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--half", action=argparse.BooleanOptionalAction, default=True, help="products in bfloat16; slow on some CPUs"
+    )
     parser.add_argument("--keep", type=float, nargs="*", default=[], help="parts of the run whose weights are kept")
     settings = parser.parse_args()
     settings.data = settings.data or settings.out.parent / "tokens"
