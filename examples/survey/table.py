@@ -71,12 +71,16 @@ def lineage(name: str) -> str:
 
 
 def writers(found: list[dict[str, Any]] | None = None) -> pd.DataFrame:
-    """Every writer of every model on every text that it was material on."""
+    """Every writer of every model on every text that it was material on.
+
+    But for those that no later node reads, and for the embedding, without which the stream is empty.
+    """
     rows = []
     for one in models() if found is None else found:
         for i, part in enumerate(one["writers"]):
             known = {"model": one["name"], "lineage": lineage(one["name"]), "text": i, "layers": one["model"]["layers"]}
-            rows += [known | placed(row["writer"], one["model"]["layers"]) | row for row in part]
+            read = [row for row in part if (row["heads"] or row["mlps"]) and row["writer"] != "embed"]
+            rows += [known | placed(row["writer"], one["model"]["layers"]) | row for row in read]
     frame = pd.DataFrame(rows)
     frame["below"], frame["above"] = frame["verdict"].isin(LOST), frame["verdict"].isin(ABOVE)
     frame["decided"] = frame["verdict"] != "undecided"
@@ -99,10 +103,10 @@ def wilson(k: float, n: float) -> str:
     return f"{int(k)} of {int(n)} [{low:.2f}, {high:.2f}]"
 
 
-def over_lineages(frame: pd.DataFrame, above: str, below: str | None = None) -> str:
-    """Σ above / Σ below (or rows), with the t interval of a jackknife over lineages."""
-    summed = frame.assign(n=1.0 if below is None else frame[below]).groupby("lineage")[[above, "n"]].sum()
-    value, low, high = ratio(summed[above].to_numpy(float), summed["n"].to_numpy(float), np.arange(len(summed)))
+def over_lineages(frame: pd.DataFrame, yes: str) -> str:
+    """The part of rows of which something is so, with the t interval of a jackknife over lineages; none of two."""
+    sums = frame.groupby("lineage")[yes].agg(["sum", "count"])
+    value, low, high = ratio(sums["sum"].to_numpy(float), sums["count"].to_numpy(float), np.arange(len(sums)))
     return f"{float(value):.2f} [{float(low):.2f}, {float(high):.2f}]"
 
 
@@ -111,25 +115,41 @@ def over_lineages(frame: pd.DataFrame, above: str, below: str | None = None) -> 
 
 def counted() -> pd.DataFrame:
     """How many writers each word was said of, on each text."""
+    said = dict(iter(writers().groupby("model")))
     rows = {}
     for one in models():
-        said = [pd.Series([row["verdict"] for row in part]).value_counts() for part in one["writers"]]
-        shape = one["model"]
+        shape, texts, frame = one["model"], one["texts"], said[one["name"]]
+        words = [frame.loc[frame["text"] == i, "verdict"].value_counts() for i in range(len(texts))]
         rows[one["name"]] = {
             "layers × heads, width": f"{shape['layers']} × {shape['heads']}, {shape['d_model']}",
-            "documents": " · ".join(str(text["documents"]) for text in one["texts"]),
-            "loss": " · ".join(f"{text['loss']:.2f}" for text in one["texts"]),
-            "writers": " · ".join(str(len(part)) for part in one["writers"]),
-            **{word: " · ".join(str(part.get(word, 0)) for part in said) for word in COLOURS},
+            "texts": " · ".join(text["text"] for text in texts),
+            "documents": " · ".join(str(text["documents"]) for text in texts),
+            "loss": " · ".join(f"{text['loss']:.2f}" for text in texts),
+            "writers": " · ".join(str(part.sum()) for part in words),
+            **{word: " · ".join(str(part.get(word, 0)) for part in words) for word in COLOURS},
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
+
+
+def shares() -> pd.DataFrame:
+    """Of all writers on all texts the part that each word was said of, and of those that are decided."""
+    frame = writers()
+    said = {word: frame.assign(said=frame["verdict"] == word) for word in COLOURS}
+    table = {
+        "of all": {word: over_lineages(part, "said") for word, part in said.items()},
+        "of those that are decided": {
+            word: over_lineages(part[part["decided"]], "said") for word, part in said.items() if word != "undecided"
+        },
+    }
+    return pd.DataFrame(table).fillna("–").rename_axis("word")
 
 
 def agreed() -> pd.DataFrame:
     """How a survey of the first text tells of others: of the same kind, and of another kind."""
     rows: dict[str, dict[str, str]] = {}
+    frames = dict(iter(writers().groupby("model")))
     for one in models():
-        first, *others = [pd.DataFrame(part).set_index("writer") for part in one["writers"]]
+        first, *others = [part.set_index("writer") for _, part in frames[one["name"]].groupby("text")]
         names = [text["text"] for text in one["texts"]]
         for name, other in zip(names[1:], others, strict=True):
             kind = "same kind" if name.startswith(names[0]) else "other kind"
@@ -139,15 +159,17 @@ def agreed() -> pd.DataFrame:
 
 
 def _agreed(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, str]:
-    both = a.join(b, rsuffix=" b", how="inner")
+    both = a.merge(b, left_index=True, right_index=True, suffixes=("", " b"))
     ends = both[["end", "end b"]].clip(-3, 3).dropna()
     decided = both[(both["verdict"] != "undecided") & (both["verdict b"] != "undecided")]
     special = both[both["verdict"].isin((*LOST, *ABOVE))]
+    again = special["verdict"] == special["verdict b"]
     side = np.sign(special["gap"]) == np.sign(special["gap b"])
     return {
         "r of survival": f"{np.corrcoef(ends['end'], ends['end b'])[0, 1]:.2f}",
         "same word": wilson((decided["verdict"] == decided["verdict b"]).sum(), len(decided)),
         "by chance": f"{_by_chance(decided):.2f}",
+        "special, the same word": wilson(again.sum(), len(special)),
         "special, on that side again": wilson(side.sum(), len(special)),
     }
 
@@ -277,7 +299,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path)
     asked = parser.parse_args()
     pd.set_option("display.width", 250, "display.max_columns", None, "display.max_colwidth", None)
-    for table in (hashes, counted, agreed, by_depth, acted, trusted, read):
+    for table in (hashes, counted, shares, agreed, by_depth, acted, trusted, read):
         print(f"{table.__doc__}\n{table().to_string()}\n")
     if asked.figure:
         figure().save(asked.figure, scale_factor=2)
