@@ -282,7 +282,9 @@ def figure() -> alt.FacetChart:
     """What survives of every write on the first text, by depth, one picture for each model."""
     frame = writers()
     frame = frame[frame["text"] == 0]
-    frame["depth"] = (frame["layer"] + 0.5).clip(lower=0) / frame["layers"]
+    # What is out of the ordinary is drawn last, on top.
+    frame = frame.iloc[np.argsort(-frame["verdict"].map([*COLOURS].index), kind="stable")]
+    frame = frame.assign(depth=(frame["layer"] + 0.5).clip(lower=0) / frame["layers"])
     rows = frame[["model", "writer", "depth", "end", "verdict"]]
     colour = alt.Scale(domain=list(COLOURS), range=list(COLOURS.values()))
     points = alt.Chart(rows).mark_circle(size=26, opacity=0.9, stroke="#777", strokeWidth=0.3).encode(
