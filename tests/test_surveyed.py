@@ -11,7 +11,9 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
+from scipy import stats
 
 import tiny
 import unwrite as uw
@@ -25,7 +27,7 @@ def scripts() -> Iterator[dict[str, ModuleType]]:
     """The scripts, which call each other by names that tests have, too."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("survey", "table", "bandwidth"):
+        for name in ("survey", "table", "claims", "bandwidth"):
             spec = importlib.util.spec_from_file_location(name, EXAMPLE / f"{name}.py")
             assert spec is not None
             assert spec.loader is not None
@@ -172,7 +174,22 @@ def test_agreement_is_that_of_hand(made) -> None:
 def test_the_strongest_is_the_one_that_surely_acts_against(made) -> None:
     frame = made.strongest().set_index(["model", "text", "writer"])
     assert frame.loc[("one", 0, "L0H0"), ["eraser", "eraser kind", "behind"]].tolist() == ["MLP0", "MLP", 0]
-    assert frame["eraser"].isna().sum() == 6  # of all others nobody is sure
+    assert frame["eraser"].isna().tolist().count(False) == 2  # of all others nobody is sure
+
+
+def test_a_writer_that_is_lost_on_two_texts_is_one_writer(made) -> None:
+    one = made.acted().loc["one"]
+    assert one["lost, of heads"].startswith("1 of 2 ")
+    assert one["an MLP acts most"].startswith("1 of 1 ")
+    assert made.acted().loc["two", "lost, of heads"].startswith("0 of 1 ")
+
+
+def test_statements_are_asked_of_every_model(made, scripts) -> None:
+    held = scripts["claims"].held()
+    assert held.loc["some writer is, on every text"].tolist() == ["1 of 2 models", "1 of 2", "two"]
+    # Nothing is lost in the other one, so nobody acts on that.
+    assert held.loc["what acts most on a lost write is an MLP, of most", "holds of"] == "1 of 1 models"
+    assert held.loc["survivals of two texts of one kind correlate by .95 or more", "holds of"] == "0 of 0 models"
 
 
 def test_intervals_are_those_of_other_formulas(made) -> None:
@@ -181,6 +198,13 @@ def test_intervals_are_those_of_other_formulas(made) -> None:
     middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = (middle + np.array([-half, half])) / (1 + z * z / n)
     assert made.wilson(3, 10) == f"3 of 10 [{low:.2f}, {high:.2f}]"
+    # Of lineages a, b and c 1 of 2, 3 of 4 and 0 of 2: without each 3/6, 1/4, 4/6; pseudo-values 3 · 1/2 − 2 · that.
+    frame = pd.DataFrame({"lineage": [*"aabbbbcc"], "yes": [1, 0, 1, 1, 1, 0, 0, 0]})
+    without = np.array([3 / 6, 1 / 4, 4 / 6])
+    pseudo = 3 * 4 / 8 - 2 * without
+    half = stats.t.ppf(0.975, 2) * pseudo.std(ddof=1) / np.sqrt(3)
+    low, high = np.clip(pseudo.mean() + np.array([-half, half]), 0, 1)
+    assert made.over_lineages(frame, "yes") == f"0.50 [{low:.2f}, {high:.2f}]"
 
 
 def test_readings_and_readers_stand_as_they_are_kept(made) -> None:

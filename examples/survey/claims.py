@@ -8,15 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pandas as pd
-from table import DEPTHS, agreed, correlations, lineage, strongest
+from table import DEPTHS, agreed, by_writer, correlations, lineage, writers
 
 Claim = Callable[[str, pd.DataFrame], bool | None]
 
 
 def held() -> pd.DataFrame:
     """Of which models a statement holds, and of which it does not; of the others there is nothing to say."""
-    frame = strongest()
-    parts = dict(iter(frame.groupby("model", sort=False)))
+    parts = dict(iter(writers().groupby("model", sort=False)))
     rows = {}
     for text, claim in CLAIMS.items():
         said = {model: claim(model, part) for model, part in parts.items()}
@@ -47,8 +46,9 @@ def _rises(_: str, part: pd.DataFrame) -> bool:
 def _of_lost(claim: Callable[[pd.DataFrame], bool]) -> Claim:
     """Asked of the writers that are lost and of which some node is surely seen to act against them."""
 
-    def asked(_: str, part: pd.DataFrame) -> bool | None:
-        known = part[part["below"] & part["eraser"].notna()]
+    def asked(model: str, _: pd.DataFrame) -> bool | None:
+        once = by_writer()
+        known = once[(once["model"] == model) & once["below"] & once["eraser"].notna()]
         return claim(known) if len(known) else None
 
     return asked

@@ -104,10 +104,10 @@ def wilson(k: float, n: float) -> str:
 
 
 def over_lineages(frame: pd.DataFrame, yes: str) -> str:
-    """The part of rows of which something is so, with the t interval of a jackknife over lineages; none of two."""
+    """The part of rows of which something is so; t interval of a jackknife over lineages, cut off at 0 and 1."""
     sums = frame.groupby("lineage")[yes].agg(["sum", "count"])
     value, low, high = ratio(sums["sum"].to_numpy(float), sums["count"].to_numpy(float), np.arange(len(sums)))
-    return f"{float(value):.2f} [{float(low):.2f}, {float(high):.2f}]"
+    return f"{float(value):.2f} [{max(float(low), 0):.2f}, {min(float(high), 1):.2f}]"
 
 
 # Tables.
@@ -193,23 +193,26 @@ def by_depth() -> pd.DataFrame:
 
 
 def acted() -> pd.DataFrame:
-    """Who acts on writers that are lost: heads or MLPs, how far behind them, and of which the lost ones are."""
-    frame = strongest()
+    """Who acts on writers that are lost on some text: heads or MLPs, how far behind; and which are lost."""
     rows = {}
-    for model, all_rows in frame.groupby("model", sort=False):
-        part = all_rows[all_rows["below"]]
-        heads = all_rows[all_rows["kind"] == "head"]
-        mlps = all_rows[all_rows["kind"] == "MLP"]
-        known = part[part["eraser"].notna()]
+    for model, part in by_writer().groupby("model", sort=False):
+        lost, known = part[part["below"]], part[part["below"] & part["eraser"].notna()]
+        of = {kind: part.loc[part["kind"] == kind, "below"] for kind in ("head", "MLP")}
         rows[model] = {
-            "lost, of heads": wilson(heads["below"].sum(), len(heads)),
-            "lost, of MLPs": wilson(mlps["below"].sum(), len(mlps)),
-            "heads act on them": _middle(part["heads"]), "MLPs act on them": _middle(part["mlps"]),
+            **{f"lost, of {kind}s": wilson(which.sum(), len(which)) for kind, which in of.items()},
+            "heads act on them": _middle(lost["heads"]), "MLPs act on them": _middle(lost["mlps"]),
             "an MLP acts most": wilson((known["eraser kind"] == "MLP").sum(), len(known)),
             "at most one layer behind": wilson((known["behind"] <= 1).sum(), len(known)),
-            "position part, lost": _middle(part["position"]), "of all": _middle(all_rows["position"]),
+            "position part, lost": _middle(lost["position"]), "position part, all": _middle(part["position"]),
         }  # fmt: skip
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
+
+
+def by_writer() -> pd.DataFrame:
+    """Every writer once, as on the first text on which it is lost, or on the first of all: `below` is on some text."""
+    frame = strongest()
+    first = frame.sort_values(["below", "text"], ascending=[False, True], kind="stable")
+    return first.drop_duplicates(["model", "writer"]).sort_index()
 
 
 def strongest(frame: pd.DataFrame | None = None) -> pd.DataFrame:
