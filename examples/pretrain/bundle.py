@@ -4,8 +4,7 @@
 
 Copies the model of RUN (`train.py`) into src/unwrite/bundled and writes `training.json` beside it (settings, hashes of
 the text, time, loss curve, loss on the books that were held out) and `prompts.json`: of every erased writer, or of all
-writers if none is, `uw.adversarial` searches these books, and `uw.dla` says what its readings and the truth are. What
-`measure.py` says of the checkpoints that RUN kept along the way goes to `results/`.
+writers if none is, `uw.adversarial` searches these books, and `uw.dla` says what its readings and the truth are.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from measure import measured, rounded
-from sweep import RESULTS
 from train import HELD_OUT
 
 import unwrite as uw
@@ -60,21 +58,12 @@ def prompts(model: Path, books: Path, writers: list[str]) -> list[dict[str, Any]
     return list(first.values())[:KEPT]
 
 
-def along(run: Path, books: Path) -> None:
-    """Measure the checkpoints of a run, unless that was done."""
-    for place in sorted((run / "steps").iterdir(), key=lambda place: int(place.name)):
-        kept = RESULTS / f"step-{place.name}.json"
-        if not kept.exists():
-            kept.write_text(json.dumps({"step": int(place.name), **measured(place, books)}, indent=1) + "\n")
-
-
 def main() -> None:
     """Copy, measure, search."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--books", type=Path, required=True)
     asked = parser.parse_args()
-    along(asked.run, asked.books)
     BUNDLED.mkdir(exist_ok=True)
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(asked.run / "model" / name, BUNDLED / name)

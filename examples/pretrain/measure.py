@@ -1,14 +1,12 @@
 """What survives of every write of a trained model, and how well does the model predict books that it never saw?
 
-    python examples/pretrain/measure.py MODEL --books BOOKS --out RESULT.json
-
-The position embedding and every head and MLP before the last layer are taken away once (`uw.verify`), on windows of
-the two held-out books.
+For `bundle.py`, which keeps it beside the model that ships, and for `sweep.py`, which keeps the loss. The position
+embedding and every head and MLP before the last layer are taken away once (`uw.verify`), on windows of the two held-out
+books.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from pathlib import Path
@@ -75,12 +73,3 @@ def measured(model: Path, books: Path) -> dict[str, Any]:
 def rounded(x: float) -> float | None:
     """Four significant digits; nothing for what is no number."""
     return float(f"{x:.4g}") if math.isfinite(x) else None
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--books", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    asked = parser.parse_args()
-    asked.out.write_text(json.dumps(measured(asked.model, asked.books), indent=1) + "\n")

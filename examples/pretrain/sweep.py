@@ -1,9 +1,12 @@
-"""Does a narrower stream make a model erase more? Short runs over width, tying, context and seed.
+"""Does a narrower stream make a model erase more? Three widths, three seeds, so many tokens each.
 
-    python examples/pretrain/sweep.py --books BOOKS --out RUNS [--workers 2]
+    python examples/pretrain/sweep.py --books BOOKS --out RUNS [--tokens 8e6]      hours; a run that was cut goes on
+    python examples/pretrain/sweep.py --books BOOKS --out RUNS --finished          train nothing, keep what is finished
+    python examples/survey/survey.py --small --runs RUNS --work FOLDER             what survives of every write of them
 
-Runs what is missing in RUNS (`train.py`, then `measure.py`, one process each), and keeps each run's numbers in
-`results/` beside this file, from which `table.py` makes the table and the figure of the documentation.
+Trains what is missing in RUNS (`train.py`, one process each) as `w128-s0` and so on, with checkpoints in `steps/`, and
+keeps settings, loss curve and loss on the held-out books of each run in `results/` beside this file. What these models
+erase is surveyed like that of any other model; docs/bandwidth.md is made from both.
 """
 
 from __future__ import annotations
@@ -16,42 +19,45 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from measure import loss, rounded
 from train import prepare
+
+import unwrite as uw
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-SEEDS = (0, 1, 2)
-# One setting at a time is moved away from width 128, untied, context 256.
-CONFIGURATIONS = {
-    "width 32": ["--width", "32"],
-    "width 64": ["--width", "64"],
-    "width 128": [],
-    "tied": ["--tied"],
-    "context 64": ["--context", "64", "--batch", "64"],
-}
+# All widths before the next seed: where time runs out, seeds are fewer, not widths.
+WIDTHS, SEEDS = (128, 32, 64), (0, 1, 2)
+# In single precision throughout: a processor without products in bfloat16 takes many times as long for them.
+SETTINGS = ["--keep", "0.04", "0.15", "0.4", "--no-half"]
 
 
-def run(name: str, seed: int, asked: argparse.Namespace) -> None:
-    """Train and measure one configuration, unless its numbers are there already."""
-    kept = RESULTS / f"{name.replace(' ', '-')}-{seed}.json"
+def run(width: int, seed: int, asked: argparse.Namespace) -> None:
+    """Train one model, unless it is there already, and keep what is known of its training."""
+    place = asked.out / f"w{width}-s{seed}"
+    kept = RESULTS / f"{place.name}.json"
     if kept.exists():
         return
-    place = asked.out / kept.stem
-    books, threads = ["--books", str(asked.books)], max(1, (os.cpu_count() or 1) // asked.workers)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-
-    def call(script: str, *arguments: str) -> None:
-        with (asked.out / f"{kept.stem}.log").open("a") as log:
-            command = [sys.executable, str(HERE / script), *arguments, *books]
-            subprocess.run(command, check=True, env=environment, stdout=log, stderr=log)
-
-    call("train.py", "--out", str(place), "--seed", str(seed), *CONFIGURATIONS[name])
-    call("measure.py", str(place / "model"), "--out", str(place / "measured.json"))
-    record = json.loads((place / "run.json").read_text())
-    found = {"configuration": name, "seed": seed, **record, **json.loads((place / "measured.json").read_text())}
+    if not (place / "model").is_dir():
+        if asked.finished:
+            return
+        train(place, width, seed, asked)
+    held_out = {name: rounded(nats) for name, nats in loss(uw.load(place / "model"), asked.books).items()}
+    found = {**json.loads((place / "run.json").read_text()), "held_out": held_out}
     RESULTS.mkdir(exist_ok=True)
-    kept.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{kept.stem}: {found['held_out']}", flush=True)
+    kept.write_text(json.dumps(found, separators=(",", ":")) + "\n")
+    print(f"{place.name}: {held_out}", flush=True)
+
+
+def train(place: Path, width: int, seed: int, asked: argparse.Namespace) -> None:
+    """One process, with its part of the machine."""
+    threads = max(1, (os.cpu_count() or 1) // asked.workers)
+    where = ["--books", str(asked.books), "--out", str(place), "--data", str(asked.out / "tokens")]
+    own = ["--width", str(width), "--seed", str(seed), "--tokens", str(asked.tokens)]
+    command = [sys.executable, str(HERE / "train.py"), *where, *own, *SETTINGS]
+    with (asked.out / f"{place.name}.log").open("a") as log:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        subprocess.run(command, check=True, env=environment, stdout=log, stderr=log)
 
 
 def main() -> None:
@@ -59,12 +65,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--books", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
+    parser.add_argument("--tokens", type=float, default=8e6, help="of every run")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--finished", action="store_true", help="train nothing")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
-    prepare(asked.books, asked.out / "tokens")  # once, before the runs could all begin with it
-    with ThreadPoolExecutor(asked.workers) as pool:
-        list(pool.map(lambda one: run(*one, asked), [(name, seed) for seed in SEEDS for name in CONFIGURATIONS]))
+    if not asked.finished:
+        prepare(asked.books, asked.out / "tokens")  # once, before the runs could all begin with it
+    with ThreadPoolExecutor(1 if asked.finished else asked.workers) as pool:
+        list(pool.map(lambda one: run(*one, asked), [(width, seed) for seed in SEEDS for width in WIDTHS]))
 
 
 if __name__ == "__main__":
