@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from unwrite.methods.channels import channels as channels
     from unwrite.methods.circuit import circuit as circuit
     from unwrite.methods.corpus import corpus_dla as corpus_dla
+    from unwrite.methods.decode import decode as decode
     from unwrite.methods.dla import dla as dla
     from unwrite.methods.effects import effects as effects
     from unwrite.methods.lens import lens as lens
@@ -71,6 +72,7 @@ _PUBLIC = {
     "circuit": "unwrite.methods.circuit",
     "compare": "unwrite.studies.compare",
     "corpus_dla": "unwrite.methods.corpus",
+    "decode": "unwrite.methods.decode",
     "diff": "unwrite.studies.diff",
     "dla": "unwrite.methods.dla",
     "doctor": "unwrite.studies.doctor",

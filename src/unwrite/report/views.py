@@ -18,6 +18,7 @@ from unwrite.report import (
     audited,
     believed,
     channels,
+    decoded,
     found,
     kept,
     looked,
@@ -205,6 +206,9 @@ VIEWS: dict[str, MethodView] = {
     "lens": MethodView(
         looked.first_choice, _by_prompt(looked.LENS, looked.lenses, lambda data: looked.foremost(data, _LOOKED)),
         of=("followed_prob",), apart=("prompt",),
+    ),
+    "decode": MethodView(
+        decoded.sentence, decoded.parts, picture="bars", of=("precision", "prob"), apart=("prompt", "way")
     ),
     "attention": MethodView(
         looked.looks_most, _by_prompt(looked.ATTENTION, looked.looks, lambda _: range(_LOOKED)), picture="attention",
