@@ -87,6 +87,7 @@ METHODS: dict[str, Method] = {
     "bound": _bound,
     "circuit": _circuit,
     "lens": lambda lm, **kept: uw.lens(lm, IDS, top=2, **kept),
+    "decode": lambda lm, **kept: uw.decode(lm, IDS, 2, IDS[:1], placeholder=int(IDS[0, 3]), tokens=2, **kept),
     "attention": lambda lm, **kept: uw.attention(lm, IDS, "value", **kept),
     "compare": lambda lm, **kept: uw.compare(lm, PAIRS, there(lm, *HEADS), methods=("atp", "exact"), **kept),
     "readers": lambda lm, **kept: uw.readers(lm, FOUR, there(lm, "L0H0")[0], **kept),

@@ -33,7 +33,7 @@ def model(family: str) -> Model:
 
 
 def decoded(lm: Model, prompts: Any = PROMPTS, **settings: Any) -> uw.Result:
-    return uw.decode(lm, prompts, INTO, **{"placeholder": HOLE, "tokens": STEPS, **settings})
+    return uw.decode(lm, prompts, **{"into": INTO, "placeholder": HOLE, "tokens": STEPS, **settings})
 
 
 def going(ids: Any) -> list[int]:
@@ -175,7 +175,7 @@ def echo(d: int = 24, vocabulary: int = 40) -> Any:
 def test_an_echo_says_the_token_whose_row_is_most_like_the_state() -> None:
     hf, table = echo()
     lm, at = view(hf), np.random.default_rng(0).normal(size=(2, 4))
-    found = uw.decode(lm, PROMPTS, [1, HOLE, 2], at, placeholder=HOLE, locations="resid_pre0", place="embed", tokens=1)
+    found = uw.decode(lm, PROMPTS, at, [1, HOLE, 2], placeholder=HOLE, locations="resid_pre0", place="embed", tokens=1)
     merged = torch.from_numpy(at)[..., None] * hf.model.embed_tokens.weight.detach()[PROMPTS]
     assert found["id"].values[:, 0, 0].tolist() == (merged.sum(1) @ table.t()).argmax(-1).tolist()
 
@@ -208,15 +208,15 @@ def speaking() -> Model:
 
 def test_words_say_where_a_state_is_and_where_it_goes() -> None:
     lm = speaking()
-    said = uw.decode(lm, ["It is so", "So is it"], "He x it", "is", tokens=2)
+    said = uw.decode(lm, ["It is so", "So is it"], "is", "He x it", tokens=2)
     ids = [lm.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("It is so", "So is it")]
     rows = [holding("is", row, lm.tokenizer, "a prompt")[-1] for row in ids]
     assert [lm.tokenizer.decode(row[at : at + 1])[-1] for row, at in zip(ids, rows, strict=True)] == ["s", "s"]
     begun = len(lm.tokenizer("It is so")["input_ids"]) - len(ids[0])
-    same = uw.decode(lm, ["It is so", "So is it"], "He x it", [row + begun for row in rows], tokens=2)
+    same = uw.decode(lm, ["It is so", "So is it"], [row + begun for row in rows], "He x it", tokens=2)
     np.testing.assert_array_equal(said["id"], same["id"])
     text = said["text"].values[0, -1]
-    asked = uw.decode(lm, ["It is so"], "He x it", "is", tokens=2, answer=text, locations=said["location"].values[-1:])
+    asked = uw.decode(lm, ["It is so"], "is", "He x it", tokens=2, answer=text, locations=said["location"].values[-1:])
     assert asked["said"].values.all() == bool(text.strip())
     roles = uw.pairs(PROMPTS, PROMPTS.flip(0), 5, 9, roles={"S": [1, 2]}, source_roles={"S": [1, 2]})
     by_role, by_row = (decoded(model("gpt2"), part, at=at) for part, at in ((roles, "S"), (PROMPTS, [1, 2])))
@@ -278,11 +278,11 @@ def test_what_cannot_be_put_is_refused_by_name() -> None:
         with pytest.raises(error, match=match):
             decoded(lm, **settings)
     with pytest.raises(TokensError, match="2 tokens"):
-        uw.decode(lm, PROMPTS, [HOLE, 4, HOLE], placeholder=HOLE)
+        uw.decode(lm, PROMPTS, into=[HOLE, 4, HOLE], placeholder=HOLE)
     with pytest.raises(ModelError, match="head"):
-        uw.decode(view(model("gpt2").hf.transformer), PROMPTS, INTO, placeholder=HOLE)
+        uw.decode(view(model("gpt2").hf.transformer), PROMPTS, into=INTO, placeholder=HOLE)
     said, tokenizer = speaking(), speaking().tokenizer
     with pytest.raises(TokensError, match="stands in prompt 0 2 times"):
-        uw.decode(said, "It is it is", "He x it", "is")
+        uw.decode(said, "It is it is", "is", "He x it")
     with pytest.raises(TokensError, match="several tokens"):
         placeholder("zqzq", tokenizer("zqzq")["input_ids"], tokenizer)

@@ -172,6 +172,15 @@ def calls() -> dict[str, Call]:
             uw.lens, {"lm": lm(), "prompts": IDS[:2]},
             {"prompts": f"{TAKES['prompts']} {_READ}", "answer": f"None {_TOKENS}", "top": _COUNTS}, long=True,
         ),
+        "decode": Call(
+            uw.decode,
+            {"lm": lm(), "prompts": IDS[:2], "at": 2, "into": IDS[:1], "placeholder": int(IDS[0, 3]), "tokens": 1},
+            {"prompts": f"{TAKES['prompts']} {_READ} Pairs", "into": f"{TAKES['prompts']} three", "place": "",
+             "placeholder": "", "at": f"0 -1 {_COUNTS} range tensor_without_axes", "locations": "None",
+             "tokens": _COUNTS, "answer": f"None {_TOKENS} nonsense a_NUL a_long_name long_string str_subclass",
+             "rescale": "True False",
+             "source": "None Model", "fit": "None"}, long=True,
+        ),
         "attention": Call(
             uw.attention, {"lm": lm(), "prompts": IDS[:2], "heads": ["L0H0"]},
             {"prompts": f"{TAKES['prompts']} {_READ}", "heads": "None"}, long=True,
@@ -285,8 +294,8 @@ def calls() -> dict[str, Call]:
 
 NAMES = (
     "load", "planted", "text", "images", "pairs", "read", "scan", "verify", "survival", "dla", "adversarial",
-    "corpus_dla", "lens", "attention", "activations", "channels", "effects", "solves", "mask", "subspace", "circuit",
-    "Circuit",
+    "corpus_dla", "lens", "decode", "attention", "activations", "channels", "effects", "solves", "mask", "subspace",
+    "circuit", "Circuit",
     "Circuit.looking", "Circuit.save", "overlap", "beside", "paths", "bound", "compare",
     "agree", "diff", "readers", "audit", "reproduce", "doctor", "trace", "rewritten", "sae", "trace[]", "Edit",
     "Edit.set", "Edit.mean", "Edit.add", "Edit.scale", "Edit.project_out", "Edit.channel", "Job", "Rules", "Result",

@@ -15,7 +15,7 @@ from unwrite.cli.audit import audit
 from unwrite.cli.circuit import circuit, overlap
 from unwrite.cli.circuit import nodes as output_nodes
 from unwrite.cli.doctor import doctor
-from unwrite.cli.look import attention, channels, lens, opened
+from unwrite.cli.look import attention, channels, decode, lens, opened
 from unwrite.cli.options import (
     COMMON,
     ChangeName,
@@ -299,6 +299,7 @@ _command(tasks)
 _command(mask)
 _command(subspace)
 _command(lens)
+_command(decode)
 _command(attention)
 _command(channels)
 _command(paths)

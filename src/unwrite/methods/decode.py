@@ -39,55 +39,56 @@ from unwrite.prompts.spans import holding, said_by
 from unwrite.prompts.spans import placeholder as placeholder_in
 from unwrite.prompts.tokens import Tokens, array_of, read_rows, words_of
 from unwrite.result import Result, build, quantity
-from unwrite.run.answer.decoding import Decoding, SaidOf
+from unwrite.run.answer.decoding import Injection, SaidOf
 from unwrite.run.answer.injected import EMBED, START, Target, as_it_is
 from unwrite.run.answer.translated import Translation, translation
 from unwrite.run.edit.sites import all_named
 from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.job import Job, opened
-from unwrite.run.loop.rows import Rows
 from unwrite.run.loop.stream import Listener, admit, stream
 from unwrite.stats.rates import wilson
 
 _STATES = ("pre", "mid", "late", "post")
 # What a prompt is read at: "end" and "last" say the same.
 _ENDS = ("end", "last")
+# Where nothing is said of what a state means: a prompt that says words twice.
+SAME_AGAIN = "red->red; seven->seven; house->house; x"
 # Tokens that are said at most.
 _MOST = 4096
 _CELL = ("prompt", "location")
 
 
 def decode(
-    lm: Model, prompts: Any, into: Any, at: Any = "end", *, placeholder: Any = "x", locations: Any = None,
+    lm: Model, prompts: Any, at: Any = "end", into: Any = SAME_AGAIN, *, placeholder: Any = "x", locations: Any = None,
     place: str = "same", answer: Any = None, rescale: bool = False, tokens: int = 20, source: Model | None = None,
     fit: Any = None, mask: Any = None, bos: int | bool | None = None, batch: int | None = None,
     checkpoint: Job | str | Path | None = None, listener: Listener | None = None,
 ) -> Result:  # fmt: skip
     """What the model says after another prompt, at a placeholder of which it finds a state of its own.
 
-    Arguments: `prompts` as in `uw.dla`, or pairs, of which the base prompts are read; `into` the other prompt: a text,
-    a chat (messages) or ids, in which the one token `placeholder` (its text, or its id) stands once; `at` which state
-    of each prompt: "end" (of pairs, the row that is read), a role of pairs, a position or one for each prompt, words
-    of every prompt (their last token), or weights [prompt, position] of a sum over positions, as real numbers;
-    `locations` names of states ("resid_post3", "resid_mid*"), by default all those between blocks; `place`
-    where a state is put: "same" (where it is from), the name of a state, or "embed", in place of the placeholder's
-    embedding, before its position is added (of "resid_pre0" then what tokens alone bring); `answer` what should be
-    said, one text or id for all prompts or for each, by default the model's own next token at the state; with `rescale`, states get the norm of what the placeholder itself
-    has there; `tokens` so many are said, or fewer where the model ends its text; `source` another model, whose states
-    these are: of the same width, or with `fit`, a text or tokens by which an affine map from its states to those of
-    `lm` is learned (from half of its documents, and judged by the others); `mask`, `bos`, `batch`, `checkpoint` as in
-    `uw.dla`.
+    Arguments: `prompts` as in `uw.dla`, or pairs, of which the base prompts are read; `at` which state of each prompt:
+    "end" (of pairs, the row that is read), a role of pairs, a position or one for each prompt, words of every prompt
+    (their last token), or weights [prompt, position] of a sum over positions, as real numbers; `into` the other
+    prompt: a text, a chat (messages) or ids, in which the one token `placeholder` (its text, or its id) stands once, by
+    default one that says words twice and ends in the placeholder, so that what a state would say next is said;
+    `locations` names of states ("resid_post3", "resid_mid*"), by default all those between blocks; `place` where a
+    state is put: "same" (where it is from), the name of a state, or "embed", in place of the placeholder's embedding,
+    before its position is added (of "resid_pre0" then what tokens alone bring); `answer` what should be said, one text
+    or id for all prompts or for each, by default the model's own next token at the state; with `rescale`, states get
+    the norm of what the placeholder itself has there; `tokens` so many are said, or fewer where the model ends its
+    text; `source` another model, whose states these are: of the same width, or with `fit`, a text or tokens by which an
+    affine map from its states to those of `lm` is learned (from half of its documents, and judged by the others);
+    `mask`, `bos`, `batch`, `checkpoint` as in `uw.dla`.
     Returns a Result: by [prompt, location] the `text`, and by step its `token`, `id` and `prob`; beside it
     `lens_token`, `lens_id` and `lens_prob`, what the state gives through the final norm and the unembedding, and its
     `norm`. Where there is an answer (`answer[prompt]`): `match`, whether the first token is the answer's first one,
     `said`, whether the text has the answer in it, `lens_match`; `rank` and `answer_prob` of that token, `lens_rank`
     and `lens_answer_prob`; by [way, location] for the three of them `precision` over prompts with Wilson's 95 %
     interval `lower` and `upper`. With `fit`, `r2[location]`.
-    Raises TokensError for a placeholder that is not one token, once, and words that a prompt has not, once; NodeError
-    for what is no state, and a state of another width; NumericError for weights that are none and a logit that is no
-    number; ModelError for a model without a head.
+    Raises TokensError for a placeholder or words that are not there once; NodeError for what is no state, or of another
+    width; NumericError for weights and logits that are none; ModelError for a model without a head.
 
-    Example: `uw.decode(lm, "The Eiffel Tower", "Paris: France, Mozart: Austria, x", "Tower", tokens=3)["text"]`
+    Example: `uw.decode(lm, "The Eiffel Tower is tall", "Tower", "Paris: a city. Mozart: a man. x: a")["text"]`
     """
     require_model(lm)
     lm.require("logits")
@@ -98,19 +99,19 @@ def decode(
     target = Target(as_it_is(lm), other.ids[0], placeholder_in(placeholder, other.ids[0], lm.tokenizer))
     origin = _origin(lm, source, fit)
     sites = _states(origin, locations)
-    asked = Decoding(target, origin, read, weight, sites, _put_at(lm, place, sites), tokens, rescale, row)
-    asked = _answered(asked, answer)
+    put_at = _put_at(lm, place, sites)
+    asked = _answered(Injection(target, origin, read, weight, sites, put_at, tokens, rescale, row), answer)
     held = None if fit is None else _held(lm, origin, fit)
     read_from = {"": read.hash, "into": other.hash} | ({} if held is None else {"fit": held.hash})
-    settings = {**asked.settings, "batch": batch}
+    size, settings = asked.size(batch), {**asked.settings, "batch": batch}
     with opened(checkpoint, listener) as job:
         if done := job.begin("decode", lm, read_from, settings):
             return done
         if held is not None:
             asked = replace(asked, translation=_between(asked, held, listener, job))
-        rows = Rows(SaidOf(asked, job).measured)
-        stream(lm, read, rows, asked.size(batch), asked.stage, listener, job)
-        data = _dataset(asked, rows.whole())
+        said = SaidOf(asked, job)
+        stream(lm, read, said.rows, size, asked.stage, listener, job)
+        data = _dataset(asked, said.rows.whole())
         about = {"": read.about(), "into": other.about()} | ({} if held is None else {"fit": held.about()})
         return job.signed(build("decode", data, settings, provenance(lm), about))
 
@@ -189,18 +190,17 @@ def _states(lm: Model, locations: Any) -> tuple[Site, ...]:
 
 def _put_at(lm: Model, place: Any, sites: tuple[Site, ...]) -> tuple[Site | str, ...]:
     """Where each state is put."""
-    if place == EMBED or place == "same":
-        names = [EMBED if place == EMBED else str(site) for site in sites]
-    else:
-        names = [place] * len(sites)
-    found = [EMBED if name == EMBED else all_named(lm, name)[0] for name in names]
-    for site in found:
-        if isinstance(site, Site) and (site.kind not in _STATES or (str(site) not in names)):
-            raise NodeError("place says where states are put", got=shown(place), expected="same, embed, or one state")
-    return tuple(found)
+    says = "same, embed, or one state"
+    require(isinstance(place, str), NodeError, "place says where states are put", place, says)
+    if place in (EMBED, "same"):
+        return tuple(EMBED if place == EMBED else all_named(lm, str(site))[0] for site in sites)
+    found = all_named(lm, place)
+    if len(found) != 1 or found[0].kind not in _STATES:
+        raise NodeError("place says where states are put", got=shown(place), expected=says)
+    return (found[0],) * len(sites)
 
 
-def _answered(asked: Decoding, answer: Any) -> Decoding:
+def _answered(asked: Injection, answer: Any) -> Injection:
     """With what should be said. An id is one token; of a text the first token, with a space before it or without."""
     if answer is None:
         return asked
@@ -229,7 +229,7 @@ def _held(lm: Model, source: Model, fit: Any) -> Tokens:
     return mine
 
 
-def _between(asked: Decoding, held: Tokens, listener: Listener | None, job: Job) -> Translation:
+def _between(asked: Injection, held: Tokens, listener: Listener | None, job: Job) -> Translation:
     sites = [str(START) if site == EMBED else str(site) for site in asked.put_at]
     return translation(asked.origin, asked.target.lm, held, [*map(str, asked.locations)], sites, listener, job)
 
@@ -250,7 +250,7 @@ _MATCHED = {
 }  # fmt: skip
 
 
-def _dataset(asked: Decoding, found: Arrays) -> xr.Dataset:
+def _dataset(asked: Injection, found: Arrays) -> xr.Dataset:
     """Everything that was found, named."""
     lm, tokenizer = asked.target.lm, asked.target.lm.tokenizer
     texts = [[plain(said_by([i for i in row if i >= 0], tokenizer)) for row in rows] for rows in found["id"].tolist()]
@@ -276,7 +276,7 @@ def _dataset(asked: Decoding, found: Arrays) -> xr.Dataset:
     return xr.Dataset(variables, axes).assign_attrs(into=into, put=f"token {asked.target.row}", d_model=lm.d_model)
 
 
-def _matched(asked: Decoding, found: Arrays, texts: list[list[str]]) -> dict[str, Any]:
+def _matched(asked: Injection, found: Arrays, texts: list[list[str]]) -> dict[str, Any]:
     """What is right, and how often over prompts."""
     answer = found["answer"]
     right = {

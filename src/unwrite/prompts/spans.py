@@ -1,4 +1,4 @@
-"""Which tokens of a prompt hold a text? Found in what they say together: a word's tokens depend on what is around it."""
+"""Which tokens of a prompt hold a text? Found in what they say together."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from unwrite.errors import TokensError, shown
 from unwrite.prompts.encode import need
 from unwrite.prompts.tokens import bare, spelled
 
-Ids = Sequence[int | np.integer] | np.ndarray
+IdRow = Sequence[int | np.integer] | np.ndarray
 # What a tokenizer writes for the first bytes of a character whose others are still to come.
 _HALF = "\ufffd"
 
 
-def ends(ids: Ids, tokenizer: Any) -> tuple[str, list[int]]:
+def ends(ids: IdRow, tokenizer: Any) -> tuple[str, list[int]]:
     """What the tokens say together, and how many of its characters the first 1, 2, … of them say."""
     need(tokenizer, "a text inside of a prompt")
     whole = said_by(ids, tokenizer)
@@ -24,7 +24,7 @@ def ends(ids: Ids, tokenizer: Any) -> tuple[str, list[int]]:
     return whole, [len(said_by(ids[: i + 1], tokenizer).rstrip(_HALF)) for i in range(len(ids))]
 
 
-def holding(text: str, ids: Ids, tokenizer: Any, name: str) -> range:
+def holding(text: str, ids: IdRow, tokenizer: Any, name: str) -> range:
     """The rows whose tokens hold a text that stands in the prompt once; `name` is what messages call the prompt.
 
     Raises TokensError for a text that is not there, or more than once.
@@ -46,7 +46,7 @@ def _first_beyond(end: Sequence[int], character: int) -> int:
     return next(row for row, said in enumerate(end) if said > character)
 
 
-def placeholder(given: Any, ids: Ids, tokenizer: Any) -> int:
+def placeholder(given: Any, ids: IdRow, tokenizer: Any) -> int:
     """The row of the one token that holds a place, given as its text or id.
 
     Raises TokensError where no token says just that, or more than one does.
@@ -69,7 +69,7 @@ def placeholder(given: Any, ids: Ids, tokenizer: Any) -> int:
     )  # fmt: skip
 
 
-def said_by(ids: Ids, tokenizer: Any) -> str:
+def said_by(ids: IdRow, tokenizer: Any) -> str:
     """What tokens say, as it is; without a tokenizer their numbers."""
     numbers = [int(i) for i in ids]
     if tokenizer is None:

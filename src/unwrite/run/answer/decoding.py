@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from unwrite.run.edit.trace import recorded
 from unwrite.run.loop.checkpoint import Arrays
 from unwrite.run.loop.finite import require_finite
 from unwrite.run.loop.job import Job
-from unwrite.run.loop.ledger import Ledger
+from unwrite.run.loop.rows import Rows
 from unwrite.run.loop.stream import Batch, batch_size
 
 # Tokens of runs that go side by side.
@@ -31,7 +31,7 @@ _AT_ONCE = 4096
 
 
 @dataclass(frozen=True, eq=False)
-class Decoding:
+class Injection:
     """What is put where: of every prompt a sum over positions, at every location, into one row of another prompt."""
 
     target: Target
@@ -75,17 +75,20 @@ class Decoding:
         size = batch_size(self.origin, self.prompts, batch)
         return size if batch is not None else max(1, min(size, self.at_once // len(self.locations)))
 
-    def states(self, batch: Batch) -> Float[Tensor, "prompt location d"]:
-        """What is decoded, as it is in the model that it is from."""
-        names = [str(site) for site in self.locations]
-        found = recorded(self.origin, batch.ids, names)
+    def states(self, batch: Batch) -> tuple[Float[Tensor, "prompt location d"], Tensor | None]:
+        """What is decoded, as it is in the model that it is from, and what stands at the end of the row it is from."""
+        names, end = [str(site) for site in self.locations], str(self.origin.states[-1])
+        found = recorded(self.origin, batch.ids, [*dict.fromkeys([*names, end])])
         weight = torch.from_numpy(self.weight[batch.first : batch.first + len(batch.ids)])
         each = []
         for name, put in zip(names, self.put_at, strict=True):
             alone = put == EMBED and name == str(START) and self.translation is None
             state = embedded(self.origin, batch.ids) if alone else found[name]
             each.append(_summed(state, weight[:, : batch.ids.shape[1]]))
-        return torch.stack(each, 1)
+        if self.row is None:
+            return torch.stack(each, 1), None
+        rows = torch.from_numpy(self.row[batch.first : batch.first + len(batch.ids)])
+        return torch.stack(each, 1), found[end][torch.arange(len(rows)), rows]
 
     def put(self, states: Float[Tensor, "prompt location d"]) -> Float[Tensor, "prompt location other"]:
         """What is put in the other prompt for it."""
@@ -104,22 +107,30 @@ def _summed(state: Float[Tensor, "prompt position d"], weight: Tensor) -> Float[
     return torch.where(weight == 0, 0, weight * state).sum(1)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class SaidOf:
     """Runs prompts × locations, some side by side."""
 
-    asked: Decoding
+    asked: Injection
     job: Job
+    rows: Rows = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rows = Rows(self.measured)
 
     @torch.no_grad()
     def measured(self, batch: Batch) -> Arrays:
         """By name, [prompt, location] and further axes."""
         asked, shape = self.asked, (len(batch.ids), len(self.asked.locations))
-        states = asked.states(batch)
+        states, end = asked.states(batch)
         finite, names = states.isfinite().all(-1), [*map(str, asked.locations)]
         require_finite(finite, "{location} is not finite at {prompt}", prompt=batch.first, location=names)
-        answer, lens_answer = (self._answer(batch, name) for name in ("answer", "lens_answer"))
-        lens = _first(vocabulary(asked.origin, states).flatten(0, 1), _each(lens_answer, shape))
+        own = None if end is None else vocabulary(asked.origin, end)
+        logits = vocabulary(asked.origin, states)
+        for part in (logits.flatten(1), *(() if own is None else (own,))):
+            require_finite(part.isfinite().all(-1), "a logit of {prompt} is not finite", prompt=batch.first)
+        answer, lens_answer = (self._answer(batch, own, name) for name in ("answer", "lens_answer"))
+        lens = _first(logits.flatten(0, 1), _each(lens_answer, shape))
         found = {**self._said(asked.put(states), _each(answer, shape)), "norm": states.norm(dim=-1).flatten()}
         found |= {f"lens_{name}": part for name, part in lens.items()}
         whole = {name: part.unflatten(0, shape) for name, part in found.items()}
@@ -136,7 +147,7 @@ class SaidOf:
             def hear(step: int, own: slice = own) -> None:
                 done = own.start + (own.stop - own.start) * step / asked.steps
                 words = f"{own.stop}/{total} runs, token {step}/{asked.steps}"
-                self.job.tick(Ledger({}), done / total, words)
+                self.job.tick(self.rows.kept, done / total, words)
 
             said = asked.target.said(sites[own], values[own], asked.steps, hear)
             first = _first(said.first, None if answer is None else answer[own])
@@ -144,17 +155,11 @@ class SaidOf:
             found.append({"id": said.ids, "prob": said.prob, **of_answer})
         return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
-    def _answer(self, batch: Batch, name: str) -> Int[Tensor, "prompt spelling"] | None:
+    def _answer(self, batch: Batch, own: Tensor | None, name: str) -> Int[Tensor, "prompt spelling"] | None:
         """The tokens that would be right: those given, or the model's own next one."""
-        asked, rows = self.asked, slice(batch.first, batch.first + len(batch.ids))
-        if (known := getattr(asked, name)) is not None:
-            return torch.from_numpy(known[rows])
-        if asked.row is None:
-            return None
-        end = str(asked.origin.states[-1])
-        last = recorded(asked.origin, batch.ids, [end])[end]
-        own = last[torch.arange(len(last)), torch.from_numpy(asked.row[rows])]
-        return vocabulary(asked.origin, own).argmax(-1, keepdim=True).cpu()
+        if (known := getattr(self.asked, name)) is not None:
+            return torch.from_numpy(known[batch.first : batch.first + len(batch.ids)])
+        return None if own is None else own.argmax(-1, keepdim=True).cpu()
 
 
 def _each(answer: Tensor | None, shape: tuple[int, int]) -> Tensor | None:

@@ -1,6 +1,6 @@
 """What does the model go on to say? Greedy continuation of prompts of one length.
 
-The first pass may be edited. Only that pass is inside of a trace: what later ones see of an edit is what the cache keeps.
+The first pass may be edited. Only that pass is inside of a trace: what later ones see of an edit is what a cache keeps.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ def spoken(
     NumericError where a logit is no number.
     """
     ending = torch.tensor(ends_of(lm), dtype=torch.long)
-    found, probs, first = ids.new_full((len(ids), steps), -1), torch.full((len(ids), steps), torch.nan, dtype=torch.float64), None
-    cache, going = None, torch.ones(len(ids), dtype=torch.bool)
+    found = ids.new_full((len(ids), steps), -1)
+    probs, first, cache = torch.full(found.shape, torch.nan, dtype=torch.float64), None, None
+    going = torch.ones(len(ids), dtype=torch.bool)
     with evaluating(lm.hf):
         for step in range(steps):
             so_far = torch.cat([ids, found[:, :step].clamp(min=0)], 1)
