@@ -22,7 +22,7 @@ import torch
 import foreign
 import unwrite as uw
 from executed import weights
-from methods import IDS, few_draws, shape
+from methods import IDS, chatting, few_draws, shape
 from seeing import around, inputs
 from test_several import saved
 from unwrite.errors import UnwriteError, plain
@@ -246,6 +246,11 @@ def calls() -> dict[str, Call]:
             uw.readers, {"lm": lm(), "prompts": IDS[:2], "writer": "L0H0"},
             {"prompts": f"{TAKES['prompts']} {_READ} Pairs", "metric": "None"}, long=True,
         ),
+        "graph": Call(
+            uw.graph, {"lm": chatting(lm("graph")), "claims": "Ships float.", "locations": "resid_post0", "tokens": 1},
+            {"claims": f"{_STRINGS} a_NUL", "labels": "None", "locations": "None", "place": "", "rescale": "True False",
+             "tokens": _COUNTS, "tagger": "None"}, long=True,
+        ),
         "audit": Call(uw.audit, {**text, "most": 1}, {"prompts": f"None {TAKES['prompts']}"}, long=True),
         "reproduce": Call(
             uw.reproduce, {"weights": lm("reproduce"), "tokens": IDS},
@@ -297,7 +302,7 @@ NAMES = (
     "corpus_dla", "lens", "decode", "attention", "activations", "channels", "effects", "solves", "mask", "subspace",
     "circuit", "Circuit",
     "Circuit.looking", "Circuit.save", "overlap", "beside", "paths", "bound", "compare",
-    "agree", "diff", "readers", "audit", "reproduce", "doctor", "trace", "rewritten", "sae", "trace[]", "Edit",
+    "agree", "diff", "readers", "graph", "audit", "reproduce", "doctor", "trace", "rewritten", "sae", "trace[]", "Edit",
     "Edit.set", "Edit.mean", "Edit.add", "Edit.scale", "Edit.project_out", "Edit.channel", "Job", "Rules", "Result",
     "Result[]", "Result.figure", "Result.grid",
     "Result.save", "Result.save_table", "Tokens", "Tokens.named", "Tokens.take", "Tokens.spread", "Tokens.check",

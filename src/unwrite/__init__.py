@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from unwrite.studies.compare import compare as compare
     from unwrite.studies.diff import diff as diff
     from unwrite.studies.doctor import doctor as doctor
+    from unwrite.studies.graph import graph as graph
     from unwrite.studies.overlap import overlap as overlap
     from unwrite.studies.readers import readers as readers
     from unwrite.studies.reproduce import reproduce as reproduce
@@ -77,6 +78,7 @@ _PUBLIC = {
     "dla": "unwrite.methods.dla",
     "doctor": "unwrite.studies.doctor",
     "effects": "unwrite.methods.effects",
+    "graph": "unwrite.studies.graph",
     "images": "unwrite.model.images",
     "lens": "unwrite.methods.lens",
     "load": "unwrite.model.load",

@@ -38,10 +38,10 @@ def holding(text: str, ids: IdRow, tokenizer: Any, name: str) -> range:
             fix="name more of what is around it, or give a position" if found else "give words as the prompt has them",
         )  # fmt: skip
     start = said.index(text)
-    return range(_first_beyond(end, start), _first_beyond(end, start + len(text) - 1) + 1)
+    return range(row_of(end, start), row_of(end, start + len(text) - 1) + 1)
 
 
-def _first_beyond(end: Sequence[int], character: int) -> int:
+def row_of(end: Sequence[int], character: int) -> int:
     """The row of the token that says a character."""
     return next(row for row, said in enumerate(end) if said > character)
 

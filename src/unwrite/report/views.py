@@ -18,6 +18,7 @@ from unwrite.report import (
     audited,
     believed,
     channels,
+    claimed,
     decoded,
     found,
     kept,
@@ -208,8 +209,9 @@ VIEWS: dict[str, MethodView] = {
         of=("followed_prob",), apart=("prompt",),
     ),
     "decode": MethodView(
-        decoded.sentence, decoded.parts, picture="bars", of=("precision", "prob"), apart=("prompt", "way")
+        decoded.sentence, decoded.parts, picture="precision", of=("prob",), apart=("prompt",)
     ),
+    "graph": MethodView(claimed.sentence, claimed.parts, picture="graph"),
     "attention": MethodView(
         looked.looks_most, _by_prompt(looked.ATTENTION, looked.looks, lambda _: range(_LOOKED)), picture="attention",
         of=("weight",),

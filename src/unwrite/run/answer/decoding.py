@@ -17,7 +17,7 @@ from unwrite.model.view import Model
 from unwrite.nodes import Site
 from unwrite.prompts.tokens import Tokens
 from unwrite.run.answer.injected import EMBED, START, Target, embedded
-from unwrite.run.answer.logits import vocabulary
+from unwrite.run.answer.logits import at_once, vocabulary
 from unwrite.run.answer.translated import Translation
 from unwrite.run.edit.trace import recorded
 from unwrite.run.loop.checkpoint import Arrays
@@ -62,7 +62,8 @@ class Injection:
     @property
     def at_once(self) -> int:
         """Runs that go side by side."""
-        return max(1, _AT_ONCE // (len(self.target.written) + self.steps))
+        most = min(at_once(self.target.lm), at_once(self.origin))
+        return max(1, min(most, _AT_ONCE // (len(self.target.written) + self.steps)))
 
     @property
     def stage(self) -> str:
