@@ -3,8 +3,8 @@
     python examples/decoding/facts.py MODEL --name NAME --work FOLDER
 
 MODEL is a folder or a hub name of a model with a chat template. What was found is kept as `results/NAME-facts.json` and
-the whole result as `results/NAME-facts.nc` beside this file, from which docs/decoding.md is made. A run that was stopped
-goes on from FOLDER.
+the whole result as `results/NAME-facts.nc` beside this file, from which docs/decoding.md is made. A run that was
+stopped goes on from FOLDER.
 """
 
 from __future__ import annotations
@@ -54,18 +54,18 @@ def measured(model: str, work: Path, path: Path) -> dict[str, Any]:
              "verdict": str(data["verdict"].values[i]), "facts": len([*facts(data, i, "answer")])}
             for i in range(data.sizes["claim"])
         ],
-        "location": [
-            {"location": str(one["location"].item()), "parsed": int(one["parsed"].sum()), "facts": int(one["facts"].sum()),
-             "entities as in the answer": rounded(one["answer_nodes"]), "as before": rounded(one["new_nodes"]),
-             "of the examples": echoed(data, str(one["location"].item()))}
-            for one in (data.isel(location=i) for i in range(data.sizes["location"]))
-        ],
+        "location": [row(data, data.isel(location=i)) for i in range(data.sizes["location"])],
     }  # fmt: skip
 
 
-def echoed(data: Any, at: str) -> int:
-    """How many facts of a snapshot repeat a predicate of the examples."""
-    return int((data["echo"].values & (data["at"].values == at)).sum())
+def row(data: Any, one: Any) -> dict[str, Any]:
+    """One location of all claims; of its facts also how many repeat a predicate of the examples."""
+    at = str(one["location"].item())
+    return {
+        "location": at, "parsed": int(one["parsed"].sum()), "facts": int(one["facts"].sum()),
+        "of the examples": int((data["echo"].values & (data["at"].values == at)).sum()),
+        "entities as in the answer": rounded(one["answer_nodes"]), "as before": rounded(one["new_nodes"]),
+    }  # fmt: skip
 
 
 def rounded(part: Any) -> float | None:

@@ -89,6 +89,30 @@ def decode(
 
 
 @spread
+def graph(
+    model: ModelName,
+    claim: Annotated[list[str], typer.Option("--claim", metavar="TEXT", help="A sentence; several may be given.")],
+    locations: Annotated[
+        str | None, typer.Option("--locations", help="Such as resid_post3,resid_mid*; by default all between blocks.")
+    ] = None,
+    place: Annotated[str, typer.Option("--place", help="embed, same, or the name of a state.")] = "embed",
+    say: Annotated[int, typer.Option("--tokens", min=1, help="So many tokens are said.")] = 100,
+    common: Common = COMMON,
+) -> None:
+    """Which facts does an instruct model state of claims, and of its states? `show --figure snapshots` draws them."""
+    from unwrite.prompts.claims import claims_of, weighed
+    from unwrite.studies.graph import graph as run
+
+    lm = common.load(model)
+    claims = claims_of(claim)
+
+    def method(_: Tokens, listener: Listener, job: Job) -> Result:
+        return run(lm, claims, locations=listed(locations), place=place, tokens=say, checkpoint=job, listener=listener)
+
+    common.produce(lm, lambda _: weighed(claims, lm.tokenizer)[0], method)
+
+
+@spread
 def attention(
     model: ModelName,
     prompt: Prompt,

@@ -40,7 +40,7 @@ _MOST = 4096
 
 
 def graph(
-    lm: Model, claims: Any, labels: Sequence[bool] | None = None, *, locations: Any = None, place: str = "embed",
+    lm: Model, claims: Any, labels: Any = None, *, locations: Any = None, place: str = "embed",
     rescale: bool = False, tokens: int = 100, tagger: Tagger | None = None, batch: int | None = None,
     checkpoint: Job | str | Path | None = None, listener: Listener | None = None,
 ) -> Result:  # fmt: skip
