@@ -180,6 +180,41 @@ def test_an_echo_says_the_token_whose_row_is_most_like_the_state() -> None:
     assert found["id"].values[:, 0, 0].tolist() == (merged.sum(1) @ table.t()).argmax(-1).tolist()
 
 
+@pytest.mark.slow
+def test_states_of_a_trained_toy_are_said_as_what_they_are_states_of() -> None:
+    """It describes entities, and judges pairs of them: states of an entity in a pair are described as the entity is."""
+    describe, judge, same, other, n = 1, 2, 3, 4, 8
+    attribute = torch.randperm(n, generator=torch.Generator().manual_seed(1)) + 20
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, initializer_range=0.1, eos_token_id=None, bos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    hf: Any = LlamaForCausalLM(config)
+    optimiser = torch.optim.AdamW(hf.parameters(), lr=5e-3)
+    for _ in range(400):
+        a, b = torch.randint(0, n, (2, 64))
+        told = torch.stack([torch.full_like(a, describe), a + 10, attribute[a]], 1)
+        verdict = torch.where(attribute[a] % 2 == attribute[b] % 2, same, other)
+        judged = torch.stack([torch.full_like(a, judge), a + 10, b + 10, verdict], 1)
+        losses = [
+            torch.nn.functional.cross_entropy(hf(ids[:, :-1]).logits[:, -1], ids[:, -1]) for ids in (told, judged)
+        ]
+        optimiser.zero_grad()
+        sum(losses).backward()
+        optimiser.step()
+    lm = uw.load(hf.eval())
+    pairs = torch.tensor([[judge, a + 10, (a + 3) % n + 10] for a in range(n)])
+    ask: Any = {"into": [describe, 9], "placeholder": 9, "tokens": 1, "answer": attribute.tolist()}
+    found = uw.decode(lm, pairs, 1, place="embed", **ask).data.sel(way="match")["precision"]
+    assert float(found[0]) == 1.0
+    # Into the same layer, later states say more of their entity than those of another prompt do.
+    there = uw.decode(lm, pairs, 1, locations="resid_post0", **ask).data.sel(way="match")["precision"]
+    nothing = uw.decode(lm, pairs, np.zeros((n, 3)), locations="resid_post0", **ask).data.sel(way="match")["precision"]
+    assert float(there[0]) >= 0.75
+    assert float(nothing[0]) <= 2 / n
+
+
 def test_what_is_right_is_counted_with_its_interval() -> None:
     lm = model("llama")
     own = decoded(lm).data

@@ -20,7 +20,7 @@ from unwrite.report.columns import Line
 from unwrite.report.views import words
 
 RESULTS = Path(__file__).parent / "results"
-TOKENS, EVERY = 60, 4
+TOKENS, EVERY = 60, 6
 CLAIMS = {
     "The capital of France is Paris.": True,
     "The capital of Italy is Madrid.": False,
@@ -38,7 +38,7 @@ CLAIMS = {
 
 
 def measured(model: str, work: Path, path: Path) -> dict[str, Any]:
-    """The claims in words, at every fourth state."""
+    """The claims in words, at every sixth state."""
     lm = uw.load(model, dtype="float32")
     places = ["resid_pre0", *(f"resid_post{i}" for i in range(EVERY - 1, len(lm.layers), EVERY))]
     places = list(dict.fromkeys([*places, f"resid_post{len(lm.layers) - 1}"]))
