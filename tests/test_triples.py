@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unwrite.prompts.triples import Told, Triple, told, triples
+from unwrite.prompts.triples import Statement, Triple, told, triples
 
 TABLE: list[tuple[str, list[tuple[str, str, str, bool]]]] = [
     ("CapitalOf(Germany, Berlin)", [("Germany", "CapitalOf", "Berlin", False)]),
@@ -43,23 +43,23 @@ def test_a_line_of_facts_is_these_triples(text: str, facts: list[tuple[str, str,
 
 
 FACT = (Triple("Bonn", "In", "Germany"),)
-BROKEN: list[tuple[str, Told]] = [
-    ('{"label": true, "facts": ["In(Bonn, Germany)"]}', Told(FACT, True, 0, True)),
-    ('Here it is:\n{"label": false, "facts": ["In(Bonn, Germany)"]}\nI hope so.', Told(FACT, False, 1, True)),
-    ('```json\n{"facts": "In(Bonn, Germany)"}```', Told(FACT, None, 1, True)),
-    ('{"label": true, "facts": ["In(Bonn, Germany)", "In(Bo', Told(FACT, True, 2, True, 1)),
-    ('Well: {"label": true, "facts": ["In(Bonn, Germany)"', Told(FACT, True, 2, True)),
-    ('{"label": true, "facts": ["In(Bonn, Germany)", ]', Told(FACT, True, 3, True)),
-    ('{"label": true, "facts": ["In(Bonn, Germany)", In(Bonn, Fr', Told(FACT, True, 3, True)),
-    ('{"label": "maybe", "facts": ["In(Bonn, Germany)", 7, "words"]}', Told(FACT, None, 0, True, 2)),
-    ("no braces at all", Told(repairs=3)),
-    ("[1, 2]", Told(repairs=3)),
-    ("", Told(repairs=3)),
+BROKEN: list[tuple[str, Statement]] = [
+    ('{"label": true, "facts": ["In(Bonn, Germany)"]}', Statement(FACT, True, 0, True)),
+    ('Here it is:\n{"label": false, "facts": ["In(Bonn, Germany)"]}\nI hope so.', Statement(FACT, False, 1, True)),
+    ('```json\n{"facts": "In(Bonn, Germany)"}```', Statement(FACT, None, 1, True)),
+    ('{"label": true, "facts": ["In(Bonn, Germany)", "In(Bo', Statement(FACT, True, 2, True, 1)),
+    ('Well: {"label": true, "facts": ["In(Bonn, Germany)"', Statement(FACT, True, 2, True)),
+    ('{"label": true, "facts": ["In(Bonn, Germany)", ]', Statement(FACT, True, 3, True)),
+    ('{"label": true, "facts": ["In(Bonn, Germany)", In(Bonn, Fr', Statement(FACT, True, 3, True)),
+    ('{"label": "maybe", "facts": ["In(Bonn, Germany)", 7, "words"]}', Statement(FACT, None, 0, True, 2)),
+    ("no braces at all", Statement(repairs=3)),
+    ("[1, 2]", Statement(repairs=3)),
+    ("", Statement(repairs=3)),
 ]
 
 
 @pytest.mark.parametrize(("text", "found"), BROKEN)
-def test_broken_json_is_mended_three_times_and_no_more(text: str, found: Told) -> None:
+def test_broken_json_is_mended_three_times_and_no_more(text: str, found: Statement) -> None:
     assert told(text) == found
 
 

@@ -44,7 +44,8 @@ def measured(model: str, work: Path) -> dict[str, Any]:
     record = found["next"].provenance
     return {
         "model": {key: record["model"][key] for key in ("family", "layers", "d_model", "weights")},
-        "versions": record["versions"], "countries": len(set(capitals)), "into": {name: one.data.attrs["into"] for name, one in found.items()},
+        "versions": record["versions"], "countries": len(set(capitals)),
+        "into": {name: one.data.attrs["into"] for name, one in found.items()},
         "solves": {"next": uw.solves(lm, names).data.attrs["solves"],
                    "capital": uw.solves(lm, distinct).data.attrs["solves"]},
         **{name: rates(one) for name, one in found.items()},

@@ -90,10 +90,7 @@ def decode(
 
     Example: `uw.decode(lm, "The Eiffel Tower is tall", "Tower", "Paris: a city. Mozart: a man. x: a")["text"]`
     """
-    require_model(lm)
-    lm.require("logits")
-    require(isinstance(rescale, bool), NumericError, "rescale is a yes or no", rescale, "True or False")
-    whole("tokens is how many are said", tokens, 1, _MOST)
+    _require(lm, rescale, tokens)
     read, weight, row = _read(lm if source is None else source, prompts, at, mask, bos)
     other = _into(lm, into, tokens)
     target = Target(as_it_is(lm), other.ids[0], placeholder_in(placeholder, other.ids[0], lm.tokenizer))
@@ -114,6 +111,14 @@ def decode(
         data = _dataset(asked, said.rows.whole())
         about = {"": read.about(), "into": other.about()} | ({} if held is None else {"fit": held.about()})
         return job.signed(build("decode", data, settings, provenance(lm), about))
+
+
+def _require(lm: Model, rescale: Any, tokens: Any) -> None:
+    """Raise ModelError for a model that says nothing, NumericError for settings that mean nothing."""
+    require_model(lm)
+    lm.require("logits")
+    require(isinstance(rescale, bool), NumericError, "rescale is a yes or no", rescale, "True or False")
+    whole("tokens is how many are said", tokens, 1, _MOST)
 
 
 def _read(

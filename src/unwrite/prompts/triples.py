@@ -36,7 +36,7 @@ class Triple:
 
 
 @dataclass(frozen=True)
-class Told:
+class Statement:
     """What a text told: its facts, its verdict if it has one, and how often it was mended; `whole` is whether it could
     be read at all, and `dropped` how many of its facts could not."""
 
@@ -47,16 +47,16 @@ class Told:
     dropped: int = 0
 
 
-def told(text: str) -> Told:
+def told(text: str) -> Statement:
     """What a text says as `{"label": true, "facts": ["Predicate(subject, object)", …]}`, mended at most three times."""
     read, repairs = _object(text)
     if read is None:
-        return Told(repairs=repairs)
+        return Statement(repairs=repairs)
     listed = read.get("facts", [])
     listed = [listed] if isinstance(listed, str) else listed if isinstance(listed, list) else []
     each = [triples(part) if isinstance(part, str) else [] for part in listed]
     label = read.get("label")
-    return Told(
+    return Statement(
         tuple(dict.fromkeys(fact for facts in each for fact in facts)), label if isinstance(label, bool) else None,
         repairs, True, sum(not facts for facts in each),
     )  # fmt: skip

@@ -60,7 +60,7 @@ def snapshots(result: Result, _: str | None, of: str | None, chosen: dict[str, A
 
 def _layered(
     edges: list[dict[str, Any]], nodes: list[dict[str, Any]], titles: list[dict[str, Any]], last: int
-) -> alt.LayerChart:
+) -> Any:
     """Lines, dots and words of the snapshot that the slider stands at; first the answer."""
     slider = alt.param(name="step", value=last, bind=alt.binding_range(min=0, max=last, step=1, name="snapshot "))
     plain = alt.Axis(labels=False, ticks=False, grid=False, domain=False, title=None)

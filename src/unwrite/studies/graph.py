@@ -26,7 +26,7 @@ from unwrite.model.load import provenance
 from unwrite.model.view import Model, require_model
 from unwrite.prompts.claims import ECHOED, HOLE, Tagger, claims_of, into, weighed
 from unwrite.prompts.spans import said_by
-from unwrite.prompts.triples import Told, Triple, told
+from unwrite.prompts.triples import Statement, Triple, told
 from unwrite.result import Result, build, quantity
 from unwrite.run.answer.spoken import spoken
 from unwrite.run.loop.job import Job, opened
@@ -176,18 +176,18 @@ def _dataset(
     return data if truth is None else _judged(data, last, truth)
 
 
-def _verdict(one: Told) -> str:
+def _verdict(one: Statement) -> str:
     return "none" if one.label is None else str(one.label).lower()
 
 
-def _judged(data: xr.Dataset, last: list[Told], truth: list[bool]) -> xr.Dataset:
+def _judged(data: xr.Dataset, last: list[Statement], truth: list[bool]) -> xr.Dataset:
     right = np.array([one.label is label for one, label in zip(last, truth, strict=True)])
     lower, upper = wilson(int(right.sum()), len(right))
     own = {"label": ("claim", np.array(truth)), "right": quantity(("claim",), right, "1", "verdict = label")}
     return data.assign(own).assign_attrs(accuracy=float(right.mean()), lower=lower, upper=upper)
 
 
-def _listed(read: list[list[Told]], last: list[Told], places: list[str]) -> dict[str, Any]:
+def _listed(read: list[list[Statement]], last: list[Statement], places: list[str]) -> dict[str, Any]:
     """All facts, one after the other, with where they were said."""
     each = [(i, at, fact) for i, row in enumerate(read)
             for at, one in zip([*places, ANSWER], [*row, last[i]], strict=True) for fact in one.facts]  # fmt: skip
@@ -201,7 +201,7 @@ def _listed(read: list[list[Told]], last: list[Told], places: list[str]) -> dict
     }  # fmt: skip
 
 
-def _compared(read: list[list[Told]], last: list[Told]) -> dict[str, Any]:
+def _compared(read: list[list[Statement]], last: list[Statement]) -> dict[str, Any]:
     """How snapshots overlap, and how central their entities are."""
     found: dict[str, list[list[float]]] = {name: [] for name in _OVERLAP}
     names: list[tuple[int, str]] = []
