@@ -5,9 +5,11 @@ A new method gets a line in METHODS; a test fails until it has one.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -40,6 +42,14 @@ def there(lm: Model, *names: str) -> list[str]:
             node = own[node.head % len(own)]
         found |= {str(node): None} if node in lm.parts else {}
     return [*found]
+
+
+def chatting(lm: Model) -> Model:
+    """The same model, with a tokenizer of bytes that has a chat template."""
+    tokenizer = copy.deepcopy(uw.planted().tokenizer)
+    tokenizer.chat_template = "{% for one in messages %}{{ one['role'][0] + ': ' + one['content'] + '\n' }}{% endfor %}"
+    tokenizer.model_max_length = 1024
+    return replace(lm, tokenizer=tokenizer)
 
 
 def _star(lm: Model, **kept: Any) -> uw.Result:
@@ -87,6 +97,10 @@ METHODS: dict[str, Method] = {
     "bound": _bound,
     "circuit": _circuit,
     "lens": lambda lm, **kept: uw.lens(lm, IDS, top=2, **kept),
+    "decode": lambda lm, **kept: uw.decode(lm, IDS, 2, IDS[:1], placeholder=int(IDS[0, 3]), tokens=2, **kept),
+    "graph": lambda lm, **kept: uw.graph(
+        chatting(lm), ["Ships float.", "Stones float."], [True, False], locations=["resid_post0"], tokens=2, **kept
+    ),
     "attention": lambda lm, **kept: uw.attention(lm, IDS, "value", **kept),
     "compare": lambda lm, **kept: uw.compare(lm, PAIRS, there(lm, *HEADS), methods=("atp", "exact"), **kept),
     "readers": lambda lm, **kept: uw.readers(lm, FOUR, there(lm, "L0H0")[0], **kept),
@@ -108,10 +122,13 @@ VARIANTS: dict[str, Method] = {
     "effects net": lambda lm, **kept: uw.effects(lm, PAIRS, method="net", **kept),
 }
 # Made of the others.
-COMBINED = ("audit", "reproduce", "compare", "readers")
+COMBINED = ("audit", "reproduce", "compare", "readers", "graph")
 # What each asks of a model's shape beside two layers of two heads: `reproduce` names heads of the paper's model.
 SHAPES: dict[str, dict[str, int]] = {
-    "reproduce": {"num_hidden_layers": 4, "num_attention_heads": 8, "hidden_size": 32}
+    "reproduce": {"num_hidden_layers": 4, "num_attention_heads": 8, "hidden_size": 32},
+    "graph": {
+        "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 256, "max_position_embeddings": 1024,
+    },
 }  # fmt: skip
 
 

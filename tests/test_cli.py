@@ -293,6 +293,16 @@ def test_channels_from_a_shell(folder, monkeypatch, capsys, tmp_path) -> None:
     refused(capsys, "heads of attention")
 
 
+def test_a_state_in_words_from_a_shell(folder, monkeypatch, capsys, tmp_path) -> None:
+    model, ask = folder / "model", ("--prompt", "A man may")
+    into = ("--into", "A x in", "--tokens", 2)
+    assert run(monkeypatch, "decode", model, *ask, "--at", "man", *into, "--out", tmp_path / "decode") == 0
+    assert "what is said of it" in capsys.readouterr().out
+    assert run(monkeypatch, "decode", model, *ask, "--at", "woman", *into) == 1
+    refused(capsys, "stands in prompt 0 0 times")
+    assert run(monkeypatch, "decode", model, *into) == 2
+
+
 def test_the_workbench_from_a_shell(folder, monkeypatch, capsys, tmp_path) -> None:
     model, ask = folder / "model", ("--prompt", "A man may")
     assert run(monkeypatch, "lens", model, *ask, "--out", tmp_path / "lens") == 0

@@ -22,7 +22,7 @@ import torch
 import foreign
 import unwrite as uw
 from executed import weights
-from methods import IDS, few_draws, shape
+from methods import IDS, chatting, few_draws, shape
 from seeing import around, inputs
 from test_several import saved
 from unwrite.errors import UnwriteError, plain
@@ -172,6 +172,15 @@ def calls() -> dict[str, Call]:
             uw.lens, {"lm": lm(), "prompts": IDS[:2]},
             {"prompts": f"{TAKES['prompts']} {_READ}", "answer": f"None {_TOKENS}", "top": _COUNTS}, long=True,
         ),
+        "decode": Call(
+            uw.decode,
+            {"lm": lm(), "prompts": IDS[:2], "at": 2, "into": IDS[:1], "placeholder": int(IDS[0, 3]), "tokens": 1},
+            {"prompts": f"{TAKES['prompts']} {_READ} Pairs", "into": f"{TAKES['prompts']} three", "place": "",
+             "placeholder": "", "at": f"0 -1 {_COUNTS} range tensor_without_axes", "locations": "None",
+             "tokens": _COUNTS, "answer": f"None {_TOKENS} nonsense a_NUL a_long_name long_string str_subclass",
+             "rescale": "True False",
+             "source": "None Model", "fit": "None"}, long=True,
+        ),
         "attention": Call(
             uw.attention, {"lm": lm(), "prompts": IDS[:2], "heads": ["L0H0"]},
             {"prompts": f"{TAKES['prompts']} {_READ}", "heads": "None"}, long=True,
@@ -241,6 +250,11 @@ def calls() -> dict[str, Call]:
             uw.readers, {"lm": lm(), "prompts": IDS[:2], "writer": "L0H0"},
             {"prompts": f"{TAKES['prompts']} {_READ} Pairs", "metric": "None"}, long=True,
         ),
+        "graph": Call(
+            uw.graph, {"lm": chatting(lm("graph")), "claims": "Ships float.", "locations": "resid_post0", "tokens": 1},
+            {"claims": f"{_STRINGS} a_NUL", "labels": "None", "locations": "None", "place": "", "rescale": "True False",
+             "tokens": _COUNTS, "tagger": "None"}, long=True,
+        ),
         "audit": Call(uw.audit, {**text, "most": 1}, {"prompts": f"None {TAKES['prompts']}"}, long=True),
         "reproduce": Call(
             uw.reproduce, {"weights": lm("reproduce"), "tokens": IDS},
@@ -289,10 +303,10 @@ def calls() -> dict[str, Call]:
 
 NAMES = (
     "load", "planted", "text", "images", "pairs", "read", "scan", "verify", "survival", "dla", "adversarial",
-    "corpus_dla", "lens", "attention", "activations", "channels", "effects", "solves", "mask", "subspace", "circuit",
-    "Circuit",
+    "corpus_dla", "lens", "decode", "attention", "activations", "channels", "effects", "solves", "mask", "subspace",
+    "circuit", "Circuit",
     "Circuit.looking", "Circuit.save", "overlap", "beside", "self_repair", "paths", "bound", "compare",
-    "agree", "diff", "readers", "audit", "reproduce", "doctor", "trace", "rewritten", "sae", "trace[]", "Edit",
+    "agree", "diff", "readers", "graph", "audit", "reproduce", "doctor", "trace", "rewritten", "sae", "trace[]", "Edit",
     "Edit.set", "Edit.mean", "Edit.add", "Edit.scale", "Edit.project_out", "Edit.channel", "Job", "Rules", "Result",
     "Result[]", "Result.figure", "Result.grid",
     "Result.save", "Result.save_table", "Tokens", "Tokens.named", "Tokens.take", "Tokens.spread", "Tokens.check",

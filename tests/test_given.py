@@ -313,6 +313,7 @@ OF_ALL: dict[str, Callable[[Model, Any], uw.Result]] = {
 LOOKED: dict[str, Callable[[Model, Any], uw.Result]] = {
     "lens": uw.lens,
     "attention": uw.attention,
+    "decode": lambda lm, source: uw.decode(lm, source, into=[5, 9, 7], placeholder=9, tokens=2),
     "solves": lambda lm, source: uw.solves(lm, (source, changed(source), " s", "ed")),
 }
 ASK = {**OF_EACH, **OF_ALL, **LOOKED}

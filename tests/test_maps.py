@@ -65,7 +65,8 @@ def test_every_method_has_a_view() -> None:
     assert set(VIEWS) == {
         "effects", "agree", "compare", "paths", "bound", "survival", "dla",
         "scan", "verify", "audit", "adversarial", "corpus_dla", "reproduce", "lens", "attention", "solves",
-        "circuit", "Circuit", "overlap", "beside", "mask", "readers", "subspace", "channels", "self_repair",
+        "circuit", "Circuit", "overlap", "beside", "mask", "readers", "subspace", "channels", "decode", "graph",
+        "self_repair",
     }  # fmt: skip
 
 

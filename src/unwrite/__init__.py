@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from unwrite.methods.channels import channels as channels
     from unwrite.methods.circuit import circuit as circuit
     from unwrite.methods.corpus import corpus_dla as corpus_dla
+    from unwrite.methods.decode import decode as decode
     from unwrite.methods.dla import dla as dla
     from unwrite.methods.effects import effects as effects
     from unwrite.methods.lens import lens as lens
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from unwrite.studies.compare import compare as compare
     from unwrite.studies.diff import diff as diff
     from unwrite.studies.doctor import doctor as doctor
+    from unwrite.studies.graph import graph as graph
     from unwrite.studies.overlap import overlap as overlap
     from unwrite.studies.readers import readers as readers
     from unwrite.studies.repair import self_repair as self_repair
@@ -72,10 +74,12 @@ _PUBLIC = {
     "circuit": "unwrite.methods.circuit",
     "compare": "unwrite.studies.compare",
     "corpus_dla": "unwrite.methods.corpus",
+    "decode": "unwrite.methods.decode",
     "diff": "unwrite.studies.diff",
     "dla": "unwrite.methods.dla",
     "doctor": "unwrite.studies.doctor",
     "effects": "unwrite.methods.effects",
+    "graph": "unwrite.studies.graph",
     "images": "unwrite.model.images",
     "lens": "unwrite.methods.lens",
     "load": "unwrite.model.load",

@@ -86,7 +86,18 @@ SITES: dict[str, Site] = {
 _NO_LOGITS = {"scan", "attention"}
 # Channels are weighed as the whole unembedding reads them, too.
 _WEIGHED = {"survival", "verify", "verify erasers", "readers"}
-_OWN_TOP = {"dla texts", "lens", "solves", "mask", "subspace", "corpus_dla", "adversarial", "audit", "reproduce"}
+_OWN_TOP = {
+    "dla texts",
+    "lens",
+    "decode",
+    "solves",
+    "mask",
+    "subspace",
+    "corpus_dla",
+    "adversarial",
+    "audit",
+    "reproduce",
+}
 _UNREAD: dict[str, set[str]] = {
     "embedding of another prompt's token": {"dla", "solves"},
     "z of L1H0": {"attention"},

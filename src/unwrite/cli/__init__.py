@@ -15,7 +15,7 @@ from unwrite.cli.audit import audit
 from unwrite.cli.circuit import circuit, overlap
 from unwrite.cli.circuit import nodes as output_nodes
 from unwrite.cli.doctor import doctor
-from unwrite.cli.look import attention, channels, lens, opened
+from unwrite.cli.look import attention, channels, decode, graph, lens, opened
 from unwrite.cli.options import (
     COMMON,
     ChangeName,
@@ -264,7 +264,8 @@ def show(
     figure: Annotated[
         str | None,
         typer.Option(
-            "--figure", help="heatmap, bars, matrix, attention, levels, curve, circuit, positions, fig1 to fig5."
+            "--figure",
+            help="heatmap, bars, matrix, curve, precision, graph, snapshots, levels, circuit, positions, fig1 to fig5.",
         ),
     ] = None,
     writer: Annotated[str | None, typer.Option("--writer", help="Whose; by default the foremost.")] = None,
@@ -300,6 +301,8 @@ _command(tasks)
 _command(mask)
 _command(subspace)
 _command(lens)
+_command(decode)
+_command(graph)
 _command(attention)
 _command(channels)
 _command(paths)

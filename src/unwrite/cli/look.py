@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from unwrite.cli.options import COMMON, Common, ModelName, listed, spread
+from unwrite.cli.options import COMMON, Common, ModelName, Prompts, TaskName, TaskSeed, listed, pairs_in, spread
 
 if TYPE_CHECKING:
     from unwrite.prompts.tokens import Tokens
@@ -40,6 +40,76 @@ def lens(
         return run(lm, tokens, kind, answer, top, checkpoint=job, listener=listener)
 
     common.produce(lm, lambda _: asked, method)
+
+
+@spread
+def decode(
+    model: ModelName,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", metavar="TEXT", help="Several may be given.")] = None,
+    at: Annotated[
+        str, typer.Option("--at", help="Which state: end, a position, a role such as S2, or words of the prompt.")
+    ] = "end",
+    into: Annotated[
+        str | None, typer.Option("--into", help="The prompt that it is put in; by default one that says words twice.")
+    ] = None,
+    placeholder: Annotated[str, typer.Option("--placeholder", help="The token of it that holds the place.")] = "x",
+    locations: Annotated[
+        str | None, typer.Option("--locations", help="Such as resid_post3,resid_mid*; by default all between blocks.")
+    ] = None,
+    place: Annotated[str, typer.Option("--place", help="same, embed, or the name of a state.")] = "same",
+    answer: Annotated[str | None, typer.Option("--answer", help="What should be said.")] = None,
+    say: Annotated[int, typer.Option("--tokens", min=1, help="So many tokens are said.")] = 20,
+    pairs: Annotated[
+        Path | None, typer.Option("--pairs", metavar="FILE", help="Of pairs the base prompts, with their roles.")
+    ] = None,
+    task: TaskName = None,
+    n: Prompts = 20,
+    seed: TaskSeed = 0,
+    common: Common = COMMON,
+) -> None:
+    """What does the model itself say of a state, when another prompt holds it at a placeholder?"""
+    from unwrite.methods.decode import SAME_AGAIN
+    from unwrite.methods.decode import decode as run
+    from unwrite.prompts.encode import prompts
+
+    lm = common.load(model)
+    if bool(prompt) == (pairs is not None or task is not None):
+        raise typer.BadParameter("name prompts, or pairs, or a task", param_hint="--prompt, --pairs, --task")
+    both = None if prompt else pairs_in(lm, pairs, task, None, n, seed, common.bos)
+    asked = prompts(prompt or [], lm.tokenizer, common.bos) if both is None else both.base
+    where = int(at) if at.removeprefix("-").isdecimal() else at
+
+    def method(read: Tokens, listener: Listener, job: Job) -> Result:
+        return run(
+            lm, both or read, where, into or SAME_AGAIN, placeholder=placeholder, locations=listed(locations),
+            place=place, answer=answer, tokens=say, checkpoint=job, listener=listener,
+        )  # fmt: skip
+
+    common.produce(lm, lambda _: asked, method)
+
+
+@spread
+def graph(
+    model: ModelName,
+    claim: Annotated[list[str], typer.Option("--claim", metavar="TEXT", help="A sentence; several may be given.")],
+    locations: Annotated[
+        str | None, typer.Option("--locations", help="Such as resid_post3,resid_mid*; by default all between blocks.")
+    ] = None,
+    place: Annotated[str, typer.Option("--place", help="embed, same, or the name of a state.")] = "embed",
+    say: Annotated[int, typer.Option("--tokens", min=1, help="So many tokens are said.")] = 100,
+    common: Common = COMMON,
+) -> None:
+    """Which facts does an instruct model state of claims, and of its states? `show --figure snapshots` draws them."""
+    from unwrite.prompts.claims import claims_of, weighed
+    from unwrite.studies.graph import graph as run
+
+    lm = common.load(model)
+    claims = claims_of(claim)
+
+    def method(_: Tokens, listener: Listener, job: Job) -> Result:
+        return run(lm, claims, locations=listed(locations), place=place, tokens=say, checkpoint=job, listener=listener)
+
+    common.produce(lm, lambda _: weighed(claims, lm.tokenizer)[0], method)
 
 
 @spread

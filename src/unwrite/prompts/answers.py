@@ -116,6 +116,20 @@ def token_after(token: Any, before: Sequence[int], tokenizer: Any, vocabulary: i
     return int(token)
 
 
+def firsts(answer: Any, tokenizer: Any, vocabulary: int) -> list[int]:
+    """The first tokens of a text, as a word after a space and without one; of an id this token. −1 for no other.
+
+    Raises TokensError for what is neither.
+    """
+    if not isinstance(answer, str):
+        return [token_after(answer, [], tokenizer, vocabulary), -1]
+    need(tokenizer, "an answer's text", "pass its id")
+    if not answer.strip():
+        raise TokensError("an answer is a text", got=shown(answer), expected="a word or more, or the id of a token")
+    found = list(dict.fromkeys(bare(way, tokenizer)[0] for way in (f" {answer.strip()}", answer.strip())))
+    return [*found, -1][:2]
+
+
 def _text_of(before: Sequence[int], tokenizer: Any) -> str | None:
     """The end of a prompt as text that is tokenised as it was; None where there is no such text."""
     special, first = set(tokenizer.all_special_ids), 0

@@ -73,6 +73,38 @@ def _chance(data: xr.Dataset) -> Iterator[dict[str, Any]]:
             yield {"draw": draw, "size": size, "f": f}
 
 
+def precision(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
+    """How often what is said of a state is right, over locations, with its interval, and the lens beside it.
+
+    Raises ResultError for a result without answers.
+    """
+    data = result.data
+    if "precision" not in data or writer is not None:
+        fix = "give answer, or draw another figure: heatmap"
+        raise ResultError(f"this {result.method} says nothing that is right or wrong", got="no precision", fix=fix)
+    places = [*map(str, data["location"].values)]
+    points = [
+        {"way": _WAYS[str(way)], "at": at, "says": f"{at}, {_WAYS[str(way)]}: {rate:.2f} ({low:.2f} to {high:.2f})",
+         "rate": rate, "low": low, "high": high}
+        for way in data["way"].values
+        for at, rate, low, high in zip(
+            places, *(data[name].sel(way=way).values.tolist() for name in ("precision", "lower", "upper")), strict=True
+        )
+    ]  # fmt: skip
+    names = list(dict.fromkeys(one["way"] for one in points))
+    colour = alt.Color("way:N", title=None, scale=alt.Scale(domain=names, range=list(_SERIES[: len(names)])))
+    x = alt.X("at:N", sort=places, title=None, axis=alt.Axis(labelAngle=-40))
+    base = alt.Chart(alt.Data(values=points)).encode(x=x, color=colour)
+    band = base.mark_area(opacity=0.12).encode(y=alt.Y("low:Q"), y2="high:Q")
+    scale = alt.Scale(domain=[0, 1])
+    drawn = base.mark_line(point={"size": 24}).encode(y=alt.Y("rate:Q", title="right", scale=scale), **SAYS)
+    chart = alt.layer(band, drawn).properties(width=alt.Step(18), height=220)
+    return framed(chart, result, data["precision"], [f"of {data.sizes['prompt']} prompts"], "precision")
+
+
+_WAYS = {"match": "first token", "said": "in the text", "lens_match": "lens"}
+
+
 def drawing(result: Result, writer: str | None = None) -> alt.TopLevelMixin:
     """A circuit's nodes by layer, upwards: blue helps, orange works against; what a head looks at, where that is known.
 

@@ -12,7 +12,8 @@ import pandas as pd
 
 from unwrite.errors import ResultError, shown
 from unwrite.files import write
-from unwrite.report.curves import curve, drawing, scatter
+from unwrite.report.curves import curve, drawing, precision, scatter
+from unwrite.report.graphs import over_layers, snapshots
 from unwrite.report.maps import DIVERGING, attention, fitting, heatmap, matrix
 from unwrite.report.paper import FIGURES, SAYS, finish, harmless, of_verified, series
 from unwrite.report.ranked import bars
@@ -131,6 +132,7 @@ def _caption(result: Result) -> str:
 
 
 # Those that draw one variable, and those that know theirs.
-_DRAWING = {"heatmap": heatmap, "bars": bars, "matrix": matrix, "attention": attention}
-_NAMED = {"levels": levels, **FIGURES, "positions": places, "curve": curve, "circuit": drawing,
+_DRAWING = {"heatmap": heatmap, "bars": bars, "matrix": matrix, "attention": attention, "graph": over_layers,
+            "snapshots": snapshots}  # fmt: skip
+_NAMED = {"levels": levels, **FIGURES, "positions": places, "curve": curve, "precision": precision, "circuit": drawing,
           "scatter": scatter}  # fmt: skip

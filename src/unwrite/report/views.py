@@ -18,6 +18,8 @@ from unwrite.report import (
     audited,
     believed,
     channels,
+    claimed,
+    decoded,
     found,
     kept,
     looked,
@@ -207,6 +209,10 @@ VIEWS: dict[str, MethodView] = {
         looked.first_choice, _by_prompt(looked.LENS, looked.lenses, lambda data: looked.foremost(data, _LOOKED)),
         of=("followed_prob",), apart=("prompt",),
     ),
+    "decode": MethodView(
+        decoded.sentence, decoded.parts, picture="precision", of=("prob",), apart=("prompt",)
+    ),
+    "graph": MethodView(claimed.sentence, claimed.parts, picture="graph"),
     "attention": MethodView(
         looked.looks_most, _by_prompt(looked.ATTENTION, looked.looks, lambda _: range(_LOOKED)), picture="attention",
         of=("weight",),
