@@ -156,12 +156,22 @@ class Job:
         # What is asked without a folder is compared with nothing.
         if self.folder is not None or self.of:
             model |= identity(lm)
-        asked = {"method": method, "model": model, "input": dict(read), "settings": dict(settings)}
+        first = not self.key
+        found = self.asked(method, model, read, settings, in_parts)
+        if first:
+            self._held.enter_context(fast(lm.hf))
+        return found
+
+    def asked(
+        self, method: str, model: Mapping[str, Any], read: Mapping[str, str], settings: Mapping[str, Any],
+        in_parts: bool = False,
+    ) -> Result | None:  # fmt: skip
+        """The same of any model, by all that tells it from another one."""
+        asked = {"method": method, "model": dict(model), "input": dict(read), "settings": dict(settings)}
         self._asked[method] = self._now = results.record(asked)
         if self.key:
             return None
         self.key = self._now
-        self._held.enter_context(fast(lm.hf))
         if (self.shard[1] > 1 or self.of) and not in_parts:
             raise ModelError(f"{method} cannot be done in parts", expected="a scan, or survival")
         return None if self.folder is None else self._found(Path(self.folder))
