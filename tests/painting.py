@@ -12,8 +12,8 @@ pytest.importorskip("diffusers", reason="needs unwrite[diffusion]")
 
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
     DDPMScheduler,
-    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -32,6 +32,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
+
+from tiny import of_module
 
 WORDS = ("[pad]", "[unk]", "[eos]", '"', "a", "sign", "wall", "that", "says", "stop", "taxi", *map(str, range(10)))
 LENGTH, WIDTH = 8, 32
@@ -95,7 +97,7 @@ def sdxl() -> StableDiffusionXLPipeline:
     )  # fmt: skip
     return StableDiffusionXLPipeline(
         vae=_vae(4), text_encoder=_clip(), text_encoder_2=_clip(True), tokenizer=tokenizer(), tokenizer_2=tokenizer(),
-        unet=denoiser, scheduler=EulerDiscreteScheduler(), add_watermarker=False,
+        unet=denoiser, scheduler=DDIMScheduler(), add_watermarker=False,
     )  # fmt: skip
 
 
@@ -140,8 +142,11 @@ KINDS = {"sdxl": sdxl, "if": if_, "sd3": sd3, "flux": flux}
 
 
 @cache
-def pipeline(kind: str) -> Any:
-    """A pipeline of this kind whose text matters: random weights are made larger than they begin."""
+def pipeline(kind: str, pooled: bool = True) -> Any:
+    """A pipeline of this kind whose text matters: random weights are made larger than they begin.
+
+    Without what is `pooled` of a prompt, text has one way into an image: the embeddings of its tokens.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         pipe = KINDS[kind]()
@@ -153,5 +158,22 @@ def pipeline(kind: str) -> Any:
         for weight in denoiser.parameters():
             if weight.dim() > 1:
                 torch.nn.init.normal_(weight, 0.0, 0.2)
+        if not pooled:
+            one = pipe.text_encoder
+            last = [one.text_projection, pipe.text_encoder_2.text_projection] if kind == "sd3" else [one.final_layer_norm]
+            for weight in (weight for module in last for weight in module.parameters()):
+                torch.nn.init.zeros_(weight)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def snapshot_of(pipe: Any) -> dict[str, Any]:
+    """Everything about a pipeline that could have been changed: its parts, its scheduler, what it was called with."""
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    own = {name: str(part) for name, part in vars(pipe).items() if name not in pipe.components}
+    processors = {name: str(module.processor) for name, module in parts.items() for module in module.modules()
+                  if hasattr(module, "processor")}  # fmt: skip
+    return {
+        **{name: of_module(part) for name, part in parts.items()}, "own": own, "processors": processors,
+        "scheduler": {name: str(part) for name, part in vars(pipe.scheduler).items()},
+    }  # fmt: skip

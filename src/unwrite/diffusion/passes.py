@@ -81,6 +81,8 @@ class Exchange:
     def aim(self) -> Image:
         """The target's image, whose text is kept. Raises TokensError for prompts of unequal lengths."""
         clock = Clock()
+        self._rows.clear()
+        self._kept.clear()
 
         def visits() -> Iterator[Handle]:
             yield from self._timed(clock, self._compared)

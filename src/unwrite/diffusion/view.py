@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -158,15 +159,21 @@ def painter(pipe: Any, prompt: str, call: Any) -> Painter:
 
     Raises ModelError for what is no pipeline that makes images of text, or where diffusers is not installed.
     """
-    denoiser, call = denoiser_of(pipe), _called(call)
+    denoiser, call = denoiser_of(pipe), _called(pipe, call)
     one = Painter(pipe, denoiser, (), call)
 
     def leave(_: object) -> None:
         raise Leave
 
     def run() -> None:
-        with suppress(Leave):
+        try:
             one.paint(prompt, 0, (put_out(denoiser, leave) for _ in range(1)))
+        except Leave:
+            pass
+        except (TypeError, ValueError) as error:
+            raise ModelError(
+                "the pipeline cannot be called so", got=error, expected="a prompt, and what `call` says beside it"
+            ) from error
 
     return Painter(pipe, denoiser, in_order(denoiser, run), call)
 
@@ -186,12 +193,20 @@ def denoiser_of(pipe: Any) -> nn.Module:
     return found[0]
 
 
-def _called(call: Any) -> Mapping[str, Any]:
+def _called(pipe: Any, call: Any) -> Mapping[str, Any]:
+    takes = inspect.signature(type(pipe).__call__).parameters
+    if not {"prompt", "generator", "output_type"} <= set(takes):
+        raise ModelError("this pipeline makes no images of text", got=type(pipe).__name__, expected="one with a prompt")
     named = isinstance(call, Mapping) and all(isinstance(name, str) for name in call)
     require(call is None or named, NumericError, "call is what the pipeline is called with", call, "arguments by name")
     taken = [name for name in _OURS if name in (call or {})]
     if taken:
         raise NumericError("call has what is not the caller's", got=", ".join(taken), expected="other arguments")
+    unknown = [name for name in call or {} if name not in takes]
+    if unknown:
+        raise NumericError(
+            f"a {type(pipe).__name__} takes no such argument", got=", ".join(unknown), expected=", ".join(takes)
+        )
     return dict(call or {})
 
 
