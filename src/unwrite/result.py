@@ -35,7 +35,7 @@ _ROWS = {
     "lens": ("prompt", "location", "position"), "attention": ("prompt", "head", "query", "key"),
     "activations": ("prompt", "position"), "solves": ("pair",), "mask": ("penalty", "node", "position", "role"),
     "subspace": ("site", "patch", "rank"), "circuit": ("order", "by", "size"), "overlap": ("top", "stage"),
-    "channels": ("writer", "reader", "side"),
+    "channels": ("writer", "reader", "side"), "localise": ("run",),
 }  # fmt: skip
 VERSIONS = ("unwrite", "torch", "transformers", "numpy", "xarray")
 # A spreadsheet takes a cell that begins with one of these for a formula, some also the full-width forms.

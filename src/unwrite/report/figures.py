@@ -13,6 +13,7 @@ import pandas as pd
 from unwrite.errors import ResultError, shown
 from unwrite.files import write
 from unwrite.report.curves import curve, drawing
+from unwrite.report.image_grid import images
 from unwrite.report.maps import DIVERGING, attention, fitting, heatmap, matrix
 from unwrite.report.paper import FIGURES, SAYS, finish, harmless, of_verified, series
 from unwrite.report.ranked import bars
@@ -131,5 +132,5 @@ def _caption(result: Result) -> str:
 
 
 # Those that draw one variable, and those that know theirs.
-_DRAWING = {"heatmap": heatmap, "bars": bars, "matrix": matrix, "attention": attention}
+_DRAWING = {"heatmap": heatmap, "bars": bars, "matrix": matrix, "attention": attention, "images": images}
 _NAMED = {"levels": levels, **FIGURES, "positions": places, "curve": curve, "circuit": drawing}
