@@ -12,15 +12,16 @@ from unwrite.report.columns import Column, Line, Listing
 from unwrite.result import Result
 
 HEADER = (
-    Column("text of the target in", holds="word"),
+    Column("with the target in", holds="word"),
     Column("share [95 %]", "{share}; {low}"),
     Column("verdict", "{verdict}", holds="word"),
     Column("weights", "{parameters}"),
-    Column("layer", holds="word"),
 )
 # Runs with no share: the prompt's own image, the target's, and that with the target's text in all layers.
 _ENDS = ("source", "target", "all")
 _WRITES, _NAMED = "writes the text", 4
+# Of all scores these stand in a table, beside the one that says which text is there.
+_SHOWN = ("ssim", "mse")
 
 
 def parts(result: Result) -> Iterator[Line | Listing]:
@@ -29,8 +30,9 @@ def parts(result: Result) -> Iterator[Line | Listing]:
     put = {"kv": "keys and values of its run", "embedding": "its embedding"}[str(data.attrs["put"])]
     each = f"{counted(int(data.attrs['prompts']), 'prompt')}, {counted(int(data.attrs['layers']), 'layer')} read text"
     yield Line(f"{each}; of the target {put}, from step {data.attrs['start']} on", "dim")
-    columns = (*HEADER, *(Column(str(name), "{value}") for name in data["score"].values))
-    yield Listing("", columns, [_row(data, i) for i in _order(data)], data)
+    scores = [name for name in (data.attrs["by"], *_SHOWN) if name in data["score"].values]
+    columns = (*HEADER, *(Column(name, "{value}") for name in scores), Column("layer", holds="word"))
+    yield Listing("", columns, [_row(data, i, scores) for i in _order(data)], data)
 
 
 def _order(data: xr.Dataset) -> list[int]:
@@ -40,13 +42,12 @@ def _order(data: xr.Dataset) -> list[int]:
     return [*own, *sorted(rest, key=lambda i: -np.nan_to_num(share[i], nan=-np.inf))]
 
 
-def _row(data: xr.Dataset, i: int) -> tuple[str, ...]:
+def _row(data: xr.Dataset, i: int, scores: list[str]) -> tuple[str, ...]:
     run, path = str(data["run"].values[i]), str(data["path"].values[i])
     verdict = str(data["verdict"].values[i]) if "verdict" in data else ""
     weights = int(data["parameters"].values[i])
-    scores = [f"{value:.3g}" for value in data["mean"].values[:, i]]
-    share = interval(data, i) if run not in _ENDS else ""
-    return run, share, verdict, f"{weights:,}" if weights else "", path, *scores
+    values = [f"{float(data['mean'].sel(score=name)[i]):.3g}" for name in scores]
+    return run, interval(data, i), verdict, f"{weights:,}" if weights else "", *values, path
 
 
 def interval(data: xr.Dataset, i: int) -> str:
