@@ -109,7 +109,8 @@ def if_() -> IFPipeline:
         up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), cross_attention_norm="group_norm",
     )  # fmt: skip
     return IFPipeline(
-        tokenizer=tokenizer(), text_encoder=_t5(), unet=denoiser, scheduler=DDPMScheduler(variance_type="learned_range"),
+        tokenizer=tokenizer(), text_encoder=_t5(), unet=denoiser,
+        scheduler=DDPMScheduler(variance_type="learned_range"),
         safety_checker=None, feature_extractor=None, watermarker=None, requires_safety_checker=False,
     )  # fmt: skip
 
@@ -160,7 +161,9 @@ def pipeline(kind: str, pooled: bool = True) -> Any:
                 torch.nn.init.normal_(weight, 0.0, 0.2)
         if not pooled:
             one = pipe.text_encoder
-            last = [one.text_projection, pipe.text_encoder_2.text_projection] if kind == "sd3" else [one.final_layer_norm]
+            last = (
+                [one.text_projection, pipe.text_encoder_2.text_projection] if kind == "sd3" else [one.final_layer_norm]
+            )
             for weight in (weight for module in last for weight in module.parameters()):
                 torch.nn.init.zeros_(weight)
     pipe.set_progress_bar_config(disable=True)

@@ -72,7 +72,9 @@ def test_every_number_is_that_of_an_image_which_the_pipeline_makes(found: uw.Res
         )
     one = pipe.transformer.transformer_blocks[1].attn
     seen: list[torch.Tensor] = []
-    handles = [part.register_forward_hook(lambda _, __, out: seen.append(out)) for part in (one.add_k_proj, one.add_v_proj)]
+    handles = [
+        part.register_forward_hook(lambda _, __, out: seen.append(out)) for part in (one.add_k_proj, one.add_v_proj)
+    ]
     image(TARGETS[2], 2)
     for handle in handles:
         handle.remove()
@@ -89,7 +91,9 @@ def test_a_share_is_a_ratio_of_sums(found: uw.Result) -> None:
     value = found["value"].sel(score="red")
     gain = value - value.sel(run="source")
     for run in ("L0", "L1", "L2"):
-        assert float(found["share"].sel(run=run)) == pytest.approx(float(gain.sel(run=run).sum() / gain.sel(run="all").sum()))
+        assert float(found["share"].sel(run=run)) == pytest.approx(
+            float(gain.sel(run=run).sum() / gain.sel(run="all").sum())
+        )
     assert np.isnan(found["share"].sel(run=["source", "target", "all"])).all()
     assert found["verdict"].sel(run="L0") == UNDECIDED  # of three prompts
     assert found["parameters"].sel(run=["L1", "all"]).values.tolist() == [512, 1536]
@@ -111,6 +115,7 @@ def test_sets_of_layers_and_the_start(found: uw.Result) -> None:
 
 def test_text_that_is_read_is_scored_and_the_finding_said() -> None:
     """A reader by a template: the digit that the brightness stands for, which a prompt's is not."""
+
     def read(image: np.ndarray) -> str:
         return "stop" if image.mean() < 0.5 else "taxi"
 
@@ -190,7 +195,7 @@ def test_structural_similarity_by_its_definition() -> None:
     rng = np.random.default_rng(0)
     x = rng.random((14, 13, 3)).astype(np.float32)
     y = np.clip(x + 0.2 * rng.standard_normal(x.shape), 0, 1).astype(np.float32)
-    line = np.exp(-np.arange(-5, 6) ** 2 / (2 * 1.5**2))
+    line = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
     window = np.outer(line, line) / np.outer(line, line).sum()
     pad = ((5, 5), (5, 5), (0, 0))
     px, py = (np.pad(image.astype(float), pad, mode="symmetric") for image in (x, y))
@@ -198,7 +203,11 @@ def test_structural_similarity_by_its_definition() -> None:
     for i, j, c in np.ndindex(*x.shape):
         a, b = px[i : i + 11, j : j + 11, c], py[i : i + 11, j : j + 11, c]
         ma, mb = (window * a).sum(), (window * b).sum()
-        va, vb, ab = (window * (a - ma) ** 2).sum(), (window * (b - mb) ** 2).sum(), (window * (a - ma) * (b - mb)).sum()
+        va, vb, ab = (
+            (window * (a - ma) ** 2).sum(),
+            (window * (b - mb) ** 2).sum(),
+            (window * (a - ma) * (b - mb)).sum(),
+        )
         want[i, j, c] = (2 * ma * mb + 1e-4) * (2 * ab + 9e-4) / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4))
     assert ssim(x, y) == pytest.approx(want.mean(), abs=1e-6)
 
@@ -215,13 +224,12 @@ def test_scores_of_words_by_hand() -> None:
 
 
 def test_clip_is_a_cosine() -> None:
-    sizes = {"text_config": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 30,
-                             "num_attention_heads": 2, "max_position_embeddings": 8, "eos_token_id": 2},
-             "vision_config": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-                               "num_attention_heads": 2, "image_size": 16, "patch_size": 8}, "projection_dim": 8}  # fmt: skip
     from transformers import CLIPConfig, CLIPModel
 
-    model = CLIPModel(CLIPConfig(**sizes)).eval()
+    both = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    words = {**both, "vocab_size": 30, "max_position_embeddings": 8, "eos_token_id": 2}
+    images = {**both, "image_size": 16, "patch_size": 8}
+    model = CLIPModel(CLIPConfig(text_config=words, vision_config=images, projection_dim=8)).eval()
 
     def processor(text: Any, images: Any, **_: Any) -> dict[str, torch.Tensor]:
         ids = torch.tensor([[5, 6, 2]]) if text[0] == PROMPT else torch.tensor([[7, 8, 2]])
@@ -229,7 +237,7 @@ def test_clip_is_a_cosine() -> None:
         return {"input_ids": ids, "pixel_values": torch.from_numpy(images[0].transpose(2, 0, 1)[None] / 255).float()}
 
     image = np.random.default_rng(0).random((16, 16, 3)).astype(np.float32)
-    scene = scoring.Scene(PROMPT, TARGET, "", "", image, image)
+    scene = scoring.Comparison(PROMPT, TARGET, "", "", image, image)
     found = {name: score(image, scene) for name, score in uw.diffusion.clip(model, processor).items()}
     with torch.no_grad():
         for name, text in (("clip_prompt", PROMPT), ("clip_target", TARGET)):
@@ -304,6 +312,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
             weight.copy_(before)
 
 
+@pytest.mark.promise("untouched")
 def test_a_pipeline_is_untouched(found: uw.Result) -> None:
     before = snapshot_of(pipeline("flux"))
     ask("flux", PROMPTS[0], TARGETS[0], layers=[0, 3])
@@ -315,7 +324,9 @@ def test_a_pipeline_is_untouched(found: uw.Result) -> None:
 # Shown and saved.
 
 
-def test_a_result_is_saved_shown_and_drawn(found: uw.Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_result_is_saved_shown_and_drawn(
+    found: uw.Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found.save(tmp_path)
     again = uw.read(tmp_path)
     assert again.data.identical(found.data)
@@ -449,6 +460,7 @@ def _refused() -> Iterator[tuple[dict[str, Any], type[Exception], str]]:
     yield {"pictures": -1}, errors.NumericError, "pictures"
 
 
+@pytest.mark.promise("errors")
 @pytest.mark.parametrize(("other", "error", "says"), [*_refused()])
 def test_bad_input_is_refused_in_words(other: dict[str, Any], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
@@ -478,6 +490,7 @@ def test_an_image_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
             ask()
 
 
+@pytest.mark.promise("errors")
 def test_without_the_extra_it_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
     from unwrite.diffusion import view
 

@@ -61,11 +61,11 @@ def each() -> dict[str, Result]:
 
 
 def test_every_method_has_a_view() -> None:
-    """Beside those here: what an audit is made of (test_page.py), and a paper's claims."""
+    """Beside those here: what an audit is made of (test_page.py), a paper's claims, and images (test_localise.py)."""
     assert set(VIEWS) == {
         "effects", "agree", "compare", "paths", "bound", "survival", "dla",
         "scan", "verify", "audit", "adversarial", "corpus_dla", "reproduce", "lens", "attention", "solves",
-        "circuit", "Circuit", "overlap", "beside", "mask", "readers", "subspace", "channels",
+        "circuit", "Circuit", "overlap", "beside", "mask", "readers", "subspace", "channels", "localise",
     }  # fmt: skip
 
 

@@ -4,8 +4,8 @@
     python examples/diffusion/localising.py WORK
 
 WORK is what `toy.py` trained. Layers are found by 24 prompts whose targets have another digit and another shape; 24
-others are then edited in these alone, from three steps on, and prompts with forbidden digits are kept from showing them.
-What was found is kept as `results/toy.json` beside this file, from which docs/diffusion.md is made.
+others are then edited in these alone, from several steps on, and prompts with forbidden digits are kept from showing
+them. What was found is kept as `results/toy.json` beside this file, from which docs/diffusion.md is made.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def told(found: uw.Result) -> dict[str, Any]:
     return {
         "runs": data["run"].values.tolist(), "words": repr(found).splitlines()[0],
         **{name: data[name].values.tolist() for name in names},
-        "mean": {str(name): data["mean"].sel(score=name).values.tolist() for name in data["score"].values if name != "psnr"},
+        "mean": {
+            str(name): data["mean"].sel(score=name).values.tolist() for name in data["score"].values if name != "psnr"
+        },
     }  # fmt: skip
 
 
@@ -91,7 +93,8 @@ def edited(pipe: Any, layers: Sequence[str]) -> list[dict[str, Any]]:
         seen = []
         for i, (prompt, target) in enumerate(zip(own, targets, strict=True)):
             base, image = (
-                uw.diffusion.edit(pipe, prompt, to, layers, start, seed=100 + i, call=toy.CALL) for to in (prompt, target)
+                uw.diffusion.edit(pipe, prompt, to, layers, start, seed=100 + i, call=toy.CALL)
+                for to in (prompt, target)
             )
             seen.append((
                 toy.read(image) == quoted(target), toy.read(image) == quoted(prompt),
@@ -137,9 +140,14 @@ if __name__ == "__main__":
     layers = [run for run, word in zip(found["digit"]["runs"], found["digit"]["verdict"], strict=True)
               if word == "writes the text"]  # fmt: skip
     found |= {
-        "planted": {name: f"L{i}" for name, i in toy.PLANTED.items()}, "layers": layers, "steps": toy.CALL["num_inference_steps"],
-        "found_by": FOUND_BY, "judged_by": JUDGED_BY, "edited": edited(pipe, layers), "prevented": prevented(pipe, layers),
-    }  # fmt: skip
+        "planted": {name: f"L{i}" for name, i in toy.PLANTED.items()},
+        "layers": layers,
+        "steps": toy.CALL["num_inference_steps"],
+        "found_by": FOUND_BY,
+        "judged_by": JUDGED_BY,
+        "edited": edited(pipe, layers),
+        "prevented": prevented(pipe, layers),
+    }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     print(table(found).to_string())

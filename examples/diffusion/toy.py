@@ -92,7 +92,7 @@ def pipeline() -> IFPipeline:
     """The untrained model."""
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "[pad]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = Words(tokenizer_object=words, pad_token="[pad]", unk_token="[pad]")
+    tokenizer = Words(tokenizer_object=words, pad_token="[pad]", unk_token="[pad]")  # noqa: S106
     unet = UNet2DConditionModel(
         sample_size=SIZE, in_channels=1, out_channels=2, block_out_channels=(16, 32), layers_per_block=(1, 2),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), norm_num_groups=8, attention_head_dim=4,
@@ -195,5 +195,7 @@ if __name__ == "__main__":
     pipe, began = pipeline(), time.process_time()
     losses = train(pipe, asked.steps)
     asked.work.mkdir(parents=True, exist_ok=True)
-    save_file({name: part.contiguous() for name, part in pipe.unet.state_dict().items()}, asked.work / "toy.safetensors")
+    save_file(
+        {name: part.contiguous() for name, part in pipe.unet.state_dict().items()}, asked.work / "toy.safetensors"
+    )
     print(f"{asked.steps} steps, loss {np.mean(losses[-50:]):.4f}, {time.process_time() - began:.0f} s of one core")

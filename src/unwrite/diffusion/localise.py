@@ -17,7 +17,7 @@ import numpy as np
 import xarray as xr
 
 from unwrite.diffusion.passes import WAYS, Exchange, Way, way_of
-from unwrite.diffusion.scores import Scene, Scores, quoted, scores
+from unwrite.diffusion.scores import Comparison, Measures, quoted, scores
 from unwrite.diffusion.view import Image, Painter, TextLayer, painter, written
 from unwrite.errors import NodeError, NumericError, TokensError, counted, one_of, require, shown, whole
 from unwrite.files import version
@@ -87,17 +87,17 @@ class _Asked:
     start: int
     seed: int
     pictures: int
-    scores: Scores
+    scores: Measures
     settings: Mapping[str, Any]
 
-    def scene(self, i: int, base: Image, aim: Image) -> Scene:
+    def scene(self, i: int, base: Image, aim: Image) -> Comparison:
         """What the images of a prompt are compared with."""
         own, theirs = self.prompts[i], self.targets[i]
-        return Scene(own, theirs, quoted(own), quoted(theirs), base, aim)
+        return Comparison(own, theirs, quoted(own), quoted(theirs), base, aim)
 
 
 def _asked(
-    prompts: Any, targets: Any, start: Any, put: Any, seed: Any, pictures: Any, measured: Scores, call: Any
+    prompts: Any, targets: Any, start: Any, put: Any, seed: Any, pictures: Any, measured: Measures, call: Any
 ) -> _Asked:
     own, theirs = written("prompts", prompts), written("targets", targets)
     if len(own) != len(theirs):
@@ -158,9 +158,7 @@ def _numbers(part: Any, most: int) -> Iterable[int]:
 class _Tally:
     """What is found of every prompt and run, and images of the first prompts."""
 
-    def __init__(
-        self, asked: _Asked, one: Painter, sets: Mapping[str, tuple[TextLayer, ...]], way: Way, job: Job
-    ):
+    def __init__(self, asked: _Asked, one: Painter, sets: Mapping[str, tuple[TextLayer, ...]], way: Way, job: Job):
         self.asked, self.painter, self.sets, self.job, self._way = asked, one, sets, job, way
         self.runs = (SOURCE, TARGET, *sets)
         self.found: Arrays = {}
@@ -170,7 +168,13 @@ class _Tally:
         """All images of one prompt that are not there yet."""
         asked = self.asked
         exchange = Exchange(
-            self.painter, asked.prompts[i], asked.targets[i], asked.seed + i, asked.start, self._way, self.painter.layers
+            self.painter,
+            asked.prompts[i],
+            asked.targets[i],
+            asked.seed + i,
+            asked.start,
+            self._way,
+            self.painter.layers,
         )
         scene = asked.scene(i, exchange.base(), exchange.aim())
         images = {SOURCE: lambda: scene.base, TARGET: lambda: scene.aim}
@@ -180,7 +184,7 @@ class _Tally:
                 self._keep(i, run, image(), scene)
                 self.job.tick(self.kept, n / len(self.runs), f"{n}/{len(self.runs)} images")
 
-    def _keep(self, i: int, run: str, image: Image, scene: Scene) -> None:
+    def _keep(self, i: int, run: str, image: Image, scene: Comparison) -> None:
         own = {f"{i} {run}": self.asked.scores.of(image, scene)}
         if i < self.asked.pictures:
             own[f"{i} {run} image"] = small(image)

@@ -21,7 +21,6 @@ from unwrite.model.hooks import Call, Handle, after, called, given
 
 Way = Literal["kv", "embedding"]
 WAYS = ("kv", "embedding")
-Rows = Int[Tensor, " row"]
 
 
 def way_of(layers: Sequence[TextLayer], wanted: str | None = None) -> Way:
@@ -65,7 +64,7 @@ class Exchange:
     layers: Sequence[TextLayer]
     # What the target's run has, by call of the denoiser, layer and what it is; and in which rows.
     _kept: dict[tuple[int, str, str], Tensor] = field(init=False, default_factory=dict)
-    _rows: list[Rows] = field(init=False, default_factory=list)
+    _rows: list[Int[Tensor, " row"]] = field(init=False, default_factory=list)
     _length: int = field(init=False, default=0)
     # One tensor is given to many layers, and at many steps: it is kept once.
     _last: tuple[Tensor, Tensor] | None = field(init=False, default=None)
@@ -92,7 +91,9 @@ class Exchange:
         image = self.painter.paint(self.target, self.seed, visits())
         steps = sum(len(rows) > 0 for rows in self._rows)
         if len(clock.texts) != len(self._texts):
-            raise ModelError("the two runs take unequal numbers of steps", got=f"{len(self._texts)}, {len(clock.texts)}")
+            raise ModelError(
+                "the two runs take unequal numbers of steps", got=f"{len(self._texts)}, {len(clock.texts)}"
+            )
         if self.start >= max(steps, 1) and steps:
             raise NumericError("start is after the last step", got=self.start, expected=f"at most {steps - 1}")
         return image

@@ -22,7 +22,7 @@ _QUOTED = re.compile(r"\"([^\"]+)\"|“([^”]+)”|(?<!\w)'([^']+)'(?!\w)")
 
 
 @dataclass(frozen=True, eq=False)
-class Scene:
+class Comparison:
     """What an image is compared with: both prompts, the text that each quotes, and both images."""
 
     prompt: str
@@ -33,8 +33,8 @@ class Scene:
     aim: Image
 
 
-Reader = Callable[[Image], str]
-Score = Callable[[Image, Scene], float]
+ReadsText = Callable[[Image], str]
+Score = Callable[[Image, Comparison], float]
 
 
 def mse(one: Image, other: Image) -> float:
@@ -49,7 +49,7 @@ def psnr(one: Image, other: Image) -> float:
 
 
 def ssim(one: Image, other: Image) -> float:
-    """Structural similarity (Wang et al. 2004, equation 13): its mean over all pixels and channels, borders mirrored."""
+    """Structural similarity (Wang et al. 2004, equation 13): its mean over pixels and channels, borders mirrored."""
     x, y = (np.moveaxis(image.astype(float), -1, 0) for image in (one, other))
 
     def mean(values: np.ndarray) -> np.ndarray:
@@ -62,7 +62,7 @@ def ssim(one: Image, other: Image) -> float:
 
 
 def f1(read: str, text: str) -> float:
-    """F1 of words, case folded, each as often as it stands there: 2 · both / (read + wanted); 0 where nothing is read."""
+    """F1 of words, case folded, each as often as it is there: 2 · both / (read + wanted); 0 where nothing is read."""
     own, wanted = (Counter(re.findall(r"\w+", part.casefold())) for part in (read, text))
     return 2 * (own & wanted).total() / max(1, own.total() + wanted.total())
 
@@ -88,7 +88,7 @@ def replaced(prompt: str, text: str) -> str:
 
 
 def clip(model: Any, processor: Any) -> dict[str, Score]:
-    """Scores by CLIP: cosine of the image and the prompt, and of the image and the target.
+    """Measures by CLIP: cosine of the image and the prompt, and of the image and the target.
 
     `model` and `processor` are those of transformers, such as CLIPModel and CLIPProcessor.
     """
@@ -105,7 +105,7 @@ def clip(model: Any, processor: Any) -> dict[str, Score]:
     }
 
 
-def tesseract(language: str = "eng") -> Reader:
+def tesseract(language: str = "eng") -> ReadsText:
     """A reader of text in images by the program tesseract. Raises ModelError where pytesseract is not installed."""
     try:
         import pytesseract  # pyright: ignore[reportMissingImports]
@@ -132,10 +132,10 @@ _EQUATIONS = {
 
 
 @dataclass(frozen=True, eq=False)
-class Scores:
+class Measures:
     """What is measured of every image: pictures always, text where there is a reader, and the caller's own."""
 
-    read: Reader | None
+    read: ReadsText | None
     own: Mapping[str, Score]
 
     @property
@@ -158,7 +158,7 @@ class Scores:
         named = {"read": self.read, **self.own} if self.read else dict(self.own)
         return {name: getattr(one, "__qualname__", type(one).__qualname__) for name, one in named.items()}
 
-    def of(self, image: Image, scene: Scene) -> np.ndarray:
+    def of(self, image: Image, scene: Comparison) -> np.ndarray:
         """All of them. Raises NumericError for one of the caller's that is no finite number."""
         found: dict[str, Any] = {name: measure(image, scene.base) for name, measure in _IMAGES.items()}
         if self.read is not None:
@@ -181,7 +181,7 @@ def _number(name: str, value: Any) -> float:
     return number
 
 
-def scores(read: Any, own: Any) -> Scores:
+def scores(read: Any, own: Any) -> Measures:
     """What is to be measured. Raises NumericError for a reader or scores that are none."""
     function("read", read)
     named = isinstance(own, Mapping) and all(isinstance(name, str) and callable(one) for name, one in own.items())
@@ -190,4 +190,4 @@ def scores(read: Any, own: Any) -> Scores:
     taken = [name for name in own or {} if name in _EQUATIONS or not name.isidentifier()]
     if taken:
         raise NumericError("a score needs a name of its own", got=shown(taken[0]), expected="a word that is not taken")
-    return Scores(read, dict(own or {}))
+    return Measures(read, dict(own or {}))

@@ -27,7 +27,7 @@ from unwrite.model.hooks import Call, Handle, Leave, called, hooked, put_out
 Image = Float[np.ndarray, "row column channel"]
 # cross: keys and values of the text are made of the prompt's embedding alone; joint: of a stream of its own that
 # layers change; mixed: text and image are one stream, and the text stands first in it.
-Kind = Literal["cross", "joint", "mixed"]
+TextKind = Literal["cross", "joint", "mixed"]
 TEXT = "encoder_hidden_states"
 # What a pipeline is told by us; all else in `call` is the user's.
 _OURS = ("prompt", "generator", "output_type", "num_images_per_prompt", "return_dict", "latents")
@@ -40,7 +40,7 @@ class TextLayer:
     """An attention layer that reads text: where it is, how text comes to it, what makes its keys and values of text."""
 
     path: str
-    kind: Kind
+    kind: TextKind
     module: nn.Module = field(repr=False)
 
     @property
@@ -94,7 +94,7 @@ def _attends(module: nn.Module) -> bool:
     return _added(module) or all(isinstance(getattr(module, name, None), nn.Module) for name in ("to_k", "to_v"))
 
 
-def _kind(denoiser: nn.Module, path: str, module: nn.Module, call: Call) -> Kind | None:
+def _kind(denoiser: nn.Module, path: str, module: nn.Module, call: Call) -> TextKind | None:
     """How text comes to a layer; None where none does."""
     _, named = call
     mixed = type(denoiser).__name__ == _MIXED[0] and path.startswith(_MIXED[1])
@@ -219,7 +219,9 @@ def _image(made: Any, prompt: str) -> Image:
         )  # fmt: skip
     image = np.asarray(getattr(made, "images", [None])[0], dtype=np.float32)
     if image.ndim != 3:
-        raise ModelError("this pipeline makes no images", got=type(made).__name__, expected="rows, columns and channels")
+        raise ModelError(
+            "this pipeline makes no images", got=type(made).__name__, expected="rows, columns and channels"
+        )
     if not np.isfinite(image).all():
         raise NumericError("an image is not finite", got=shown(prompt), fix="load the pipeline in float32 or bfloat16")
     return image

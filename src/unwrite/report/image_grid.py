@@ -25,7 +25,12 @@ def images(result: Result, writer: str | None, of: str | None, chosen: Mapping[s
 
     `chosen` may say which: `picture=1`. Raises ResultError for a result that holds no images.
     """
-    if "image" not in result.data or not result.data.sizes["picture"] or writer is not None or of not in (None, "image"):
+    if (
+        "image" not in result.data
+        or not result.data.sizes["picture"]
+        or writer is not None
+        or of not in (None, "image")
+    ):
         raise ResultError(f"this {result.method} has no images", expected="a result of uw.localise with pictures")
     part, runs = result["image"], [str(run) for run in result["run"].values]
     which = _which(chosen, part.sizes["picture"], len(runs))
@@ -33,9 +38,9 @@ def images(result: Result, writer: str | None, of: str | None, chosen: Mapping[s
     marks = [_mark(result, picture, run, n) for n, (picture, run) in enumerate(places)]
     high = 1 + max(mark["y"] for mark in marks)
     wide = min(_ROW, len(runs))
-    frame = {"x": alt.X("x:Q", axis=None, scale=alt.Scale(domain=[0, wide], nice=False))}
-    frame["y"] = alt.Y("y:Q", axis=None, scale=alt.Scale(domain=[high, 0], nice=False))  # pyright: ignore
-    base = alt.Chart(alt.Data(values=marks)).encode(**frame)
+    x = alt.X("x:Q", axis=None, scale=alt.Scale(domain=[0, wide], nice=False))
+    y = alt.Y("y:Q", axis=None, scale=alt.Scale(domain=[high, 0], nice=False))
+    base = alt.Chart(alt.Data(values=marks)).encode(x=x, y=y)
     size = _SIDE - 4
     shown_ = base.mark_image(width=size, height=size, align="left", baseline="top").encode(url="url:N", **SAYS)
     words = base.mark_text(align="left", baseline="bottom", fontSize=10, dy=-1, limit=size).encode(text="run:N")

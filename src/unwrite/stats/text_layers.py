@@ -32,7 +32,7 @@ def shares(
     """
     n, looks = gain.shape
     if not whole.sum():
-        return (np.full(looks, np.nan),) * 3
+        return np.full(looks, np.nan), np.full(looks, np.nan), np.full(looks, np.nan)
     share, low, high = ratio(gain, whole, np.arange(n), looks)
     unseen = 1 - wilson(n, n, looks)[0]
     return share, np.minimum(low, share - unseen), np.maximum(high, share + unseen)
