@@ -313,7 +313,11 @@ NAMES = (
 )  # fmt: skip
 # What the methods of the library ask of a job; people hand it over.
 NOT_ASKED = {
-    f"Job.{name}" for name in "asked begin gather goes_on heard mark signed stage tick together unbroken".split()
+    f"Job.{name}"
+    for name in (
+        *("asked", "begin", "gather", "goes_on", "heard", "mark"),
+        *("signed", "stage", "tick", "together", "unbroken"),
+    )
 }
 
 

@@ -41,6 +41,11 @@ def ask(kind: str = "sd3", prompts: Any = PROMPTS, targets: Any = TARGETS, **oth
     return uw.localise(pipeline(kind), prompts, targets, **{"call": CALL[kind], "score": {"red": red}, **other})
 
 
+def slowly(*values: Any) -> list[Any]:
+    """Cases that are left to `--slow`."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 @pytest.fixture(scope="module")
 def found() -> uw.Result:
     return ask()
@@ -271,7 +276,7 @@ def test_the_cost_is_said_first_and_progress_moves() -> None:
 
 @pytest.mark.promise("resumed")
 @pytest.mark.usefixtures("always")
-@pytest.mark.parametrize("after", [1, 4, 6, 10])
+@pytest.mark.parametrize("after", [*slowly(1, 4, 10), 8])
 def test_it_goes_on_where_it_was_stopped(found: uw.Result, after: int, tmp_path: Path) -> None:
     """In the middle of a prompt, too, to the same bits; images that are there are not scored again."""
     scored = [0]
@@ -400,7 +405,7 @@ def test_harmful_text_is_exchanged_before_it_is_drawn() -> None:
         uw.diffusion.harmless("a sign", bad, "hello")
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "sd3"])
+@pytest.mark.parametrize("kind", [*slowly("sdxl"), "sd3"])
 def test_adapters_attach_to_the_listed_modules_only(kind: str) -> None:
     """3d: zero at first, they change nothing; they have Σ r (in + out) weights."""
     import copy

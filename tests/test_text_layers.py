@@ -79,18 +79,16 @@ def test_keys_and_values_are_the_embedding_where_they_are_made_of_it_alone(kind:
     one = looked(kind)
     a, b = exchange(one, "kv"), exchange(one, "embedding")
     assert (a.way, b.way) == ("kv", "embedding")
-    images = [a.changed([layer]) for layer in one.layers]
-    for layer, image in zip(one.layers, images, strict=True):
+    chosen = one.layers[:: max(1, len(one.layers) // 3)]
+    images = [a.changed([layer]) for layer in chosen]
+    for layer, image in zip(chosen, images, strict=True):
         assert np.array_equal(image, b.changed([layer]))
     assert not any(np.array_equal(images[0], image) for image in images[1:])
 
 
-@pytest.mark.parametrize("put", ["kv", "embedding"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "put"), [("sdxl", "kv"), ("if", "embedding"), ("sd3", "kv"), ("flux", "kv")])
 def test_a_prompts_own_text_changes_nothing(kind: str, put: str) -> None:
     """3b: of the same prompt, and with the rows of guidance, which are not the prompt's."""
-    if put == "embedding" and kind in JOINT:
-        pytest.skip("joint attention has no such way")
     one = looked(kind)
     same = exchange(one, put, target=PROMPT)
     assert np.array_equal(same.changed(one.layers), same.base())
