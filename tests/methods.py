@@ -138,11 +138,14 @@ def shape(method: str) -> dict[str, int]:
 
 
 def resumable() -> Iterator[str]:
-    """Public names that take a `checkpoint` and read with a model, not with a tokenizer alone."""
+    """Public names that take a `checkpoint` and read with a model, not with a tokenizer alone, nor with a pipeline.
+
+    `localise`, which does, has the same tests of its own (test_localise.py).
+    """
     for name in dir(uw):
         public = getattr(uw, name)
         asked = inspect.signature(public).parameters if inspect.isfunction(public) else {}
-        if "checkpoint" in asked and "tokenizer" not in asked:
+        if "checkpoint" in asked and not {"tokenizer", "pipe"} & {*asked}:
             yield name
 
 

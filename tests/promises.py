@@ -84,7 +84,8 @@ PROMISES: dict[str, Promise] = {
         "Your model is bit for bit what it was, whatever is asked of it and however that ends",
         "Whatever is hung into a model is taken out again when a `with` ends: in `model/capture.py`, "
         "`model/attention.py`, `run/edit/trace.py`, `run/backward/rules.py` and `run/edit/slots.py`. Weights are "
-        "changed in `run/edit/weights.py` alone (uw.rewritten), which puts their own numbers back.",
+        "changed in `run/edit/weights.py` alone (uw.rewritten), which puts their own numbers back. A pipeline is "
+        "called inside `as_left` of `diffusion/view.py`, which puts back its scheduler and the state of chance, too.",
     ),
     "batches": Promise(
         "Batch size, padding and the order of prompts change no count, and sums by rounding at most",

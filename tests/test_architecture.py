@@ -36,7 +36,7 @@ ROOMS = {
 LAST = ("run/tally", "run/pairs")
 RUN = {*MODEL, *SETS, *ROOMS, *LAST}
 STUDIES = {*RUN, "methods", "tasks", "report"}
-ALL = {*STUDIES, "studies", "cli", "__init__", "__main__"}
+ALL = {*STUDIES, "studies", "diffusion", "cli", "__init__", "__main__"}
 SEES = {
     **dict.fromkeys(BASE, BASE),
     **{name: {*BASE, *SETS} for name in SETS},
@@ -50,6 +50,7 @@ SEES = {
     "methods": RUN,
     "studies": STUDIES,
     "report": {*BASE, *SETS},
+    "diffusion": {*MODEL, "run/loop"},
     "cli": ALL,
     "__init__": ALL,
     "__main__": {"cli"},
@@ -148,12 +149,14 @@ def hooking(src: Path) -> Iterator[str]:
 
 
 def foreign(src: Path) -> Iterator[str]:
-    """transformers outside of model/, torch where only numbers are known."""
+    """transformers outside of model/, diffusers and peft outside of diffusion/, torch where only numbers are known."""
     for file in files(src):
         for found in imports(file, src):
             own, top = unit(file, src), found.module.partition(".")[0]
             if top == "transformers" and own != "model":
                 yield f"{_place(file, src, found.line)}: {own} imports transformers"
+            if top in ("diffusers", "peft") and own != "diffusion":
+                yield f"{_place(file, src, found.line)}: {own} imports {top}"
             if top == "torch" and own in NO_TORCH:
                 yield f"{_place(file, src, found.line)}: {own} imports torch"
 
@@ -279,6 +282,9 @@ BAD: list[tuple[Rule, str, str]] = [
     (hooking, "run/edit/trace.py", "layer.block.register_forward_hook(print)"),
     (foreign, "run/edit/trace.py", "from transformers import AutoModel"),
     (foreign, "report/page.py", "import numpy, torch.nn as nn"),
+    (foreign, "methods/dla.py", "from diffusers import DiffusionPipeline"),
+    (foreign, "model/load.py", "import peft"),
+    (upward, "diffusion/view.py", "from unwrite.methods.scan import scan"),
     (cyclic, "nodes.py", "import unwrite.errors"),
     (unsafe, "model/load.py", "from pickle import loads"),
     (unsafe, "model/load.py", "x = eval('1')"),
@@ -299,6 +305,7 @@ GOOD: list[tuple[str, str]] = [
     ("model/hooks.py", "module.register_forward_hook(print)"),
     ("model/load.py", "import transformers\nmodel.eval()\ntorch.load(path, weights_only=True)"),
     ("cli/__init__.py", "import unwrite\nfrom unwrite import audit"),
+    ("diffusion/view.py", "from unwrite.model.hooks import after\ndef f():\n    import diffusers, peft"),
     ("model/view.py", "def f():\n" + "    x = 1\n" * (MAX_FUNCTION - 1)),
 ]
 
@@ -367,7 +374,7 @@ def test_a_public_name_is_not_hidden_by_a_file_of_that_name() -> None:
     """`import unwrite.audit` must not turn the function `uw.audit` into a module."""
     every = "; ".join(f"import {_module(file, SRC)}" for file in files(SRC) if file.stem != "__main__")
     modules = "[name for name in dir(unwrite) if type(getattr(unwrite, name)) is type(unwrite)]"
-    assert _python(f"{every}; print({modules})").strip() == "['errors', 'tasks']"
+    assert _python(f"{every}; print({modules})").strip() == "['diffusion', 'errors', 'tasks']"
 
 
 # What CONTRIBUTING says that a change touches.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 import shutil
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import chdir
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import mkdtemp
 from types import FunctionType
@@ -59,6 +61,11 @@ def windows() -> uw.Tokens:
 def autoencoder() -> Path:
     saved(folder := Path(mkdtemp()) / "sae", "standard", 4, 4)
     return folder
+
+
+def painted() -> Any:
+    """A pipeline that makes images, where diffusers is installed."""
+    return None if find_spec("diffusers") is None else importlib.import_module("painting").pipeline("sd3")
 
 
 def traced(lm: Any, *sites: object, edits: Any = (), every_pass: Any = False) -> Any:
@@ -255,6 +262,15 @@ def calls() -> dict[str, Call]:
             {"claims": f"{_STRINGS} a_NUL", "labels": "None", "locations": "None", "place": "", "rescale": "True False",
              "tokens": _COUNTS, "tagger": "None"}, long=True,
         ),
+        "localise": Call(
+            uw.localise,
+            {"pipe": painted(), "prompts": ['a "stop"'], "targets": ['a "taxi"'], "layers": [0],
+             "call": {"num_inference_steps": 1, "height": 16, "width": 16}},
+            {"prompts": "nonsense three str_subclass a_NUL long_string a_long_name",
+             "targets": "nonsense three str_subclass a_NUL long_string a_long_name", "layers": "None 0 range",
+             "start": "0", "read": f"None {_CALLED}", "score": "None {} mapping_proxy", "put": "None",
+             "call": "None {} mapping_proxy", "seed": f"0 {_COUNTS}", "pictures": f"0 {_COUNTS}"}, long=True,
+        ),
         "audit": Call(uw.audit, {**text, "most": 1}, {"prompts": f"None {TAKES['prompts']}"}, long=True),
         "reproduce": Call(
             uw.reproduce, {"weights": lm("reproduce"), "tokens": IDS},
@@ -306,7 +322,8 @@ NAMES = (
     "corpus_dla", "lens", "decode", "attention", "activations", "channels", "effects", "solves", "mask", "subspace",
     "circuit", "Circuit",
     "Circuit.looking", "Circuit.save", "overlap", "beside", "self_repair", "paths", "bound", "compare",
-    "agree", "diff", "readers", "graph", "audit", "reproduce", "doctor", "trace", "rewritten", "sae", "trace[]", "Edit",
+    "agree", "diff", "readers", "graph", "localise", "audit", "reproduce", "doctor", "trace", "rewritten", "sae",
+    "trace[]", "Edit",
     "Edit.set", "Edit.mean", "Edit.add", "Edit.scale", "Edit.project_out", "Edit.channel", "Job", "Rules", "Result",
     "Result[]", "Result.figure", "Result.grid",
     "Result.save", "Result.save_table", "Tokens", "Tokens.named", "Tokens.take", "Tokens.spread", "Tokens.check",
@@ -315,7 +332,10 @@ NAMES = (
 # What the methods of the library ask of a job; people hand it over.
 NOT_ASKED = {
     f"Job.{name}"
-    for name in ("begin", "gather", "goes_on", "heard", "mark", "signed", "stage", "tick", "together", "unbroken")
+    for name in (
+        *("asked", "begin", "gather", "goes_on", "heard", "mark"),
+        *("signed", "stage", "tick", "together", "unbroken"),
+    )
 }
 
 
@@ -400,6 +420,8 @@ def _as_users_run_it(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("ignore")  # of what strange things do when they are looked at
 def test_what_is_foreign_is_refused_in_words(name: str, tmp_path: Path) -> None:
+    if name == "localise":
+        pytest.importorskip("diffusers", reason="needs unwrite[diffusion]")
     folder = fresh(tmp_path / "here")
     with chdir(folder):
         if name == "read":
@@ -427,5 +449,5 @@ def test_everything_public_is_asked() -> None:
 def test_what_takes_long_works_on_what_it_was_given() -> None:
     """The others are called by the test above."""
     for name, call in calls().items():
-        if call.long and name not in ("audit", "reproduce"):
+        if call.long and name not in ("audit", "reproduce", *["localise"][: painted() is None]):
             call()

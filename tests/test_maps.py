@@ -61,12 +61,12 @@ def each() -> dict[str, Result]:
 
 
 def test_every_method_has_a_view() -> None:
-    """Beside those here: what an audit is made of (test_page.py), and a paper's claims."""
+    """Beside those here: what an audit is made of (test_page.py), a paper's claims, and images (test_localise.py)."""
     assert set(VIEWS) == {
         "effects", "agree", "compare", "paths", "bound", "survival", "dla",
         "scan", "verify", "audit", "adversarial", "corpus_dla", "reproduce", "lens", "attention", "solves",
         "circuit", "Circuit", "overlap", "beside", "mask", "readers", "subspace", "channels", "decode", "graph",
-        "self_repair",
+        "self_repair", "localise",
     }  # fmt: skip
 
 

@@ -246,6 +246,18 @@ def model(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, **over
 
 def snapshot(hf: Any) -> dict[str, Any]:
     """Everything about a model, and about transformers, that a view could have changed."""
+    return {
+        **of_module(hf),
+        "config": hf.config.to_dict(),
+        "attention": hf.config._attn_implementation,
+        "experts": getattr(hf.config, "_experts_implementation", None),
+        "registers": [list(ALL_ATTENTION_FUNCTIONS), list(ALL_MASK_ATTENTION_FUNCTIONS),
+                      list(AttentionInterface._global_mapping), list(AttentionMaskInterface._global_mapping)],
+    }  # fmt: skip
+
+
+def of_module(hf: nn.Module) -> dict[str, Any]:
+    """The same of any module, and of torch."""
     sha = hashlib.sha256()
     for name, part in sorted(hf.state_dict().items()):
         sha.update(name.encode() + part.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -260,14 +272,9 @@ def snapshot(hf: Any) -> dict[str, Any]:
         "forward": {name: module.__dict__.get("forward") for name, module in hf.named_modules()},
         "global hooks": [len(part) for name, part in vars(nn.modules.module).items() if name.startswith("_global_")
                          and isinstance(part, dict)],
-        "config": hf.config.to_dict(),
-        "attention": hf.config._attn_implementation,
-        "experts": getattr(hf.config, "_experts_implementation", None),
         "training": {name: module.training for name, module in hf.named_modules()},
         "gradients": {name: (part.requires_grad, part.grad) for name, part in hf.named_parameters()},
         "versions": {name: part._version for name, part in hf.named_parameters()},
-        "registers": [list(ALL_ATTENTION_FUNCTIONS), list(ALL_MASK_ATTENTION_FUNCTIONS),
-                      list(AttentionInterface._global_mapping), list(AttentionMaskInterface._global_mapping)],
         "modes": len(torch.overrides._get_current_function_mode_stack()),
         "random": torch.get_rng_state().tolist(),
         "grad mode": torch.is_grad_enabled(),

@@ -6,9 +6,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from unwrite import diffusion as diffusion
     from unwrite import errors as errors
     from unwrite import tasks as tasks
     from unwrite.circuits import Circuit as Circuit
+    from unwrite.diffusion.localise import localise as localise
     from unwrite.methods.activations import activations as activations
     from unwrite.methods.adversarial import adversarial as adversarial
     from unwrite.methods.agree import agree as agree
@@ -83,6 +85,7 @@ _PUBLIC = {
     "images": "unwrite.model.images",
     "lens": "unwrite.methods.lens",
     "load": "unwrite.model.load",
+    "localise": "unwrite.diffusion.localise",
     "mask": "unwrite.methods.mask",
     "overlap": "unwrite.studies.overlap",
     "pairs": "unwrite.prompts.pairs",
@@ -102,7 +105,7 @@ _PUBLIC = {
     "trace": "unwrite.run.edit.trace",
     "verify": "unwrite.methods.verify",
 }
-_MODULES = ("errors", "tasks")
+_MODULES = ("diffusion", "errors", "tasks")
 
 
 def __getattr__(name: str) -> Any:

@@ -36,7 +36,7 @@ _ROWS = {
     "activations": ("prompt", "position"), "solves": ("pair",), "mask": ("penalty", "node", "position", "role"),
     "subspace": ("site", "patch", "rank"), "circuit": ("order", "by", "size"), "overlap": ("top", "stage"),
     "channels": ("writer", "reader", "side"), "decode": ("prompt", "location"), "graph": ("fact",),
-    "self_repair": ("node",),
+    "self_repair": ("node",), "localise": ("run",),
 }  # fmt: skip
 VERSIONS = ("unwrite", "torch", "transformers", "numpy", "xarray")
 # A spreadsheet takes a cell that begins with one of these for a formula, some also the full-width forms.

@@ -14,6 +14,7 @@ from unwrite.errors import ResultError, shown
 from unwrite.files import write
 from unwrite.report.curves import curve, drawing, precision, scatter
 from unwrite.report.graphs import over_layers, snapshots
+from unwrite.report.image_grid import images
 from unwrite.report.maps import DIVERGING, attention, fitting, heatmap, matrix
 from unwrite.report.paper import FIGURES, SAYS, finish, harmless, of_verified, series
 from unwrite.report.ranked import bars
@@ -133,6 +134,6 @@ def _caption(result: Result) -> str:
 
 # Those that draw one variable, and those that know theirs.
 _DRAWING = {"heatmap": heatmap, "bars": bars, "matrix": matrix, "attention": attention, "graph": over_layers,
-            "snapshots": snapshots}  # fmt: skip
+            "snapshots": snapshots, "images": images}  # fmt: skip
 _NAMED = {"levels": levels, **FIGURES, "positions": places, "curve": curve, "precision": precision, "circuit": drawing,
           "scatter": scatter}  # fmt: skip

@@ -80,6 +80,8 @@ def headline(result: Result) -> str:
 def certificate(result: Result) -> str:
     """The conservation check in one line."""
     model = result.provenance["model"]
+    if "pipeline" in model:
+        return "certificate: none; images are those of the pipeline as it is, with text exchanged where that is said"
     if "certificate" not in model:
         return "certificate: that of the result it was taken from"
     parts = ", ".join(f"{name} {error:.0e}" for name, error in model["certificate"].items())

@@ -139,9 +139,7 @@ class Job:
         stem, _, suffix = name.rpartition(".")
         return place / (name if of == 1 else f"{stem}.{part}-of-{of}.{suffix}")
 
-    def begin(
-        self, method: str, lm: Model, read: Mapping[str, str], settings: Mapping[str, Any], in_parts: bool = False
-    ) -> Result | None:
+    def begin(self, method: str, lm: Model, read: Mapping, settings: Mapping, in_parts: bool = False) -> Result | None:
         """Say what is asked, `read` being names and hashes of all input; the Result, if the folder has it already.
 
         The first to say it inside the `with` says it for all: methods that it combines are parts of it. What can be
@@ -154,14 +152,18 @@ class Job:
             "attention": lm.config._attn_implementation,
         }  # fmt: skip
         # What is asked without a folder is compared with nothing.
-        if self.folder is not None or self.of:
-            model |= identity(lm)
-        asked = {"method": method, "model": model, "input": dict(read), "settings": dict(settings)}
+        model |= identity(lm) if self.folder is not None or self.of else {}
+        if not self.key:
+            self._held.enter_context(fast(lm.hf))
+        return self.asked(method, model, read, settings, in_parts)
+
+    def asked(self, method: str, model: Any, read: Mapping, settings: Mapping, in_parts: bool = False) -> Result | None:
+        """The same of any model, by all that tells it from another one."""
+        asked = {"method": method, "model": dict(model), "input": dict(read), "settings": dict(settings)}
         self._asked[method] = self._now = results.record(asked)
         if self.key:
             return None
         self.key = self._now
-        self._held.enter_context(fast(lm.hf))
         if (self.shard[1] > 1 or self.of) and not in_parts:
             raise ModelError(f"{method} cannot be done in parts", expected="a scan, or survival")
         return None if self.folder is None else self._found(Path(self.folder))
