@@ -277,6 +277,16 @@ def test_verify_says_what_survives(folder, monkeypatch, capsys, tmp_path) -> Non
     assert not list(tmp_path.glob("x.[pg]*"))
 
 
+def test_self_repair_from_a_shell(folder, monkeypatch, capsys, tmp_path) -> None:
+    """Asked about the ends of windows of text; what it keeps is a result with a scatter."""
+    command = ("self-repair", folder / "model", "--text", folder / "text.txt", "-n", 4, "--length", 12, "--top", 0.5)
+    assert run(monkeypatch, *command, "--out", tmp_path / "run") == 0
+    assert "of direct is not missed" in " ".join(capsys.readouterr().out.split())
+    assert uw.read(tmp_path / "run").data.attrs["n_prompts"] == 4
+    assert run(monkeypatch, "show", tmp_path / "run", "--writer", "L0H0", "-o", tmp_path / "scatter.svg") == 0
+    assert "each point a prompt" in (tmp_path / "scatter.svg").read_text()
+
+
 def test_an_eraser_that_cannot_read_is_refused(folder, monkeypatch, capsys, tmp_path) -> None:
     command = ("verify", folder / "model", "L1H0", "--text", folder / "text.txt", "--length", 64)
     assert run(monkeypatch, *command, "--erasers", "L0H1", "--out", tmp_path / "run") == 1
