@@ -22,7 +22,7 @@ choice, choosing, boxes, reuse, measure = (
     importlib.import_module(name) for name in ("choice", "choosing", "boxes", "reuse", "measure")
 )
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "channels"))
-names, inhibition = (importlib.import_module(name) for name in ("names", "inhibition"))
+names, inhibition, induction = (importlib.import_module(name) for name in ("names", "inhibition", "induction"))
 DOCS = Path(__file__).parents[1] / "docs"
 
 
@@ -260,3 +260,16 @@ def test_a_trained_toy_turns_away_from_a_name_wherever_it_stood(tmp_path: Path) 
         assert abs(where) < 0.05 * abs(who)
         assert who == pytest.approx(both, rel=0.05)
         assert who < -1.5 * found["both"]["clean"]  # the answer is the other name then
+
+
+@pytest.mark.slow
+def test_what_finds_a_letter_in_a_trained_toy_reads_the_previous_token_head_by_its_keys(tmp_path: Path) -> None:
+    """Sheet 6e: patterns name the heads, and weights alone the edge; by queries and values it is another's, or none."""
+    training.train(toy.COURSE, argparse.Namespace(out=tmp_path, seed=0, steps=800, lr=0.01))
+    found = induction.measured(str(tmp_path))
+    assert len(found["previous"]) == 1
+    lines = [line for line in found["lines"] if line["again"] > 0.9]
+    assert len({line["reader"] for line in lines}) >= 2
+    for line in lines:
+        first = line["rank"] == line["rank_whole"] == 1 and line["score"] > line["random"]
+        assert first == (line["side"] == "k")

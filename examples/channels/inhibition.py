@@ -29,6 +29,8 @@ MOVERS, LOOKS, PAIRS, FEW = 4, 0.2, 32, 8
 CHOSEN_ON, EDGES_ON, CARRIED_ON, SHOWN_ON = 2, 3, 4, (0, 1)
 # What the last token could know of S, and the source prompts that differ in that alone.
 CARRIED = {"order": "where S1 is", "both": "who S is", "S2": "both"}
+# A head turns movers if they look so much more at the name to be said because of it.
+TURNS = 0.05
 # About so far lies the name to be said behind the last token.
 OFFSET = 10
 # So many of the largest edges are looked at by themselves; of so many readers drawn by chance, all are executed.
@@ -258,9 +260,12 @@ def kept_carried(found: dict[str, dict[str, Any]]) -> pd.DataFrame:
 
 
 def kept_shares(found: dict[str, Any]) -> pd.DataFrame:
-    """Which part of what a head does to the movers each of its channels does when it alone is removed."""
+    """Which part of what a head does to the movers each of its channels does when it alone is removed.
+
+    Of heads that turn movers at all.
+    """
     lines = []
-    for one in [*found["channels"], *found["second"]]:
+    for one in [one for one in (*found["channels"], *found["second"]) if one["whole"] >= TURNS]:
         parts = np.array(one["parts"]) / one["whole"]
         order = np.argsort(-parts)[:3]
         low, high = one["share_interval"]

@@ -104,17 +104,15 @@ def nodes(found: dict[str, Any], name: str) -> pd.DataFrame:
 
 
 def scatter(frame: pd.DataFrame, title: str) -> alt.LayerChart:
-    """Each point a node: what the logit loses without its write over its direct effect; on the line nothing repairs."""
-    shown = frame.reset_index()
-    shown["kind"] = np.where(shown["node"].str.contains("H"), "head", "other")
+    """Each point a head: what the logit loses without its write over its direct effect; on the line nothing repairs."""
+    shown = frame[frame.index.str.contains("H")].reset_index()
+    shown["layer"] = shown["node"].str.extract(r"L(\d+)", expand=False).astype(int)
     most = float(shown["direct"].max())
-    x = alt.X("direct:Q", title="direct effect (logits)")
+    x, y = alt.X("direct:Q", title="direct effect (logits)"), alt.Y("total:Q", title="lost without the write (logits)")
     even = alt.Chart(pd.DataFrame({"direct": [0.0, most], "total": [0.0, most]}))
-    dots = alt.Chart(shown).mark_circle(size=30, opacity=0.7)
-    colour = alt.Color("kind:N", title=None, scale=alt.Scale(range=["#1f6fb2", "#d1751f"]))
-    points = dots.encode(x=x, y=alt.Y("total:Q", title="lost without the write (logits)"), color=colour)
-    return alt.layer(even.mark_line(strokeDash=[3, 3], color="gray").encode(x=x, y="total:Q"), points).properties(
-        width=300, height=260, title=title
+    points = alt.Chart(shown).mark_circle(size=30, opacity=0.8).encode(x=x, y=y, color="layer:Q")
+    return alt.layer(even.mark_line(strokeDash=[3, 3], color="gray").encode(x=x, y=y), points).properties(
+        width=280, height=260, title=title
     )
 
 
