@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from painting import CALL, KINDS, LENGTH, PROMPT, TARGET, pipeline, snapshot_of, unet
+from painting import CALL, LENGTH, PROMPT, TARGET, pipeline, snapshot_of, unet
 from unwrite import errors
 from unwrite.diffusion import view as viewing
 from unwrite.diffusion.passes import Exchange, way_of
