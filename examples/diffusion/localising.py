@@ -139,6 +139,6 @@ if __name__ == "__main__":
         "prevented": prevented(pipe, layers),
     }
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(found) + "\n")
     print(shown.shares(found["digit"]), shown.shares(found["shape"]), shown.edits(found), sep="\n")
     print(found["prevented"])
