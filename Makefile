@@ -14,7 +14,7 @@ test: .venv/.test .venv-legacy/.done
 	@.venv/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 # A few tests that reach every dependency, with the oldest version of each that pyproject.toml allows.
-OLDEST = tests/test_families.py tests/test_result.py tests/test_report.py tests/test_gguf.py tests/test_images.py tests/test_text_layers.py
+OLDEST = tests/test_families.py tests/test_result.py tests/test_report.py tests/test_gguf.py tests/test_images.py
 lower: .venv-lower/.done
 	@.venv-lower/bin/python -m pytest -q -W default $(OLDEST)
 
@@ -59,7 +59,7 @@ clean:
 	@.venv-lower/bin/python -m pip install -qq -c constraints.txt --upgrade pip
 	@.venv/bin/python tests/lower.py > .venv-lower/oldest.txt
 	@.venv-lower/bin/python -m pip install -qq -c .venv-lower/oldest.txt --build-constraint constraints.txt \
-		-e ".[accelerate,datasets,diffusion,gguf]" pytest hypothesis beartype
+		-e ".[accelerate,datasets,gguf]" pytest hypothesis beartype
 	@touch $@
 
 .venv/.lint: .venv/.runtime

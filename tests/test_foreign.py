@@ -268,8 +268,9 @@ def calls() -> dict[str, Call]:
              "call": {"num_inference_steps": 1, "height": 16, "width": 16}},
             {"prompts": "nonsense three str_subclass a_NUL long_string a_long_name",
              "targets": "nonsense three str_subclass a_NUL long_string a_long_name", "layers": "None 0 range",
-             "start": "0", "read": f"None {_CALLED}", "score": "None {} mapping_proxy", "put": "None",
-             "call": "None {} mapping_proxy", "seed": f"0 {_COUNTS}", "pictures": f"0 {_COUNTS}"}, long=True,
+             "start": "0", "read": f"None {_CALLED}", "score": "None {} mapping_proxy BatchEncoding_of_nothing",
+             "put": "None", "call": "None {} mapping_proxy", "seed": f"0 {_COUNTS}", "pictures": f"0 {_COUNTS}"},
+            long=True,
         ),
         "audit": Call(uw.audit, {**text, "most": 1}, {"prompts": f"None {TAKES['prompts']}"}, long=True),
         "reproduce": Call(

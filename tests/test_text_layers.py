@@ -11,13 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from painting import CALL, KINDS, LENGTH, PROMPT, TARGET, pipeline, snapshot_of, unet
+from painting import CALL, LENGTH, PROMPT, TARGET, pipeline, snapshot_of, unet
 from unwrite import errors
 from unwrite.diffusion import view as viewing
 from unwrite.diffusion.passes import Exchange, way_of
 from unwrite.diffusion.view import Painter, TextLayer, in_order, painter
 
 CROSS, JOINT = ("sdxl", "if"), ("sd3", "flux")
+
+
+def slowly(*kinds: str) -> list[Any]:
+    """Kinds that are left to `--slow`."""
+    return [pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
 
 
 def looked(kind: str, pooled: bool = True, **call: Any) -> Painter:
@@ -73,7 +78,7 @@ def test_the_targets_keys_and_values_in_all_joint_layers_are_its_run(kind: str) 
     assert not np.array_equal(other.changed(other.layers), other.aim())
 
 
-@pytest.mark.parametrize("kind", CROSS)
+@pytest.mark.parametrize("kind", ["if", *slowly("sdxl")])
 def test_keys_and_values_are_the_embedding_where_they_are_made_of_it_alone(kind: str) -> None:
     """(A) is (B) for any one layer."""
     one = looked(kind)
@@ -126,7 +131,7 @@ def test_guidance_by_a_second_pass_is_not_exchanged() -> None:
     assert {call for call, *_ in late._kept} == {2}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["sd3", *slowly("if", "flux", "sdxl")])
 def test_from_a_later_step_on(kind: str) -> None:
     """By hand, with hooks of torch: outputs of the two projections of one layer, in the last row, from step 1 on."""
     one = looked(kind)
@@ -318,7 +323,7 @@ def test_a_layer_that_hides_its_keys_is_named() -> None:
 
 
 @pytest.mark.promise("untouched")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["if", "flux", *slowly("sd3", "sdxl")])
 def test_a_pipeline_is_untouched_by_success_and_by_what_is_raised_in_the_middle(kind: str) -> None:
     one = looked(kind)
     before = snapshot_of(one.pipe)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
+import shown
 import torch
 import toy
 
@@ -120,16 +120,6 @@ def prevented(pipe: Any, layers: Sequence[str]) -> dict[str, Any]:
     return {"without": float(without), "with": float(with_), "shape_kept": float(np.mean(kept)), "n": JUDGED_BY}
 
 
-def table(found: dict[str, Any]) -> pd.DataFrame:
-    """Layers by their shares of both words."""
-    columns = {}
-    for name, one in ((name, found[name]) for name in ("digit", "shape")):
-        ends = zip(one["share"], one["low"], one["high"], strict=True)
-        columns[f"share of the {name}"] = [f"{s:.2f} [{a:.2f}, {b:.2f}]" for s, a, b in ends]
-        columns[f"{name}: verdict"] = one["verdict"]
-    return pd.DataFrame(columns | {"layer": found["digit"]["path"]}, index=found["digit"]["runs"]).iloc[3:]
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
@@ -149,7 +139,6 @@ if __name__ == "__main__":
         "prevented": prevented(pipe, layers),
     }
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    print(table(found).to_string())
-    print(pd.DataFrame(found["edited"]).round(2).to_string(index=False))
+    RESULTS.write_text(json.dumps(found) + "\n")
+    print(shown.shares(found["digit"]), shown.shares(found["shape"]), shown.edits(found), sep="\n")
     print(found["prevented"])

@@ -69,7 +69,7 @@ if __name__ == "__main__":
     parser.add_argument("work", type=Path)
     parser.add_argument("--layers", default="L4")
     parser.add_argument("--name", required=True)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=24)
     asked = parser.parse_args()

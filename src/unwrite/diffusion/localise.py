@@ -130,11 +130,13 @@ def sets_of(one: Painter, layers: Any) -> dict[str, tuple[TextLayer, ...]]:
     """Sets of layers by name, each layer by itself where none are named. Raises NodeError for unknown ones."""
     if layers is None:
         return {f"L{i}": (layer,) for i, layer in enumerate(one.layers)}
-    alone = isinstance(layers, (str, int, np.integer)) and not isinstance(layers, bool)
-    fits = alone or isinstance(layers, (list, tuple, range))
-    require(fits and not (not alone and len(layers) == 0), NodeError, "layers are numbers or names", layers, '"L3"')
+    listed: Any = layers
+    if isinstance(layers, (str, int, np.integer)) and not isinstance(layers, bool):
+        listed = [layers]
+    fits = isinstance(listed, (list, tuple, range)) and len(listed) > 0
+    require(fits, NodeError, "layers are numbers or names", layers, '"L3"')
     found: dict[str, tuple[TextLayer, ...]] = {}
-    for each in [layers] if alone else layers:
+    for each in listed:
         numbers = sorted({number for part in _several(each) for number in _numbers(part, len(one.layers))})
         found["+".join(f"L{i}" for i in numbers)] = tuple(one.layers[i] for i in numbers)
     return found
@@ -159,7 +161,8 @@ class _Tally:
     """What is found of every prompt and run, and images of the first prompts."""
 
     def __init__(self, asked: _Asked, one: Painter, sets: Mapping[str, tuple[TextLayer, ...]], way: Way, job: Job):
-        self.asked, self.painter, self.sets, self.job, self._way = asked, one, sets, job, way
+        self.asked, self.painter, self.sets, self.job = asked, one, sets, job
+        self._way: Way = way
         self.runs = (SOURCE, TARGET, *sets)
         self.found: Arrays = {}
         self.kept = Ledger({"found": self.found})

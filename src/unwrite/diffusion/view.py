@@ -265,6 +265,9 @@ def written(what: str, texts: Any) -> list[str]:
     listed = [texts] if isinstance(texts, str) else texts
     fits = isinstance(listed, (list, tuple)) and listed and all(isinstance(one, str) and one.strip() for one in listed)
     require(bool(fits), TokensError, f"{what} are texts", texts, "a string or several")
+    broken = [one for one in listed if any(0xD800 <= ord(letter) < 0xE000 for letter in one)]
+    if broken:
+        raise TokensError(f"{what} hold half a character", got=shown(broken[0]), expected="whole ones")
     return [str(one) for one in listed]
 
 
