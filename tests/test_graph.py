@@ -136,6 +136,7 @@ def test_what_is_no_claim_is_refused_by_name() -> None:
         (TokensError, "2 times", "The Danube flows through Vienna.", {}),
         (NumericError, "whether it is true", "Ships float.", {"labels": [1]}),
         (TokensError, "gives each word a class", "Ships float.", {"tagger": lambda words: []}),
+        (TokensError, "did not give classes", "Ships float.", {"tagger": lambda words: 1 / 0}),
         (TokensError, "beyond the model's context", "Ships float.", {"tokens": 1000}),
     )
     for error, match, claims, settings in cases:

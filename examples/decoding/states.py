@@ -76,14 +76,14 @@ def kept(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def table(found: dict[str, Any], step: int = 1) -> pd.DataFrame:
+def table(found: dict[str, Any]) -> pd.DataFrame:
     """Precision with its interval, location by location."""
-    rows = {}
-    for i in range(len(found["location"]) - 1, -1, -step):
+    rows: dict[str, dict[str, str]] = {}
+    for i, where in enumerate(found["location"]):
         ends = {way: [own[name][i] for name in ENDS] for way, own in found["ways"].items()}
-        cells = {WAYS[way]: "{:.2f} ({:.2f} to {:.2f})".format(*own) for way, own in ends.items()}
-        rows[found["location"][i]] = cells | {"of the first prompt": found["first"]["text"][i]}
-    return pd.DataFrame(rows).T[::-1]
+        rows[where] = {WAYS[way]: "{:.2f} ({:.2f} to {:.2f})".format(*own) for way, own in ends.items()}
+        rows[where]["of the first prompt"] = found["first"]["text"][i]
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def main() -> None:

@@ -97,9 +97,12 @@ _OWN_TOP = {
     "adversarial",
     "audit",
     "reproduce",
+    "graph",
 }
 _UNREAD: dict[str, set[str]] = {
-    "embedding of another prompt's token": {"dla", "solves"},
+    # A chat is of other tokens.
+    "embedding of a prompt's token": {"graph"},
+    "embedding of another prompt's token": {"dla", "solves", "graph"},
     "z of L1H0": {"attention"},
     "attention of the last layer": {"attention"},
     "the last MLP": {"attention"},

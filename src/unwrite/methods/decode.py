@@ -95,8 +95,8 @@ def decode(
     other = _into(lm, into, tokens)
     target = Target(as_it_is(lm), other.ids[0], placeholder_in(placeholder, other.ids[0], lm.tokenizer))
     origin = _origin(lm, source, fit)
-    sites = _states(origin, locations)
-    put_at = _put_at(lm, place, sites)
+    sites = states_named(origin, locations)
+    put_at = put_at_of(lm, place, sites)
     asked = _answered(Injection(target, origin, read, weight, sites, put_at, tokens, rescale, row), answer)
     held = None if fit is None else _held(lm, origin, fit)
     read_from = {"": read.hash, "into": other.hash} | ({} if held is None else {"fit": held.hash})
@@ -179,7 +179,7 @@ def _origin(lm: Model, source: Model | None, fit: Any) -> Model:
     return as_it_is(source)
 
 
-def _states(lm: Model, locations: Any) -> tuple[Site, ...]:
+def states_named(lm: Model, locations: Any) -> tuple[Site, ...]:
     """The states that are decoded, in the order of a pass."""
     if locations is None:
         return tuple(Site(state.state, state.layer) for state in lm.states if state.state in ("pre", "post"))
@@ -193,7 +193,7 @@ def _states(lm: Model, locations: Any) -> tuple[Site, ...]:
     return tuple(sorted(dict.fromkeys(found), key=lambda site: site.order))
 
 
-def _put_at(lm: Model, place: Any, sites: tuple[Site, ...]) -> tuple[Site | str, ...]:
+def put_at_of(lm: Model, place: Any, sites: tuple[Site, ...]) -> tuple[Site | str, ...]:
     """Where each state is put."""
     says = "same, embed, or one state"
     require(isinstance(place, str), NodeError, "place says where states are put", place, says)

@@ -119,7 +119,10 @@ def counted_words(claim: str, tagger: Tagger | None = None) -> list[re.Match[str
     words = [*_WORDS.finditer(claim)]
     if tagger is None:
         return [word for word in words if word[0].lower() not in _CLOSED and len(word[0]) > 1]
-    tags = list(tagger([word[0] for word in words]))
+    try:
+        tags = list(tagger([word[0] for word in words]))
+    except Exception as error:  # a stranger's own function may raise anything
+        raise TokensError("the tagger did not give classes", got=error, expected="a class for each word") from error
     if len(tags) != len(words) or not all(isinstance(tag, str) for tag in tags):
         raise TokensError(
             "a tagger gives each word a class", got=counted(len(tags), "class"), expected=counted(len(words), "word")

@@ -58,9 +58,7 @@ def snapshots(result: Result, _: str | None, of: str | None, chosen: dict[str, A
     return _titled(_layered(edges, nodes, titles, len(places) - 1), data, claim)
 
 
-def _layered(
-    edges: list[dict[str, Any]], nodes: list[dict[str, Any]], titles: list[dict[str, Any]], last: int
-) -> Any:
+def _layered(edges: list[dict[str, Any]], nodes: list[dict[str, Any]], titles: list[dict[str, Any]], last: int) -> Any:
     """Lines, dots and words of the snapshot that the slider stands at; first the answer."""
     slider = alt.param(name="step", value=last, bind=alt.binding_range(min=0, max=last, step=1, name="snapshot "))
     plain = alt.Axis(labels=False, ticks=False, grid=False, domain=False, title=None)

@@ -21,7 +21,7 @@ import numpy as np
 import xarray as xr
 
 from unwrite.errors import NumericError, TokensError, counted, function, plain, require, whole
-from unwrite.methods.decode import decode
+from unwrite.methods.decode import decode, put_at_of, states_named
 from unwrite.model.load import provenance
 from unwrite.model.view import Model, require_model
 from unwrite.prompts.claims import ECHOED, HOLE, Tagger, claims_of, into, weighed
@@ -67,14 +67,17 @@ def graph(
     require_model(lm)
     lm.require("logits")
     function("tagger", tagger)
+    require(isinstance(rescale, bool), NumericError, "rescale is a yes or no", rescale, "True or False")
     whole("tokens is how many are said", tokens, 1, _MOST)
+    sites = states_named(lm, locations)
     told_ = claims_of(claims)
     truth = _labels(labels, len(told_))
     read, weight = weighed(told_, lm.tokenizer, tagger)
     words = "rule" if tagger is None else "tagger"
     settings = {
-        "labels": truth, "locations": None if locations is None else [*map(str, np.atleast_1d(locations))],
-        "place": str(place), "rescale": bool(rescale), "tokens": tokens, "words": words, "batch": batch,
+        "labels": truth, "locations": [*map(str, sites)], "place": [*map(str, put_at_of(lm, place, sites))],
+        "batch": None if batch is None else whole("batch is a number of prompts", batch, 1),
+        "rescale": rescale, "tokens": tokens, "words": words,
         "weight": [np.flatnonzero(row).tolist() for row in weight],
     }  # fmt: skip
     with opened(checkpoint, listener) as job:
