@@ -12,14 +12,14 @@ from claims import held
 from table import DEPTHS, agreed, by_writer, models, shares, trusted, writers
 
 TEXT = """
-1. **Most writes that can be judged end as ordinary writes in their place do.** Of {tests} writers on texts {undecided} are
-   undecided; of those that are decided {alike} are like others (the interval is over lineages).
+1. **Most writes that can be judged end as ordinary writes in their place do.** Of {tests} writers on texts {undecided}
+   are undecided; of those that are decided {alike} are like others (the interval is over lineages).
 2. **The loss of a single write is the exception.** {erased} are erased, {reduced} reduced, {filled} filled in, {above}
    kept or amplified; in {few} fewer than one in ten are surely below ordinary writes. On some text these are: {lost}.
 3. **How much survives is a matter of the model more than of the text.** Where it is known, it correlates by {same}
    between two texts of one kind and by {other} between two kinds; least in {lowest}.
-4. **Words repeat less than numbers.** Of the writers that either of two texts calls special {again_same} have the same word
-   on both if these are of one kind, and {again_other} if they are of two kinds; {side_same} and {side_other} lie on the
+4. **Words repeat less than numbers.** Of the writers that either of two texts calls special {again_same} have the same
+   word on both if these are of one kind, and {again_other} if they are of two; {side_same} and {side_other} lie on the
    same side of ordinary writes. That nearly all decided words agree says little: most are "like others".
 5. **Who takes a write away is no matter of course.** Of {seen} lost writers of which it is seen who acts, an MLP acts
    most on {by_mlp} (in {mlp_models}), a head on {by_head} (in {head_models}).
