@@ -27,7 +27,7 @@ def scripts() -> Iterator[dict[str, ModuleType]]:
     """The scripts, which call each other by names that tests have, too."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("survey", "table", "claims", "bandwidth"):
+        for name in ("survey", "table", "claims", "lines", "bandwidth"):
             spec = importlib.util.spec_from_file_location(name, EXAMPLE / f"{name}.py")
             assert spec is not None
             assert spec.loader is not None
@@ -168,7 +168,10 @@ def test_agreement_is_that_of_hand(made) -> None:
     # Two of three words are the same; by chance 0 · 0 + 0 · 1/3 + 1/3 · 1/3 + 1/3 · 1/3.
     assert one["same word, other kind"].startswith("2 of 3 ")
     assert one["by chance, other kind"] == "0.22"
-    assert one["special, on that side again, other kind"].startswith("2 of 2 ")
+    ends = np.corrcoef([0.1, 0.5, 0.9], [0.2, 0.6, 0.9])[0, 1]
+    assert one[["r of survival, other kind", "over so many, other kind"]].tolist() == [f"{ends:.2f}", "3 of 3"]
+    assert one["special on either, the same word, other kind"].startswith("1 of 2 ")
+    assert one["special on either, the same side, other kind"].startswith("2 of 2 ")
 
 
 def test_the_strongest_is_the_one_that_surely_acts_against(made) -> None:
@@ -189,7 +192,7 @@ def test_statements_are_asked_of_every_model(made, scripts) -> None:
     assert held.loc["some writer is, on every text"].tolist() == ["1 of 2 models", "1 of 2", "two"]
     # Nothing is lost in the other one, so nobody acts on that.
     assert held.loc["what acts most on a lost write is an MLP, of most", "holds of"] == "1 of 1 models"
-    assert held.loc["survivals of two texts of one kind correlate by .95 or more", "holds of"] == "0 of 0 models"
+    assert held.loc["known survivals of two texts of one kind correlate by .95 or more", "holds of"] == "0 of 0 models"
 
 
 def test_intervals_are_those_of_other_formulas(made) -> None:
@@ -211,3 +214,45 @@ def test_readings_and_readers_stand_as_they_are_kept(made) -> None:
     assert made.trusted().loc[("heads", "first third"), "gradient"] == "0.80 [0.80, 0.80] of 2"
     line = made.read().loc[("one", "L0H0")]
     assert line[["readers", "before half is erased", "the first"]].tolist() == ["2 of 20", 1, "L2H0.k, L3H0.v"]
+
+
+# --- what docs/bandwidth.md says --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ends(scripts) -> pd.DataFrame:
+    """The numbers of each seed of each width, and of the bundled model, at the end of training."""
+    bandwidth = scripts["bandwidth"]
+    rows = bandwidth.rows()
+    last = rows[~rows["model"].str.fullmatch(r"w\d+-s\d+-\d+")]
+    named = {"heads": bandwidth.HEADS, "positions": bandwidth.POSITIONS}
+    table = {
+        model: {f"{kind}: {said}": column(part) for kind, columns in named.items() for said, column in columns.items()}
+        | {"width": part["width"].iloc[0], "shipped": part["shipped"].iloc[0]}
+        for model, part in last.groupby("model")
+    }
+    return pd.DataFrame.from_dict(table, orient="index")
+
+
+def test_narrower_streams_lose_more_to_mlps_and_so_do_ordinary_writes(ends) -> None:
+    young = ends[~ends["shipped"].astype(bool)]
+    narrow, wide = (young[young["width"] == width].astype(float) for width in (32, 128))
+    for name in ("heads: MLPs act on them", "positions: MLPs act on it", "heads: survives", "heads: ordinary"):
+        assert narrow[name].max() < wide[name].min(), name
+    assert ((young["heads: survives"] - young["heads: ordinary"]).astype(float).abs() < 0.1).all()
+    assert (young["heads: surely below"] < 1).all()
+
+
+def test_heads_take_over_with_age(ends, scripts) -> None:
+    young, old = (ends[ends["shipped"].astype(bool) == shipped].astype(float) for shipped in (False, True))
+    assert (young["positions: MLPs act on it"] < 3 * young["positions: heads act on it"]).all()
+    assert float(old["positions: heads act on it"].iloc[0]) < -1
+    assert abs(float(old["positions: MLPs act on it"].iloc[0])) < 0.1
+    assert float(old["heads: heads act on them"].iloc[0]) < young["heads: heads act on them"].min() - 0.2
+    lost = scripts["bandwidth"].rows().query("model == 'bundled' and below")
+    assert lost["writer"].tolist() == ["L1H5"] * 3
+    assert lost["verdict"].tolist() == ["erased"] * 3
+    assert (lost["position"] > 0.95).all()
+    rows = scripts["bandwidth"].rows()
+    first = rows[rows["tokens, millions"] == rows["tokens, millions"].min()]
+    assert (first.loc[first["kind"] == "head"].groupby("model")["end"].median() > 0.9).all()

@@ -36,7 +36,9 @@ def rows() -> pd.DataFrame:
     """Every writer before the last layer of every such model, with its run, its seed and the tokens seen by then."""
     own = [one for one in every() if trained(one["name"]) or one["name"] == BUNDLED]
     frame = strongest(writers(own)).merge(pd.DataFrame([_known(one["name"]) for one in own]), on="model")
-    return frame[frame["layer"] < frame["layers"] - 1]
+    return frame[frame["layer"] < frame["layers"] - 1].sort_values(
+        ["width", "shipped", "tokens, millions"], kind="stable"
+    )
 
 
 def _known(name: str) -> dict[str, Any]:
@@ -44,8 +46,9 @@ def _known(name: str) -> dict[str, Any]:
     record, found = training(name), trained(name) or {}
     settings = record["settings"]
     millions = int(found.get("step") or record["step"]) * settings["batch"] * settings["context"] / 1e6
-    run = f"width {settings['width']}" + (", bundled" if name == BUNDLED else "")
-    return {"model": name, "run": run, "seed": settings["seed"], "tokens, millions": round(millions, 2)}
+    run, shipped = f"width {settings['width']}", name == BUNDLED
+    known = {"model": name, "run": run + ", bundled" * shipped, "seed": settings["seed"]}
+    return known | {"width": settings["width"], "shipped": shipped, "tokens, millions": round(millions, 2)}
 
 
 Column = Callable[[pd.DataFrame], float]
@@ -88,7 +91,7 @@ def by_width(columns: dict[str, Column]) -> pd.DataFrame:
     """At the end of training, with the loss on held-out books."""
     ends = rows()[~rows()["model"].str.fullmatch(r"w\d+-s\d+-\d+")]
     table = frame(ends, ["run", "tokens, millions"], columns)
-    losses = ends.groupby(["run", "tokens, millions"])["model"].unique()
+    losses = ends.groupby(["run", "tokens, millions"], sort=False)["model"].unique()
     table.insert(0, "loss", [_cell([_loss(name) for name in names]) for names in losses])
     return table
 
@@ -105,7 +108,7 @@ def _loss(name: str) -> float:
 def frame(found: pd.DataFrame, by: list[str], columns: dict[str, Column]) -> pd.DataFrame:
     """One row for each run and age, one number of each seed in every cell."""
     table = {}
-    for name, part in found.groupby(by):
+    for name, part in found.groupby(by, sort=False):
         seeds = [own for _, own in part.groupby("seed")]
         table[name] = {"seeds": str(len(seeds))} | {
             said: _cell([column(own) for own in seeds]) for said, column in columns.items()
@@ -132,6 +135,5 @@ def figure() -> alt.FacetChart:
         y=alt.Y("gap:Q", title="survives − ordinary", scale=alt.Scale(domain=[-1.5, 1.5], clamp=True)),
         color=alt.Color("verdict:N", scale=words, title=None), tooltip=["writer", "seed", "gap", "verdict"],
     ).properties(width=150, height=200)  # fmt: skip
-    return points.facet(alt.Column("run:N", title=None)).resolve_scale(x="independent").configure_legend(
-        orient="bottom"
-    )  # fmt: skip
+    columns = alt.Column("run:N", title=None, sort=[*found["run"].unique()])
+    return points.facet(columns).resolve_scale(x="independent").configure_legend(orient="bottom")

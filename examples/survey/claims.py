@@ -37,10 +37,14 @@ def _repeats(kind: str, least: float) -> Claim:
     return claim
 
 
-def _rises(_: str, part: pd.DataFrame) -> bool:
-    """The last layer's heads are acted on by one MLP alone."""
-    thirds = part[part["depth"].isin(DEPTHS[1:4])].groupby("depth")["end"].median()
-    return bool(thirds.reindex(DEPTHS[1:4]).dropna().is_monotonic_increasing)
+def _rises(name: str) -> Claim:
+    """Before the last layer, whose heads are acted on by one MLP alone."""
+
+    def claim(_: str, part: pd.DataFrame) -> bool:
+        thirds = part[part["depth"].isin(DEPTHS[1:4])].groupby("depth")[name].median()
+        return bool(thirds.reindex(DEPTHS[1:4]).dropna().is_monotonic_increasing)
+
+    return claim
 
 
 def _of_lost(claim: Callable[[pd.DataFrame], bool]) -> Claim:
@@ -73,12 +77,13 @@ def _any(name: str) -> Claim:
 
 
 CLAIMS: dict[str, Claim] = {
-    "survivals of two texts of one kind correlate by .95 or more": _repeats("same kind", 0.95),
+    "known survivals of two texts of one kind correlate by .95 or more": _repeats("same kind", 0.95),
     "and those of texts of two kinds by .9": _repeats("other kind", 0.9),
     "fewer than one writer in ten is surely below ordinary writes": lambda _, part: bool(part["below"].mean() < 0.1),
     "some writer is, on every text": _any("below"),
     "some writer is surely above ordinary writes, on every text": _any("above"),
-    "what is written later survives better, third by third": _rises,
+    "what is written later survives better, third by third": _rises("end"),
+    "and so do ordinary writes": _rises("ordinary"),
     "of most writes MLPs take away more than heads do": lambda _, part: _most(part["mlps"] < part["heads"]),
     "what acts most on a lost write is an MLP, of most": _of_lost(lambda lost: _most(lost["eraser kind"] == "MLP")),
     "and lies at most one layer behind it, of most": _of_lost(lambda lost: _most(lost["behind"] <= 1)),

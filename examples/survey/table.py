@@ -24,6 +24,7 @@ from scipy import stats
 from survey import LOST, READINGS, RESULTS, depth
 from unwrite.nodes import MLPS, PROJECTED, parse_node
 from unwrite.stats.jackknife import ratio
+from unwrite.stats.verdicts import CRITERIA
 
 # The words in the order in which tables have them, and their colours.
 COLOURS = {
@@ -160,18 +161,31 @@ def agreed() -> pd.DataFrame:
 
 def _agreed(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, str]:
     both = a.merge(b, left_index=True, right_index=True, suffixes=("", " b"))
-    ends = both[["end", "end b"]].clip(-3, 3).dropna()
+    known = both[_known(both) & _known(both, " b")]
     decided = both[(both["verdict"] != "undecided") & (both["verdict b"] != "undecided")]
-    special = both[both["verdict"].isin((*LOST, *ABOVE))]
+    special = both[both["verdict"].isin((*LOST, *ABOVE)) | both["verdict b"].isin((*LOST, *ABOVE))]
     again = special["verdict"] == special["verdict b"]
     side = np.sign(special["gap"]) == np.sign(special["gap b"])
     return {
-        "r of survival": f"{np.corrcoef(ends['end'], ends['end b'])[0, 1]:.2f}",
+        "r of survival": f"{_r(known):.2f}",
+        "over so many": f"{len(known)} of {len(both)}",
+        "r, all": f"{_r(both[both['end'].notna() & both['end b'].notna()]):.2f}",
         "same word": wilson((decided["verdict"] == decided["verdict b"]).sum(), len(decided)),
         "by chance": f"{_by_chance(decided):.2f}",
-        "special, the same word": wilson(again.sum(), len(special)),
-        "special, on that side again": wilson(side.sum(), len(special)),
+        "special on either, the same word": wilson(again.sum(), len(special)),
+        "special on either, the same side": wilson(side.sum(), len(special)),
     }
+
+
+def _known(both: pd.DataFrame, text: str = "") -> pd.Series:
+    """Of which writers is survival known as well as a verdict asks for of ordinary writes?"""
+    return both[f"end_high{text}"] - both[f"end_low{text}"] <= CRITERIA.wide
+
+
+def _r(both: pd.DataFrame) -> float:
+    """Survivals beyond ±3 count as such."""
+    ends = both[["end", "end b"]].clip(-3, 3)
+    return float(np.corrcoef(ends["end"], ends["end b"])[0, 1]) if len(ends) > 1 else np.nan
 
 
 def _by_chance(decided: pd.DataFrame) -> float:
