@@ -201,7 +201,7 @@ def test_entities_of_a_trained_toy_are_described() -> None:
             torch.nn.functional.cross_entropy(hf(ids[:, :-1]).logits[:, -1], ids[:, -1]) for ids in (told, judged)
         ]
         optimiser.zero_grad()
-        sum(losses).backward()
+        torch.stack(losses).sum().backward()
         optimiser.step()
     lm = uw.load(hf.eval())
     pairs = torch.tensor([[judge, a + 10, (a + 3) % n + 10] for a in range(n)])
