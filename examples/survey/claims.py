@@ -6,6 +6,7 @@ python examples/survey/claims.py
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import pandas as pd
 from table import DEPTHS, agreed, by_writer, correlations, lineage, writers
@@ -13,6 +14,7 @@ from table import DEPTHS, agreed, by_writer, correlations, lineage, writers
 Claim = Callable[[str, pd.DataFrame], bool | None]
 
 
+@cache
 def held() -> pd.DataFrame:
     """Of which models a statement holds, and of which it does not; of the others there is nothing to say."""
     parts = dict(iter(writers().groupby("model", sort=False)))

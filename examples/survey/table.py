@@ -145,6 +145,7 @@ def shares() -> pd.DataFrame:
     return pd.DataFrame(table).fillna("–").rename_axis("word")
 
 
+@cache
 def agreed() -> pd.DataFrame:
     """How a survey of the first text tells of others: of the same kind, and of another kind."""
     rows: dict[str, dict[str, str]] = {}
