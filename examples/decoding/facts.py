@@ -9,17 +9,16 @@ stopped goes on from FOLDER.
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
+
+from states import RESULTS, arguments, keep
 
 import unwrite as uw
 from unwrite.report.claimed import facts, parts
 from unwrite.report.columns import Line
 from unwrite.report.views import words
 
-RESULTS = Path(__file__).parent / "results"
 TOKENS, EVERY = 60, 6
 CLAIMS = {
     "The capital of France is Paris.": True,
@@ -73,22 +72,7 @@ def rounded(part: Any) -> float | None:
     return round(float(part.mean(skipna=True)), 3) if bool(part.notnull().any()) else None
 
 
-def kept(name: str) -> dict[str, Any]:
-    """What a run has left."""
-    return json.loads((RESULTS / f"{name}-facts.json").read_text(encoding="utf-8"))
-
-
-def main() -> None:
-    """Measure and keep."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    for option in ("--name", "--work"):
-        parser.add_argument(option, required=True)
-    told = parser.parse_args()
-    RESULTS.mkdir(exist_ok=True)
-    found = measured(told.model, Path(told.work), RESULTS / f"{told.name}-facts.nc")
-    (RESULTS / f"{told.name}-facts.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    told = arguments(__doc__)
+    RESULTS.mkdir(exist_ok=True)
+    keep(f"{told.name}-facts", measured(told.model, Path(told.work), RESULTS / f"{told.name}-facts.nc"))

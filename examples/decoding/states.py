@@ -71,11 +71,6 @@ def rates(found: uw.Result) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def kept(name: str) -> dict[str, Any]:
-    """What a run has left."""
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-
-
 def table(found: dict[str, Any]) -> pd.DataFrame:
     """Precision with its interval, location by location."""
     rows: dict[str, dict[str, str]] = {}
@@ -86,17 +81,26 @@ def table(found: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def main() -> None:
-    """Measure and keep."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def kept(name: str) -> dict[str, Any]:
+    """What a run has left."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def keep(name: str, found: dict[str, Any]) -> None:
+    """Leave what was found."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def arguments(doc: str | None) -> argparse.Namespace:
+    """What the command line names."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     for option in ("--name", "--work"):
         parser.add_argument(option, required=True)
-    told = parser.parse_args()
-    found = measured(told.model, Path(told.work))
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{told.name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    main()
+    told = arguments(__doc__)
+    keep(told.name, measured(told.model, Path(told.work)))
