@@ -1,6 +1,6 @@
 """What holds of all models that were surveyed, and what does not? Statements, each asked of every model by its numbers.
 
-python examples/survey/claims.py
+`lines.py` prints them.
 """
 
 from __future__ import annotations
@@ -92,7 +92,3 @@ CLAIMS: dict[str, Claim] = {
     "of early heads, gradient predicts what happens better than direct": _predicts("heads", "gradient", "direct"),
     "of early MLPs, RelP does": _predicts("MLPs", "relp", "direct"),
 }
-
-
-if __name__ == "__main__":
-    print(held().to_string())

@@ -1,4 +1,4 @@
-"""What does the survey say, in ten lines? Every number in them is made of what is kept.
+"""What does the survey say, in ten lines? Every number in them, and in all tables, is made of what is kept.
 
 python examples/survey/lines.py
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 from claims import held
-from table import DEPTHS, agreed, by_writer, models, shares, trusted, writers
+from table import DEPTHS, TABLES, agreed, by_writer, models, shares, trusted, writers
 
 TEXT = """
 1. **Most writes that can be judged end as ordinary writes in their place do.** Of {tests} writers on texts {undecided}
@@ -119,4 +119,6 @@ def _total(column: str) -> str:
 
 
 if __name__ == "__main__":
+    for made in (*TABLES, held):
+        print(f"{made.__doc__}\n{made().to_string()}\n")
     print(lines())

@@ -1,19 +1,16 @@
 """What holds over all models that were surveyed, and what does not? Tables and a figure from what is kept.
 
-    python examples/survey/table.py [--figure docs/survey.png]
-
-Reads `results/` beside this file, which `survey.py` fills; docs/survey.md is made of what is here. A row of `writers`
+Reads `results/` beside this file, which `survey.py` fills; docs/survey.md is made of what is here, and `lines.py` prints
+it. A row of `writers`
 is one writer on one text. Models that were trained by one recipe are one lineage: shares over models are given with the
 t interval of a jackknife over lineages, shares within a model with Wilson's.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import altair as alt
@@ -314,16 +311,4 @@ def figure() -> alt.FacetChart:
     return points.facet(alt.Facet("model:N", sort=order, title=None), columns=4).configure_legend(orient="bottom")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--figure", type=Path)
-    asked = parser.parse_args()
-    pd.set_option("display.width", 250, "display.max_columns", None, "display.max_colwidth", None)
-    for table in (hashes, counted, shares, agreed, by_depth, acted, trusted, read):
-        print(f"{table.__doc__}\n{table().to_string()}\n")
-    if asked.figure:
-        figure().save(asked.figure, scale_factor=2)
-
-
-if __name__ == "__main__":
-    main()
+TABLES = (hashes, counted, shares, agreed, by_depth, acted, trusted, read)
