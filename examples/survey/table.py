@@ -1,9 +1,8 @@
 """What holds over all models that were surveyed, and what does not? Tables and a figure from what is kept.
 
-Reads `results/` beside this file, which `survey.py` fills; docs/survey.md is made of what is here, and `lines.py` prints
-it. A row of `writers`
-is one writer on one text. Models that were trained by one recipe are one lineage: shares over models are given with the
-t interval of a jackknife over lineages, shares within a model with Wilson's.
+Reads `results/` beside this file, which `survey.py` fills; docs/survey.md is made of what is here, and `lines.py`
+prints it. A row of `writers` is one writer on one text. Models that were trained by one recipe are one lineage: shares
+over models are given with the t interval of a jackknife over lineages, shares within a model with Wilson's.
 """
 
 from __future__ import annotations

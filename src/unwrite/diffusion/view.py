@@ -182,7 +182,7 @@ def denoiser_of(pipe: Any) -> nn.Module:
     """A pipeline's UNet or transformer. Raises ModelError as `painter` does."""
     if find_spec("diffusers") is None:
         raise ModelError("diffusers is not installed", fix="pip install 'unwrite[diffusion]'")
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline  # pyright: ignore[reportMissingImports]
 
     expected = "a pipeline of diffusers that makes images of text, as StableDiffusion3Pipeline.from_pretrained gives"
     require(isinstance(pipe, DiffusionPipeline), ModelError, "this is no pipeline", pipe, expected)
