@@ -72,7 +72,7 @@ def _layered(edges: list[dict[str, Any]], nodes: list[dict[str, Any]], titles: l
         "kind:N", legend=None, scale=alt.Scale(domain=["yes", "no"], range=[COLOURS["level"], COLOURS["survival"]])
     )
     lines = shown_of(edges).mark_rule(strokeWidth=1.5).encode(x=x, y=y, x2="x2:Q", y2="y2:Q", color=colour, **SAYS)
-    says = shown_of(edges).mark_text(fontSize=9, color=GREY).encode(x="mx:Q", y="my:Q", text="word:N")
+    says = shown_of(edges).mark_text(fontSize=9, color=GREY, dy=-7).encode(x="mx:Q", y="my:Q", text="word:N")
     dots = shown_of(nodes).mark_circle(size=90, color=GREY).encode(x=x, y=y)
     names = shown_of(nodes).mark_text(dy=-11, fontSize=11).encode(x=x, y=y, text="word:N")
     title = shown_of(titles).mark_text(fontSize=13, fontWeight="bold", y=12).encode(text="at:N")
