@@ -61,8 +61,9 @@ _PLAN = "survival (plan)"
 # So many prompts say which writes are material, and what one costs.
 _SEEN = 4
 CUTS = ("nodes", "blocks")
-# Decoys of each writer; and of all together so many that a q of a tenth can be reached by a few writers.
-_FEWEST, _MOST, _ALL = 4, 16, 200
+# Decoys of each writer; and of all together so many that a q of a tenth can be reached by a few writers, in a small model
+# by one: k that stand out alike have 1 / (k · decoys).
+_FEWEST, _MOST, _ALL = 4, 16, 400
 
 
 @torch.no_grad()
@@ -89,7 +90,7 @@ def survival(
     "readers" (as later readers read them), "unembed" (as the unembedding alone does), "raw" (all alike, as in the
     paper), or d_model numbers; `controls` what stands in for a write, the first of them being the decoys: "typical" (a
     mix of what other nodes write there in another prompt), "signs" (a random sign for each channel), "rotated";
-    `decoys` of these for each writer (by default 4, or up to 16 until there are 200 in all), and half as many of the
+    `decoys` of these for each writer (by default 4, or up to 16 until there are 400 in all), and half as many of the
     other controls; `budget` a time (seconds, or "20m"): as many prompts, of as many documents, as a trial says fit in.
     Returns a Result: `survival[writer, location, weigh]` with `survival_low` and `survival_high` (95 % t interval over
     documents), `end` the same at the end of the stream and `median_survival` its median over positions;
