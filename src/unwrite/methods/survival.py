@@ -61,8 +61,8 @@ _PLAN = "survival (plan)"
 # So many prompts say which writes are material, and what one costs.
 _SEEN = 4
 CUTS = ("nodes", "blocks")
-# Decoys of each writer; and of all together so many that a q of a tenth can be reached by a few writers, in a small model
-# by one: k that stand out alike have 1 / (k · decoys).
+# Decoys of each writer; and of all together so many that a q of a tenth can be reached by a few writers, in a small
+# model by one: k that stand out alike have 1 / (k · decoys).
 _FEWEST, _MOST, _ALL = 4, 16, 400
 
 
