@@ -170,10 +170,12 @@ class Result:
 
         Raises ResultError where the place cannot be written.
         """
+        # What kind of objects an array holds is seen by those in it: without one, netCDF must be told that it is text.
+        empty = {name: part.astype(str) for name, part in self.data.items() if part.dtype == object and not part.size}
         # In memory first: HDF5 may take the process with it where a disk is full.
         file = _file(path)
         try:
-            whole = bytes(self.data.assign_attrs({SEALED: 1}).to_netcdf(engine="h5netcdf"))
+            whole = bytes(self.data.assign(empty).assign_attrs({SEALED: 1}).to_netcdf(engine="h5netcdf"))
         except ValueError as error:
             raise ResultError("netCDF cannot hold this result", got=error, expected="text without NUL") from None
         sealed = whole + _SEAL + hashlib.sha256(whole).digest()
