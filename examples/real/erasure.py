@@ -121,6 +121,11 @@ def rounded(found: dict[str, Any]) -> dict[str, Any]:
     return json.loads(whole, parse_float=lambda text: round(float(text), 3), parse_constant=lambda _: None)
 
 
+def keep(name: str, found: dict[str, Any]) -> None:
+    """Leave what was found."""
+    (RESULTS / f"{name}.json").write_text(json.dumps(found, separators=(",", ":")) + "\n")
+
+
 # What docs/real.md is made of.
 
 
@@ -244,6 +249,6 @@ if __name__ == "__main__":
     given = asked.parse_args()
     result = rounded(measured(given.model, given.books, given.work))
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{given.name}.json").write_text(json.dumps(result, separators=(",", ":")) + "\n")
+    keep(given.name, result)
     print(special(result).to_string())
     print(compared(result).to_string())

@@ -11,13 +11,12 @@ from FOLDER.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import erasure
 import pandas as pd
-from erasure import RESULTS, kept, rounded
+from erasure import keep, kept, rounded
 
 import unwrite as uw
 from unwrite.report.columns import Line
@@ -82,6 +81,6 @@ if __name__ == "__main__":
     asked.add_argument("--work", type=Path, required=True)
     given = asked.parse_args()
     result = rounded(measured(given.model, given.name, given.books, given.task, given.work))
-    (RESULTS / f"{given.name}-readers.json").write_text(json.dumps(result, separators=(",", ":")) + "\n")
+    keep(f"{given.name}-readers", result)
     for one in [*result["writers"].values(), result["task"]]:
         print(one["words"])

@@ -12,14 +12,13 @@ same writers beside it. A run that was stopped goes on from FOLDER.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import altair as alt
 import numpy as np
 import pandas as pd
-from erasure import RESULTS, frames, kept, rounded
+from erasure import frames, keep, kept, rounded
 
 import unwrite as uw
 
@@ -163,4 +162,4 @@ if __name__ == "__main__":
     asked.add_argument("--work", type=Path, required=True)
     given = asked.parse_args()
     result = rounded(measured(given.model, given.books, given.work))
-    (RESULTS / f"{given.name}-repair.json").write_text(json.dumps(result, separators=(",", ":")) + "\n")
+    keep(f"{given.name}-repair", result)

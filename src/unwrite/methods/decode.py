@@ -41,6 +41,7 @@ from unwrite.prompts.tokens import Tokens, array_of, read_rows, words_of
 from unwrite.result import Result, build, quantity
 from unwrite.run.answer.decoding import Injection, SaidOf
 from unwrite.run.answer.injected import EMBED, START, Target, as_it_is
+from unwrite.run.answer.spoken import require_room
 from unwrite.run.answer.translated import Translation, translation
 from unwrite.run.edit.sites import all_named
 from unwrite.run.loop.checkpoint import Arrays
@@ -90,7 +91,7 @@ def decode(
 
     Example: `uw.decode(lm, "The Eiffel Tower is tall", "Tower", "Paris: a city. Mozart: a man. x: a")["text"]`
     """
-    _require(lm, rescale, tokens)
+    require_saying(lm, rescale, tokens)
     read, weight, row = _read(lm if source is None else source, prompts, at, mask, bos)
     other = _into(lm, into, tokens)
     target = Target(as_it_is(lm), other.ids[0], placeholder_in(placeholder, other.ids[0], lm.tokenizer))
@@ -113,7 +114,7 @@ def decode(
         return job.signed(build("decode", data, settings, provenance(lm), about))
 
 
-def _require(lm: Model, rescale: Any, tokens: Any) -> None:
+def require_saying(lm: Model, rescale: Any, tokens: Any) -> None:
     """Raise ModelError for a model that says nothing, NumericError for settings that mean nothing."""
     require_model(lm)
     lm.require("logits")
@@ -156,11 +157,8 @@ def _into(lm: Model, into: Any, steps: int) -> Tokens:
     other = admit(lm, into, None, 0, files=False)
     if len(other) != 1:
         raise TokensError("states are put in one prompt", got=counted(len(other), "prompt"), expected="one")
-    if lm.context is not None and other.length + steps > lm.context:
-        raise TokensError(
-            "what is said would go beyond the model's context", got=f"{other.length} + {counted(steps, 'token')}",
-            expected=f"at most {lm.context}", fix="shorten into, or say fewer tokens",
-        )  # fmt: skip
+    what = "what is said would go beyond the model's context"
+    require_room(lm, other.length, steps, what, "shorten into, or say fewer tokens")
     return other
 
 

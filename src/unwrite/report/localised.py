@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 
 from unwrite.errors import counted
-from unwrite.report.columns import Column, Line, Listing
+from unwrite.report.columns import Column, Line, Listing, spanned
 from unwrite.result import Result
 
 HEADER = (
@@ -55,7 +55,7 @@ def interval(data: xr.Dataset, i: int) -> str:
     if "share" not in data or np.isnan(data["share"].values[i]):
         return ""
     share, low, high = (float(data[name].values[i]) for name in ("share", "low", "high"))
-    return f"{share:.2f}" if np.isnan(low) else f"{share:.2f} [{low:.2f}, {high:.2f}]"
+    return spanned(share, low, high)
 
 
 def sentence(result: Result) -> str:
@@ -68,7 +68,7 @@ def sentence(result: Result) -> str:
         named = f"{data['run'].values[most]} changes images most (MSE {change[most]:.3g} grey values²)"
         return f"{named}, {n}. No score says which text is there: pass `read`, or `score`"
     moved, low, high = (float(data.attrs[name]) for name in ("moved", "moved_low", "moved_high"))
-    every = f"all layers together change {data.attrs['by']} by {moved:.2f} [{low:.2f}, {high:.2f}] ({n})"
+    every = f"all layers together change {data.attrs['by']} by {spanned(moved, low, high)} ({n})"
     if not low > 0:
         return f"{every}: that the text follows the target at all is not sure, so no layer can be said to write it"
     return f"{every}; {_layers(data)}"

@@ -20,15 +20,15 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from unwrite.errors import NumericError, TokensError, counted, function, plain, require, whole
-from unwrite.methods.decode import decode, put_at_of, states_named
+from unwrite.errors import NumericError, counted, function, plain, require, whole
+from unwrite.methods.decode import decode, put_at_of, require_saying, states_named
 from unwrite.model.load import provenance
-from unwrite.model.view import Model, require_model
+from unwrite.model.view import Model
 from unwrite.prompts.claims import ECHOED, HOLE, Tagger, claims_of, into, weighed
 from unwrite.prompts.spans import said_by
 from unwrite.prompts.triples import Statement, Triple, told
 from unwrite.result import Result, build, quantity
-from unwrite.run.answer.spoken import spoken
+from unwrite.run.answer.spoken import require_room, spoken
 from unwrite.run.loop.job import Job, opened
 from unwrite.run.loop.rows import Rows
 from unwrite.run.loop.stream import Batch, Listener, stream
@@ -36,7 +36,6 @@ from unwrite.stats.rates import wilson
 
 # The snapshot that is no state: what the model answers to the claim itself.
 ANSWER = "answer"
-_MOST = 4096
 
 
 def graph(
@@ -64,11 +63,8 @@ def graph(
 
     Example: `uw.graph(lm, ["The capital of France is Paris."], [True]).data["subject"]`
     """
-    require_model(lm)
-    lm.require("logits")
+    require_saying(lm, rescale, tokens)
     function("tagger", tagger)
-    require(isinstance(rescale, bool), NumericError, "rescale is a yes or no", rescale, "True or False")
-    whole("tokens is how many are said", tokens, 1, _MOST)
     sites = states_named(lm, locations)
     told_ = claims_of(claims)
     truth = _labels(labels, len(told_))
@@ -107,11 +103,8 @@ def _labels(labels: Any, n: int) -> list[bool] | None:
 def _answered(lm: Model, steps: int, batch: Batch) -> dict[str, np.ndarray]:
     """What the model says to one chat."""
     length = int(batch.counted[0].sum())
-    if lm.context is not None and length + steps > lm.context:
-        raise TokensError(
-            "a chat and its answer would go beyond the model's context", got=f"{length} + {counted(steps, 'token')}",
-            expected=f"at most {lm.context}", fix="say fewer tokens",
-        )  # fmt: skip
+    what = "a chat and its answer would go beyond the model's context"
+    require_room(lm, length, steps, what, "say fewer tokens")
     return {"id": spoken(lm, batch.ids[:1, :length], steps).ids.numpy()}
 
 

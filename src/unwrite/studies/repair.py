@@ -10,6 +10,7 @@ less to lose than direct says. (facts: measuring erasure, §6, §7)
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,10 @@ def self_repair(found: Result, top: float = 0.1) -> Result:
         counts = np.where(counted, cells[name][1], 0).sum(0)
         with np.errstate(invalid="ignore"):
             cells[f"mean_{name}"] = ("node",), counts / counted.sum(0)
-    for prefix, axis, members in (("", "node", np.eye(data.sizes["node"], dtype=bool)), ("group_", "group", groups)):
+    for prefix, axis, members in (
+        ("", "node", np.eye(data.sizes["node"], dtype=bool)),
+        ("group_", "group", groups.values()),
+    ):
         shares = _shares(repair, direct, counted, cluster, members)
         cells |= {f"{prefix}{name}": ((axis, "part"), part) for name, part in shares.items()}
     variables = {
@@ -118,11 +122,11 @@ def _shares(
     direct: Float[np.ndarray, "prompt node"],
     counted: Bool[np.ndarray, "prompt node"],
     cluster: Int[np.ndarray, " prompt"],
-    members: Any,
+    members: Iterable[Bool[np.ndarray, " node"]],
 ) -> dict[str, Float[np.ndarray, "of part"]]:
     """Of each set of nodes Σ repair / Σ direct over counted cells, with its interval over clusters."""
     found = []
-    for own in members.values() if isinstance(members, dict) else members:
+    for own in members:
         cells = counted & own
         above, below = np.where(cells[..., None], repair, 0).sum(1), np.where(cells, direct, 0).sum(1)
         there = np.unique(cluster[cells.any(1)], return_inverse=True)[1]

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from unwrite.errors import NumericError
+from unwrite.errors import NumericError, TokensError, counted
 from unwrite.model.cache import keeping
 from unwrite.model.capture import evaluating
 from unwrite.model.placed import decode
@@ -26,6 +26,13 @@ from unwrite.run.edit.trace import trace
 Edits = Callable[[int], Sequence[Edit]]
 # Under which of these a model hands on what it keeps of earlier positions.
 _CACHES = ("cache", "past_key_values")
+
+
+def require_room(lm: Model, length: int, steps: int, what: str, fix: str) -> None:
+    """Raise TokensError, which says `what` it is, where a prompt and what is said after it pass the model's context."""
+    if lm.context is not None and length + steps > lm.context:
+        got = f"{length} + {counted(steps, 'token')}"
+        raise TokensError(what, got=got, expected=f"at most {lm.context}", fix=fix)
 
 
 @dataclass(frozen=True, eq=False)
